@@ -1,0 +1,46 @@
+"""Show what a config makes of its data: coloured tokens, lengths, duplicates, the ledger.
+
+python data/preview.py configs/quickstart.yaml [section.key=value …] [--rows 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from halfbyte.config import load_run
+from halfbyte.errors import exit_on_user_error
+
+
+def main() -> None:
+    """Config → rendered rows, labels and ledger on the terminal; no model is loaded."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--rows", type=int, default=3, help="rows to show in full")
+    parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
+    arguments = parser.parse_intermixed_args()
+    run = load_run(arguments.config, arguments.overrides)
+
+    from halfbyte.libraries import quiet_libraries
+
+    quiet_libraries()
+    from halfbyte.data.prepare import prepare
+    from halfbyte.data.preview import show_preview
+    from halfbyte.data.render import Renderer, load_template
+    from halfbyte.model.load import load_tokenizer
+    from halfbyte.model.resolve import resolve_base
+
+    base = resolve_base(run.model.name, run.model.revision)
+    template = load_template(run.data.chat_template) if run.data.chat_template else None
+    renderer = Renderer(load_tokenizer(base), template, run.data.loss_on)
+    prepared = prepare(run.data, renderer)
+    colour = arguments.colour == "always" or (arguments.colour == "auto" and sys.stdout.isatty())
+    print(show_preview(prepared, renderer, run.data, arguments.rows, colour=colour))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,172 @@
+"""Owns the way from a YAML file and overrides to a checked Run, every fault reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+
+from halfbyte.config.checks import cross_faults, environment_faults, secret_faults
+from halfbyte.config.paths import resolve_paths
+from halfbyte.config.schema import Run
+from halfbyte.config.source import KeyPath, Source, read_source
+from halfbyte.errors import ConfigError, RunError
+
+MAX_NAME_LENGTH = 100
+
+
+def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os.environ) -> Run:
+    """Read and check a config; every path in the result is absolute and ``name`` is set.
+
+    Takes milliseconds and imports neither torch nor transformers.
+
+    Raises:
+        ConfigError: with every fault of the file, the overrides and the environment.
+    """
+    source = read_source(config, overrides)
+    run = _validate(source)
+    run = resolve_paths(run, source)
+    if run.name is None:
+        run = run.model_copy(update={"name": default_name(config, overrides)})
+    faults = environment_faults(run, environ)
+    if faults:
+        raise ConfigError(faults)
+    return run
+
+
+def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
+    """Read the resolved config that a run left in its folder, with overrides of this call.
+
+    Raises:
+        RunError: the folder is no run folder.
+        ConfigError: an override is wrong, or touches a key that the finished run has fixed.
+    """
+    path = folder / "run.yaml"
+    if not path.is_file():
+        raise RunError(
+            f"{folder}: no run folder: it holds no run.yaml. Train one first: "
+            "accelerate launch train/sft.py CONFIG"
+        )
+    allowed = ("eval.", "merge.")
+    wrong = [text for text in overrides or [] if not text.startswith(allowed)]
+    if wrong:
+        raise ConfigError(
+            [f"override {text!r}: the run is trained; only eval.* and merge.* still vary" for text in wrong]
+        )
+    source = read_source(path, overrides or [])
+    return resolve_paths(_validate(source), source)
+
+
+def run_as_yaml(run: Run) -> str:
+    """The whole resolved config as YAML, in the order of the schema."""
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 4096
+    yaml.dump(run.model_dump(mode="json"), stream)
+    return "# The resolved config of this run. Every later step reads it.\n" + stream.getvalue()
+
+
+def default_name(config: Path, overrides: list[str]) -> str:
+    """``quickstart``, or ``quickstart+train.max_steps=5``: one folder for each variation."""
+    silent = ("runs_dir=", "track.", "train.existing=")
+    parts = [config.stem, *(text for text in overrides if not text.startswith(silent))]
+    name = re.sub(r"[^\w.=+,-]+", "_", "+".join(parts))
+    if len(name) > MAX_NAME_LENGTH:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: MAX_NAME_LENGTH - 9]}~{digest}"
+    return name
+
+
+def _validate(source: Source) -> Run:
+    faults = list(source.faults) + secret_faults(source)
+    try:
+        run = Run.model_validate(source.values)
+    except ValidationError as error:
+        faults += [_fault(dict(item), source) for item in error.errors()]
+        raise ConfigError(_in_file_order(faults)) from None
+    faults += cross_faults(run, source)
+    if faults:
+        raise ConfigError(_in_file_order(faults))
+    return run
+
+
+def _in_file_order(faults: list[str]) -> list[str]:
+    def line(fault: str) -> int:
+        found = re.match(r"[^\n]*?:(\d+): ", fault)
+        return int(found.group(1)) if found else 1 << 30
+
+    return sorted(dict.fromkeys(faults), key=line)
+
+
+def _fault(error: dict[str, Any], source: Source) -> str:
+    """One line: place, key, what came, what is allowed, the nearest key."""
+    # pydantic puts the chosen branch of a union into ``loc``; only keys that were written count.
+    path: KeyPath = tuple(error["loc"])
+    while error["type"] != "missing" and len(path) > 1 and path not in source.places:
+        path = path[:-1]
+    dotted = ".".join(map(str, path))
+    place = source.place(path)
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{place}: unknown key {dotted}{_nearest(path)}"
+    if kind == "missing":
+        return f"{place}: {dotted} is missing; it has no default{_meaning(path)}"
+    if kind == "literal_error":
+        came = error["input"]
+        options = [text.strip("'") for text in re.findall(r"'[^']*'", context["expected"])]
+        close = difflib.get_close_matches(str(came), options, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{place}: {dotted} is {came!r}; allowed: {', '.join(options)}{hint}"
+    message = error["msg"].replace("Input should", "should")
+    return f"{place}: {dotted} is {error['input']!r}, which {message[0].lower()}{message[1:]}"
+
+
+def _nearest(path: KeyPath) -> str:
+    known = keys_of(path[:-1])
+    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {'.'.join(map(str, (*path[:-1], close[0])))}?"
+    everywhere = [f"{section}.{key}" for section in keys_of(()) for key in keys_of((section,))]
+    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == path[-1]]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; allowed here: {', '.join(known)}"
+
+
+def keys_of(path: KeyPath) -> list[str]:
+    """The keys that the schema knows below ``path``."""
+    model: Any = Run
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if model else None
+        model = _section_of(field.annotation) if field else None
+    return list(model.model_fields) if model else []
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _section_of(inner)
+        if found:
+            return found
+    return None
+
+
+def _meaning(path: KeyPath) -> str:
+    model: Any = Run
+    for part in path[:-1]:
+        field = model.model_fields.get(part) if model else None
+        model = _section_of(field.annotation) if field else None
+    field = model.model_fields.get(path[-1]) if model else None
+    return f". {field.description}" if field is not None and field.description else ""

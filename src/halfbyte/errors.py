@@ -1,0 +1,56 @@
+"""Owns the errors that a user can cause and mend.
+
+    UserError
+    ├── ConfigError   a config file, an override or the environment is wrong
+    ├── DataError     a dataset, a row, a chat template or a split is wrong
+    ├── ModelError    a model cannot be found, read, loaded or adapted as asked
+    └── RunError      a run folder lacks something, or a run cannot go on
+
+A script prints such an error without a traceback and exits with ``exit_code``.
+Every message says where, what came, what is allowed and what to do next.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can put right."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """One or more faults in a config; ``faults`` holds one line for each."""
+
+    exit_code = 2
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+
+class DataError(UserError):
+    """A dataset, a row, a chat template or a split is wrong."""
+
+
+class ModelError(UserError):
+    """A model cannot be found, read, loaded or adapted as asked."""
+
+
+class RunError(UserError):
+    """A run folder lacks something, or a run cannot go on."""
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Run a script's ``main``; end with the message alone, and its exit code, on a UserError."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,105 @@
+"""Owns the true size of a loaded model: every byte of weights, quantisation constants included."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Parameters of one kind: what they are, how they are stored, how many and how large."""
+
+    name: str
+    stored_as: str
+    num_parameters: int
+    num_bytes: int
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of parameters, buffers and quantisation constants; shared storage counts once."""
+    seen: set[int] = set()
+    total = 0
+    for tensor in _tensors(model):
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in seen:
+            seen.add(pointer)
+            total += tensor.nbytes
+    return total
+
+
+def constants_bytes(model: nn.Module) -> int:
+    """Bytes of the quantisation constants alone, which transformers' footprint leaves out."""
+    return sum(tensor.nbytes for p in model.parameters() for tensor in _constants(p))
+
+
+def kinds(model: nn.Module) -> list[Kind]:
+    """Parameters grouped by kind and storage, the largest first; tied weights count once."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            group = groups[_kind(module_name, module, name), _stored_as(parameter)]
+            group[0] += _count(parameter)
+            group[1] += parameter.nbytes + sum(t.nbytes for t in _constants(parameter))
+    found = [Kind(*key, *value) for key, value in groups.items()]
+    return sorted(found, key=lambda kind: -kind.num_bytes)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of weights; a packed 4-bit byte holds two."""
+    return sum(_count(p) for p in model.parameters())
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    for parameter in model.parameters():
+        yield parameter.data
+        yield from _constants(parameter)
+    yield from model.buffers()
+
+
+def _constants(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:  # nested: the constants of the constants
+        for name in ("absmax", "code", "offset"):
+            tensor = getattr(state, name, None)
+            if isinstance(tensor, torch.Tensor):
+                yield tensor
+        state = getattr(state, "state2", None)
+    for name in ("SCB", "CB"):  # LLM.int8
+        tensor = getattr(parameter, name, None)
+        if isinstance(tensor, torch.Tensor) and tensor.data_ptr() != parameter.data_ptr():
+            yield tensor
+
+
+def _count(parameter: torch.Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
+def _stored_as(parameter: torch.Tensor) -> str:
+    quant_type = getattr(parameter, "quant_type", None)
+    if quant_type is not None:
+        return f"{quant_type} in {str(parameter.dtype).removeprefix('torch.')}"
+    return str(parameter.dtype).removeprefix("torch.")
+
+
+def _kind(module_name: str, module: nn.Module, name: str) -> str:
+    if "lora_" in module_name:
+        return "LoRA adapter"
+    if any(word in module_name for word in ("vision", "multi_modal")):
+        return "vision"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if module_name.endswith("lm_head"):
+        return "language-model head"
+    if name == "bias":
+        return "bias"
+    return "linear" if isinstance(module, nn.Linear) else "norm and other"

@@ -1,0 +1,83 @@
+"""Owns generation: prompts as ids in, answers as ids out, in batches, greedily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated ids without the stop token, and why generation ended: ``stop`` or ``length``."""
+
+    ids: list[int]
+    finish_reason: str
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    *,
+    stop_ids: list[int],
+    pad_id: int,
+    max_new_tokens: int,
+    batch_rows: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Greedy answers, in the order of the prompts.
+
+    Prompts of like length share a batch, padded on the left. The model's own generation settings
+    (sampling, penalties, stop tokens) are not used, so that every variant decodes alike.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        prompts: ids that end where the answer begins.
+        stop_ids: ids that end an answer.
+        pad_id: any id; padding is masked by position.
+        max_new_tokens: longest answer.
+        batch_rows: prompts at once.
+        progress: called with the number of prompts done so far.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    decoding = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stop_ids,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_rows):
+        rows = order[start : start + batch_rows]
+        longest = max(len(prompts[row]) for row in rows)
+        ids = [[pad_id] * (longest - len(prompts[row])) + prompts[row] for row in rows]
+        mask = [[0] * (longest - len(prompts[row])) + [1] * len(prompts[row]) for row in rows]
+        made: Any = model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=decoding,
+        )
+        for row, new in zip(rows, made[:, longest:].tolist(), strict=True):
+            answers[row] = _until_stop(new, set(stop_ids))
+        if progress is not None:
+            progress(len(answers))
+    model.train(training)
+    return [answers[row] for row in range(len(prompts))]
+
+
+def _until_stop(ids: list[int], stop_ids: set[int]) -> Answer:
+    for at, token in enumerate(ids):
+        if token in stop_ids:
+            return Answer(ids[:at], "stop")
+    return Answer(ids, "length")

@@ -1,0 +1,174 @@
+"""Owns loading a base at any precision, its language model alone where that is all that is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halfbyte.config.schema import ComputeDtype, Precision
+from halfbyte.errors import ModelError
+from halfbyte.model.precision import DTYPES, Compute, choose_compute
+from halfbyte.model.resolve import Base
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Where multimodal checkpoints keep the language model (Gemma-3 and its kin).
+TEXT_KEYS = {r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.", r"^language_model\.lm_head": "lm_head"}
+VISION_WORDS = ("vision", "visual", "image", "audio", "multi_modal", "mm_")
+
+
+@dataclass
+class Loaded:
+    """A model in memory with what it was loaded from and how it computes."""
+
+    model: PreTrainedModel
+    base: Base
+    precision: Precision
+    compute: Compute
+    text_only: bool = False
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The base's fast tokenizer; a missing pad token becomes the EOS token.
+
+    Padding is told apart by position, never by id, so that sharing an id with EOS is safe.
+
+    Raises:
+        ModelError: the folder holds none, or only a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{base.name}: no tokenizer can be loaded from {base.path}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{base.name}: has no fast tokenizer (tokenizer.json), which rendering needs")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    base: Base,
+    precision: Precision,
+    *,
+    double_quant: bool = True,
+    compute_dtype: ComputeDtype = "auto",
+    attention: str = "sdpa",
+    compute: Compute | None = None,
+) -> Loaded:
+    """Load the causal language model of a base.
+
+    Unquantised weights (embeddings, norms, and everything at fp32, bf16 or fp16) are stored in the
+    compute dtype, or in ``precision`` where that names one.
+
+    Raises:
+        ModelError: the checkpoint is no causal language model, lacks weights, or cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if compute is None:
+        compute = choose_compute(precision if precision in DTYPES else compute_dtype)  # type: ignore[arg-type]
+    config = AutoConfig.from_pretrained(base.path)
+    text_config = config.get_text_config()
+    text_only = text_config is not config and type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    options: dict[str, Any] = {
+        "dtype": compute.dtype,
+        "attn_implementation": attention,
+        "device_map": {"": compute.device},
+        "quantization_config": _quantisation(precision, compute.dtype, double_quant),
+        "output_loading_info": True,
+    }
+    model_class = AutoModelForCausalLM
+    if text_only:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+        options |= {"config": text_config, "key_mapping": TEXT_KEYS}
+    model, info = _from_pretrained(model_class, base, options)
+    _check_loaded(model, info, base, precision, text_only)
+    for module in model.modules():
+        # bitsandbytes 0.50 repacks Linear4bit in place on the first evaluation on AVX512-BF16 CPUs,
+        # and the packed weights have no gradient. Can go when its packed path has an autograd.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return Loaded(model, base, precision, compute, text_only)
+
+
+def load_multimodal(base: Base, precision: Precision, *, double_quant: bool = True) -> tuple[Loaded, Any]:
+    """The whole image-and-text model with its processor, for prompts that bring a picture.
+
+    Raises:
+        ModelError: the checkpoint takes no pictures.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    compute = choose_compute(precision if precision in DTYPES else "auto")  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "dtype": compute.dtype,
+        "device_map": {"": compute.device},
+        "quantization_config": _quantisation(precision, compute.dtype, double_quant),
+        "output_loading_info": True,
+    }
+    model, _ = _from_pretrained(AutoModelForImageTextToText, base, options)
+    return Loaded(model, base, precision, compute), AutoProcessor.from_pretrained(base.path)
+
+
+def vision_modules(model: torch.nn.Module) -> list[str]:
+    """Names of modules that belong to pictures or sound rather than to language."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if any(word in part for part in name.split(".") for word in VISION_WORDS)
+    ]
+
+
+def _quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) -> Any:
+    if precision in DTYPES:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=precision,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _from_pretrained(model_class: Any, base: Base, options: dict[str, Any]) -> tuple[Any, Any]:
+    try:
+        return model_class.from_pretrained(base.path, **options)  # type: ignore[no-any-return]
+    except (ValueError, OSError, ImportError) as error:
+        raise ModelError(f"{base.name}: cannot be loaded from {base.path}: {error}") from error
+
+
+def _check_loaded(
+    model: PreTrainedModel, info: Any, base: Base, precision: Precision, text_only: bool
+) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{base.name}: the checkpoint lacks {len(missing)} weights, which would be random:"
+            f" {', '.join(missing[:5])}"
+        )
+    if text_only and vision_modules(model):
+        raise ModelError(f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}")
+    stored: PretrainedConfig | None = getattr(model.config, "quantization_config", None)
+    method = getattr(stored, "quant_method", None)
+    if precision in DTYPES and method is not None:
+        raise ModelError(
+            f"{base.name}: the checkpoint is already quantised ({method}); model.precision {precision}"
+            " cannot undo that. Choose the unquantised checkpoint"
+        )
+    if precision in ("nf4", "fp4"):
+        kinds = {
+            parameter.quant_type for parameter in model.parameters() if hasattr(parameter, "quant_type")
+        }
+        if kinds != {precision}:
+            raise ModelError(f"{base.name}: model.precision is {precision}, but loaded layers are {kinds}")

@@ -1,0 +1,185 @@
+"""Owns the training loss: cross-entropy on labelled tokens only, without ever holding all logits.
+
+For a frozen head W and hidden states h of the N labelled positions, the summed loss is
+sum_i (logsumexp(W h_i) - W[y_i]·h_i) and its gradient (softmax(W h_i) - onehot(y_i)) W. Both are
+computed in one pass over tiles of rows, so that the largest temporary is one tile of logits and the
+backward pass is a multiplication by a scalar. Prompt positions never meet the head.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from halfbyte.data.render import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Larger temporaries are mapped and unmapped on every use by glibc, which costs more than the sums.
+TILE_BYTES_CPU = 24 << 20
+TILE_BYTES_CUDA = 128 << 20
+MIN_TILE_ROWS = 32
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = 1e-3
+
+
+class TokenLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden states against labels, with a frozen head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        """Loss in nats, fp32.
+
+        Args:
+            ctx: autograd's context.
+            hidden: (N, D) states that predict the labels.
+            head: (V, D) weight of the language-model head.
+            labels: (N,) token ids.
+            softcap: Gemma-2's cap: logits become cap·tanh(logits/cap).
+        """
+        needs_gradient = hidden.requires_grad
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = tile_rows(head.shape[0], hidden.device)
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            logits = (hidden[part].detach() @ head.T).float()
+            capped = None
+            if softcap is not None:
+                capped = torch.tanh_(logits.div_(softcap))
+                logits = capped * softcap
+            picked = logits.gather(1, labels[part, None])
+            top = logits.amax(dim=1, keepdim=True)
+            exps = logits.sub_(top).exp_()
+            sums = exps.sum(dim=1, keepdim=True)
+            total += (sums.log() + top - picked).sum()
+            if gradient is None:
+                continue
+            slope = exps.div_(sums)
+            slope.scatter_add_(1, labels[part, None], torch.full_like(picked, -1.0))
+            if capped is not None:
+                slope.mul_(1 - capped * capped)
+            torch.mm(slope.to(head.dtype), head, out=gradient[part])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        """Scale the gradient that forward computed."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[0].to(gradient.dtype), None, None, None
+
+
+def tile_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of fp32 logits in one tile."""
+    budget = TILE_BYTES_CUDA if device.type == "cuda" else TILE_BYTES_CPU
+    return max(MIN_TILE_ROWS, budget // (4 * vocabulary))
+
+
+def add_token_loss(model: PreTrainedModel) -> bool:
+    """Teach ``model`` the call ``model(input_ids, labels=…, token_loss=True)``, which returns a scalar.
+
+    The scalar is the summed loss over labelled tokens in nats. Other calls are untouched. Returns
+    whether the tiled head is exact for this architecture, as a probe of ``PROBE_TOKENS`` tokens
+    shows; where it is not (a scaled or biased head), the model's own logits are used.
+    """
+    own_forward = type(model).forward
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    tiled = _probe(model, softcap)
+
+    # The signature stays the model's own: generate() and the Trainer read it.
+    @functools.wraps(own_forward)
+    def forward(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor | None = None,
+        *args: Any,
+        token_loss: bool = False,
+        labels: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        if not token_loss:
+            if labels is not None:
+                options["labels"] = labels
+            return own_forward(self, input_ids, *args, **options)
+        assert labels is not None
+        shifted = labels[:, 1:]
+        mask = shifted != IGNORED
+        if not tiled:
+            logits = own_forward(self, input_ids, use_cache=False).logits[:, :-1][mask]
+            return nn.functional.cross_entropy(logits.float(), shifted[mask], reduction="sum")
+        hidden = self.base_model(input_ids, use_cache=False).last_hidden_state
+        head = self.get_output_embeddings().weight
+        picked = hidden[:, :-1][mask].to(head.dtype)
+        # Outside autocast: the head's products stay in the dtype it is stored in.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return TokenLoss.apply(picked, head, shifted[mask], softcap)
+
+    # TRL has put a forward of its own on the instance; ours takes its place.
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    return tiled
+
+
+def pad_right(
+    rows: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``labels`` (B, T) of rows of (ids, labels).
+
+    Padding stands on the right and carries label -100. In a causal model no real token sees it, so
+    that no attention mask is needed.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    ids = [ids + [pad_id] * (longest - len(ids)) for ids, _ in rows]
+    labels = [labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "labels": torch.tensor(labels, device=device),
+    }
+
+
+@torch.no_grad()
+def summed_loss(
+    model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], pad_id: int, batch_rows: int
+) -> tuple[float, int]:
+    """Summed loss in nats over labelled tokens, and their number; ``model`` knows ``token_loss``.
+
+    Rows are grouped by length; the result does not depend on the grouping but for rounding.
+    """
+    device = next(model.parameters()).device
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    total, num_tokens = 0.0, 0
+    training = model.training
+    model.eval()
+    for start in range(0, len(ordered), batch_rows):
+        batch = pad_right(ordered[start : start + batch_rows], pad_id, device)
+        total += float(model(**batch, token_loss=True))
+        num_tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+    model.train(training)
+    return total, num_tokens
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, softcap: float | None) -> bool:
+    """Whether head(hidden), capped, gives the model's own logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.dim() != 2:
+        return False
+    training = model.training
+    model.eval()
+    ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
+    wanted = type(model).forward(model, ids, use_cache=False).logits.float()
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    logits = (hidden.to(head.weight.dtype) @ head.weight.T).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    model.train(training)
+    error = (logits - wanted).abs().max()
+    return bool(error <= PROBE_TOLERANCE * wanted.abs().max().clamp(min=1))

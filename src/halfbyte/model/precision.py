@@ -1,0 +1,85 @@
+"""Owns which dtype computes where: by compute capability on CUDA, by measurement on CPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.config.schema import ComputeDtype
+from halfbyte.errors import ModelError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FIRST_BF16_CAPABILITY = (8, 0)  # Ampere; a T4 is 7.5 and only emulates bf16
+GEMM_TOKENS, GEMM_IN, GEMM_OUT = 256, 576, 1536  # an MLP layer of a 135M model
+GEMM_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device, the dtype of matrix products there, and why that one."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """``fp32``, ``bf16`` or ``fp16``."""
+        return NAMES[self.dtype]
+
+
+def choose_compute(wanted: ComputeDtype, device: torch.device | None = None) -> Compute:
+    """Resolve ``model.compute_dtype``.
+
+    ``auto`` never asks ``torch.cuda.is_bf16_supported()``, which counts emulation as support.
+
+    Raises:
+        ModelError: bf16 on a CUDA device without it.
+    """
+    device = device or default_device()
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        native = capability >= FIRST_BF16_CAPABILITY
+        shown = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
+        if wanted == "bf16" and not native:
+            raise ModelError(
+                f"model.compute_dtype is bf16, but {shown} only emulates it (8.0 is needed); use auto,"
+                " fp32 or fp16"
+            )
+        if wanted != "auto":
+            return Compute(device, DTYPES[wanted], "as configured")
+        if native:
+            return Compute(device, torch.bfloat16, f"{shown} has bf16")
+        return Compute(device, torch.float32, f"{shown} has no bf16, and fp16 may overflow")
+    if wanted != "auto":
+        return Compute(device, DTYPES[wanted], "as configured")
+    fp32_s, bf16_s = gemm_seconds(torch.float32), gemm_seconds(torch.bfloat16)
+    ratio = bf16_s / fp32_s
+    chosen = torch.bfloat16 if ratio < 1 else torch.float32
+    return Compute(device, chosen, f"a measured step of bf16 takes {ratio:.1f}x the time of fp32 here")
+
+
+def default_device() -> torch.device:
+    """This process's CUDA device where there is one, else the CPU."""
+    import os
+
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def gemm_seconds(dtype: torch.dtype) -> float:
+    """Seconds of one linear layer's forward and input gradient on the CPU; the best of three."""
+    x = torch.randn(GEMM_TOKENS, GEMM_IN).to(dtype)
+    weight = torch.randn(GEMM_OUT, GEMM_IN).to(dtype)
+    gradient = torch.randn(GEMM_TOKENS, GEMM_OUT).to(dtype)
+    times = []
+    for _ in range(GEMM_REPEATS + 1):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        gradient @ weight
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

