@@ -45,6 +45,8 @@ def generate(
     """
     from transformers import GenerationConfig
 
+    # LoRA layers sit inside the base model, so that its generate() uses the adapter while it is on.
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
     decoding = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -58,12 +60,14 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     training = model.training
     model.eval()
+    # generate() fills what is unset from the model's own settings, which differ between variants.
+    own_settings, causal.generation_config = causal.generation_config, GenerationConfig()
     for start in range(0, len(order), batch_rows):
         rows = order[start : start + batch_rows]
         longest = max(len(prompts[row]) for row in rows)
         ids = [[pad_id] * (longest - len(prompts[row])) + prompts[row] for row in rows]
         mask = [[0] * (longest - len(prompts[row])) + [1] * len(prompts[row]) for row in rows]
-        made: Any = model.generate(  # type: ignore[operator]
+        made = causal.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=decoding,
@@ -72,6 +76,7 @@ def generate(
             answers[row] = _until_stop(new, set(stop_ids))
         if progress is not None:
             progress(len(answers))
+    causal.generation_config = own_settings
     model.train(training)
     return [answers[row] for row in range(len(prompts))]
 

@@ -1,0 +1,1 @@
+"""Owns the comparison: metrics, intervals, variants on the same prompts, the report."""

@@ -1,0 +1,84 @@
+"""Owns uncertainty: intervals for a variant's score and for the paired difference of two."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy import stats
+
+GAIN, NO_GAIN, LOSS = "gain", "no gain", "loss"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval; ``n`` rows."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+
+    def as_json(self) -> dict[str, float | int]:
+        """For report.json."""
+        return asdict(self)
+
+
+def mean_interval(scores: list[float], confidence: float, resamples: int, seed: int) -> Estimate:
+    """Mean of row scores with an interval.
+
+    Scores of 0 and 1 get Wilson's interval, which stays honest at 0 of n and n of n; others a BCa
+    bootstrap (Efron 1987).
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if np.isin(values, (0.0, 1.0)).all():
+        found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(
+            confidence_level=confidence, method="wilson"
+        )
+        return Estimate(float(values.mean()), float(found.low), float(found.high), len(values))
+    return _bootstrap(values, confidence, resamples, seed)
+
+
+def paired_difference(
+    ours: list[float], theirs: list[float], confidence: float, resamples: int, seed: int
+) -> Estimate:
+    """Mean of ours - theirs over the same rows, with a BCa bootstrap interval over rows."""
+    values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    return _bootstrap(values, confidence, resamples, seed)
+
+
+def judge(difference: Estimate) -> str:
+    """``gain`` or ``loss`` if the interval leaves out zero, else ``no gain``."""
+    if difference.ci_low > 0:
+        return GAIN
+    return LOSS if difference.ci_high < 0 else NO_GAIN
+
+
+def _bootstrap(values: np.ndarray, confidence: float, resamples: int, seed: int) -> Estimate:
+    mean = float(values.mean())
+    if len(values) < 2 or np.ptp(values) == 0:
+        # Equal values have no spread to resample. One row says nothing about others.
+        low, high = (-1.0, 1.0) if len(values) < 2 else (mean, mean)
+        return Estimate(mean, low, high, len(values))
+    with warnings.catch_warnings():
+        # BCa warns on degenerate jackknife values and returns NaN; the percentile method answers then.
+        warnings.simplefilter("ignore")
+        found = _scipy_bootstrap(values, confidence, resamples, seed, "BCa")
+        if not np.isfinite([found.low, found.high]).all():
+            found = _scipy_bootstrap(values, confidence, resamples, seed, "percentile")
+    return Estimate(mean, float(found.low), float(found.high), len(values))
+
+
+def _scipy_bootstrap(
+    values: np.ndarray, confidence: float, resamples: int, seed: int, method: str
+) -> stats._common.ConfidenceInterval:
+    return stats.bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        method=method,
+        random_state=np.random.default_rng(seed),
+        batch=256,
+    ).confidence_interval

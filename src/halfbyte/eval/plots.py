@@ -1,0 +1,83 @@
+"""Owns the report's pictures, as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+
+INK, OURS, OTHERS = "#1f2933", "#0f766e", "#94a3b8"
+TRAINED = ("adapter", "merged")
+
+
+def metric_bars(report: dict[str, Any]) -> str:
+    """The deciding metric of each variant with its interval."""
+    entries = report["variants"]
+    figure, axes = _figure(height=0.5 + 0.42 * len(entries))
+    for row, entry in enumerate(reversed(entries)):
+        estimate = entry[report["metric"]]
+        axes.barh(row, estimate["value"], color=_colour(entry), height=0.6)
+        axes.plot([estimate["ci_low"], estimate["ci_high"]], [row, row], color=INK, linewidth=1.5)
+        axes.text(estimate["ci_high"] + 0.01, row, f"{estimate['value']:.2f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(entries)), [entry["name"] for entry in reversed(entries)])
+    axes.set_xlim(0, 1.08)
+    axes.set_xlabel(report["metric"].replace("_", " "))
+    return _svg(figure)
+
+
+def memory_against_quality(report: dict[str, Any]) -> str:
+    """Each variant's weights in MB against the deciding metric."""
+    figure, axes = _figure(height=2.8)
+    for entry in report["variants"]:
+        estimate, megabytes = entry[report["metric"]], entry["weights_bytes"] / 1e6
+        axes.plot([megabytes] * 2, [estimate["ci_low"], estimate["ci_high"]], color=OTHERS, linewidth=1)
+        axes.plot(megabytes, estimate["value"], "o", color=_colour(entry))
+        axes.annotate(
+            entry["name"], (megabytes, estimate["value"]), xytext=(6, 4), textcoords="offset points", fontsize=9
+        )
+    axes.set_xlim(0, 1.35 * max(entry["weights_bytes"] for entry in report["variants"]) / 1e6)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("weights, MB")
+    axes.set_ylabel(report["metric"].replace("_", " "))
+    return _svg(figure)
+
+
+def loss_curve(records: list[dict[str, Any]]) -> str:
+    """Training and held-out loss by step, in nats per labelled token."""
+    figure, axes = _figure(height=2.8)
+    for key, label, colour, style in (
+        ("loss", "training", OTHERS, "-"),
+        ("eval_loss", "held out", OURS, "o-"),
+    ):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _colour(entry: dict[str, Any]) -> str:
+    return OURS if entry["name"] in TRAINED else OTHERS
+
+
+def _figure(height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    # A fixed salt and no date: the same numbers give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "halfbyte", "font.size": 10}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

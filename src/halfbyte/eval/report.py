@@ -1,0 +1,207 @@
+"""Owns the report: report.json for programs, report.md and report.html for people."""
+
+from __future__ import annotations
+
+import time
+from importlib import resources
+from typing import Any
+
+from halfbyte.config import Run
+from halfbyte.data.rows import Row
+from halfbyte.eval.compare import ADAPTER, BASE_FULL, FEWSHOT, MERGED, Variant
+from halfbyte.eval.intervals import GAIN, LOSS, NO_GAIN, judge, paired_difference
+from halfbyte.eval.plots import loss_curve, memory_against_quality, metric_bars
+from halfbyte.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
+
+MAX_LENGTH_FINISHES = 0.01
+MAX_TABLE_ROWS = 150
+
+
+def write_report(folder: RunDir, run: Run, rows: list[Row], variants: list[Variant]) -> dict[str, Any]:
+    """Write report.json, report.md, report.html and answers.jsonl; returns report.json's content."""
+    report = build_report(folder, run, variants)
+    write_jsonl(folder.eval / "answers.jsonl", _answers(rows, variants))
+    write_json(folder.eval / "report.json", report)
+    write_text(folder.eval / "report.md", as_markdown(report))
+    write_text(folder.eval / "report.html", _as_html(folder, report, rows, variants))
+    return report
+
+
+def build_report(folder: RunDir, run: Run, variants: list[Variant]) -> dict[str, Any]:
+    """Figures, differences and the verdict, as plain values."""
+    manifest, ledger = read_json(folder.manifest), read_json(folder.ledger)
+    entries = [variant.as_json(run) for variant in variants]
+    metric = run.eval.metrics[0]
+    differences = _differences(run, variants, metric)
+    for entry in entries:
+        found = differences.get(entry["name"])
+        entry["verdict"] = found["verdict"] if found else _overall(differences)
+    return {
+        "run": run.name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "base": manifest["base"],
+        "metric": metric,
+        "n": len(variants[0].answers),
+        "confidence": run.eval.confidence,
+        "verdict": _verdict_line(entries, differences, metric, run),
+        "variants": entries,
+        "differences": differences,
+        "decoding": {
+            "greedy": True,
+            "max_new_tokens": run.eval.max_new_tokens,
+            "stop_ids": manifest["stop_ids"],
+            "batch_size": run.eval.batch_size,
+            "chat_template_sha256": manifest["chat_template_sha256"],
+            "compute_dtype": manifest["compute_dtype"]["name"],
+        },
+        "rows": {"in": ledger["rows_in"], "trained": ledger["trained"], "dropped": ledger["dropped"]},
+        "notes": _notes(ledger, entries, manifest),
+    }
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as a page of Markdown."""
+    metrics = [key for key in ("exact_match", "field_match", "chrf", "rouge_l") if key in report["variants"][0]]
+    head = ["variant", *metrics, "held-out loss", "weights", "tokens/s", "cut off", "adapter against it"]
+    lines = [f"# {report['run']}", "", f"**{report['verdict']}**", ""]
+    lines += [f"{report['n']} held-out rows, {report['confidence']:.0%} intervals.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for entry in report["variants"]:
+        cells = [entry["name"], *(_interval(entry[metric]) for metric in metrics)]
+        cells += [f"{entry['held_out_loss']:.3f}", f"{entry['weights_bytes'] / 1e6:.0f} MB"]
+        cells += [f"{entry['tokens_per_s']:.0f}", str(entry["finish_reasons"]["length"])]
+        difference = report["differences"].get(entry["name"])
+        cells.append(_signed(difference) if difference else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {note}" for note in report["notes"]), ""]
+    return "\n".join(lines)
+
+
+def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, dict[str, Any]]:
+    """The adapter's paired difference to every other variant on the deciding metric."""
+    by_name = {variant.name: variant for variant in variants}
+    ours = by_name.get(ADAPTER) or by_name.get(MERGED)
+    if ours is None:
+        return {}
+    settings = run.eval
+    found = {}
+    for other in variants:
+        if other is ours:
+            continue
+        difference = paired_difference(
+            ours.scores[metric], other.scores[metric], settings.confidence, settings.resamples, run.seed
+        )
+        found[other.name] = {**difference.as_json(), "verdict": judge(difference)}
+    return found
+
+
+def _overall(differences: dict[str, dict[str, Any]]) -> str:
+    """Against everything but the merged copy of itself: the worst of the verdicts."""
+    verdicts = {found["verdict"] for name, found in differences.items() if name != MERGED}
+    for verdict in (LOSS, NO_GAIN, GAIN):
+        if verdict in verdicts:
+            return verdict
+    return NO_GAIN
+
+
+def _verdict_line(
+    entries: list[dict[str, Any]], differences: dict[str, dict[str, Any]], metric: str, run: Run
+) -> str:
+    ours = next((e for e in entries if e["name"] in (ADAPTER, MERGED)), None)
+    if ours is None or not differences:
+        return "No verdict: the comparison has no trained variant or nothing to compare it with."
+    own = next((e for e in entries if e["name"] == ADAPTER), ours)
+    baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines)]
+    parts = [
+        f"{differences[name]['verdict']} against {name} ({_signed(differences[name])})"
+        for name in (*baselines, "base-nf4")
+        if name in differences
+    ]
+    return f"{own['name']}: {metric} {_interval(own[metric])} — " + "; ".join(parts) + "."
+
+
+def _notes(ledger: dict[str, Any], entries: list[dict[str, Any]], manifest: dict[str, Any]) -> list[str]:
+    notes = [f"Base: {manifest['base']['origin']}."]
+    near = ledger["near_duplicates"]
+    if near:
+        notes.append(
+            f"{len(near)} pairs of training and held-out prompts are near duplicates (Jaccard of"
+            f" 5-character shingles from {near[-1]['jaccard']}); see ledger.json. Exact duplicates: none."
+        )
+    else:
+        notes.append("No training prompt is an exact or near duplicate of a held-out one.")
+    for entry in entries:
+        cut = entry["finish_reasons"]["length"]
+        if cut > MAX_LENGTH_FINISHES * sum(entry["finish_reasons"].values()):
+            notes.append(f"{entry['name']}: {cut} answers were cut off at eval.max_new_tokens.")
+    notes.append(
+        "tokens/s are of this one sitting, batched; compare them with each other, not with other machines."
+    )
+    return notes
+
+
+def _answers(rows: list[Row], variants: list[Variant]) -> list[dict[str, Any]]:
+    return [
+        {
+            "place": row.place,
+            "prompt": row.messages[-2].content,
+            "wanted": row.answer,
+            "answers": {v.name: v.answers[i] for v in variants},
+            "scores": {v.name: {m: s[i] for m, s in v.scores.items()} for v in variants},
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def _as_html(folder: RunDir, report: dict[str, Any], rows: list[Row], variants: list[Variant]) -> str:
+    import jinja2
+
+    metric = report["metric"]
+    records = list(read_jsonl(folder.metrics))
+    template = resources.files("halfbyte.eval").joinpath("templates/report.html.jinja").read_text("utf-8")
+    table = _wins_and_losses(rows, variants, metric)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template).render(
+        report=report,
+        interval=_interval,
+        signed=_signed,
+        plots=[
+            ("Score with interval", metric_bars(report)),
+            ("Memory against quality", memory_against_quality(report)),
+            ("Loss during training", loss_curve(records)),
+        ],
+        wins=table,
+        shown=table[:MAX_TABLE_ROWS],
+    )
+
+
+def _wins_and_losses(rows: list[Row], variants: list[Variant], metric: str) -> list[dict[str, Any]]:
+    """Rows on which the trained variant and the full-size base differ; losses come first."""
+    by_name = {variant.name: variant for variant in variants}
+    ours = by_name.get(ADAPTER) or by_name.get(MERGED) or variants[-1]
+    theirs = by_name.get(BASE_FULL) or by_name.get(FEWSHOT) or variants[0]
+    table = []
+    for i, row in enumerate(rows):
+        difference = ours.scores[metric][i] - theirs.scores[metric][i]
+        if difference:
+            table.append(
+                {
+                    "outcome": "win" if difference > 0 else "loss",
+                    "prompt": row.messages[-2].content,
+                    "wanted": row.answer,
+                    "ours": ours.answers[i],
+                    "theirs": theirs.answers[i],
+                    "ours_name": ours.name,
+                    "theirs_name": theirs.name,
+                }
+            )
+    return sorted(table, key=lambda entry: entry["outcome"])
+
+
+def _interval(estimate: dict[str, Any]) -> str:
+    return f"{estimate['value']:.3f} [{estimate['ci_low']:.3f}, {estimate['ci_high']:.3f}]"
+
+
+def _signed(difference: dict[str, Any]) -> str:
+    low, high = difference["ci_low"], difference["ci_high"]
+    return f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"

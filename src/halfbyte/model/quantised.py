@@ -1,0 +1,45 @@
+"""Owns the way back from bitsandbytes' storage to plain weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a linear layer holds 4-bit or 8-bit weights."""
+    weight = getattr(layer, "weight", None)
+    return getattr(weight, "quant_state", None) is not None or getattr(weight, "SCB", None) is not None
+
+
+def dequantised_weight(layer: nn.Module) -> torch.Tensor:
+    """The layer's weight (out, in) in fp32: exactly what its stored codes and constants stand for."""
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        # The state's dtype is the compute dtype; a bf16 one would round the result.
+        exact = copy.copy(state)
+        exact.dtype = torch.float32
+        return dequantize_4bit(weight.data, exact).reshape(state.shape).float()
+    scales = getattr(weight, "SCB", None)
+    if scales is not None:
+        codes = getattr(weight, "CB", None)
+        codes = weight.data if codes is None else codes
+        return codes.float() * scales.float()[:, None] / 127.0  # type: ignore[operator,union-attr]
+    return weight.detach().float()  # type: ignore[operator,union-attr,return-value]
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a loaded model compute in ``dtype`` from now on, keeping the stored codes as they are."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            module.compute_dtype = dtype
+            state.dtype = dtype

@@ -1,0 +1,42 @@
+"""Owns reading a trained run back: its base, its renderer, the dtype it computed in."""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.config import Run
+from halfbyte.data.render import Renderer
+from halfbyte.errors import RunError
+from halfbyte.model.load import load_tokenizer
+from halfbyte.model.precision import Compute, choose_compute, default_device
+from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.run_dir import RunDir, read_json
+
+
+def trained_base(folder: RunDir, run: Run) -> Base:
+    """The base that a run was trained on.
+
+    Raises:
+        RunError: the run is not trained, or the base is another one by now.
+    """
+    folder.trained()
+    base = resolve_base(run.model.name, run.model.revision)
+    if read_json(folder.manifest)["base"]["fingerprint"] != base.fingerprint:
+        raise RunError(f"{folder.path}: the base {base.name} has changed since the run was trained")
+    return base
+
+
+def saved_renderer(folder: RunDir, run: Run, base: Base) -> Renderer:
+    """The renderer with the chat template that the run was trained with."""
+    adapter = folder.trained()
+    tokenizer = load_tokenizer(Base(base.name, str(adapter), None, base.origin, base.fingerprint))
+    return Renderer(tokenizer, None, run.data.loss_on)
+
+
+def same_compute(folder: RunDir) -> Compute:
+    """The compute dtype that the run was trained with, if this machine is of the same kind."""
+    manifest = read_json(folder.manifest)
+    device = default_device()
+    if torch.device(manifest["device"]).type == device.type:
+        return choose_compute(manifest["compute_dtype"]["name"], device)
+    return choose_compute("auto", device)

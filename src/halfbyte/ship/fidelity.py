@@ -1,0 +1,92 @@
+"""Owns the measure of a copy against the trained model: KL, top-1 agreement and loss on held-out rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from halfbyte.data.render import IGNORED
+from halfbyte.model.loss import pad_right
+
+LOGITS_BYTES = 512 << 20  # kept for the trained model, in fp32
+BATCH_ROWS = 4
+
+Rows = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The trained model's log-probabilities (N, V), fp32 on CPU, and its loss, on given rows."""
+
+    log_probs: torch.Tensor
+    loss: float
+    positions: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a copy is to the trained model.
+
+    Attributes:
+        kl_nats_per_token: mean KL(trained ‖ copy) over positions.
+        top1_agreement: share of positions with the same most likely next token.
+        loss: mean over labelled tokens, in nats.
+    """
+
+    kl_nats_per_token: float
+    top1_agreement: float
+    loss: float
+    num_positions: int
+
+    def as_json(self) -> dict[str, float | int]:
+        """For merge_report.json."""
+        return asdict(self)
+
+
+def choose_positions(rows: Rows, vocabulary: int) -> list[list[int]]:
+    """For each row the positions that are compared: all, or its last ones if memory is short."""
+    each = max(1, LOGITS_BYTES // (4 * vocabulary) // len(rows))
+    return [list(range(max(0, len(ids) - 1 - each), len(ids) - 1)) for ids, _ in rows]
+
+
+def reference(model: nn.Module, rows: Rows, pad_id: int, vocabulary: int) -> Reference:
+    """What the trained model predicts on the rows."""
+    positions = choose_positions(rows, vocabulary)
+    log_probs, loss = _predict(model, rows, positions, pad_id)
+    return Reference(log_probs, loss, positions)
+
+
+def fidelity(model: nn.Module, rows: Rows, pad_id: int, trained: Reference) -> Fidelity:
+    """Compare a copy's predictions with the trained model's, position by position."""
+    log_probs, loss = _predict(model, rows, trained.positions, pad_id)
+    kl, same = 0.0, 0
+    for start in range(0, len(log_probs), 256):
+        ours, theirs = trained.log_probs[start : start + 256], log_probs[start : start + 256]
+        kl += float((ours.double().exp() * (ours.double() - theirs.double())).sum())
+        same += int((ours.argmax(1) == theirs.argmax(1)).sum())
+    count = len(log_probs)
+    return Fidelity(kl / count, same / count, loss, count)
+
+
+@torch.no_grad()
+def _predict(
+    model: nn.Module, rows: Rows, positions: list[list[int]], pad_id: int
+) -> tuple[torch.Tensor, float]:
+    device = next(model.parameters()).device
+    model.eval()
+    chosen, total, count = [], 0.0, 0
+    for start in range(0, len(rows), BATCH_ROWS):
+        part = rows[start : start + BATCH_ROWS]
+        batch = pad_right(part, pad_id, device)
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        for row, keep in enumerate(positions[start : start + BATCH_ROWS]):
+            chosen.append(torch.log_softmax(logits[row, keep].float(), dim=-1).cpu())
+        labels = batch["labels"][:, 1:]
+        mask = labels != IGNORED
+        total += float(
+            nn.functional.cross_entropy(logits[:, :-1][mask].float(), labels[mask], reduction="sum")
+        )
+        count += int(mask.sum())
+    return torch.cat(chosen), total / count

@@ -1,0 +1,151 @@
+"""Owns the arithmetic of the merge: W + s·BA, or DoRA's normalised form, one layer at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from halfbyte.errors import RunError
+from halfbyte.model.quantised import dequantised_weight
+
+SHARD_BYTES = 2 << 30
+INDEX = "model.safetensors.index.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Update:
+    """A layer's LoRA matrices in fp32: ``a`` (r, in), ``b`` (out, r), DoRA's magnitude (out,) or None."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    def fold(self, weight: torch.Tensor) -> torch.Tensor:
+        """The merged fp32 weight (out, in).
+
+        LoRA: W + s·BA (arXiv 2106.09685 §4.1). DoRA: m·(W + s·BA)/‖W + s·BA‖, the norm over each
+        row of (out, in) (arXiv 2402.09353 eq. 5).
+        """
+        merged = torch.addmm(weight, self.b, self.a, alpha=self.scale)
+        if self.magnitude is None:
+            return merged
+        norms = torch.linalg.vector_norm(merged, dim=1)
+        return merged * (self.magnitude / norms)[:, None]
+
+
+def read_updates(adapter: Path) -> dict[str, Update]:
+    """A saved adapter's updates by layer name, such as ``model.layers.0.self_attn.q_proj``.
+
+    Raises:
+        RunError: the adapter holds something that this formula does not cover.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    odd = [key for key in ("alpha_pattern", "rank_pattern", "modules_to_save") if config.get(key)]
+    if odd or config.get("bias", "none") != "none":
+        raise RunError(f"{adapter}: has {', '.join(odd) or 'trained biases'}, which halfbyte does not merge")
+    divisor = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
+    scale = config["lora_alpha"] / divisor
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        tensors = {name.removeprefix(PREFIX): file.get_tensor(name).float() for name in file.keys()}
+    updates = {}
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        layer = name.removesuffix(".lora_A.weight")
+        updates[layer] = Update(
+            tensors.pop(name),
+            tensors.pop(f"{layer}.lora_B.weight"),
+            scale,
+            tensors.pop(f"{layer}.lora_magnitude_vector", None),
+        )
+    if tensors or not updates:
+        raise RunError(f"{adapter}: tensors without a place in the merge: {sorted(tensors)[:3]}")
+    return updates
+
+
+def merged_tensors(
+    model: nn.Module, updates: dict[str, Update], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the merged checkpoint, one at a time, folded in fp32 and stored in ``dtype``.
+
+    ``model`` is a plain or quantised causal model, with or without PEFT's layers around its own;
+    quantised layers are dequantised one by one. Tied weights come once.
+
+    Raises:
+        RunError: an update found no layer, or a value is not finite or overflows ``dtype``.
+    """
+    folded: set[str] = set()
+    seen: set[int] = set()
+    modules = dict(model.named_modules())
+    for full_name, parameter in model.named_parameters():
+        if "lora_" in full_name or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        owner, _, leaf = full_name.rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        tensor = parameter.detach()
+        if leaf == "weight" and isinstance(modules[owner], nn.Linear):
+            tensor = dequantised_weight(modules[owner])
+            if layer in updates:
+                update = updates[layer]
+                device = tensor.device
+                on_device = Update(
+                    update.a.to(device),
+                    update.b.to(device),
+                    update.scale,
+                    None if update.magnitude is None else update.magnitude.to(device),
+                )
+                tensor = on_device.fold(tensor)
+                folded.add(layer)
+        stored = tensor.to(dtype)
+        if not torch.isfinite(stored).all():
+            raise RunError(f"{layer}.{leaf}: NaN or infinity after merging to {dtype}; try merge.dtype=fp32")
+        yield f"{layer}.{leaf}", stored.cpu().contiguous()
+    lost = sorted(set(updates) - folded)
+    if lost:
+        raise RunError(f"merge: {len(lost)} adapted layers are not in the base: {lost[:3]}")
+
+
+def write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
+    """Write tensors as safetensors, holding one shard in memory; returns their bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shard: dict[str, torch.Tensor] = {}
+    shards: list[list[str]] = []
+    total = held = 0
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > SHARD_BYTES:
+            _write_shard(folder, shard, shards)
+            shard, held = {}, 0
+        shard[name] = tensor
+        held += tensor.nbytes
+        total += tensor.nbytes
+    _write_shard(folder, shard, shards)
+    _name_shards(folder, shards, total)
+    return total
+
+
+def _write_shard(folder: Path, shard: dict[str, torch.Tensor], shards: list[list[str]]) -> None:
+    shards.append(list(shard))
+    save_file(shard, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
+    """Give the shards the names that transformers expects, now that their number is known."""
+    if len(shards) == 1:
+        (folder / "shard-1.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,232 @@
+"""Owns the merge: fold the adapter into both bases, measure both from disk, keep the faithful one."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halfbyte.config import Run
+from halfbyte.data.questions import held_out_rows, questions
+from halfbyte.data.render import Renderer
+from halfbyte.errors import RunError
+from halfbyte.model.activations import free_bytes
+from halfbyte.model.adapter import load_adapter
+from halfbyte.model.footprint import num_parameters
+from halfbyte.model.load import Loaded, load_model
+from halfbyte.model.packaged import file_sha256
+from halfbyte.model.precision import DTYPES, NAMES, Compute, default_device
+from halfbyte.model.quantised import compute_in
+from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.model.trained import same_compute, saved_renderer, trained_base
+from halfbyte.run_dir import RunDir, move_aside, provenance, read_json, write_json, write_text
+from halfbyte.ship.card import model_card
+from halfbyte.ship.fidelity import Fidelity, Reference, Rows, fidelity, reference
+from halfbyte.ship.fold import Update, merged_tensors, read_updates, write_shards
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FULL, DEQUANTISED = "full", "dequantised"
+USABLE_FRAC = 0.6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One merge on disk, measured after reloading it."""
+
+    base: str
+    dtype: str
+    folder: Path
+    weights_bytes: int
+    fidelity: Fidelity
+
+    def as_json(self) -> dict[str, Any]:
+        """For merge_report.json."""
+        return {
+            "base": self.base,
+            "dtype": self.dtype,
+            "weights_bytes": self.weights_bytes,
+            **self.fidelity.as_json(),
+        }
+
+
+class _Work:
+    """What every step of one merge needs."""
+
+    def __init__(self, folder: RunDir, run: Run) -> None:
+        self.folder, self.run = folder, run
+        self.told = read_json(folder.manifest)
+        self.base: Base = trained_base(folder, run)
+        self.renderer: Renderer = saved_renderer(folder, run, self.base)
+        self.updates: dict[str, Update] = read_updates(folder.trained())
+        rows = held_out_rows(folder, run.merge.rows, run.seed)
+        self.rows: Rows = [(q.ids, q.labels) for q in questions(rows, self.renderer)]
+        self.pad_id = int(self.renderer.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
+def merge(folder: RunDir, run: Run) -> dict[str, Any]:
+    """Write ``merged/`` and return the content of its merge_report.json.
+
+    The trained model is the quantised base with its adapter. Each candidate is written, reloaded
+    from disk and compared with it in fp32 where memory allows, so that the figures are about the
+    weights and not about the arithmetic of one device.
+
+    Raises:
+        RunError: the run is not trained, or the kept merge misses ``merge.max_kl`` or
+            ``merge.min_top1``; then nothing is kept.
+    """
+    work = _Work(folder, run)
+    trained = _load_trained(work)
+    arithmetic = _arithmetic(num_parameters(trained.model))
+    model = load_adapter(trained, folder.adapter)
+    compute_in(model, arithmetic.dtype)
+    told = reference(model, work.rows, work.pad_id, trained.model.config.vocab_size)
+    dtype = DTYPES[run.merge.dtype] if run.merge.dtype != "auto" else _stored_dtype(work.base)
+    candidates = []
+    try:
+        if run.model.precision not in DTYPES:
+            candidates.append(_candidate(work, DEQUANTISED, trained.model, dtype, arithmetic, told))
+        del model, trained
+        gc.collect()
+        full = load_model(work.base, NAMES[_stored_dtype(work.base)], compute=_as_stored(work.base))  # type: ignore[arg-type]
+        candidates.append(_candidate(work, FULL, full.model, dtype, arithmetic, told))
+        del full
+        gc.collect()
+        kept = _choose(candidates, run)
+        report = _report(work, candidates, kept, told, arithmetic)
+        _finish(work, kept, report)
+    finally:
+        for base in (FULL, DEQUANTISED):
+            shutil.rmtree(_scratch(folder, base), ignore_errors=True)
+    return report
+
+
+def _load_trained(work: _Work) -> Loaded:
+    # The same dtype as in training: codes quantised from fp32 weights are not those from bf16 ones.
+    return load_model(
+        work.base,
+        work.run.model.precision,
+        double_quant=work.run.model.double_quant,
+        compute=same_compute(work.folder),
+    )
+
+
+def _arithmetic(num_weights: int) -> Compute:
+    """fp32 where a merged fp32 model fits, else bf16."""
+    device = default_device()
+    fits = 4 * num_weights < USABLE_FRAC * free_bytes(device)
+    return Compute(device, torch.float32 if fits else torch.bfloat16, "measurement")
+
+
+def _stored_dtype(base: Base) -> torch.dtype:
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(base.path).get_text_config().dtype
+    return dtype if dtype in NAMES else torch.float32
+
+
+def _as_stored(base: Base) -> Compute:
+    return Compute(torch.device("cpu"), _stored_dtype(base), "as stored")
+
+
+def _candidate(
+    work: _Work,
+    base: str,
+    model: nn.Module,
+    dtype: torch.dtype,
+    arithmetic: Compute,
+    told: Reference,
+) -> Candidate:
+    """Fold into ``model``, write, reload from disk, measure."""
+    folder = _scratch(work.folder, base)
+    shutil.rmtree(folder, ignore_errors=True)
+    num_bytes = write_shards(folder, merged_tensors(model, work.updates, dtype))
+    config: Any = model.config
+    plain = config.__class__.from_dict(
+        {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    )
+    plain.dtype = dtype
+    plain.architectures = [type(model).__name__]
+    plain.save_pretrained(folder)
+    settings: Any = model.generation_config
+    settings.eos_token_id = work.renderer.stop_ids
+    settings.pad_token_id = work.pad_id
+    settings.save_pretrained(folder)
+    work.renderer.tokenizer.save_pretrained(folder)
+    reloaded = load_model(resolve_base(str(folder)), arithmetic.name, compute=arithmetic)  # type: ignore[arg-type]
+    measured = fidelity(reloaded.model, work.rows, work.pad_id, told)
+    return Candidate(base, NAMES[dtype], folder, num_bytes, measured)
+
+
+def _choose(candidates: list[Candidate], run: Run) -> Candidate:
+    """The candidate that the config asks for, if it is close enough to the trained model."""
+    wanted = run.merge.base
+    named = {candidate.base: candidate for candidate in candidates}
+    if wanted == "closer":
+        kept = min(candidates, key=lambda candidate: candidate.fidelity.kl_nats_per_token)
+    elif wanted in named:
+        kept = named[wanted]
+    else:
+        raise RunError(
+            f"merge.base is {wanted}, but the run trained on an unquantised {run.model.precision} base;"
+            " use full or closer"
+        )
+    found = kept.fidelity
+    close = (
+        found.kl_nats_per_token <= run.merge.max_kl and found.top1_agreement >= run.merge.min_top1
+    )
+    if not close:
+        measured = "; ".join(
+            f"{c.base} base in {c.dtype}: KL {c.fidelity.kl_nats_per_token:.2e} nats/token, top-1"
+            f" {c.fidelity.top1_agreement:.2%}"
+            for c in candidates
+        )
+        raise RunError(
+            f"the merged model is not the trained one: {measured}; allowed: KL {run.merge.max_kl:g},"
+            f" top-1 {run.merge.min_top1:.0%}. Nothing was kept. Use merge.base=closer or"
+            " merge.dtype=fp32, or accept it with merge.max_kl and merge.min_top1"
+        )
+    return kept
+
+
+def _report(
+    work: _Work, candidates: list[Candidate], kept: Candidate, told: Reference, arithmetic: Compute
+) -> dict[str, Any]:
+    files = sorted(kept.folder.glob("*.safetensors"))
+    return {
+        "run": work.run.name,
+        "base": work.base.as_json(),
+        "asked": work.run.merge.base,
+        "kept": kept.as_json(),
+        "candidates": [candidate.as_json() for candidate in candidates],
+        "trained": {"precision": work.run.model.precision, "loss": told.loss},
+        "measured": {
+            "rows": len(work.rows),
+            "positions": len(told.log_probs),
+            "arithmetic": f"{arithmetic.name} on {arithmetic.device}",
+            "reloaded_from_disk": True,
+        },
+        "limits": {"max_kl": work.run.merge.max_kl, "min_top1": work.run.merge.min_top1},
+        "sha256": {file.name: file_sha256(file) for file in files},
+        **provenance(),
+    }
+
+
+def _finish(work: _Work, kept: Candidate, report: dict[str, Any]) -> None:
+    write_json(kept.folder / "merge_report.json", report)
+    write_text(kept.folder / "README.md", model_card(work.told, report, work.run))
+    if work.folder.merged.exists():
+        old = move_aside(work.folder.merged)
+        kept.folder.rename(work.folder.merged)
+        shutil.rmtree(old)
+    else:
+        kept.folder.rename(work.folder.merged)
+
+
+def _scratch(folder: RunDir, base: str) -> Path:
+    return folder.path / f".merging-{base}"
