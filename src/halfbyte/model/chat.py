@@ -1,0 +1,132 @@
+"""Owns asking one loaded model one thing: a conversation, perhaps with a picture, to an answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.data.render import Renderer
+from halfbyte.data.rows import Message
+from halfbyte.errors import ModelError
+from halfbyte.model.footprint import constants_bytes, kinds, num_parameters, weights_bytes
+from halfbyte.model.generate import generate
+from halfbyte.model.load import Loaded
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer with its speed."""
+
+    text: str
+    num_tokens: int
+    seconds: float
+    finish_reason: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second, prompt processing included."""
+        return self.num_tokens / self.seconds
+
+
+def describe(loaded: Loaded) -> str:
+    """The dtype of each kind of parameter, and the footprint as counted and as it truly is."""
+    model = loaded.model
+    lines = [f"{'kind':<24}{'stored as':<18}{'parameters':>16}{'bytes':>16}"]
+    for kind in kinds(model):
+        lines.append(
+            f"{kind.name:<24}{kind.stored_as:<18}{kind.num_parameters:>16,}{kind.num_bytes:>16,}"
+        )
+    counted, constants = int(model.get_memory_footprint()), constants_bytes(model)
+    lines += [
+        f"parameters:                        {num_parameters(model):>16,}",
+        f"footprint, as transformers counts: {counted:>16,} bytes",
+        f"footprint, true:                   {weights_bytes(model):>16,} bytes"
+        f" (with {constants:,} bytes of quantisation constants)",
+        f"compute: {loaded.compute.name} on {loaded.compute.device} ({loaded.compute.reason})",
+    ]
+    return "\n".join(lines)
+
+
+def reply(loaded: Loaded, renderer: Renderer, messages: tuple[Message, ...], max_new_tokens: int) -> Reply:
+    """The greedy answer to a conversation that ends with the user."""
+    start = time.perf_counter()
+    (answer,) = generate(
+        loaded.model,
+        [renderer.encode_prompt(messages)],
+        stop_ids=renderer.stop_ids,
+        pad_id=int(renderer.tokenizer.pad_token_id),  # type: ignore[arg-type]
+        max_new_tokens=max_new_tokens,
+        batch_rows=1,
+    )
+    seconds = time.perf_counter() - start
+    num_tokens = len(answer.ids) + (answer.finish_reason == "stop")
+    return Reply(renderer.decode(answer.ids), num_tokens, seconds, answer.finish_reason)
+
+
+@torch.no_grad()
+def reply_to_image(
+    loaded: Loaded, processor: Any, messages: tuple[Message, ...], image: Path, max_new_tokens: int
+) -> Reply:
+    """The greedy answer of an image-and-text model to a prompt with a picture before it.
+
+    Raises:
+        ModelError: the picture cannot be read, or Pillow is missing.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise ModelError("--image needs Pillow: pip install 'halfbyte[image]'") from None
+    try:
+        picture = Image.open(image).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ModelError(f"--image {image}: cannot be read as a picture: {error}") from None
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        content: list[dict[str, Any]] = [{"type": "text", "text": message.content}]
+        if message is messages[-1]:
+            content.insert(0, {"type": "image", "image": picture})
+        turns.append({"role": message.role, "content": content})
+    inputs = processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(loaded.compute.device, dtype=loaded.compute.dtype)
+    length = inputs["input_ids"].shape[1]
+    start = time.perf_counter()
+    made: Any = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+    new = made[0, length:].tolist()
+    text = str(processor.decode(new, skip_special_tokens=True)).strip()
+    reason = "length" if len(new) == max_new_tokens else "stop"
+    return Reply(text, len(new), time.perf_counter() - start, reason)
+
+
+def chat(
+    answer: Callable[[tuple[Message, ...]], Reply],
+    system: str | None,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = print,
+) -> None:
+    """A conversation on the terminal until /quit or end of input; /reset forgets the turns so far."""
+    opening = (Message("system", system),) if system else ()
+    messages = opening
+    write("Type a message; /reset begins anew, /quit ends.")
+    while True:
+        try:
+            text = read("you> ").strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            messages = opening
+            continue
+        if not text:
+            continue
+        messages = (*messages, Message("user", text))
+        made = answer(messages)
+        write(f"model> {made.text}")
+        write(f"       ({made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s)")
+        messages = (*messages, Message("assistant", made.text or " "))
