@@ -19,7 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="Hub id, local folder, .gguf file, pypi:PACKAGE or a run folder")
+    parser.add_argument(
+        "model", help="Hub id, local folder, .gguf file, pypi:PACKAGE or a run folder"
+    )
     parser.add_argument("--revision", help="Hub revision")
     parser.add_argument("--precision", choices=get_args(Precision), default="nf4")
     parser.add_argument("--no-double-quant", action="store_true", help="constants in fp32")
@@ -40,8 +42,8 @@ def main() -> None:
     from halfbyte.data.rows import Message
     from halfbyte.model.chat import Reply, chat, describe, reply, reply_to_image
     from halfbyte.model.load import load_model, load_multimodal, load_tokenizer
-    from halfbyte.model.trained import load_trained
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.trained import load_trained
 
     lead = (Message("system", arguments.system),) if arguments.system else ()
     double_quant = not arguments.no_double_quant
@@ -74,7 +76,9 @@ def main() -> None:
         chat(answer, arguments.system)
         return
     made = answer((*lead, Message("user", arguments.prompt)))
-    print(f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s, {made.finish_reason}")
+    print(
+        f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s, {made.finish_reason}"
+    )
 
 
 if __name__ == "__main__":

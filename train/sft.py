@@ -101,7 +101,9 @@ def main() -> None:
     facts = {"finished": False, "adapted_layers": num_adapted, "trainable": num_trainable}
     if session.is_main:
         write_manifest(session, run, loaded, renderer, facts)
-    say(f"before step 1: loss {check_first_step(trainer):.3f} on the longest rows; gradients are finite")
+    say(
+        f"before step 1: loss {check_first_step(trainer):.3f} on the longest rows; gradients are finite"
+    )
 
     done = trainer.train(resume_from_checkpoint=str(session.resume) if session.resume else None)
     held_out_loss = trainer.final_loss()

@@ -1,15 +1,15 @@
 """Owns a run folder: the names and meaning of everything in it, atomic writes, provenance.
 
-    run.yaml           the fully resolved config
-    manifest.json      where the base, the data and the code came from, and what the run cost
-    ledger.json        rows in = trained + held out + dropped{reason}
-    metrics.jsonl      one line of numbers for each logged step; the same numbers go to W&B
-    samples.jsonl      answers to held-out prompts, written during training
-    data/              the held-out rows (test, validation) and the few-shot examples
-    checkpoints/       checkpoint-<step>/ of the Trainer
-    adapter/           the trained adapter with tokenizer and chat template
-    merged/            the merged model, and merge_report.json
-    eval/              report.json, report.md, report.html, answers.jsonl
+run.yaml           the fully resolved config
+manifest.json      where the base, the data and the code came from, and what the run cost
+ledger.json        rows in = trained + held out + dropped{reason}
+metrics.jsonl      one line of numbers for each logged step; the same numbers go to W&B
+samples.jsonl      answers to held-out prompts, written during training
+data/              the held-out rows (test, validation) and the few-shot examples
+checkpoints/       checkpoint-<step>/ of the Trainer
+adapter/           the trained adapter with tokenizer and chat template
+merged/            the merged model, and merge_report.json
+eval/              report.json, report.md, report.html, answers.jsonl
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
 
-from halfbyte.config.schema import Run
+from halfbyte.config.schema import Run, Variant
 from halfbyte.config.source import KeyPath, Source
 
 FOUR_BIT = ("nf4", "fp4")
@@ -14,121 +14,168 @@ SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|\b[0-9a-f]{40}\b|wandb_v1_\w{20,}|sk-[
 RUN_NAME = re.compile(r"[\w.=+,~-]+")
 
 
+Rule = tuple[bool, str, str]  # is it a fault; dotted key; what is wrong and what to do
+Written = Callable[[str], bool]
+
+
 def cross_faults(run: Run, source: Source) -> list[str]:
     """Contradictions and options without effect, each as one line."""
 
-    def written(*path: str) -> bool:
+    def written(dotted: str) -> bool:
         node: Any = source.values
-        for part in path:
-            if not isinstance(node, dict) or part not in node:
-                return False
-            node = node[part]
+        for part in dotted.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
         return node is not None
 
-    def fault(path: KeyPath, text: str) -> str:
-        return f"{source.place(path)}: {'.'.join(map(str, path))} {text}"
-
-    faults = []
-    four_bit = run.model.precision in FOUR_BIT
-    if written("model", "double_quant") and run.model.double_quant and not four_bit:
-        faults.append(
-            fault(
-                ("model", "double_quant"),
-                f"has no effect with model.precision {run.model.precision}; it belongs to nf4 and fp4",
-            )
-        )
-    stored = run.model.precision
-    if stored in ("fp32", "bf16", "fp16") and run.model.compute_dtype not in ("auto", stored):
-        faults.append(
-            fault(
-                ("model", "compute_dtype"),
-                f"is {run.model.compute_dtype} but model.precision is {stored}: unquantised weights"
-                f" compute in the dtype they are stored in; remove it or write {stored}",
-            )
-        )
-    if run.model.revision and (run.model.name.startswith(("pypi:", "/", ".", "~"))):
-        faults.append(
-            fault(("model", "revision"), f"has no effect: {run.model.name!r} is not on the Hub")
-        )
-    if run.adapter.init in ("pissa", "olora") and (four_bit or stored == "int8"):
-        faults.append(
-            fault(
-                ("adapter", "init"),
-                f"is {run.adapter.init}, which rewrites the base weights; on a {stored} base they would"
-                " be quantised a second time and the saved adapter would not fit the published base."
-                " Use default or loftq, or model.precision bf16/fp32",
-            )
-        )
-    if run.adapter.init == "loftq" and not four_bit:
-        faults.append(
-            fault(("adapter", "init"), f"is loftq, which needs a 4-bit base; model.precision is {stored}")
-        )
-    if run.adapter.init == "loftq" and run.adapter.dora:
-        faults.append(
-            fault(("adapter", "init"), "is loftq, which PEFT does not combine with adapter.dora")
-        )
-    if isinstance(run.adapter.targets, list) and not run.adapter.targets:
-        faults.append(fault(("adapter", "targets"), "is empty: nothing would be trained"))
-    faults += _train_faults(run, written, fault)
-    faults += _data_faults(run, written, fault)
-    return faults
+    rules = [
+        *_model_rules(run, written),
+        *_adapter_rules(run),
+        *_train_rules(run, written),
+        *_data_rules(run, written),
+        *_eval_rules(run),
+    ]
+    return [
+        f"{source.place(tuple(dotted.split('.')))}: {dotted} {text}"
+        for is_fault, dotted, text in rules
+        if is_fault
+    ]
 
 
-def _train_faults(run: Run, written: Any, fault: Any) -> list[str]:
-    faults = []
+def _model_rules(run: Run, written: Written) -> list[Rule]:
+    model, stored = run.model, run.model.precision
+    return [
+        (
+            written("model.double_quant") and model.double_quant and stored not in FOUR_BIT,
+            "model.double_quant",
+            f"has no effect with model.precision {stored}; it belongs to nf4 and fp4",
+        ),
+        (
+            stored in ("fp32", "bf16", "fp16") and model.compute_dtype not in ("auto", stored),
+            "model.compute_dtype",
+            f"is {model.compute_dtype} but model.precision is {stored}: unquantised weights compute in"
+            f" the dtype they are stored in; remove it or write {stored}",
+        ),
+        (
+            model.revision is not None and model.name.startswith(("pypi:", "/", ".", "~")),
+            "model.revision",
+            f"has no effect: {model.name!r} is not on the Hub",
+        ),
+    ]
+
+
+def _adapter_rules(run: Run) -> list[Rule]:
+    adapter, stored = run.adapter, run.model.precision
+    return [
+        (
+            adapter.init in ("pissa", "olora") and stored in (*FOUR_BIT, "int8"),
+            "adapter.init",
+            f"is {adapter.init}, which rewrites the base weights; on a {stored} base they would be"
+            " quantised a second time and the saved adapter would not fit the published base. Use"
+            " default or loftq, or model.precision bf16 or fp32",
+        ),
+        (
+            adapter.init == "loftq" and stored not in FOUR_BIT,
+            "adapter.init",
+            f"is loftq, which needs a 4-bit base; model.precision is {stored}",
+        ),
+        (
+            adapter.init in ("loftq", "pissa", "olora") and adapter.dora,
+            "adapter.init",
+            f"is {adapter.init}, which PEFT does not combine with adapter.dora",
+        ),
+        (
+            adapter.targets == [],
+            "adapter.targets",
+            "is empty: nothing would be trained",
+        ),
+    ]
+
+
+def _train_rules(run: Run, written: Written) -> list[Rule]:
     train = run.train
-    if train.batch_size % train.micro_batch_size:
-        faults.append(
-            fault(
-                ("train", "batch_size"),
-                f"is {train.batch_size}, no multiple of train.micro_batch_size {train.micro_batch_size}",
-            )
-        )
-    if train.scheduler == "constant" and written("train", "warmup_frac") and train.warmup_frac > 0:
-        faults.append(
-            fault(
-                ("train", "warmup_frac"),
-                "has no effect with train.scheduler constant; use constant_with_warmup",
-            )
-        )
-    if written("train", "sample_tokens") and train.num_samples == 0:
-        faults.append(fault(("train", "sample_tokens"), "has no effect with train.num_samples 0"))
-    return faults
+    return [
+        (
+            train.batch_size % train.micro_batch_size != 0,
+            "train.batch_size",
+            f"is {train.batch_size}, no multiple of train.micro_batch_size {train.micro_batch_size}",
+        ),
+        (
+            train.scheduler == "constant"
+            and written("train.warmup_frac")
+            and train.warmup_frac > 0,
+            "train.warmup_frac",
+            "has no effect with train.scheduler constant; use constant_with_warmup",
+        ),
+        (
+            written("train.sample_tokens") and train.num_samples == 0,
+            "train.sample_tokens",
+            "has no effect with train.num_samples 0",
+        ),
+        (
+            run.name is not None and not RUN_NAME.fullmatch(run.name),
+            "name",
+            f"is {run.name!r}; allowed are letters, digits and . _ = + , ~ -",
+        ),
+    ]
 
 
-def _data_faults(run: Run, written: Any, fault: Any) -> list[str]:
-    faults = []
+def _data_rules(run: Run, written: Written) -> list[Rule]:
     data = run.data
-    if data.test is not None and data.test_frac > 0:
-        faults.append(
-            fault(("data", "test_frac"), "has no effect beside data.test, which names the test rows")
-        )
-    if written("data", "test_split") and data.test is None:
-        faults.append(fault(("data", "test_split"), "has no effect without data.test"))
-    if data.format == "text" and data.system is not None:
-        faults.append(fault(("data", "system"), "has no effect on raw text"))
-    if run.eval.answer_pattern is not None:
-        try:
-            groups = re.compile(run.eval.answer_pattern).groups
-        except re.error as error:
-            faults.append(fault(("eval", "answer_pattern"), f"is no regular expression: {error}"))
-        else:
-            if groups != 1:
-                faults.append(
-                    fault(("eval", "answer_pattern"), f"has {groups} groups; exactly one is needed")
-                )
-        if "exact_match" not in run.eval.metrics:
-            faults.append(
-                fault(("eval", "answer_pattern"), "has no effect without exact_match in eval.metrics")
-            )
-    names = [baseline.name for baseline in run.eval.baselines]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        faults.append(fault(("eval", "baselines"), f"names {name!r} twice"))
-    if run.name is not None and not RUN_NAME.fullmatch(run.name):
-        faults.append(
-            fault(("name",), f"is {run.name!r}; allowed are letters, digits and . _ = + , ~ -")
-        )
-    return faults
+    return [
+        (
+            data.test is not None and data.test_frac > 0,
+            "data.test_frac",
+            "has no effect beside data.test, which names the test rows",
+        ),
+        (
+            written("data.test_split") and data.test is None,
+            "data.test_split",
+            "has no effect without data.test",
+        ),
+        (
+            data.validation_frac + data.test_frac >= 1,
+            "data.test_frac",
+            f"and data.validation_frac hold out {data.validation_frac + data.test_frac:g} of the rows:"
+            " nothing is left to train on",
+        ),
+        (
+            data.format == "text" and data.system is not None,
+            "data.system",
+            "has no effect on raw text",
+        ),
+    ]
+
+
+def _eval_rules(run: Run) -> list[Rule]:
+    pattern, names = run.eval.answer_pattern, [baseline.name for baseline in run.eval.baselines]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    taken = sorted(set(names) & set(get_args(Variant)))
+    return [
+        (bool(repeated), "eval.baselines", f"names {', '.join(repeated)} more than once"),
+        (
+            bool(taken),
+            "eval.baselines",
+            f"names {', '.join(taken)}, which halfbyte's own variant has",
+        ),
+        (
+            pattern is not None and "exact_match" not in run.eval.metrics,
+            "eval.answer_pattern",
+            "has no effect without exact_match in eval.metrics",
+        ),
+        (
+            pattern is not None and _pattern_fault(pattern) != "",
+            "eval.answer_pattern",
+            _pattern_fault(pattern or ""),
+        ),
+    ]
+
+
+def _pattern_fault(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return f"is no regular expression: {error}"
+    return "" if groups == 1 else f"has {groups} groups; exactly one is needed"
 
 
 def secret_faults(source: Source) -> list[str]:
@@ -167,6 +214,12 @@ def environment_faults(run: Run, environ: Mapping[str, str]) -> list[str]:
         faults.append(
             f"environment: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps!r}; accumulation follows"
             " from train.batch_size and train.micro_batch_size: unset it"
+        )
+    world = int(environ.get("WORLD_SIZE", "1"))
+    if run.train.batch_size % (run.train.micro_batch_size * world):
+        faults.append(
+            f"environment: {world} processes of train.micro_batch_size {run.train.micro_batch_size} do"
+            f" not divide train.batch_size {run.train.batch_size}; change one of them"
         )
     for variable, what in (
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),

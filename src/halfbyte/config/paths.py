@@ -41,9 +41,7 @@ def resolve_paths(run: Run, source: Source) -> Run:
     model = run.model.model_copy(
         update={"name": local(("model", "name"), run.model.name, MODEL_SUFFIXES)}
     )
-    data_update: dict[str, str] = {
-        "train": local(("data", "train"), run.data.train, DATA_SUFFIXES)
-    }
+    data_update: dict[str, str] = {"train": local(("data", "train"), run.data.train, DATA_SUFFIXES)}
     if run.data.test is not None:
         data_update["test"] = local(("data", "test"), run.data.test, DATA_SUFFIXES)
     template = run.data.chat_template
@@ -57,7 +55,9 @@ def resolve_paths(run: Run, source: Source) -> Run:
         data_update["chat_template"] = str((folder / template).resolve())
     baselines = [
         baseline.model_copy(
-            update={"model": local(("eval", "baselines", i, "model"), baseline.model, MODEL_SUFFIXES)}
+            update={
+                "model": local(("eval", "baselines", i, "model"), baseline.model, MODEL_SUFFIXES)
+            }
         )
         for i, baseline in enumerate(run.eval.baselines)
     ]

@@ -59,7 +59,10 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
     wrong = [text for text in overrides or [] if not text.startswith(allowed)]
     if wrong:
         raise ConfigError(
-            [f"override {text!r}: the run is trained; only eval.* and merge.* still vary" for text in wrong]
+            [
+                f"override {text!r}: the run is trained; only eval.* and merge.* still vary"
+                for text in wrong
+            ]
         )
     source = read_source(path, overrides or [])
     return resolve_paths(_validate(source), source)

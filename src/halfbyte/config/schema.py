@@ -31,13 +31,15 @@ class Model(Section):
         " for weights that a Python package ships."
     )
     revision: Name | None = Field(
-        None, description="Hub branch, tag or commit. Only for a Hub id; pin a commit to repeat a run."
+        None,
+        description="Hub branch, tag or commit. Only for a Hub id; pin a commit to repeat a run.",
     )
     precision: Precision = Field(
         "nf4", description="Storage of the linear layers: 4-bit NormalFloat is QLoRA's."
     )
     double_quant: bool = Field(
-        True, description="Quantise the quantisation constants too (QLoRA §3). Only for nf4 and fp4."
+        True,
+        description="Quantise the quantisation constants too (QLoRA §3). Only for nf4 and fp4.",
     )
     compute_dtype: ComputeDtype = Field(
         "auto",
@@ -79,7 +81,8 @@ class Data(Section):
         " Hub dataset id."
     )
     test: Name | None = Field(
-        None, description="Rows for the comparison, from a file, folder or Hub id. Else `test_frac`."
+        None,
+        description="Rows for the comparison, from a file, folder or Hub id. Else `test_frac`.",
     )
     train_split: Name = Field("train", description="Split of a Hub dataset for training.")
     test_split: Name = Field("test", description="Split of a Hub dataset for the comparison.")
@@ -179,7 +182,9 @@ class Train(Section):
         " in the free memory otherwise.",
     )
     log_steps: Positive = Field(5, description="Steps between two lines of metrics.")
-    eval_steps: Count = Field(0, description="Steps between two held-out losses; 0: only at the end.")
+    eval_steps: Count = Field(
+        0, description="Steps between two held-out losses; 0: only at the end."
+    )
     save_steps: Count = Field(0, description="Steps between two checkpoints; 0: only at the end.")
     keep_checkpoints: Positive = Field(2, description="Checkpoints kept.")
     num_samples: Count = Field(
@@ -206,20 +211,14 @@ class Eval(Section):
     """The comparison with the full-size baseline."""
 
     variants: list[Variant] = Field(
-        default_factory=lambda: [
-            "base-full",
-            "base-full-fewshot",
-            "base-nf4",
-            "adapter",
-            "merged",
-        ],
+        default=["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"],
         description="What is compared, on the same prompts with the same decoding.",
     )
     baselines: list[Baseline] = Field(
         default_factory=list, description="Further models: `{name, model, revision, precision}`."
     )
     metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
-        default_factory=lambda: ["exact_match"],
+        default=["exact_match"],
         description="`exact_match`, `field_match` (share of equal JSON fields), `chrf` (sacreBLEU),"
         " `rouge_l`. The first decides the verdict.",
     )
@@ -229,7 +228,9 @@ class Eval(Section):
         " instead of the whole answer.",
     )
     rows: Positive = Field(200, description="Held-out rows, the same for every variant.")
-    fewshot: Positive = Field(5, description="Training examples in the prompt of `base-full-fewshot`.")
+    fewshot: Positive = Field(
+        5, description="Training examples in the prompt of `base-full-fewshot`."
+    )
     max_new_tokens: Positive = Field(64, description="Longest answer, in tokens.")
     batch_size: Positive = Field(16, description="Prompts generated at once.")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
@@ -280,9 +281,9 @@ class Run(Section):
     runs_dir: Name = Field("runs", description="Folder that holds the run folders.")
     seed: Count = Field(0, description="Seed of everything random.")
     model: Model
-    adapter: Adapter = Field(default_factory=Adapter)
+    adapter: Adapter = Adapter()
     data: Data
     train: Train
-    eval: Eval = Field(default_factory=Eval)
-    merge: Merge = Field(default_factory=Merge)
-    track: Track = Field(default_factory=Track)
+    eval: Eval = Eval()
+    merge: Merge = Merge()
+    track: Track = Track()

@@ -32,7 +32,9 @@ def build_icd10(folder: Path, chapter: str = CIRCULATORY) -> dict[str, int]:
     except metadata.PackageNotFoundError:
         found = "nothing"
     if found != VERSION:
-        raise DataError(f"{PACKAGE} {VERSION} is needed, found {found}: pip install {PACKAGE}=={VERSION}")
+        raise DataError(
+            f"{PACKAGE} {VERSION} is needed, found {found}: pip install {PACKAGE}=={VERSION}"
+        )
     import simple_icd_10_cm as icd
 
     if not icd.is_valid_item(chapter) or not icd.is_chapter(chapter):

@@ -54,7 +54,9 @@ def _shingles(texts: list[str]) -> csr_matrix:
         last = max(1, len(padded) - SHINGLE + 1)
         found = {padded[k : k + SHINGLE] for k in range(last)}
         # A shingle's bucket must not depend on the process: hash() does.
-        columns += {zlib.crc32(shingle.encode("utf-8", "replace")) % NUM_BUCKETS for shingle in found}
+        columns += {
+            zlib.crc32(shingle.encode("utf-8", "replace")) % NUM_BUCKETS for shingle in found
+        }
         starts.append(len(columns))
     data = np.ones(len(columns), dtype=np.int32)
     return csr_matrix((data, columns, starts), shape=(len(texts), NUM_BUCKETS))

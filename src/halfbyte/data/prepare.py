@@ -64,7 +64,11 @@ def prepare(data: Data, renderer: Renderer) -> Prepared:
         name: parse_rows(table, formats[name], data.columns, data.system)
         for name, table in tables.items()
     }
-    parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": list(rows.get("test", []))}
+    parts: dict[str, list[Row]] = {
+        "train": [],
+        "validation": [],
+        "test": list(rows.get("test", [])),
+    }
     for row in rows["train"]:
         parts[_part_of(row, data)].append(row)
 
@@ -133,7 +137,9 @@ def _without_leaks(
     places = {normalised(row.prompt): row.place for row in held_out}
     leaks = [row for row in train if normalised(row.prompt) in places]
     if leaks and data.on_leak == "error":
-        named = [f"{row.place} = {places[normalised(row.prompt)]}" for row in leaks[:MAX_NAMED_ROWS]]
+        named = [
+            f"{row.place} = {places[normalised(row.prompt)]}" for row in leaks[:MAX_NAMED_ROWS]
+        ]
         raise DataError(
             f"{len(leaks)} training rows have a prompt that is also held out: {'; '.join(named)}."
             " Remove them, or set data.on_leak=drop to leave them out of training"

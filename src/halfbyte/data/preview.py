@@ -82,7 +82,9 @@ def show_ledger(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def show_preview(prepared: Prepared, renderer: Renderer, data: Data, num_rows: int, *, colour: bool) -> str:
+def show_preview(
+    prepared: Prepared, renderer: Renderer, data: Data, num_rows: int, *, colour: bool
+) -> str:
     """Everything that ``data/preview.py`` prints."""
     rows = [show_row(example, renderer, colour=colour) for example in prepared.train[:num_rows]]
     lengths = [len(example.encoded.ids) for example in prepared.train]
@@ -97,6 +99,8 @@ def show_preview(prepared: Prepared, renderer: Renderer, data: Data, num_rows: i
             "LENGTHS (tokens)\n" + show_lengths(lengths, data.max_length),
             "LEDGER\n" + show_ledger(prepared) + "".join(f"\n{line}" for line in near),
             f"BOS: {bos}; stop tokens: "
-            + ", ".join(str(renderer.tokenizer.convert_ids_to_tokens(i)) for i in renderer.stop_ids),
+            + ", ".join(
+                str(renderer.tokenizer.convert_ids_to_tokens(i)) for i in renderer.stop_ids
+            ),
         ]
     )

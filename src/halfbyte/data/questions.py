@@ -55,7 +55,9 @@ def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ..
     return tuple(turn for row in chosen for turn in row.messages if turn.role != "system")
 
 
-def questions(rows: list[Row], renderer: Renderer, examples: tuple[Message, ...] = ()) -> list[Question]:
+def questions(
+    rows: list[Row], renderer: Renderer, examples: tuple[Message, ...] = ()
+) -> list[Question]:
     """Render rows for evaluation, with ``examples`` between system message and conversation."""
     return [_question(row, renderer, examples) for row in rows]
 

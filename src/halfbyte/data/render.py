@@ -63,7 +63,9 @@ def load_template(name: str) -> str:
         DataError: no such file.
     """
     if name in TEMPLATE_NAMES:
-        return resources.files("halfbyte.data").joinpath(f"templates/{name}.jinja").read_text("utf-8")
+        return (
+            resources.files("halfbyte.data").joinpath(f"templates/{name}.jinja").read_text("utf-8")
+        )
     try:
         return Path(name).read_text(encoding="utf-8")
     except OSError as error:
@@ -96,7 +98,9 @@ class Renderer:
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         self._tokenise = lru_cache(maxsize=65536)(self._tokenise_piece)
-        specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        specials = [
+            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
         specials += [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
         self._set_controls(specials)
         self.stop_id: int | None = None
@@ -110,6 +114,11 @@ class Renderer:
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the template's stop token and the tokenizer's EOS."""
         return sorted({i for i in (self.stop_id, self.eos_id) if i is not None})
+
+    @property
+    def pad_id(self) -> int:
+        """Id to pad with; padding is told apart by position, so that it may be the stop id."""
+        return int(self.tokenizer.pad_token_id)
 
     @property
     def template_sha256(self) -> str:
@@ -195,9 +204,7 @@ class Renderer:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def _render(
-        self, messages: tuple[Message, ...], place: str, *, prompt: bool = False
-    ) -> str:
+    def _render(self, messages: tuple[Message, ...], place: str, *, prompt: bool = False) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text: Any = self.tokenizer.apply_chat_template(
@@ -224,7 +231,9 @@ class Renderer:
                 )
             stop = text.find(self._stop, len(prompt))
             if stop < 0:
-                raise DataError(f"{place}: the chat template writes no {self._stop} after answer {number}")
+                raise DataError(
+                    f"{place}: the chat template writes no {self._stop} after answer {number}"
+                )
             spans.append((len(prompt), stop + len(self._stop)))
         return spans
 
@@ -269,7 +278,9 @@ class Renderer:
             if tail < size:
                 content = content[:tail] + sentinel(content[tail:size]) + content[size:]
             lead = len(content) - len(content.lstrip())
-            head = next((n for n in range(len(content), lead, -1) if content[lead:n] in self._ends), lead)
+            head = next(
+                (n for n in range(len(content), lead, -1) if content[lead:n] in self._ends), lead
+            )
             if head > lead:
                 content = content[:lead] + sentinel(content[lead:head]) + content[head:]
             neutral.append(Message(message.role, content))

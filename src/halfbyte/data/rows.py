@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from halfbyte.data.sources import RawRow, Table
+from halfbyte.data.sources import Table
 from halfbyte.errors import DataError
 
 
@@ -62,7 +62,13 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
 }
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def detect_format(table: Table, columns: dict[str, str]) -> str:
@@ -82,7 +88,9 @@ def detect_format(table: Table, columns: dict[str, str]) -> str:
             f"{found}, which are no format that halfbyte knows. Allowed: {shapes}. Name yours with"
             " data.columns, such as {prompt: question, completion: answer}"
         )
-    raise DataError(f"{found}, which fit several formats: {', '.join(fitting)}. Set data.format to one")
+    raise DataError(
+        f"{found}, which fit several formats: {', '.join(fitting)}. Set data.format to one"
+    )
 
 
 def parse_rows(
@@ -91,6 +99,7 @@ def parse_rows(
     """Turn every raw row into a Row.
 
     Args:
+        table: the rows as stored.
         format_name: a key of ``FORMATS``, or ``auto``.
         columns: the format's column names to the table's own.
         system: system message for conversations that bring none.
@@ -123,7 +132,11 @@ def _renamed_columns(table: Table, columns: dict[str, str]) -> list[str]:
 
 
 def _check_columns(
-    table: Table, format_name: str, columns: dict[str, str], needed: tuple[str, ...], optional: tuple[str, ...]
+    table: Table,
+    format_name: str,
+    columns: dict[str, str],
+    needed: tuple[str, ...],
+    optional: tuple[str, ...],
 ) -> None:
     own = table.columns
     unknown = [name for name in columns if name not in needed + optional]
@@ -133,7 +146,9 @@ def _check_columns(
             + ", ".join(needed + optional)
         )
     missing = [columns.get(name, name) for name in needed if columns.get(name, name) not in own]
-    missing += [theirs for theirs in columns.values() if theirs not in own and theirs not in missing]
+    missing += [
+        theirs for theirs in columns.values() if theirs not in own and theirs not in missing
+    ]
     if missing:
         raise DataError(
             f"{table.name}: the column {missing[0]!r} is missing; found: {', '.join(own)}. The format"
@@ -150,7 +165,11 @@ def _with_system(row: Row, system: str | None) -> Row:
 
 def _text_of(place: str, column: str, value: Any) -> str:
     if not isinstance(value, str):
-        came = "null" if value is None else f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
+        came = (
+            "null"
+            if value is None
+            else f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
+        )
         raise DataError(f"{place}: {column} is {came}; text is expected")
     if not value.strip():
         raise DataError(f"{place}: {column} is blank; text is expected")
@@ -164,7 +183,9 @@ def _parse_messages(place: str, values: dict[str, Any]) -> Row:
 
 
 def _parse_sharegpt(place: str, values: dict[str, Any]) -> Row:
-    row = _conversation(place, "conversations", values["conversations"], "from", "value", SHAREGPT_ROLES)
+    row = _conversation(
+        place, "conversations", values["conversations"], "from", "value", SHAREGPT_ROLES
+    )
     if values["system"]:
         return _with_system(row, _text_of(place, "system", values["system"]))
     return row
@@ -181,7 +202,9 @@ def _conversation(
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
             keys = ", ".join(turn) if isinstance(turn, dict) else repr(turn)[:60]
             raise DataError(f"{place}: {here} has {keys}; {role_key} and {text_key} are needed")
-        role = roles.get(turn[role_key], turn[role_key]) if isinstance(turn[role_key], str) else None
+        role = (
+            roles.get(turn[role_key], turn[role_key]) if isinstance(turn[role_key], str) else None
+        )
         if role not in ("system", "user", "assistant"):
             raise DataError(
                 f"{place}: {here}.{role_key} is {turn[role_key]!r}; allowed: "
@@ -203,7 +226,9 @@ def _check_order(place: str, column: str, messages: list[Message]) -> None:
                 " at most one system message"
             )
     if not turns or turns[-1].role != "assistant":
-        raise DataError(f"{place}: {column} ends without an assistant turn: there is nothing to learn")
+        raise DataError(
+            f"{place}: {column} ends without an assistant turn: there is nothing to learn"
+        )
 
 
 def _parse_prompt_completion(place: str, values: dict[str, Any]) -> Row:
@@ -225,7 +250,9 @@ def _pair(place: str, values: dict[str, Any], question: str, answer: str) -> Row
         Message("assistant", _text_of(place, answer, values[answer])),
     )
     row = Row(place, messages)
-    return _with_system(row, _text_of(place, "system", values["system"])) if values["system"] else row
+    return (
+        _with_system(row, _text_of(place, "system", values["system"])) if values["system"] else row
+    )
 
 
 def _parse_text(place: str, values: dict[str, Any]) -> Row:

@@ -152,9 +152,7 @@ def _read_with_datasets(path: Path) -> list[RawRow]:
     ]
 
 
-def _read_hub(
-    source: str, split: str, subset: str | None, revision: str | None
-) -> list[RawRow]:
+def _read_hub(source: str, split: str, subset: str | None, revision: str | None) -> list[RawRow]:
     from datasets import get_dataset_split_names, load_dataset
 
     try:
@@ -163,9 +161,7 @@ def _read_hub(
         if "split" not in str(error).lower():
             raise DataError(f"{source}: cannot be loaded from the Hub: {error}") from error
         names = get_dataset_split_names(source, subset, revision=revision)
-        raise DataError(
-            f"{source}: has no split {split!r}; found: {', '.join(names)}"
-        ) from error
+        raise DataError(f"{source}: has no split {split!r}; found: {', '.join(names)}") from error
     except Exception as error:
         raise DataError(
             f"{source}: cannot be loaded from the Hub: {error}. If it is a file, write its path with"

@@ -63,7 +63,9 @@ class Variant:
         """The variant's entry in report.json."""
         settings = run.eval
         estimates = {
-            metric: mean_interval(scores, settings.confidence, settings.resamples, run.seed).as_json()
+            metric: mean_interval(
+                scores, settings.confidence, settings.resamples, run.seed
+            ).as_json()
             for metric, scores in self.scores.items()
         }
         reasons = {reason: self.finish_reasons.count(reason) for reason in ("stop", "length")}
@@ -110,7 +112,7 @@ def measure(contender: Contender, run: Run) -> Variant:
     """Answers, scores, held-out loss and speed of one model on its questions."""
     variant = Variant(contender.name, contender.what, weights_bytes=contender.num_bytes)
     model, asked, renderer = contender.model, contender.asked, contender.renderer
-    pad_id = int(renderer.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad_id = renderer.pad_id
     start = time.perf_counter()
     made = generate(
         model,
@@ -174,7 +176,12 @@ def _contenders(
 
 
 def _full_size(
-    folder: RunDir, run: Run, base: Base, compute: Compute, asked: list[Question], renderer: Renderer
+    folder: RunDir,
+    run: Run,
+    base: Base,
+    compute: Compute,
+    asked: list[Question],
+    renderer: Renderer,
 ) -> Iterator[Contender]:
     """The base without quantisation, asked plainly and with examples in the prompt."""
     loaded = _load(base, compute.name, compute)
@@ -190,7 +197,12 @@ def _full_size(
 
 
 def _quantised(
-    folder: RunDir, run: Run, base: Base, compute: Compute, asked: list[Question], renderer: Renderer
+    folder: RunDir,
+    run: Run,
+    base: Base,
+    compute: Compute,
+    asked: list[Question],
+    renderer: Renderer,
 ) -> Iterator[Contender]:
     """The adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
     loaded = _load(base, run.model.precision, compute, run.model.double_quant)

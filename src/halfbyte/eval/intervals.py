@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 GAIN, NO_GAIN, LOSS = "gain", "no gain", "loss"
@@ -55,7 +57,9 @@ def judge(difference: Estimate) -> str:
     return LOSS if difference.ci_high < 0 else NO_GAIN
 
 
-def _bootstrap(values: np.ndarray, confidence: float, resamples: int, seed: int) -> Estimate:
+def _bootstrap(
+    values: npt.NDArray[np.float64], confidence: float, resamples: int, seed: int
+) -> Estimate:
     mean = float(values.mean())
     if len(values) < 2 or np.ptp(values) == 0:
         # Equal values have no spread to resample. One row says nothing about others.
@@ -64,21 +68,26 @@ def _bootstrap(values: np.ndarray, confidence: float, resamples: int, seed: int)
     with warnings.catch_warnings():
         # BCa warns on degenerate jackknife values and returns NaN; the percentile method answers then.
         warnings.simplefilter("ignore")
-        found = _scipy_bootstrap(values, confidence, resamples, seed, "BCa")
-        if not np.isfinite([found.low, found.high]).all():
-            found = _scipy_bootstrap(values, confidence, resamples, seed, "percentile")
-    return Estimate(mean, float(found.low), float(found.high), len(values))
+        low, high = _scipy_bootstrap(values, confidence, resamples, seed, "BCa")
+        if not np.isfinite([low, high]).all():
+            low, high = _scipy_bootstrap(values, confidence, resamples, seed, "percentile")
+    return Estimate(mean, low, high, len(values))
 
 
 def _scipy_bootstrap(
-    values: np.ndarray, confidence: float, resamples: int, seed: int, method: str
-) -> stats._common.ConfidenceInterval:
-    return stats.bootstrap(
-        (values,),
+    values: npt.NDArray[np.float64],
+    confidence: float,
+    resamples: int,
+    seed: int,
+    method: Literal["BCa", "percentile"],
+) -> tuple[float, float]:
+    found = stats.bootstrap(
+        [values],
         np.mean,
         confidence_level=confidence,
         n_resamples=resamples,
         method=method,
-        random_state=np.random.default_rng(seed),
+        rng=np.random.default_rng(seed),
         batch=256,
     ).confidence_interval
+    return float(found.low), float(found.high)

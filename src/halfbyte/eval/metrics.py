@@ -62,7 +62,9 @@ def field_match(answer: str, wanted: str) -> float:
     names = set(needed) | set(found)
     if not names:
         return 1.0
-    return sum(name in needed and name in found and needed[name] == found[name] for name in names) / len(names)
+    return sum(
+        name in needed and name in found and needed[name] == found[name] for name in names
+    ) / len(names)
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
@@ -85,9 +87,11 @@ def _chrf() -> Score:
     try:
         from sacrebleu.metrics.chrf import CHRF
     except ImportError:
-        raise UserError("eval.metrics: chrf needs sacrebleu: pip install 'halfbyte[metrics]'") from None
+        raise UserError(
+            "eval.metrics: chrf needs sacrebleu: pip install 'halfbyte[metrics]'"
+        ) from None
     metric = CHRF()  # character 6-grams, beta 2 (Popović 2015)
-    return lambda answer, wanted: metric.sentence_score(answer, [wanted]).score / 100
+    return lambda answer, wanted: float(metric.sentence_score(answer, [wanted]).score) / 100
 
 
 @lru_cache(maxsize=1)
@@ -95,6 +99,8 @@ def _rouge_l() -> Score:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise UserError("eval.metrics: rouge_l needs rouge-score: pip install 'halfbyte[metrics]'") from None
+        raise UserError(
+            "eval.metrics: rouge_l needs rouge-score: pip install 'halfbyte[metrics]'"
+        ) from None
     metric = RougeScorer(["rougeL"], use_stemmer=False)
     return lambda answer, wanted: float(metric.score(wanted, answer)["rougeL"].fmeasure)

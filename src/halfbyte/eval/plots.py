@@ -22,7 +22,9 @@ def metric_bars(report: dict[str, Any]) -> str:
         estimate = entry[report["metric"]]
         axes.barh(row, estimate["value"], color=_colour(entry), height=0.6)
         axes.plot([estimate["ci_low"], estimate["ci_high"]], [row, row], color=INK, linewidth=1.5)
-        axes.text(estimate["ci_high"] + 0.01, row, f"{estimate['value']:.2f}", va="center", fontsize=9)
+        axes.text(
+            estimate["ci_high"] + 0.01, row, f"{estimate['value']:.2f}", va="center", fontsize=9
+        )
     axes.set_yticks(range(len(entries)), [entry["name"] for entry in reversed(entries)])
     axes.set_xlim(0, 1.08)
     axes.set_xlabel(report["metric"].replace("_", " "))
@@ -34,10 +36,16 @@ def memory_against_quality(report: dict[str, Any]) -> str:
     figure, axes = _figure(height=2.8)
     for entry in report["variants"]:
         estimate, megabytes = entry[report["metric"]], entry["weights_bytes"] / 1e6
-        axes.plot([megabytes] * 2, [estimate["ci_low"], estimate["ci_high"]], color=OTHERS, linewidth=1)
+        axes.plot(
+            [megabytes] * 2, [estimate["ci_low"], estimate["ci_high"]], color=OTHERS, linewidth=1
+        )
         axes.plot(megabytes, estimate["value"], "o", color=_colour(entry))
         axes.annotate(
-            entry["name"], (megabytes, estimate["value"]), xytext=(6, 4), textcoords="offset points", fontsize=9
+            entry["name"],
+            (megabytes, estimate["value"]),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=9,
         )
     axes.set_xlim(0, 1.35 * max(entry["weights_bytes"] for entry in report["variants"]) / 1e6)
     axes.set_ylim(-0.03, 1.03)

@@ -17,7 +17,9 @@ MAX_LENGTH_FINISHES = 0.01
 MAX_TABLE_ROWS = 150
 
 
-def write_report(folder: RunDir, run: Run, rows: list[Row], variants: list[Variant]) -> dict[str, Any]:
+def write_report(
+    folder: RunDir, run: Run, rows: list[Row], variants: list[Variant]
+) -> dict[str, Any]:
     """Write report.json, report.md, report.html and answers.jsonl; returns report.json's content."""
     report = build_report(folder, run, variants)
     write_jsonl(folder.eval / "answers.jsonl", _answers(rows, variants))
@@ -54,15 +56,31 @@ def build_report(folder: RunDir, run: Run, variants: list[Variant]) -> dict[str,
             "chat_template_sha256": manifest["chat_template_sha256"],
             "compute_dtype": manifest["compute_dtype"]["name"],
         },
-        "rows": {"in": ledger["rows_in"], "trained": ledger["trained"], "dropped": ledger["dropped"]},
+        "rows": {
+            "in": ledger["rows_in"],
+            "trained": ledger["trained"],
+            "dropped": ledger["dropped"],
+        },
         "notes": _notes(ledger, entries, manifest),
     }
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page of Markdown."""
-    metrics = [key for key in ("exact_match", "field_match", "chrf", "rouge_l") if key in report["variants"][0]]
-    head = ["variant", *metrics, "held-out loss", "weights", "tokens/s", "cut off", "adapter against it"]
+    metrics = [
+        key
+        for key in ("exact_match", "field_match", "chrf", "rouge_l")
+        if key in report["variants"][0]
+    ]
+    head = [
+        "variant",
+        *metrics,
+        "held-out loss",
+        "weights",
+        "tokens/s",
+        "cut off",
+        "adapter against it",
+    ]
     lines = [f"# {report['run']}", "", f"**{report['verdict']}**", ""]
     lines += [f"{report['n']} held-out rows, {report['confidence']:.0%} intervals.", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -89,7 +107,11 @@ def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, di
         if other is ours:
             continue
         difference = paired_difference(
-            ours.scores[metric], other.scores[metric], settings.confidence, settings.resamples, run.seed
+            ours.scores[metric],
+            other.scores[metric],
+            settings.confidence,
+            settings.resamples,
+            run.seed,
         )
         found[other.name] = {**difference.as_json(), "verdict": judge(difference)}
     return found
@@ -120,7 +142,9 @@ def _verdict_line(
     return f"{own['name']}: {metric} {_interval(own[metric])} — " + "; ".join(parts) + "."
 
 
-def _notes(ledger: dict[str, Any], entries: list[dict[str, Any]], manifest: dict[str, Any]) -> list[str]:
+def _notes(
+    ledger: dict[str, Any], entries: list[dict[str, Any]], manifest: dict[str, Any]
+) -> list[str]:
     notes = [f"Base: {manifest['base']['origin']}."]
     near = ledger["near_duplicates"]
     if near:
@@ -153,12 +177,16 @@ def _answers(rows: list[Row], variants: list[Variant]) -> list[dict[str, Any]]:
     ]
 
 
-def _as_html(folder: RunDir, report: dict[str, Any], rows: list[Row], variants: list[Variant]) -> str:
+def _as_html(
+    folder: RunDir, report: dict[str, Any], rows: list[Row], variants: list[Variant]
+) -> str:
     import jinja2
 
     metric = report["metric"]
     records = list(read_jsonl(folder.metrics))
-    template = resources.files("halfbyte.eval").joinpath("templates/report.html.jinja").read_text("utf-8")
+    template = (
+        resources.files("halfbyte.eval").joinpath("templates/report.html.jinja").read_text("utf-8")
+    )
     table = _wins_and_losses(rows, variants, metric)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(template).render(

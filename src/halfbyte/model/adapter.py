@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ def attach_adapter(loaded: Loaded, settings: Adapter, seed: int, scratch: Path) 
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.targets,
         use_rslora=settings.rslora,
@@ -51,7 +51,7 @@ def attach_adapter(loaded: Loaded, settings: Adapter, seed: int, scratch: Path) 
     )
     torch.manual_seed(seed)
     try:
-        adapted: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
+        adapted: PeftModel = get_peft_model(model, config)
         if settings.init == "loftq":
             replace_lora_weights_loftq(adapted, _single_file(loaded.base.path))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -104,7 +104,7 @@ def save_adapter(model: PeftModel, loaded: Loaded, folder: Path, scratch: Path) 
         raise RunError(f"adapter: {len(bad)} tensors hold NaN or infinity: {bad[:3]}; not saved")
     initial = scratch / INITIAL
     options = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
-    model.save_pretrained(str(folder), **options)  # type: ignore[arg-type]
+    model.save_pretrained(str(folder), **options)
     write_json(
         folder / BASE_FILE,
         {
@@ -199,5 +199,7 @@ def _check_saved(model: PeftModel, folder: Path) -> None:
 def _single_file(folder: str) -> str:
     files = sorted(Path(folder).glob("*.safetensors"))
     if len(files) != 1:
-        raise ValueError(f"loftq reads the base from one safetensors file; {folder} holds {len(files)}")
+        raise ValueError(
+            f"loftq reads the base from one safetensors file; {folder} holds {len(files)}"
+        )
     return str(files[0])

@@ -52,14 +52,16 @@ def describe(loaded: Loaded) -> str:
     return "\n".join(lines)
 
 
-def reply(loaded: Loaded, renderer: Renderer, messages: tuple[Message, ...], max_new_tokens: int) -> Reply:
+def reply(
+    loaded: Loaded, renderer: Renderer, messages: tuple[Message, ...], max_new_tokens: int
+) -> Reply:
     """The greedy answer to a conversation that ends with the user."""
     start = time.perf_counter()
     (answer,) = generate(
         loaded.model,
         [renderer.encode_prompt(messages)],
         stop_ids=renderer.stop_ids,
-        pad_id=int(renderer.tokenizer.pad_token_id),  # type: ignore[arg-type]
+        pad_id=renderer.pad_id,
         max_new_tokens=max_new_tokens,
         batch_rows=1,
     )
@@ -96,7 +98,7 @@ def reply_to_image(
     ).to(loaded.compute.device, dtype=loaded.compute.dtype)
     length = inputs["input_ids"].shape[1]
     start = time.perf_counter()
-    made: Any = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+    made: Any = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = made[0, length:].tolist()
     text = str(processor.decode(new, skip_special_tokens=True)).strip()
     reason = "length" if len(new) == max_new_tokens else "stop"

@@ -46,7 +46,8 @@ def generate(
     from transformers import GenerationConfig
 
     # LoRA layers sit inside the base model, so that its generate() uses the adapter while it is on.
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    causal: Any = get_base_model() if get_base_model is not None else model
     device = next(model.parameters()).device
     decoding = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Where multimodal checkpoints keep the language model (Gemma-3 and its kin).
-TEXT_KEYS = {r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.", r"^language_model\.lm_head": "lm_head"}
+TEXT_KEYS = {
+    r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.",
+    r"^language_model\.lm_head": "lm_head",
+}
 VISION_WORDS = ("vision", "visual", "image", "audio", "multi_modal", "mm_")
 
 
@@ -44,9 +47,13 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.path)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{base.name}: no tokenizer can be loaded from {base.path}: {error}") from error
+        raise ModelError(
+            f"{base.name}: no tokenizer can be loaded from {base.path}: {error}"
+        ) from error
     if not tokenizer.is_fast:
-        raise ModelError(f"{base.name}: has no fast tokenizer (tokenizer.json), which rendering needs")
+        raise ModelError(
+            f"{base.name}: has no fast tokenizer (tokenizer.json), which rendering needs"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -98,7 +105,9 @@ def load_model(
     return Loaded(model, base, precision, compute, text_only)
 
 
-def load_multimodal(base: Base, precision: Precision, *, double_quant: bool = True) -> tuple[Loaded, Any]:
+def load_multimodal(
+    base: Base, precision: Precision, *, double_quant: bool = True
+) -> tuple[Loaded, Any]:
     """The whole image-and-text model with its processor, for prompts that bring a picture.
 
     Raises:
@@ -158,7 +167,9 @@ def _check_loaded(
             f" {', '.join(missing[:5])}"
         )
     if text_only and vision_modules(model):
-        raise ModelError(f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}")
+        raise ModelError(
+            f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}"
+        )
     stored: PretrainedConfig | None = getattr(model.config, "quantization_config", None)
     method = getattr(stored, "quant_method", None)
     if precision in DTYPES and method is not None:
@@ -168,7 +179,11 @@ def _check_loaded(
         )
     if precision in ("nf4", "fp4"):
         kinds = {
-            parameter.quant_type for parameter in model.parameters() if hasattr(parameter, "quant_type")
+            parameter.quant_type
+            for parameter in model.parameters()
+            if hasattr(parameter, "quant_type")
         }
         if kinds != {precision}:
-            raise ModelError(f"{base.name}: model.precision is {precision}, but loaded layers are {kinds}")
+            raise ModelError(
+                f"{base.name}: model.precision is {precision}, but loaded layers are {kinds}"
+            )

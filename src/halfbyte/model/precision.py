@@ -59,14 +59,19 @@ def choose_compute(wanted: ComputeDtype, device: torch.device | None = None) -> 
     fp32_s, bf16_s = gemm_seconds(torch.float32), gemm_seconds(torch.bfloat16)
     ratio = bf16_s / fp32_s
     chosen = torch.bfloat16 if ratio < 1 else torch.float32
-    return Compute(device, chosen, f"a measured step of bf16 takes {ratio:.1f}x the time of fp32 here")
+    return Compute(
+        device, chosen, f"a measured step of bf16 takes {ratio:.1f}x the time of fp32 here"
+    )
 
 
 def default_device() -> torch.device:
     """This process's CUDA device where there is one, else the CPU."""
     import os
 
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in (
+        "true",
+        "1",
+    ):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +12,14 @@ from torch import nn
 def is_quantised(layer: nn.Module) -> bool:
     """Whether a linear layer holds 4-bit or 8-bit weights."""
     weight = getattr(layer, "weight", None)
-    return getattr(weight, "quant_state", None) is not None or getattr(weight, "SCB", None) is not None
+    return (
+        getattr(weight, "quant_state", None) is not None or getattr(weight, "SCB", None) is not None
+    )
 
 
 def dequantised_weight(layer: nn.Module) -> torch.Tensor:
     """The layer's weight (out, in) in fp32: exactly what its stored codes and constants stand for."""
-    weight = layer.weight
+    weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -24,13 +27,16 @@ def dequantised_weight(layer: nn.Module) -> torch.Tensor:
         # The state's dtype is the compute dtype; a bf16 one would round the result.
         exact = copy.copy(state)
         exact.dtype = torch.float32
-        return dequantize_4bit(weight.data, exact).reshape(state.shape).float()
+        restored: torch.Tensor = dequantize_4bit(weight.data, exact)
+        return restored.reshape(state.shape).float()
     scales = getattr(weight, "SCB", None)
     if scales is not None:
         codes = getattr(weight, "CB", None)
         codes = weight.data if codes is None else codes
-        return codes.float() * scales.float()[:, None] / 127.0  # type: ignore[operator,union-attr]
-    return weight.detach().float()  # type: ignore[operator,union-attr,return-value]
+        plain: torch.Tensor = codes.float() * scales.float()[:, None] / 127.0
+        return plain
+    plain = weight.detach().float()
+    return plain
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -38,6 +44,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.to(dtype)
+    module: Any
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:

@@ -81,11 +81,15 @@ def fingerprint(folder: Path) -> str:
 
 def _local(path: Path) -> tuple[Path, str]:
     if path.is_file() and path.suffix in MODEL_SUFFIXES:
-        return converted_gguf(file_sha256(path), lambda: path), f"{path.name}, dequantised from GGUF"
+        return converted_gguf(
+            file_sha256(path), lambda: path
+        ), f"{path.name}, dequantised from GGUF"
     if not path.exists():
         raise ModelError(f"model.name: {path} does not exist")
     if not (path / "config.json").is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:10]) if path.is_dir() else "a file"
+        found = (
+            ", ".join(sorted(p.name for p in path.iterdir())[:10]) if path.is_dir() else "a file"
+        )
         raise ModelError(
             f"model.name: {path} is no model folder: it holds no config.json (found: {found})"
         )

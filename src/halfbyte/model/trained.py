@@ -56,5 +56,5 @@ def load_trained(path: Path) -> tuple[Loaded, Renderer]:
         compute=same_compute(folder),
     )
     adapted = load_adapter(loaded, folder.adapter)
-    loaded.model = adapted.get_base_model()  # type: ignore[assignment]
+    loaded.model = adapted.get_base_model()
     return loaded, saved_renderer(folder, run, base)

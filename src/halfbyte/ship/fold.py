@@ -36,11 +36,12 @@ class Update:
         LoRA: W + s·BA (arXiv 2106.09685 §4.1). DoRA: m·(W + s·BA)/‖W + s·BA‖, the norm over each
         row of (out, in) (arXiv 2402.09353 eq. 5).
         """
-        merged = torch.addmm(weight, self.b, self.a, alpha=self.scale)
+        merged: torch.Tensor = torch.addmm(weight, self.b, self.a, alpha=self.scale)
         if self.magnitude is None:
             return merged
         norms = torch.linalg.vector_norm(merged, dim=1)
-        return merged * (self.magnitude / norms)[:, None]
+        scaled: torch.Tensor = merged * (self.magnitude / norms)[:, None]
+        return scaled
 
 
 def read_updates(adapter: Path) -> dict[str, Update]:
@@ -52,11 +53,16 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     odd = [key for key in ("alpha_pattern", "rank_pattern", "modules_to_save") if config.get(key)]
     if odd or config.get("bias", "none") != "none":
-        raise RunError(f"{adapter}: has {', '.join(odd) or 'trained biases'}, which halfbyte does not merge")
+        raise RunError(
+            f"{adapter}: has {', '.join(odd) or 'trained biases'}, which halfbyte does not merge"
+        )
     divisor = math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
     scale = config["lora_alpha"] / divisor
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        tensors = {name.removeprefix(PREFIX): file.get_tensor(name).float() for name in file.keys()}
+        tensors = {
+            name.removeprefix(PREFIX): file.get_tensor(name).float()
+            for name in file.keys()  # noqa: SIM118 - safe_open is no mapping
+        }
     updates = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
@@ -107,7 +113,9 @@ def merged_tensors(
                 folded.add(layer)
         stored = tensor.to(dtype)
         if not torch.isfinite(stored).all():
-            raise RunError(f"{layer}.{leaf}: NaN or infinity after merging to {dtype}; try merge.dtype=fp32")
+            raise RunError(
+                f"{layer}.{leaf}: NaN or infinity after merging to {dtype}; try merge.dtype=fp32"
+            )
         yield f"{layer}.{leaf}", stored.cpu().contiguous()
     lost = sorted(set(updates) - folded)
     if lost:
@@ -142,7 +150,7 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
     if len(shards) == 1:
         (folder / "shard-1.safetensors").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}.safetensors").rename(folder / final)

@@ -66,7 +66,7 @@ class _Work:
         self.updates: dict[str, Update] = read_updates(folder.trained())
         rows = held_out_rows(folder, run.merge.rows, run.seed)
         self.rows: Rows = [(q.ids, q.labels) for q in questions(rows, self.renderer)]
-        self.pad_id = int(self.renderer.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        self.pad_id = self.renderer.pad_id
 
 
 def merge(folder: RunDir, run: Run) -> dict[str, Any]:

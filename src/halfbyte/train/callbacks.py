@@ -51,9 +51,13 @@ class Progress(TrainerCallback):
         if self.bar is None or not logs:
             return
         if "loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {logs['tokens_per_s']:.0f} tokens/s")
+            self.bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, {logs['tokens_per_s']:.0f} tokens/s"
+            )
         if "eval_loss" in logs:
-            self.bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", sys.stderr)
+            self.bar.write(
+                f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", sys.stderr
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -77,7 +81,8 @@ class FiniteGuard(TrainerCallback):
         Raises:
             RunError: one had not; the weights are still those of the step before.
         """
-        assert self.trainer is not None and self.trainer.finite is not None
+        assert self.trainer is not None
+        assert self.trainer.finite is not None
         if not bool(self.trainer.finite):
             raise RunError(
                 f"step {state.global_step + 1}: the loss is NaN or infinite. The adapter is untouched by"
@@ -109,7 +114,7 @@ class Samples(TrainerCallback):
             self.trainer.model,
             prompts,
             stop_ids=self.renderer.stop_ids,
-            pad_id=int(self.renderer.tokenizer.pad_token_id),  # type: ignore[arg-type]
+            pad_id=self.renderer.pad_id,
             max_new_tokens=self.max_new_tokens,
             batch_rows=SAMPLE_BATCH,
         )

@@ -26,8 +26,21 @@ from halfbyte.run_dir import (
 )
 
 # Settings of `train` that change what is shown or kept, not what is learnt.
-SILENT_TRAIN_KEYS = {"existing", "num_samples", "sample_tokens", "log_steps", "keep_checkpoints", "save_steps", "eval_steps"}
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+SILENT_TRAIN_KEYS = {
+    "existing",
+    "num_samples",
+    "sample_tokens",
+    "log_steps",
+    "keep_checkpoints",
+    "save_steps",
+    "eval_steps",
+}
+CHECKPOINT_FILES = (
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "trainer_state.json",
+)
 NUM_FEWSHOT_POOL = 64
 
 
@@ -78,7 +91,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
             missing.append("rng_state.pth")
         if not missing and _is_json(path / "trainer_state.json"):
             return path
-        print(f"warning: {path} is not whole (missing: {', '.join(missing) or 'valid JSON'}); passed over")
+        print(
+            f"warning: {path} is not whole (missing: {', '.join(missing) or 'valid JSON'}); passed over"
+        )
     return None
 
 

@@ -35,7 +35,9 @@ class Tracker:
         self.folder = folder
         self.mode = choose_mode(run.track.wandb)
         if folder.metrics.is_file():
-            kept = [record for record in read_jsonl(folder.metrics) if record["step"] <= resume_step]
+            kept = [
+                record for record in read_jsonl(folder.metrics) if record["step"] <= resume_step
+            ]
             write_jsonl(folder.metrics, kept)
         else:
             write_jsonl(folder.metrics, [])
@@ -109,16 +111,23 @@ class Tracker:
             "config": run.model_dump(mode="json"),
             "resume": "allow",
         }
-        quiet = {"init_timeout": INIT_TIMEOUT_S, "silent": True, "console": "off", "disable_git": True}
+        quiet = {
+            "init_timeout": INIT_TIMEOUT_S,
+            "silent": True,
+            "console": "off",
+            "disable_git": True,
+        }
         try:
-            started = wandb.init(
-                mode=self.mode, settings=wandb.Settings(**quiet), **options  # type: ignore[arg-type]
-            )
-        except (wandb.errors.CommError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            started = wandb.init(mode=self.mode, settings=wandb.Settings(**quiet), **options)
+        except (
+            wandb.errors.CommError,
+            wandb.errors.UsageError,
+            wandb.errors.AuthenticationError,
+        ) as error:
             if self.mode == "offline":
                 raise
             print(f"warning: W&B cannot be reached ({error}); recording offline", file=sys.stderr)
-            started = wandb.init(mode="offline", settings=wandb.Settings(**quiet), **options)  # type: ignore[arg-type]
+            started = wandb.init(mode="offline", settings=wandb.Settings(**quiet), **options)
         started.define_metric("step")
         started.define_metric("*", step_metric="step")
         return started

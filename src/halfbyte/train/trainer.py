@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
@@ -46,6 +46,7 @@ class TokenTrainer(SFTTrainer):
         held_out: list[tuple[list[int], list[int]]],
         **options: Any,
     ) -> None:
+        self.control: TrainerControl
         self.tracker = tracker
         self.step_rows = step_rows
         self.held_out = held_out
@@ -77,7 +78,8 @@ class TokenTrainer(SFTTrainer):
         self.finite = finite if self.finite is None else self.finite & finite
         self.num_tokens += inputs["num_tokens"] * self.accelerator.num_processes
         # DDP averages gradients over processes, while the divisor counts the tokens of all.
-        return total / num_items_in_batch * self.accelerator.num_processes
+        loss: torch.Tensor = total / num_items_in_batch * self.accelerator.num_processes
+        return loss
 
     def evaluate(
         self,
@@ -97,7 +99,9 @@ class TokenTrainer(SFTTrainer):
         self.evaluated_step, self.held_out_loss = self.state.global_step, loss
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         # What evaluation took is no training time.
         self._since = (self.num_tokens, time.perf_counter())
         return metrics
@@ -119,7 +123,10 @@ class TokenTrainer(SFTTrainer):
             self._since = (self.num_tokens, now)
         # The closing summary of the Trainer is no step: it goes to the manifest.
         if self.tracker is not None and ("loss" in logs or "eval_loss" in logs):
-            record: dict[str, Any] = {"step": self.state.global_step, "epoch": self.state.epoch or 0.0}
+            record: dict[str, Any] = {
+                "step": self.state.global_step,
+                "epoch": self.state.epoch or 0.0,
+            }
             self.tracker.write(record | logs)
         super(SFTTrainer, self).log(logs, start_time)
 
@@ -159,7 +166,7 @@ def build_trainer(
         callbacks: further callbacks.
     """
     train, held_out = examples
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad_id = int(tokenizer.pad_token_id)
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         batch: dict[str, Any] = pad_right([(r["input_ids"], r["labels"]) for r in rows], pad_id)
@@ -188,7 +195,7 @@ def build_trainer(
             held_out=[(e.encoded.ids, e.encoded.labels) for e in held_out],
         )
     trainer.remove_callback(PrinterCallback)
-    add_token_loss(model.get_base_model())  # type: ignore[arg-type]
+    add_token_loss(model.get_base_model())
     return trainer
 
 
@@ -197,11 +204,15 @@ def trainer_arguments(run: Run, loaded: Loaded, *, num_rows: int, longest: int) 
     train = run.train
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = train.batch_size // (train.micro_batch_size * world)
-    steps = train.max_steps or max(1, math.ceil(math.ceil(num_rows / train.batch_size) * train.epochs))
+    steps = train.max_steps or max(
+        1, math.ceil(math.ceil(num_rows / train.batch_size) * train.epochs)
+    )
     dtype, device = loaded.compute.dtype, loaded.compute.device
     recompute = train.checkpointing == "on" or (
         train.checkpointing == "auto"
-        and needs_checkpointing(loaded.model.config, train.micro_batch_size * longest, dtype, device)
+        and needs_checkpointing(
+            loaded.model.config, train.micro_batch_size * longest, dtype, device
+        )
     )
     return {
         "learning_rate": train.learning_rate,
@@ -214,7 +225,9 @@ def trainer_arguments(run: Run, loaded: Loaded, *, num_rows: int, longest: int) 
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "lr_scheduler_type": train.scheduler,
-        "warmup_steps": 0 if train.scheduler == "constant" else math.ceil(steps * train.warmup_frac),
+        "warmup_steps": 0
+        if train.scheduler == "constant"
+        else math.ceil(steps * train.warmup_frac),
         "neftune_noise_alpha": train.neftune_alpha,
         "gradient_checkpointing": recompute,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
@@ -260,8 +273,11 @@ def check_first_step(trainer: TokenTrainer) -> float:
     model = trainer.model
     with torch.random.fork_rng(), trainer.compute_loss_context_manager():
         model.train()
-        loss = model(input_ids=batch["input_ids"], labels=batch["labels"], token_loss=True) / num_labels
-        value = loss.item()
+        loss = (
+            model(input_ids=batch["input_ids"], labels=batch["labels"], token_loss=True)
+            / num_labels
+        )
+        value = float(loss.item())
         if not math.isfinite(value):
             raise RunError(
                 f"before step 1: the loss on the longest rows is {value}: activations overflow in the"
@@ -272,10 +288,14 @@ def check_first_step(trainer: TokenTrainer) -> float:
     for name, parameter in trainable_parameters(model).items():
         gradient = parameter.grad
         if gradient is None or not torch.isfinite(gradient).all():
-            faults.append(f"{name}: {'no gradient' if gradient is None else 'NaN or infinite gradient'}")
+            faults.append(
+                f"{name}: {'no gradient' if gradient is None else 'NaN or infinite gradient'}"
+            )
         elif "lora_B" in name and not gradient.abs().max() > 0:
             faults.append(f"{name}: the gradient is zero everywhere")
     model.zero_grad(set_to_none=True)
     if faults:
-        raise RunError(f"before step 1: {len(faults)} adapter weights cannot learn: {'; '.join(faults[:3])}")
+        raise RunError(
+            f"before step 1: {len(faults)} adapter weights cannot learn: {'; '.join(faults[:3])}"
+        )
     return value

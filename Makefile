@@ -1,0 +1,41 @@
+# make quickstart: environment, real small model, real domain data, train, merge, compare.
+# make test: the test suite. Both build .venv themselves, with plain pip.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: quickstart test test-slow check fix clean
+
+quickstart: $(VENV)/.ready
+	$(BIN)/python data/icd10.py
+	$(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/sft.py configs/quickstart.yaml
+	$(BIN)/python train/merge.py $(RUN)
+	$(BIN)/python eval/compare.py $(RUN)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real"
+
+fix: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The CPU build of torch where the index has it; elsewhere pip takes the platform's own.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
