@@ -37,7 +37,9 @@ def main() -> None:
     base = resolve_base(run.model.name, run.model.revision)
     template = load_template(run.data.chat_template) if run.data.chat_template else None
     renderer = Renderer(load_tokenizer(base), template, run.data.loss_on)
-    prepared = prepare(run.data, renderer)
+    # Every row is shown at its full length; what max_length would cut is told beside the histogram.
+    whole = run.data.model_copy(update={"max_length": sys.maxsize})
+    prepared = prepare(whole, renderer)
     colour = arguments.colour == "always" or (arguments.colour == "auto" and sys.stdout.isatty())
     print(show_preview(prepared, renderer, run.data, arguments.rows, colour=colour))
 

@@ -10,8 +10,18 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from halfbyte.config.paths import absolute_if_local
 from halfbyte.config.schema import ComputeDtype, Precision
 from halfbyte.errors import UserError, exit_on_user_error
+
+RUN_DECIDES = (
+    "revision",
+    "precision",
+    "no_double_quant",
+    "compute_dtype",
+    "chat_template",
+    "image",
+)
 
 
 def main() -> None:
@@ -34,6 +44,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.image and not arguments.prompt:
         raise UserError("--image needs --prompt: say what you want to know of the picture")
+    is_run = (Path(arguments.model) / "run.yaml").is_file()
+    given = {flag for flag in RUN_DECIDES if getattr(arguments, flag) != parser.get_default(flag)}
+    if is_run and given:
+        flag = min(given).replace("_", "-")
+        raise UserError(
+            f"--{flag} has no effect on a run folder, which says that itself; leave it out"
+        )
 
     from halfbyte.libraries import quiet_libraries
 
@@ -45,20 +62,21 @@ def main() -> None:
     from halfbyte.model.resolve import resolve_base
     from halfbyte.model.trained import load_trained
 
+    name = absolute_if_local(arguments.model)
     lead = (Message("system", arguments.system),) if arguments.system else ()
     double_quant = not arguments.no_double_quant
     if arguments.image:
-        base = resolve_base(arguments.model, arguments.revision)
+        base = resolve_base(name, arguments.revision)
         loaded, processor = load_multimodal(base, arguments.precision, double_quant=double_quant)
         print(describe(loaded))
         asked = (*lead, Message("user", arguments.prompt))
         made = reply_to_image(loaded, processor, asked, arguments.image, arguments.max_new_tokens)
         print(f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s")
         return
-    if (Path(arguments.model) / "run.yaml").is_file():
+    if is_run:
         loaded, renderer = load_trained(Path(arguments.model))
     else:
-        base = resolve_base(arguments.model, arguments.revision)
+        base = resolve_base(name, arguments.revision)
         template = load_template(arguments.chat_template) if arguments.chat_template else None
         renderer = Renderer(load_tokenizer(base), template)
         loaded = load_model(

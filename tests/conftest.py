@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -18,71 +16,8 @@ quiet_libraries()
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import BpeTrainer
+from toys import chatml_tokenizer, gemma_tokenizer, run_script, write_config
 from transformers import PreTrainedTokenizerFast
-
-from halfbyte.data.render import load_template
-
-ROOT = Path(__file__).resolve().parents[1]
-CORPUS = [
-    "acute chronic heart attack myocardial infarction of the anterior wall",
-    "The quick brown fox jumps over the lazy dog. 0123456789 (I21) I10 I95",
-    "system user assistant model Question Answer Name the category of this diagnosis: title (code).",
-    "def main():\n    return {'key': [1, 2, 3]}\n\n\nüöä é 東京 😀 <tag> | <| |> ###",
-]
-VOCABULARY = 480
-
-
-def chatml_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ChatML tokens; adds no BOS (as SmolLM2's)."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    controls = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    core.train_from_iterator(
-        CORPUS,
-        BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=controls,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        chat_template=load_template("chatml"),
-    )
-
-
-def gemma_tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE tokenizer with Gemma's control tokens, spaces as ▁, and a BOS on every text."""
-    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    core.normalizer = normalizers.Replace(" ", "▁")
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("▁"), "merged_with_next")
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    controls = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    core.train_from_iterator(
-        CORPUS,
-        BpeTrainer(vocab_size=VOCABULARY, special_tokens=controls + bytes_, show_progress=False),
-    )
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
 
 
 @pytest.fixture
@@ -159,51 +94,20 @@ def tiny_gemma_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows as JSONL."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 MakeConfig = Callable[..., Path]
 
 
 @pytest.fixture
 def make_config(tmp_path: Path, tiny_llama: Path) -> MakeConfig:
     """A function that writes a small working config, with sections updated by keyword."""
+    return lambda **sections: write_config(tmp_path, tiny_llama, **sections)
 
-    def make(**sections: dict[str, Any]) -> Path:
-        rows = [
-            {"prompt": f"diagnosis {n} of the heart", "completion": f"Heart attack (I{n % 7})"}
-            for n in range(40)
-        ]
-        write_rows(tmp_path / "train.jsonl", rows[:32])
-        write_rows(tmp_path / "test.jsonl", rows[32:])
-        content: dict[str, Any] = {
-            "runs_dir": "runs",
-            "model": {"name": str(tiny_llama), "precision": "nf4", "compute_dtype": "fp32"},
-            "adapter": {"r": 4, "alpha": 8},
-            "data": {"train": "train.jsonl", "test": "test.jsonl", "max_length": 128},
-            "train": {
-                "learning_rate": 1e-2,
-                "max_steps": 4,
-                "batch_size": 4,
-                "micro_batch_size": 2,
-                "log_steps": 1,
-                "num_samples": 1,
-                "sample_tokens": 4,
-            },
-            "eval": {"rows": 8, "max_new_tokens": 8, "fewshot": 2, "resamples": 200},
-            "merge": {"rows": 4, "dtype": "fp32"},
-        }
-        for section, values in sections.items():
-            if isinstance(values, dict):
-                content[section] = {**content.get(section, {}), **values}
-            else:
-                content[section] = values
-        path = tmp_path / "tiny.yaml"
-        # JSON is YAML 1.2.
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        return path
 
-    return make
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The folder of a finished run on the random Llama. Do not write into it; copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_script(
+        "train/sft.py", write_config(folder, tiny_llama, train={"eval_steps": 2, "save_steps": 2})
+    )
+    return folder / "runs" / "tiny"

@@ -29,19 +29,14 @@ def main() -> None:
     from halfbyte.data.prepare import prepare
     from halfbyte.data.preview import show_ledger
     from halfbyte.data.render import Renderer, load_template
-    from halfbyte.model.adapter import (
-        adapted_layers,
-        attach_adapter,
-        save_adapter,
-        trainable_parameters,
-    )
-    from halfbyte.model.footprint import num_parameters, weights_bytes
-    from halfbyte.model.load import load_model, load_tokenizer, vision_modules
+    from halfbyte.model.adapter import attach_adapter, describe_model, save_adapter
+    from halfbyte.model.load import load_model, load_tokenizer
     from halfbyte.model.resolve import resolve_base
-    from halfbyte.train.callbacks import FiniteGuard, Progress, Samples
-    from halfbyte.train.session import open_session, record_data, write_manifest
+    from halfbyte.train.arguments import num_steps
+    from halfbyte.train.preflight import check_first_step
+    from halfbyte.train.session import check_base, open_session, record_data, write_manifest
     from halfbyte.train.tracking import Tracker
-    from halfbyte.train.trainer import build_trainer, check_first_step, memory_bytes
+    from halfbyte.train.trainer import build_trainer
 
     session = open_session(run)
     folder = session.folder
@@ -54,6 +49,7 @@ def main() -> None:
         return
 
     base = resolve_base(run.model.name, run.model.revision)
+    check_base(session, base)
     tokenizer = load_tokenizer(base)
     template = load_template(run.data.chat_template) if run.data.chat_template else None
     renderer = Renderer(tokenizer, template, run.data.loss_on)
@@ -70,57 +66,34 @@ def main() -> None:
         compute_dtype=run.model.compute_dtype,
         attention=run.model.attention,
     )
-    say(
-        f"base: {base.name}, {num_parameters(loaded.model) / 1e6:.1f} M parameters,"
-        f" {weights_bytes(loaded.model) / 1e6:.1f} MB in {run.model.precision},"
-        f" {len(vision_modules(loaded.model))} vision modules\n"
-        f"compute: {loaded.compute.name} on {loaded.compute.device} ({loaded.compute.reason})"
-    )
-    model = attach_adapter(loaded, run.adapter, run.seed, folder.path)
-    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    num_adapted = len(adapted_layers(model))
-    say(f"adapter: {num_trainable / 1e6:.2f} M weights on {num_adapted} layers")
-
-    tracker = Tracker(run, folder, session.resume_step) if session.is_main else None
-    if tracker is not None:
-        say(f"W&B: {tracker.where}")
-    held_out = prepared.validation or prepared.test[:64]
-    guard = FiniteGuard()
-    samples = Samples(held_out[: run.train.num_samples], renderer, run.train.sample_tokens)
-    trainer = build_trainer(
-        run,
-        model,
-        loaded,
-        tokenizer,
-        (prepared.train, held_out),
-        folder.checkpoints,
-        tracker,
-        [Progress(), guard, samples],
-    )
-    guard.trainer = samples.trainer = trainer
-    facts = {"finished": False, "adapted_layers": num_adapted, "trainable": num_trainable}
+    model = attach_adapter(loaded, run.adapter, run.seed, folder.path, is_main=session.is_main)
+    say(describe_model(loaded, model))
     if session.is_main:
-        write_manifest(session, run, loaded, renderer, facts)
-    say(
-        f"before step 1: loss {check_first_step(trainer):.3f} on the longest rows; gradients are finite"
-    )
+        write_manifest(session, run, loaded, renderer, {"finished": False})
 
-    done = trainer.train(resume_from_checkpoint=str(session.resume) if session.resume else None)
-    held_out_loss = trainer.final_loss()
-    if session.is_main and tracker is not None:
-        save_adapter(model, loaded, folder.adapter, folder.path)
-        tokenizer.save_pretrained(folder.adapter)
-        numbers = {
-            "steps": trainer.state.global_step,
-            "training_seconds": round(done.metrics["train_runtime"], 1),
-            "num_tokens": trainer.num_tokens,
-            "held_out_loss": held_out_loss,
-            "peak_memory_bytes": memory_bytes(trainer.args.device),
-            "wandb": tracker.where,
-        }
-        write_manifest(session, run, loaded, renderer, facts | numbers | {"finished": True})
+    held_out = prepared.validation or prepared.test[:64]
+    tracker = Tracker(run, folder, session.resume_step) if session.is_main else None
+    try:
+        trainer = build_trainer(
+            run, loaded, model, renderer, (prepared.train, held_out), folder.checkpoints, tracker
+        )
+        say(
+            f"before step 1: loss {check_first_step(trainer):.3f} on the longest rows, gradients finite"
+        )
+        seconds = trainer.train_to(num_steps(run, len(prepared.train)), session.resume)
+        if session.is_main:
+            save_adapter(model, loaded, folder.adapter, folder.path)
+            tokenizer.save_pretrained(folder.adapter)
+        held_out_loss = trainer.final_loss()
+    except BaseException:
+        if tracker is not None:
+            tracker.finish(None)
+        raise
+    if tracker is not None:
         where = tracker.where
+        numbers = trainer.numbers() | {"training_seconds": seconds, "held_out_loss": held_out_loss}
         tracker.finish(folder.adapter)
+        write_manifest(session, run, loaded, renderer, numbers | {"finished": True, "wandb": where})
         say(f"trained: {folder.path}\n  adapter  {folder.adapter}\n  numbers  {folder.metrics}")
         say(f"  W&B      {where}\n{next_commands}")
 

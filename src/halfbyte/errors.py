@@ -51,6 +51,16 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, without importing torch here.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            f"error: the device ran out of memory: {error}\nUse a smaller train.micro_batch_size,"
+            " train.checkpointing=on, a shorter data.max_length, or eval.batch_size when comparing",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

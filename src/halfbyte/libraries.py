@@ -11,7 +11,6 @@ def quiet_libraries() -> None:
     """Call before importing transformers, trl or bitsandbytes."""
     # TRL pings the Hub on every trainer that is built.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # bitsandbytes 0.50 looks for a CPU kernel on the Hub at import and warns when it is not there.

@@ -10,7 +10,7 @@ from halfbyte.config.schema import Run, Variant
 from halfbyte.config.source import KeyPath, Source
 
 FOUR_BIT = ("nf4", "fp4")
-SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|\b[0-9a-f]{40}\b|wandb_v1_\w{20,}|sk-[A-Za-z0-9_-]{20,}")
+SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|^[0-9a-f]{40}$|wandb_v1_\w{20,}|sk-[A-Za-z0-9_-]{20,}")
 RUN_NAME = re.compile(r"[\w.=+,~-]+")
 
 
@@ -18,10 +18,12 @@ Rule = tuple[bool, str, str]  # is it a fault; dotted key; what is wrong and wha
 Written = Callable[[str], bool]
 
 
-def cross_faults(run: Run, source: Source) -> list[str]:
-    """Contradictions and options without effect, each as one line."""
+def cross_faults(run: Run, source: Source, *, resolved: bool) -> list[str]:
+    """Contradictions and, unless the config is a resolved one, options without effect: a line each."""
 
     def written(dotted: str) -> bool:
+        if resolved:
+            return False
         node: Any = source.values
         for part in dotted.split("."):
             node = node.get(part) if isinstance(node, dict) else None
@@ -32,7 +34,7 @@ def cross_faults(run: Run, source: Source) -> list[str]:
         *_adapter_rules(run),
         *_train_rules(run, written),
         *_data_rules(run, written),
-        *_eval_rules(run),
+        *_eval_rules(run, written),
     ]
     return [
         f"{source.place(tuple(dotted.split('.')))}: {dotted} {text}"
@@ -67,11 +69,11 @@ def _adapter_rules(run: Run) -> list[Rule]:
     adapter, stored = run.adapter, run.model.precision
     return [
         (
-            adapter.init in ("pissa", "olora") and stored in (*FOUR_BIT, "int8"),
+            adapter.init in ("pissa", "olora") and stored != "fp32",
             "adapter.init",
             f"is {adapter.init}, which rewrites the base weights; on a {stored} base they would be"
-            " quantised a second time and the saved adapter would not fit the published base. Use"
-            " default or loftq, or model.precision bf16 or fp32",
+            " rounded a second time and the saved adapter would not fit the published base. Use default,"
+            " or model.precision fp32",
         ),
         (
             adapter.init == "loftq" and stored not in FOUR_BIT,
@@ -82,6 +84,12 @@ def _adapter_rules(run: Run) -> list[Rule]:
             adapter.init in ("loftq", "pissa", "olora") and adapter.dora,
             "adapter.init",
             f"is {adapter.init}, which PEFT does not combine with adapter.dora",
+        ),
+        (
+            adapter.init == "loftq" and (adapter.alpha != adapter.r or adapter.rslora),
+            "adapter.init",
+            f"is loftq, which corrects the quantisation error only where the update is not scaled: set"
+            f" adapter.alpha={adapter.r} and adapter.rslora=false",
         ),
         (
             adapter.targets == [],
@@ -107,6 +115,16 @@ def _train_rules(run: Run, written: Written) -> list[Rule]:
             "has no effect with train.scheduler constant; use constant_with_warmup",
         ),
         (
+            written("train.keep_checkpoints") and train.save_steps == 0,
+            "train.keep_checkpoints",
+            "has no effect with train.save_steps 0",
+        ),
+        (
+            train.eval_steps > 0 and run.data.test is None and not _holds_out(run),
+            "train.eval_steps",
+            "has no effect without held-out rows: set data.test, data.validation_frac or data.test_frac",
+        ),
+        (
             written("train.sample_tokens") and train.num_samples == 0,
             "train.sample_tokens",
             "has no effect with train.num_samples 0",
@@ -117,6 +135,10 @@ def _train_rules(run: Run, written: Written) -> list[Rule]:
             f"is {run.name!r}; allowed are letters, digits and . _ = + , ~ -",
         ),
     ]
+
+
+def _holds_out(run: Run) -> bool:
+    return run.data.validation_frac + run.data.test_frac > 0
 
 
 def _data_rules(run: Run, written: Written) -> list[Rule]:
@@ -146,11 +168,26 @@ def _data_rules(run: Run, written: Written) -> list[Rule]:
     ]
 
 
-def _eval_rules(run: Run) -> list[Rule]:
+def _eval_rules(run: Run, written: Written) -> list[Rule]:
     pattern, names = run.eval.answer_pattern, [baseline.name for baseline in run.eval.baselines]
     repeated = sorted({name for name in names if names.count(name) > 1})
     taken = sorted(set(names) & set(get_args(Variant)))
     return [
+        (
+            not run.eval.variants and not run.eval.baselines,
+            "eval.variants",
+            "is empty, and eval.baselines too: there is nothing to compare",
+        ),
+        (
+            written("eval.fewshot") and "base-full-fewshot" not in run.eval.variants,
+            "eval.fewshot",
+            "has no effect without base-full-fewshot in eval.variants",
+        ),
+        (
+            written("track.project") and run.track.wandb == "off",
+            "track.project",
+            "has no effect with track.wandb off",
+        ),
         (bool(repeated), "eval.baselines", f"names {', '.join(repeated)} more than once"),
         (
             bool(taken),

@@ -16,7 +16,7 @@ TEMPLATE_SUFFIXES = (".jinja", ".j2")
 TEMPLATE_NAMES = ("gemma", "chatml", "plain")
 
 
-def resolve_paths(run: Run, source: Source) -> Run:
+def resolve_paths(run: Run, source: Source, *, resolved: bool = False) -> Run:
     """Make ``runs_dir`` and every value that names a local file or folder absolute.
 
     A value names something local if it begins with ``/``, ``./``, ``../`` or ``~``, ends in a known
@@ -37,6 +37,13 @@ def resolve_paths(run: Run, source: Source) -> Run:
                 " Hub id such as org/name"
             )
         return value
+
+    if is_local(run.data.train, source.folder(("data", "train")), DATA_SUFFIXES):
+        faults += [
+            f"{source.place(('data', key))}: data.{key} has no effect: data.train is a local file or folder"
+            for key in ("train_split", "subset", "revision")
+            if not resolved and source.values["data"].get(key) is not None
+        ]
 
     model = run.model.model_copy(
         update={"name": local(("model", "name"), run.model.name, MODEL_SUFFIXES)}
@@ -72,6 +79,13 @@ def resolve_paths(run: Run, source: Source) -> Run:
             "runs_dir": str(runs_dir.resolve()),
         }
     )
+
+
+def absolute_if_local(value: str) -> str:
+    """A command-line argument as an absolute path where it names something on this disk."""
+    if is_local(value, Path.cwd(), (*MODEL_SUFFIXES, *DATA_SUFFIXES)):
+        return str(Path(value).expanduser().resolve())
+    return value
 
 
 def is_local(value: str, folder: Path, suffixes: tuple[str, ...]) -> bool:

@@ -65,7 +65,7 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
             ]
         )
     source = read_source(path, overrides or [])
-    return resolve_paths(_validate(source), source)
+    return resolve_paths(_validate(source, resolved=True), source, resolved=True)
 
 
 def run_as_yaml(run: Run) -> str:
@@ -89,14 +89,15 @@ def default_name(config: Path, overrides: list[str]) -> str:
     return name
 
 
-def _validate(source: Source) -> Run:
+def _validate(source: Source, *, resolved: bool = False) -> Run:
+    """``resolved``: the file holds every key with its default, so that none was chosen by hand."""
     faults = list(source.faults) + secret_faults(source)
     try:
         run = Run.model_validate(source.values)
     except ValidationError as error:
         faults += [_fault(dict(item), source) for item in error.errors()]
         raise ConfigError(_in_file_order(faults)) from None
-    faults += cross_faults(run, source)
+    faults += cross_faults(run, source, resolved=resolved)
     if faults:
         raise ConfigError(_in_file_order(faults))
     return run

@@ -20,7 +20,9 @@ Name = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """A part of the config: strict types, no unknown key, frozen after reading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Model(Section):
@@ -69,7 +71,7 @@ class Adapter(Section):
     init: Literal["default", "pissa", "olora", "loftq"] = Field(
         "default",
         description="Start values. `pissa` and `olora` change the base weights and so need an"
-        " unquantised base; `loftq` needs a 4-bit base.",
+        " fp32 base; `loftq` needs a 4-bit base, CUDA, and alpha equal to r.",
     )
 
 
@@ -133,7 +135,7 @@ Optimizer = Literal[
     "adamw_torch",
     "adamw_torch_fused",
     "adamw_8bit",
-    "paged_adamw",
+    "paged_adamw_32bit",
     "paged_adamw_8bit",
     "ademamix_8bit",
     "lion_8bit",
@@ -185,7 +187,9 @@ class Train(Section):
     eval_steps: Count = Field(
         0, description="Steps between two held-out losses; 0: only at the end."
     )
-    save_steps: Count = Field(0, description="Steps between two checkpoints; 0: only at the end.")
+    save_steps: Count = Field(
+        50, description="Steps between two checkpoints; 0: none, so that nothing can be resumed."
+    )
     keep_checkpoints: Positive = Field(2, description="Checkpoints kept.")
     num_samples: Count = Field(
         3, description="Held-out prompts answered at each evaluation, to read along."
@@ -228,7 +232,7 @@ class Eval(Section):
         " instead of the whole answer.",
     )
     rows: Positive = Field(200, description="Held-out rows, the same for every variant.")
-    fewshot: Positive = Field(
+    fewshot: Annotated[int, Field(ge=1, le=64)] = Field(
         5, description="Training examples in the prompt of `base-full-fewshot`."
     )
     max_new_tokens: Positive = Field(64, description="Longest answer, in tokens.")

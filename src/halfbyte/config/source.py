@@ -65,7 +65,7 @@ def read_source(config: Path, overrides: list[str]) -> Source:
         raise ConfigError([f"{config}: is empty; see docs/config.md for the keys"])
     if not isinstance(node, MappingNode):
         raise ConfigError([f"{config}:1: holds {_kind(node)}; a mapping of sections is expected"])
-    source.values = _plain(node, (), source, str(config))
+    source.values = _values(node, (), source, str(config))
     for override in overrides:
         _lay_over(override, source)
     return source
@@ -89,6 +89,14 @@ def _compose(text: str, name: str) -> Node | None:
     except (YAMLError, RecursionError, ValueError) as error:
         raise ConfigError([f"{name}: not valid YAML: {error}"]) from None
     return node
+
+
+def _values(node: Node, path: KeyPath, source: Source, name: str) -> Any:
+    try:
+        return _plain(node, path, source, name)
+    except RecursionError:
+        source.faults.append(f"{name}: an alias contains itself")
+        return {}
 
 
 def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
@@ -115,7 +123,13 @@ def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
             source.places[here] = f"{name}:{item.start_mark.line + 1}"
             items.append(_plain(item, here, source, name))
         return items
-    return _scalar(node)
+    try:
+        return _scalar(node)
+    except (YAMLError, ValueError, TypeError):
+        place = source.place(path) or name
+        dotted = ".".join(map(str, path))
+        source.faults.append(f"{place}: {dotted} is {node.value!r}, which is no {node.tag}")
+        return None
 
 
 def _scalar(node: Node) -> Any:
@@ -154,7 +168,7 @@ def _lay_over(override: str, source: Source) -> None:
         del source.places[known]
     source.places[keys] = place
     source.folders[keys] = Path.cwd()
-    target[keys[-1]] = None if node is None else _plain(node, keys, source, place)
+    target[keys[-1]] = None if node is None else _values(node, keys, source, place)
     source.places = {
         known: place if known[: len(keys)] == keys else written
         for known, written in source.places.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -110,8 +109,8 @@ def prepare(data: Data, renderer: Renderer) -> Prepared:
 
 
 def normalised(prompt: str) -> str:
-    """The form in which two prompts count as the same: case, spaces and punctuation aside."""
-    return " ".join(re.findall(r"\w+", prompt.casefold())) or prompt
+    """The form in which two prompts count as the same: case, spaces and closing punctuation aside."""
+    return " ".join(prompt.casefold().split()).rstrip(" .!?,;:") or prompt
 
 
 def hash_fraction(prompt: str) -> float:

@@ -27,12 +27,8 @@ def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
     Raises:
         RunError: the run held nothing out, or its rows are raw text without answers.
     """
-    for name in ("test", "validation"):
-        path = folder.need(folder.data / f"{name}.jsonl", "accelerate launch train/sft.py CONFIG")
-        rows = [row_from_json(record) for record in read_jsonl(path)]
-        if rows:
-            break
-    else:
+    rows = _first_rows(folder, ("test", "validation"))
+    if not rows:
         raise RunError(
             f"{folder.path}: no rows were held out; train with data.test, data.test_frac or"
             " data.validation_frac"
@@ -40,6 +36,22 @@ def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
     if any(row.text is not None for row in rows):
         raise RunError(f"{folder.path}: its rows are raw text, which has no answers to compare")
     return random.Random(seed).sample(rows, min(num_rows, len(rows)))
+
+
+def measuring_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
+    """Rows of any kind on which two models are compared: held out, or else from training."""
+    rows = _first_rows(folder, ("test", "validation", "fewshot"))
+    return random.Random(seed).sample(rows, min(num_rows, len(rows)))
+
+
+def _first_rows(folder: RunDir, names: tuple[str, ...]) -> list[Row]:
+    """The rows of the first file in the run folder's data that holds any."""
+    for name in names:
+        path = folder.need(folder.data / f"{name}.jsonl", "accelerate launch train/sft.py CONFIG")
+        rows = [row_from_json(record) for record in read_jsonl(path)]
+        if rows:
+            return rows
+    return []
 
 
 def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ...]:

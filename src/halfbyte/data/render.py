@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -139,15 +140,12 @@ class Renderer:
         self._need_template(row.place)
         messages, table = self._neutralise(row.messages, row.place)
         text = self._render(messages, row.place)
+        answers = self._answers(messages, text, row.place)
         ids: list[int] = []
         labels: list[int] = []
-        at = 0
-        for start, end in self._answers(messages, text, row.place):
-            for piece, supervised in ((text[at:start], False), (text[start:end], True)):
-                new = self._encode(piece, table, first=not ids)
-                ids += new
-                labels += new if supervised or self.loss_on == "all" else [IGNORED] * len(new)
-            at = end
+        for new, supervised in self._parts(text[: answers[-1][1]], answers, table):
+            ids += new
+            labels += new if supervised or self.loss_on == "all" else [IGNORED] * len(new)
         labels[0] = IGNORED
         self._check(ids, labels, row.place)
         changed = any(m.content not in text for m in messages)
@@ -158,7 +156,20 @@ class Renderer:
         """Ids up to where the assistant's answer begins: the ids that precede it in training."""
         self._need_template(place)
         neutral, table = self._neutralise(messages, place)
-        return self._encode(self._render(neutral, place, prompt=True), table, first=True)
+        text = self._render(neutral, place, prompt=True)
+        answers = self._answers(neutral, text, place)
+        return [index for new, _ in self._parts(text, answers, table) for index in new]
+
+    def _parts(
+        self, text: str, answers: list[tuple[int, int]], table: dict[str, str]
+    ) -> Iterator[tuple[list[int], bool]]:
+        """Ids of each stretch of ``text`` and whether it is an answer; cut the same way everywhere."""
+        at = 0
+        for start, end in answers:
+            yield self._encode(text[at:start], table, first=at == 0), False
+            yield self._encode(text[start:end], table, first=False), True
+            at = end
+        yield self._encode(text[at:], table, first=at == 0), False
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated ids, control tokens left out."""
@@ -180,7 +191,8 @@ class Renderer:
         used = {
             token
             for index, token in self.tokenizer.added_tokens_decoder.items()
-            if str(token) in text and index in self._plain_ids(text)
+            # Gemma lists runs of newlines among its added tokens; they are text all the same.
+            if str(token).strip() and str(token) in text and index in self._plain_ids(text)
         }
         self._set_controls([*self._controls, *(str(token) for token in used)])
         after = text[text.index("epsilon zeta") + len("epsilon zeta") :]

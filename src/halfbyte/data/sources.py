@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config.paths import DATA_SUFFIXES, is_local
+from halfbyte.config.paths import DATA_SUFFIXES
 from halfbyte.errors import DataError
 
 
@@ -39,12 +39,13 @@ def read_table(
 ) -> Table:
     """Read every row of a file, a folder of files or a Hub dataset.
 
-    ``split``, ``subset`` and ``revision`` apply to Hub datasets alone.
+    A local source is given as an absolute path. ``split``, ``subset`` and ``revision`` apply to Hub
+    datasets alone.
 
     Raises:
         DataError: nothing is there, a file cannot be parsed, or it holds no rows.
     """
-    if is_local(source, Path.cwd(), DATA_SUFFIXES):
+    if Path(source).is_absolute():
         rows = [row for file in _files(Path(source)) for row in _read_file(file)]
     else:
         rows = _read_hub(source, split, subset, revision)

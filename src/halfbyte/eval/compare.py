@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte.config import Run
+from halfbyte.config.schema import Baseline, Precision
 from halfbyte.data.questions import Question, fewshot_examples, held_out_rows, questions
 from halfbyte.data.render import Renderer
 from halfbyte.eval.intervals import mean_interval
 from halfbyte.eval.metrics import scorer
+from halfbyte.model.activations import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.generate import generate
 from halfbyte.model.load import Loaded, load_model, load_tokenizer
 from halfbyte.model.loss import add_token_loss, summed_loss
 from halfbyte.model.precision import DTYPES, Compute
-from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
 from halfbyte.run_dir import RunDir, read_json
 
@@ -100,10 +102,11 @@ def compare(folder: RunDir, run: Run) -> list[Variant]:
     asked = questions(rows, renderer)
     compute = same_compute(folder)
 
-    found = {
-        contender.name: measure(contender, run)
-        for contender in _contenders(folder, run, base, compute, asked, renderer)
-    }
+    found = {}
+    for contender in _contenders(folder, run, base, compute, asked, renderer):
+        found[contender.name] = measure(contender, run)
+        # The next model is loaded only when nothing holds this one any more.
+        del contender
     order = [*wanted, *(baseline.name for baseline in run.eval.baselines)]
     return [found[name] for name in order]
 
@@ -124,7 +127,8 @@ def measure(contender: Contender, run: Run) -> Variant:
         progress=_progress(contender.name, len(asked)),
     )
     generating_s = time.perf_counter() - start
-    variant.tokens_per_s = sum(len(answer.ids) + 1 for answer in made) / generating_s
+    num_tokens = sum(len(answer.ids) + (answer.finish_reason == "stop") for answer in made)
+    variant.tokens_per_s = num_tokens / generating_s
     variant.answers = [renderer.decode(answer.ids) for answer in made]
     variant.finish_reasons = [answer.finish_reason for answer in made]
     for metric in run.eval.metrics:
@@ -157,21 +161,10 @@ def _contenders(
         yield from _quantised(folder, run, base, compute, asked, renderer)
         _release()
     if MERGED in wanted:
-        loaded = _load(resolve_base(str(folder.merged)), compute.name, compute)
-        kept = read_json(folder.merged / "merge_report.json")["kept"]
-        what = f"merged into the {kept['base']} base, stored in {kept['dtype']}"
-        yield Contender(MERGED, what, loaded.model, kept["weights_bytes"], asked, renderer)
-        del loaded
+        yield from _merged(folder, run, compute, asked, renderer)
         _release()
     for baseline in run.eval.baselines:
-        other = resolve_base(baseline.model, baseline.revision)
-        loaded = _load(other, baseline.precision, None)
-        own = Renderer(load_tokenizer(other), None, run.data.loss_on)
-        own_asked = questions([question.row for question in asked], own)
-        what = f"{other.name} in {baseline.precision}"
-        size = weights_bytes(loaded.model)
-        yield Contender(baseline.name, what, loaded.model, size, own_asked, own)
-        del loaded
+        yield from _baseline(baseline, run, asked)
         _release()
 
 
@@ -184,9 +177,9 @@ def _full_size(
     renderer: Renderer,
 ) -> Iterator[Contender]:
     """The base without quantisation, asked plainly and with examples in the prompt."""
-    loaded = _load(base, compute.name, compute)
+    loaded = _load_full(base, run, compute)
     size = weights_bytes(loaded.model)
-    what = f"{base.name} in {compute.name}"
+    what = f"{base.name} in {loaded.precision}"
     if BASE_FULL in run.eval.variants:
         yield Contender(BASE_FULL, what, loaded.model, size, asked, renderer)
     if FEWSHOT in run.eval.variants:
@@ -205,31 +198,67 @@ def _quantised(
     renderer: Renderer,
 ) -> Iterator[Contender]:
     """The adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
-    loaded = _load(base, run.model.precision, compute, run.model.double_quant)
-    base_bytes = weights_bytes(loaded.model)
-    model = load_adapter(loaded, folder.adapter)
-    what = f"{base.name} in {run.model.precision}"
-    if ADAPTER in run.eval.variants:
-        adapted = f"{what} with the trained adapter"
-        yield Contender(ADAPTER, adapted, model, weights_bytes(model), asked, renderer)
-    if BASE_NF4 not in run.eval.variants:
-        return
-    if run.model.precision == "nf4":
-        with model.disable_adapter():
-            disabled = f"{what}, adapter disabled"
-            yield Contender(BASE_NF4, disabled, model, base_bytes, asked, renderer)
-        return
-    del model, loaded
-    _release()
-    loaded = _load(base, "nf4", compute, run.model.double_quant)
-    size = weights_bytes(loaded.model)
-    yield Contender(BASE_NF4, f"{base.name} in nf4", loaded.model, size, asked, renderer)
+    same_weights = run.model.precision == "nf4"
+    if ADAPTER in run.eval.variants or same_weights:
+        loaded = _load(base, run.model.precision, compute, run)
+        base_bytes = weights_bytes(loaded.model)
+        model = load_adapter(loaded, folder.adapter)
+        what = f"{base.name} in {run.model.precision}"
+        if ADAPTER in run.eval.variants:
+            adapted = f"{what} with the trained adapter"
+            yield Contender(ADAPTER, adapted, model, weights_bytes(model), asked, renderer)
+        if same_weights and BASE_NF4 in run.eval.variants:
+            with model.disable_adapter():
+                disabled = f"{what}, adapter disabled"
+                yield Contender(BASE_NF4, disabled, model, base_bytes, asked, renderer)
+        del model, loaded
+        _release()
+    if BASE_NF4 in run.eval.variants and not same_weights:
+        loaded = _load(base, "nf4", compute, run)
+        size = weights_bytes(loaded.model)
+        yield Contender(BASE_NF4, f"{base.name} in nf4", loaded.model, size, asked, renderer)
 
 
-def _load(base: Base, precision: Any, compute: Compute | None, double_quant: bool = True) -> Loaded:
+def _merged(
+    folder: RunDir, run: Run, compute: Compute, asked: list[Question], renderer: Renderer
+) -> Iterator[Contender]:
+    loaded = _load_full(resolve_base(str(folder.merged)), run, compute)
+    kept = read_json(folder.merged / "merge_report.json")["kept"]
+    what = f"merged into the {kept['base']} base, stored in {kept['dtype']}"
+    yield Contender(MERGED, what, loaded.model, kept["weights_bytes"], asked, renderer)
+
+
+def _baseline(baseline: Baseline, run: Run, asked: list[Question]) -> Iterator[Contender]:
+    """A further model with its own tokenizer and chat template."""
+    base = resolve_base(baseline.model, baseline.revision)
+    loaded = _load(base, baseline.precision, None, run)
+    own = Renderer(load_tokenizer(base), None, run.data.loss_on)
+    own_asked = questions([question.row for question in asked], own)
+    what = f"{base.name} in {baseline.precision}"
+    yield Contender(baseline.name, what, loaded.model, weights_bytes(loaded.model), own_asked, own)
+
+
+def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
+    """Unquantised in the run's compute dtype, or in bf16 where fp32 would not fit."""
+    precision: Precision = compute.name
+    if precision == "fp32" and fp32_bytes(base) > USABLE_FRAC * free_bytes(compute.device):
+        precision = "bf16"
+        print(
+            f"{base.name}: fp32 does not fit in the free memory; compared in bf16", file=sys.stderr
+        )
+    return _load(base, precision, compute, run)
+
+
+def _load(base: Base, precision: Precision, compute: Compute | None, run: Run) -> Loaded:
     if compute is not None and precision in DTYPES:
         compute = Compute(compute.device, DTYPES[precision], compute.reason)
-    loaded = load_model(base, precision, double_quant=double_quant, compute=compute)
+    loaded = load_model(
+        base,
+        precision,
+        double_quant=run.model.double_quant,
+        compute=compute,
+        attention=run.model.attention,
+    )
     add_token_loss(loaded.model)
     return loaded
 

@@ -62,9 +62,8 @@ def field_match(answer: str, wanted: str) -> float:
     names = set(needed) | set(found)
     if not names:
         return 1.0
-    return sum(
-        name in needed and name in found and needed[name] == found[name] for name in names
-    ) / len(names)
+    same = [name in needed and name in found and needed[name] == found[name] for name in names]
+    return sum(map(bool, same)) / len(names)
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

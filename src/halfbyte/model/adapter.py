@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from halfbyte.config.schema import Adapter
 from halfbyte.errors import ModelError, RunError
+from halfbyte.model.footprint import num_parameters, weights_bytes
 from halfbyte.model.load import Loaded, vision_modules
 from halfbyte.run_dir import write_json
 
@@ -22,7 +24,9 @@ BASE_FILE = "base.json"  # beside the adapter: what it belongs to
 INITIAL = "initial"  # folder of the start values, where the initialisation changed the base
 
 
-def attach_adapter(loaded: Loaded, settings: Adapter, seed: int, scratch: Path) -> PeftModel:
+def attach_adapter(
+    loaded: Loaded, settings: Adapter, seed: int, scratch: Path, *, is_main: bool = True
+) -> PeftModel:
     """Put a new LoRA adapter on a base and check that it sits where the config says.
 
     Trainable weights are fp32. The base is frozen. PiSSA and OLoRA change the base in memory; their
@@ -37,6 +41,10 @@ def attach_adapter(loaded: Loaded, settings: Adapter, seed: int, scratch: Path) 
 
     model = loaded.model
     _check_targets(model, settings)
+    if settings.init == "loftq" and loaded.compute.device.type != "cuda":
+        raise ModelError(
+            "adapter.init is loftq, which PEFT computes on CUDA alone; use default here"
+        )
     # LoftQ starts from plain LoRA and then fits the quantisation error (PEFT replaces the values).
     init: Any = {"default": True, "loftq": True}.get(settings.init, settings.init)
     config = LoraConfig(
@@ -53,18 +61,34 @@ def attach_adapter(loaded: Loaded, settings: Adapter, seed: int, scratch: Path) 
     try:
         adapted: PeftModel = get_peft_model(model, config)
         if settings.init == "loftq":
-            replace_lora_weights_loftq(adapted, _single_file(loaded.base.path))
-    except (ValueError, TypeError, RuntimeError) as error:
+            replace_lora_weights_loftq(adapted, str(Path(loaded.base.path) / "model.safetensors"))
+    except (ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"adapter: PEFT refuses {settings.model_dump()}: {error}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if settings.init in ("pissa", "olora"):
+    if settings.init in ("pissa", "olora") and is_main:
         adapted.peft_config["default"].init_lora_weights = True
         adapted.save_pretrained(str(scratch / INITIAL))
         adapted.peft_config["default"].init_lora_weights = init
     _check_placement(adapted, settings)
     return adapted
+
+
+def describe_model(loaded: Loaded, model: PeftModel) -> str:
+    """What was loaded, what computes and what learns, in three lines."""
+    base, compute = loaded.base, loaded.compute
+    learning = sum(p.numel() for p in trainable_parameters(model).values())
+    frozen_bytes = weights_bytes(model) - sum(
+        p.nbytes for p in trainable_parameters(model).values()
+    )
+    return (
+        f"base: {base.name}, {(num_parameters(model) - learning) / 1e6:.1f} M parameters,"
+        f" {frozen_bytes / 1e6:.1f} MB in {loaded.precision},"
+        f" {len(vision_modules(loaded.model))} vision modules\n"
+        f"compute: {compute.name} on {compute.device} ({compute.reason})\n"
+        f"adapter: {learning / 1e6:.2f} M weights on {len(adapted_layers(model))} layers"
+    )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -125,7 +149,7 @@ def load_adapter(loaded: Loaded, folder: Path) -> PeftModel:
         RunError: the adapter belongs to another base, some of its weights find no place, or it
             changes nothing.
     """
-    from peft import PeftModel, load_peft_weights
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     from halfbyte.run_dir import read_json
 
@@ -137,9 +161,7 @@ def load_adapter(loaded: Loaded, folder: Path) -> PeftModel:
         )
     model: PeftModel = PeftModel.from_pretrained(loaded.model, str(folder))
     saved = set(load_peft_weights(str(folder), device="cpu"))
-    placed = {
-        name.replace(".default", "") for name, _ in model.named_parameters() if ".default" in name
-    }
+    placed = set(get_peft_model_state_dict(model))
     if saved != placed:
         odd = sorted(saved ^ placed)
         raise RunError(f"{folder}: {len(odd)} adapter weights do not fit the model: {odd[:3]}")
@@ -194,12 +216,3 @@ def _check_saved(model: PeftModel, folder: Path) -> None:
     wrong = [k for k in memory if k not in saved or not torch.equal(saved[k], memory[k].cpu())]
     if wrong or len(saved) != len(memory):
         raise RunError(f"{folder}: the saved adapter differs from memory in {wrong[:3]}")
-
-
-def _single_file(folder: str) -> str:
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if len(files) != 1:
-        raise ValueError(
-            f"loftq reads the base from one safetensors file; {folder} holds {len(files)}"
-        )
-    return str(files[0])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from halfbyte.model.quantised import int8_codes
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -34,7 +36,8 @@ def weights_bytes(model: nn.Module) -> int:
 
 def constants_bytes(model: nn.Module) -> int:
     """Bytes of the quantisation constants alone, which transformers' footprint leaves out."""
-    return sum(tensor.nbytes for p in model.parameters() for tensor in _constants(p))
+    four_bit = sum(tensor.nbytes for p in model.parameters() for tensor in _constants(p))
+    return four_bit + sum(scale.nbytes for m in model.modules() for scale in _int8_scales(m))
 
 
 def kinds(model: nn.Module) -> list[Kind]:
@@ -49,6 +52,8 @@ def kinds(model: nn.Module) -> list[Kind]:
             group = groups[_kind(module_name, module, name), _stored_as(parameter)]
             group[0] += _count(parameter)
             group[1] += parameter.nbytes + sum(t.nbytes for t in _constants(parameter))
+            if name == "weight":
+                group[1] += sum(t.nbytes for t in _int8_scales(module))
     found = [Kind(*key, *value) for key, value in groups.items()]
     return sorted(found, key=lambda kind: -kind.num_bytes)
 
@@ -62,6 +67,8 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     for parameter in model.parameters():
         yield parameter.data
         yield from _constants(parameter)
+    for module in model.modules():
+        yield from _int8_scales(module)
     yield from model.buffers()
 
 
@@ -73,10 +80,12 @@ def _constants(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
             if isinstance(tensor, torch.Tensor):
                 yield tensor
         state = getattr(state, "state2", None)
-    for name in ("SCB", "CB"):  # LLM.int8
-        tensor = getattr(parameter, name, None)
-        if isinstance(tensor, torch.Tensor) and tensor.data_ptr() != parameter.data_ptr():
-            yield tensor
+
+
+def _int8_scales(module: nn.Module) -> Iterator[torch.Tensor]:
+    _, scales = int8_codes(module)
+    if scales is not None:
+        yield scales
 
 
 def _count(parameter: torch.Tensor) -> int:

@@ -82,6 +82,7 @@ def load_model(
     if compute is None:
         compute = choose_compute(precision if precision in DTYPES else compute_dtype)  # type: ignore[arg-type]
     config = AutoConfig.from_pretrained(base.path)
+    _check_unquantised(config, base, precision)
     text_config = config.get_text_config()
     text_only = text_config is not config and type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
     options: dict[str, Any] = {
@@ -153,8 +154,18 @@ def _quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) 
 def _from_pretrained(model_class: Any, base: Base, options: dict[str, Any]) -> tuple[Any, Any]:
     try:
         return model_class.from_pretrained(base.path, **options)  # type: ignore[no-any-return]
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise ModelError(f"{base.name}: cannot be loaded from {base.path}: {error}") from error
+
+
+def _check_unquantised(config: PretrainedConfig, base: Base, precision: Precision) -> None:
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is not None and precision in DTYPES:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        raise ModelError(
+            f"{base.name}: the checkpoint is already quantised ({method}); model.precision {precision}"
+            " cannot undo that. Choose the unquantised checkpoint"
+        )
 
 
 def _check_loaded(
@@ -169,13 +180,6 @@ def _check_loaded(
     if text_only and vision_modules(model):
         raise ModelError(
             f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}"
-        )
-    stored: PretrainedConfig | None = getattr(model.config, "quantization_config", None)
-    method = getattr(stored, "quant_method", None)
-    if precision in DTYPES and method is not None:
-        raise ModelError(
-            f"{base.name}: the checkpoint is already quantised ({method}); model.precision {precision}"
-            " cannot undo that. Choose the unquantised checkpoint"
         )
     if precision in ("nf4", "fp4"):
         kinds = {

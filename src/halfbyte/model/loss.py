@@ -80,7 +80,8 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         """Scale the gradient that forward computed."""
         (gradient,) = ctx.saved_tensors
-        return gradient * grad[0].to(gradient.dtype), None, None, None
+        # A tensor without dimensions leaves the dtype as it is and is not rounded to it.
+        return gradient * grad[0], None, None, None
 
 
 def tile_rows(vocabulary: int, device: torch.device) -> int:

@@ -155,6 +155,10 @@ def _convert(gguf: Path, target: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
+    except ImportError as error:
+        raise ModelError(
+            f"{gguf}: reading GGUF needs an extra: pip install 'halfbyte[gguf]'"
+        ) from error
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{gguf}: transformers cannot read this GGUF file: {error}") from error
     model.config.name_or_path = ""

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from halfbyte.config.schema import ComputeDtype
 from halfbyte.errors import ModelError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PlainPrecision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+NAMES: dict[torch.dtype, PlainPrecision] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 FIRST_BF16_CAPABILITY = (8, 0)  # Ampere; a T4 is 7.5 and only emulates bf16
 GEMM_TOKENS, GEMM_IN, GEMM_OUT = 256, 576, 1536  # an MLP layer of a 135M model
 GEMM_REPEATS = 3
@@ -26,7 +36,7 @@ class Compute:
     reason: str
 
     @property
-    def name(self) -> str:
+    def name(self) -> PlainPrecision:
         """``fp32``, ``bf16`` or ``fp16``."""
         return NAMES[self.dtype]
 

@@ -9,14 +9,6 @@ import torch
 from torch import nn
 
 
-def is_quantised(layer: nn.Module) -> bool:
-    """Whether a linear layer holds 4-bit or 8-bit weights."""
-    weight = getattr(layer, "weight", None)
-    return (
-        getattr(weight, "quant_state", None) is not None or getattr(weight, "SCB", None) is not None
-    )
-
-
 def dequantised_weight(layer: nn.Module) -> torch.Tensor:
     """The layer's weight (out, in) in fp32: exactly what its stored codes and constants stand for."""
     weight: Any = layer.weight
@@ -29,14 +21,25 @@ def dequantised_weight(layer: nn.Module) -> torch.Tensor:
         exact.dtype = torch.float32
         restored: torch.Tensor = dequantize_4bit(weight.data, exact)
         return restored.reshape(state.shape).float()
-    scales = getattr(weight, "SCB", None)
-    if scales is not None:
-        codes = getattr(weight, "CB", None)
-        codes = weight.data if codes is None else codes
+    codes, scales = int8_codes(layer)
+    if codes is not None and scales is not None:
         plain: torch.Tensor = codes.float() * scales.float()[:, None] / 127.0
         return plain
     plain = weight.detach().float()
     return plain
+
+
+def int8_codes(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """LLM.int8's codes (out, in) and scales (out,), which the first forward moves to the state."""
+    weight: Any = getattr(layer, "weight", None)
+    state: Any = getattr(layer, "state", None)
+    scales = getattr(weight, "SCB", None)
+    if scales is None:
+        scales = getattr(state, "SCB", None)
+    if scales is None:
+        return None, None
+    codes = getattr(state, "CB", None)
+    return (weight.data if codes is None else codes), scales
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from halfbyte.config.paths import MODEL_SUFFIXES, is_local
+from halfbyte.config.paths import MODEL_SUFFIXES
 from halfbyte.errors import ModelError
 from halfbyte.model.packaged import converted_gguf, file_sha256, packaged_model
 
@@ -42,6 +43,8 @@ class Base:
 def resolve_base(name: str, revision: str | None = None) -> Base:
     """Find a model, downloading or converting it if need be.
 
+    A local folder or file is given as an absolute path; anything else is a Hub id or ``pypi:``.
+
     Raises:
         ModelError: nothing is there, the Hub asks for a licence or a login, or there is no network.
     """
@@ -49,8 +52,8 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
     if name.startswith("pypi:"):
         path, package = packaged_model(name.removeprefix("pypi:"))
         origin = package.origin
-    elif is_local(name, Path.cwd(), MODEL_SUFFIXES):
-        path, origin = _local(Path(name).expanduser())
+    elif Path(name).is_absolute():
+        path, origin = _local(Path(name))
     else:
         path = _snapshot(name, revision)
         commit = path.name
@@ -79,6 +82,18 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def fp32_bytes(base: Base) -> int:
+    """Bytes of a base's weights in fp32, from the headers of its files."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(Path(base.path).glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+                total += 4 * math.prod(stream.get_slice(name).get_shape())
+    return total
+
+
 def _local(path: Path) -> tuple[Path, str]:
     if path.is_file() and path.suffix in MODEL_SUFFIXES:
         return converted_gguf(
@@ -105,10 +120,12 @@ def _need_json(path: Path) -> None:
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -134,7 +151,9 @@ def _snapshot(name: str, revision: str | None) -> Path:
             f"model.name: {name} is neither a local path nor a model that this login can see on the Hub"
             f" ({page}). If it is private, run `hf auth login` first"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise ModelError(f"model.name: {name!r} is no Hub id: {error}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise ModelError(
             f"model.name: {name} is not in the local cache and the Hub cannot be reached: {error}"
         ) from error

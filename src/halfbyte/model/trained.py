@@ -8,7 +8,7 @@ import torch
 
 from halfbyte.config import Run, read_run_folder
 from halfbyte.data.render import Renderer
-from halfbyte.errors import RunError
+from halfbyte.errors import ModelError, RunError
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import Loaded, load_model, load_tokenizer
 from halfbyte.model.precision import Compute, choose_compute, default_device
@@ -23,8 +23,10 @@ def trained_base(folder: RunDir, run: Run) -> Base:
         RunError: the run is not trained, or the base is another one by now.
     """
     folder.trained()
-    base = resolve_base(run.model.name, run.model.revision)
-    if read_json(folder.manifest)["base"]["fingerprint"] != base.fingerprint:
+    told = read_json(folder.manifest)["base"]
+    # The commit of that day, even where the config names a branch that has moved since.
+    base = resolve_base(run.model.name, told["revision"])
+    if told["fingerprint"] != base.fingerprint:
         raise RunError(f"{folder.path}: the base {base.name} has changed since the run was trained")
     return base
 
@@ -40,8 +42,12 @@ def same_compute(folder: RunDir) -> Compute:
     """The compute dtype that the run was trained with, if this machine is of the same kind."""
     manifest = read_json(folder.manifest)
     device = default_device()
+    name = manifest["compute_dtype"]["name"]
     if torch.device(manifest["device"]).type == device.type:
-        return choose_compute(manifest["compute_dtype"]["name"], device)
+        try:
+            return choose_compute(name, device)
+        except ModelError as error:
+            print(f"warning: the run computed in {name}, which this machine cannot: {error}")
     return choose_compute("auto", device)
 
 
@@ -54,6 +60,7 @@ def load_trained(path: Path) -> tuple[Loaded, Renderer]:
         run.model.precision,
         double_quant=run.model.double_quant,
         compute=same_compute(folder),
+        attention=run.model.attention,
     )
     adapted = load_adapter(loaded, folder.adapter)
     loaded.model = adapted.get_base_model()

@@ -11,7 +11,7 @@ from halfbyte.data.render import IGNORED
 from halfbyte.model.loss import pad_right
 
 LOGITS_BYTES = 512 << 20  # kept for the trained model, in fp32
-BATCH_ROWS = 4
+BATCH_LOGITS_BYTES = 512 << 20
 
 Rows = list[tuple[list[int], list[int]]]
 
@@ -54,13 +54,13 @@ def choose_positions(rows: Rows, vocabulary: int) -> list[list[int]]:
 def reference(model: nn.Module, rows: Rows, pad_id: int, vocabulary: int) -> Reference:
     """What the trained model predicts on the rows."""
     positions = choose_positions(rows, vocabulary)
-    log_probs, loss = _predict(model, rows, positions, pad_id)
+    log_probs, loss = _predict(model, rows, positions, pad_id, vocabulary)
     return Reference(log_probs, loss, positions)
 
 
 def fidelity(model: nn.Module, rows: Rows, pad_id: int, trained: Reference) -> Fidelity:
     """Compare a copy's predictions with the trained model's, position by position."""
-    log_probs, loss = _predict(model, rows, trained.positions, pad_id)
+    log_probs, loss = _predict(model, rows, trained.positions, pad_id, trained.log_probs.shape[1])
     kl, same = 0.0, 0
     for start in range(0, len(log_probs), 256):
         ours, theirs = trained.log_probs[start : start + 256], log_probs[start : start + 256]
@@ -72,16 +72,18 @@ def fidelity(model: nn.Module, rows: Rows, pad_id: int, trained: Reference) -> F
 
 @torch.no_grad()
 def _predict(
-    model: nn.Module, rows: Rows, positions: list[list[int]], pad_id: int
+    model: nn.Module, rows: Rows, positions: list[list[int]], pad_id: int, vocabulary: int
 ) -> tuple[torch.Tensor, float]:
     device = next(model.parameters()).device
     model.eval()
     chosen, total, count = [], 0.0, 0
-    for start in range(0, len(rows), BATCH_ROWS):
-        part = rows[start : start + BATCH_ROWS]
+    longest = max(len(ids) for ids, _ in rows)
+    batch_rows = max(1, BATCH_LOGITS_BYTES // (4 * longest * vocabulary))
+    for start in range(0, len(rows), batch_rows):
+        part = rows[start : start + batch_rows]
         batch = pad_right(part, pad_id, device)
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        for row, keep in enumerate(positions[start : start + BATCH_ROWS]):
+        for row, keep in enumerate(positions[start : start + batch_rows]):
             chosen.append(torch.log_softmax(logits[row, keep].float(), dim=-1).cpu())
         labels = batch["labels"][:, 1:]
         mask = labels != IGNORED

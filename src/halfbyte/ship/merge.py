@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte.config import Run
-from halfbyte.data.questions import held_out_rows, questions
+from halfbyte.data.questions import measuring_rows
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
-from halfbyte.model.activations import free_bytes
+from halfbyte.model.activations import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.load import Loaded, load_model
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 FULL, DEQUANTISED = "full", "dequantised"
-USABLE_FRAC = 0.6
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,9 @@ class _Work:
         self.base: Base = trained_base(folder, run)
         self.renderer: Renderer = saved_renderer(folder, run, self.base)
         self.updates: dict[str, Update] = read_updates(folder.trained())
-        rows = held_out_rows(folder, run.merge.rows, run.seed)
-        self.rows: Rows = [(q.ids, q.labels) for q in questions(rows, self.renderer)]
+        rows = measuring_rows(folder, run.merge.rows, run.seed)
+        encoded = [self.renderer.encode_row(row) for row in rows]
+        self.rows: Rows = [(row.ids, row.labels) for row in encoded]
         self.pad_id = self.renderer.pad_id
 
 
@@ -93,7 +93,7 @@ def merge(folder: RunDir, run: Run) -> dict[str, Any]:
             candidates.append(_candidate(work, DEQUANTISED, trained.model, dtype, arithmetic, told))
         del model, trained
         gc.collect()
-        full = load_model(work.base, NAMES[_stored_dtype(work.base)], compute=_as_stored(work.base))  # type: ignore[arg-type]
+        full = load_model(work.base, NAMES[_stored_dtype(work.base)], compute=_as_stored(work.base))
         candidates.append(_candidate(work, FULL, full.model, dtype, arithmetic, told))
         del full
         gc.collect()
@@ -113,20 +113,25 @@ def _load_trained(work: _Work) -> Loaded:
         work.run.model.precision,
         double_quant=work.run.model.double_quant,
         compute=same_compute(work.folder),
+        attention=work.run.model.attention,
     )
 
 
 def _arithmetic(num_weights: int) -> Compute:
-    """fp32 where a merged fp32 model fits, else bf16."""
-    device = default_device()
-    fits = 4 * num_weights < USABLE_FRAC * free_bytes(device)
-    return Compute(device, torch.float32 if fits else torch.bfloat16, "measurement")
+    """fp32 on the first device where a merged fp32 model fits, else bf16 on the CPU."""
+    cpu = torch.device("cpu")
+    for device in (default_device(), cpu):
+        if 4 * num_weights < USABLE_FRAC * free_bytes(device):
+            return Compute(device, torch.float32, "measurement")
+    return Compute(cpu, torch.bfloat16, "measurement")
 
 
 def _stored_dtype(base: Base) -> torch.dtype:
     from transformers import AutoConfig
 
-    dtype = AutoConfig.from_pretrained(base.path).get_text_config().dtype
+    config = AutoConfig.from_pretrained(base.path)
+    # Multimodal checkpoints name it at the top alone.
+    dtype = config.get_text_config().dtype or config.dtype
     return dtype if dtype in NAMES else torch.float32
 
 
@@ -158,7 +163,7 @@ def _candidate(
     settings.pad_token_id = work.pad_id
     settings.save_pretrained(folder)
     work.renderer.tokenizer.save_pretrained(folder)
-    reloaded = load_model(resolve_base(str(folder)), arithmetic.name, compute=arithmetic)  # type: ignore[arg-type]
+    reloaded = load_model(resolve_base(str(folder)), arithmetic.name, compute=arithmetic)
     measured = fidelity(reloaded.model, work.rows, work.pad_id, told)
     return Candidate(base, NAMES[dtype], folder, num_bytes, measured)
 

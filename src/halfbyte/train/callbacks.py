@@ -1,20 +1,26 @@
-"""Owns what happens beside the steps: the progress bar, the finiteness guard, samples to read along."""
+"""Owns what happens beside the steps: progress bar, finiteness, epoch order, samples to read along."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.data.prepare import Example
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
+from halfbyte.model.adapter import trainable_parameters
 from halfbyte.model.generate import generate
-from halfbyte.train.trainer import TokenTrainer
+
+if TYPE_CHECKING:
+    from halfbyte.train.trainer import TokenTrainer
 
 SAMPLE_BATCH = 8
+# The scaler begins at 65,536 and halves at each overflow; a few skipped steps are its search.
+MAX_SKIPPED_STEPS = 8
 
 
 class Progress(TrainerCallback):
@@ -55,9 +61,8 @@ class Progress(TrainerCallback):
                 f"loss {logs['loss']:.3f}, {logs['tokens_per_s']:.0f} tokens/s"
             )
         if "eval_loss" in logs:
-            self.bar.write(
-                f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", sys.stderr
-            )
+            line = f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}"
+            self.bar.write(line, sys.stderr)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -72,31 +77,72 @@ class FiniteGuard(TrainerCallback):
 
     def __init__(self) -> None:
         self.trainer: TokenTrainer | None = None
+        self.num_skipped = 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        """One look per optimizer step at whether every micro-batch had a finite loss.
+        """One look per optimizer step at the losses of its micro-batches and at the gradients.
+
+        Under fp16 the gradients are the scaler's to judge: it skips a step that overflows.
 
         Raises:
-            RunError: one had not; the weights are still those of the step before.
+            RunError: something is not finite; the weights are still those of the step before.
         """
         assert self.trainer is not None
         assert self.trainer.finite is not None
-        if not bool(self.trainer.finite):
-            raise RunError(
-                f"step {state.global_step + 1}: the loss is NaN or infinite. The adapter is untouched by"
-                " this step; resume from the newest checkpoint with a lower train.learning_rate, or set"
-                " model.compute_dtype=fp32"
-            )
+        finite = self.trainer.finite
+        if not args.fp16:
+            gradients = [p.grad for p in trainable_parameters(self.trainer.model).values()]
+            norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+            finite = finite & torch.isfinite(norm)
         self.trainer.finite = None
+        if not bool(finite):
+            raise RunError(
+                f"step {state.global_step + 1}: the loss or a gradient is NaN or infinite. The adapter is"
+                " untouched by this step; resume from the newest checkpoint with a lower"
+                " train.learning_rate, or set model.compute_dtype=fp32"
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """Count fp16 steps that the scaler skipped.
+
+        Raises:
+            RunError: too many in a row; the run would go on without learning anything.
+        """
+        assert self.trainer is not None
+        skipped = self.trainer.accelerator.optimizer_step_was_skipped
+        self.num_skipped = self.num_skipped + 1 if skipped else 0
+        if self.num_skipped > MAX_SKIPPED_STEPS:
+            raise RunError(
+                f"step {state.global_step}: fp16 overflowed in {self.num_skipped} steps in a row, so that"
+                " nothing is learnt; set model.compute_dtype=fp32"
+            )
+
+
+class EpochOrder(TrainerCallback):
+    """Gives the sampler its epoch, also where a resumed loader hides it behind wrappers."""
+
+    def __init__(self) -> None:
+        self.trainer: TokenTrainer | None = None
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """A run resumed in mid-epoch goes on with that epoch's own order."""
+        assert self.trainer is not None
+        # 1.9999999 is the rounded end of epoch 1, that is the beginning of epoch 2.
+        self.trainer.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
 class Samples(TrainerCallback):
     """Answers to a few held-out prompts at each evaluation."""
 
     def __init__(self, examples: list[Example], renderer: Renderer, max_new_tokens: int) -> None:
-        self.examples = examples
+        # Raw text has no prompt to answer.
+        self.examples = [example for example in examples if example.row.text is None]
         self.renderer = renderer
         self.max_new_tokens = max_new_tokens
         self.trainer: TokenTrainer | None = None
@@ -110,14 +156,15 @@ class Samples(TrainerCallback):
         if tracker is None or not self.examples:
             return
         prompts = [self.renderer.encode_prompt(e.row.messages[:-1]) for e in self.examples]
-        answers = generate(
-            self.trainer.model,
-            prompts,
-            stop_ids=self.renderer.stop_ids,
-            pad_id=self.renderer.pad_id,
-            max_new_tokens=self.max_new_tokens,
-            batch_rows=SAMPLE_BATCH,
-        )
+        with self.trainer.compute_loss_context_manager():
+            answers = generate(
+                self.trainer.model,
+                prompts,
+                stop_ids=self.renderer.stop_ids,
+                pad_id=self.renderer.pad_id,
+                max_new_tokens=self.max_new_tokens,
+                batch_rows=SAMPLE_BATCH,
+            )
         tracker.write_samples(
             state.global_step,
             [

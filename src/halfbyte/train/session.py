@@ -15,6 +15,7 @@ from halfbyte.data.prepare import Prepared, hash_fraction
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.model.load import Loaded, vision_modules
+from halfbyte.model.resolve import Base
 from halfbyte.run_dir import (
     RunDir,
     move_aside,
@@ -97,8 +98,29 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def check_base(session: Session, base: Base) -> None:
+    """A resumed run must go on from the base that it began with.
+
+    Raises:
+        RunError: the base is another one by now.
+    """
+    if session.resume is None or not session.folder.manifest.is_file():
+        return
+    told = read_json(session.folder.manifest)["base"]
+    if told["fingerprint"] != base.fingerprint:
+        raise RunError(
+            f"{session.folder.path}: the base {base.name} has changed since this run began (it was at"
+            f" {told['revision'] or told['fingerprint'][:12]}); pin model.revision, or start anew with"
+            " train.existing=replace"
+        )
+
+
 def record_data(session: Session, prepared: Prepared) -> None:
-    """Write the ledger, the held-out rows and a pool of few-shot examples into the run folder."""
+    """Write the ledger, the held-out rows and a pool of few-shot examples into the run folder.
+
+    Raises:
+        RunError: a resumed run finds other data than it began with.
+    """
     folder = session.folder
     previous = folder.ledger.is_file() and read_json(folder.ledger)["fingerprints"]
     if session.resume and previous and previous != prepared.ledger["fingerprints"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,19 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerControl
+from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
 from halfbyte.data.prepare import Example
-from halfbyte.errors import RunError
-from halfbyte.model.activations import needs_checkpointing
-from halfbyte.model.adapter import adapters_kept, trainable_parameters
+from halfbyte.data.render import Renderer
+from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.model.load import Loaded
 from halfbyte.model.loss import add_token_loss, pad_right, summed_loss
+from halfbyte.train.arguments import trainer_arguments
+from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
 from halfbyte.train.order import StepwiseSampler
 from halfbyte.train.tracking import Tracker
-
-NO_STRATEGY = "no"
 
 
 class TokenTrainer(SFTTrainer):
@@ -50,8 +48,8 @@ class TokenTrainer(SFTTrainer):
         self.tracker = tracker
         self.step_rows = step_rows
         self.held_out = held_out
-        self.num_tokens = 0
-        self.evaluated_step = -1
+        self.num_tokens = tracker.num_tokens if tracker is not None else 0
+        self.evaluated_step = self.saved_step = -1
         self.held_out_loss: float | None = None
         self.finite: torch.Tensor | None = None
         self._since = (0, time.perf_counter())
@@ -60,7 +58,22 @@ class TokenTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in data["input_ids"]]
-        return StepwiseSampler(lengths, self.step_rows, self.args.seed)
+        self.sampler = StepwiseSampler(lengths, self.step_rows, self.args.seed)
+        return self.sampler
+
+    def train_to(self, steps: int, resume: Path | None) -> float:
+        """Train until ``steps`` are done, from a checkpoint if there is one; returns seconds."""
+        start = time.perf_counter()
+        self._since = (self.num_tokens, start)
+        if resume is not None:
+            state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+            if state.global_step >= steps:
+                # transformers would take one step more than asked for.
+                self._load_from_checkpoint(str(resume))
+                self.state = state
+                return 0.0
+        self.train(resume_from_checkpoint=str(resume) if resume else None)
+        return time.perf_counter() - start
 
     def compute_loss(
         self,
@@ -94,7 +107,8 @@ class TokenTrainer(SFTTrainer):
         batch_rows = self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
             total, count = summed_loss(self.model, mine, pad_id, batch_rows) if mine else (0.0, 0)
-        sums = state.reduce(torch.tensor([total, count], dtype=torch.float64, device=state.device))
+        sums = torch.tensor([total, count], dtype=torch.float64, device=state.device)
+        sums = state.reduce(sums)
         loss = float(sums[0] / sums[1])
         self.evaluated_step, self.held_out_loss = self.state.global_step, loss
         metrics = {f"{metric_key_prefix}_loss": loss}
@@ -102,8 +116,6 @@ class TokenTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        # What evaluation took is no training time.
-        self._since = (self.num_tokens, time.perf_counter())
         return metrics
 
     def final_loss(self) -> float | None:
@@ -121,6 +133,10 @@ class TokenTrainer(SFTTrainer):
             logs["num_tokens"] = self.num_tokens
             logs["memory_bytes"] = memory_bytes(self.args.device)
             self._since = (self.num_tokens, now)
+            if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
+                # The scaler found an overflow and took no step; FiniteGuard counts these.
+                del logs["grad_norm"]
+                logs["skipped_step"] = 1
         # The closing summary of the Trainer is no step: it goes to the manifest.
         if self.tracker is not None and ("loss" in logs or "eval_loss" in logs):
             record: dict[str, Any] = {
@@ -129,6 +145,26 @@ class TokenTrainer(SFTTrainer):
             }
             self.tracker.write(record | logs)
         super(SFTTrainer, self).log(logs, start_time)
+
+    def numbers(self) -> dict[str, Any]:
+        """What the run came to, for the manifest."""
+        return {
+            "steps": self.state.global_step,
+            "num_tokens": self.num_tokens,
+            "trainable": sum(p.numel() for p in trainable_parameters(self.model).values()),
+            "adapted_layers": len(adapted_layers(self.model)),
+            "peak_memory_bytes": memory_bytes(self.args.device),
+        }
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **options)
+        # What evaluating and saving took is no training time.
+        if self.state.global_step in (self.evaluated_step, self.saved_step):
+            self._since = (self.num_tokens, time.perf_counter())
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.saved_step = self.state.global_step
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Leave out TRL's card: what is shipped gets a card of its own with measured figures."""
@@ -145,31 +181,30 @@ def memory_bytes(device: torch.device) -> int:
 
 def build_trainer(
     run: Run,
-    model: PeftModel,
     loaded: Loaded,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PeftModel,
+    renderer: Renderer,
     examples: tuple[list[Example], list[Example]],
     checkpoints: Path,
     tracker: Tracker | None,
-    callbacks: list[Any],
 ) -> TokenTrainer:
     """Put our model, rows and settings into TRL's trainer.
 
     Args:
         run: the config.
-        model: the base with its adapter.
         loaded: how the base was loaded.
-        tokenizer: of the base; only its pad id is used.
+        model: the base with its adapter.
+        renderer: for samples to read along.
         examples: training rows and held-out rows.
         checkpoints: folder for checkpoints.
         tracker: where numbers go; None on other ranks than 0.
-        callbacks: further callbacks.
     """
     train, held_out = examples
-    pad_id = int(tokenizer.pad_token_id)
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-        batch: dict[str, Any] = pad_right([(r["input_ids"], r["labels"]) for r in rows], pad_id)
+        batch: dict[str, Any] = pad_right(
+            [(row["input_ids"], row["labels"]) for row in rows], renderer.pad_id
+        )
         return batch | {"num_tokens": sum(len(row["input_ids"]) for row in rows)}
 
     longest = max(len(example.encoded.ids) for example in train)
@@ -180,122 +215,27 @@ def build_trainer(
             "labels": [example.encoded.labels for example in train],
         }
     )
+    settings = SFTConfig(output_dir=str(checkpoints), **arguments)
+    # With several GPUs and one process transformers multiplies the batch by their number.
+    if settings.n_gpu > 1:
+        settings._n_gpu = 1
+    guard, order = FiniteGuard(), EpochOrder()
+    samples = Samples(held_out[: run.train.num_samples], renderer, run.train.sample_tokens)
     with adapters_kept(model):
         trainer = TokenTrainer(
             model=model,
-            args=SFTConfig(output_dir=str(checkpoints), **arguments),
+            args=settings,
             data_collator=collate,
             train_dataset=data,
             # Only its presence counts: `evaluate` reads `held_out`.
             eval_dataset=data.select(range(1)) if held_out else None,
-            processing_class=tokenizer,
-            callbacks=callbacks,
+            processing_class=renderer.tokenizer,
+            callbacks=[Progress(), guard, order, samples],
             tracker=tracker,
             step_rows=run.train.batch_size,
             held_out=[(e.encoded.ids, e.encoded.labels) for e in held_out],
         )
+    guard.trainer = order.trainer = samples.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     add_token_loss(model.get_base_model())
     return trainer
-
-
-def trainer_arguments(run: Run, loaded: Loaded, *, num_rows: int, longest: int) -> dict[str, Any]:
-    """Our settings in transformers' words; everything that matters is said explicitly."""
-    train = run.train
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = train.batch_size // (train.micro_batch_size * world)
-    steps = train.max_steps or max(
-        1, math.ceil(math.ceil(num_rows / train.batch_size) * train.epochs)
-    )
-    dtype, device = loaded.compute.dtype, loaded.compute.device
-    recompute = train.checkpointing == "on" or (
-        train.checkpointing == "auto"
-        and needs_checkpointing(
-            loaded.model.config, train.micro_batch_size * longest, dtype, device
-        )
-    )
-    return {
-        "learning_rate": train.learning_rate,
-        "num_train_epochs": train.epochs,
-        "max_steps": train.max_steps or -1,
-        "per_device_train_batch_size": train.micro_batch_size,
-        "per_device_eval_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "optim": train.optimizer,
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "lr_scheduler_type": train.scheduler,
-        "warmup_steps": 0
-        if train.scheduler == "constant"
-        else math.ceil(steps * train.warmup_frac),
-        "neftune_noise_alpha": train.neftune_alpha,
-        "gradient_checkpointing": recompute,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": device.type == "cpu",
-        "seed": run.seed,
-        "data_seed": run.seed,
-        "eval_strategy": "steps" if train.eval_steps else NO_STRATEGY,
-        "eval_steps": train.eval_steps or None,
-        "save_strategy": "steps" if train.save_steps else NO_STRATEGY,
-        "save_steps": train.save_steps or 500,
-        "save_total_limit": train.keep_checkpoints,
-        "logging_steps": train.log_steps,
-        "logging_first_step": True,
-        # transformers shows a NaN loss as 0.0 by default.
-        "logging_nan_inf_filter": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "max_length": None,
-        "packing": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type == "cuda",
-        "average_tokens_across_devices": True,
-        "ddp_find_unused_parameters": False,
-    }
-
-
-def check_first_step(trainer: TokenTrainer) -> float:
-    """One forward and backward on the longest micro-batch, before anything is spent.
-
-    Changes neither weights nor random state. Returns the loss in nats per labelled token.
-
-    Raises:
-        RunError: the loss or a gradient is not finite, or an adapter gets no gradient.
-    """
-    data: Any = trainer.train_dataset
-    order = sorted(range(len(data)), key=lambda row: -len(data[row]["input_ids"]))
-    rows = [data[row] for row in order[: trainer.args.per_device_train_batch_size]]
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    num_labels = int((batch["labels"][:, 1:] >= 0).sum())
-    model = trainer.model
-    with torch.random.fork_rng(), trainer.compute_loss_context_manager():
-        model.train()
-        loss = (
-            model(input_ids=batch["input_ids"], labels=batch["labels"], token_loss=True)
-            / num_labels
-        )
-        value = float(loss.item())
-        if not math.isfinite(value):
-            raise RunError(
-                f"before step 1: the loss on the longest rows is {value}: activations overflow in the"
-                " compute dtype; set model.compute_dtype=fp32"
-            )
-        loss.backward()
-    faults = []
-    for name, parameter in trainable_parameters(model).items():
-        gradient = parameter.grad
-        if gradient is None or not torch.isfinite(gradient).all():
-            faults.append(
-                f"{name}: {'no gradient' if gradient is None else 'NaN or infinite gradient'}"
-            )
-        elif "lora_B" in name and not gradient.abs().max() > 0:
-            faults.append(f"{name}: the gradient is zero everywhere")
-    model.zero_grad(set_to_none=True)
-    if faults:
-        raise RunError(
-            f"before step 1: {len(faults)} adapter weights cannot learn: {'; '.join(faults[:3])}"
-        )
-    return value

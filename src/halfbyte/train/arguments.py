@@ -1,0 +1,78 @@
+"""Owns the translation of our settings into transformers' words; everything that matters is said."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from halfbyte.config.schema import Run
+from halfbyte.model.activations import needs_checkpointing
+from halfbyte.model.load import Loaded
+
+
+def num_steps(run: Run, num_rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    an_epoch = math.ceil(num_rows / run.train.batch_size)
+    return run.train.max_steps or max(1, math.ceil(an_epoch * run.train.epochs))
+
+
+def trainer_arguments(run: Run, loaded: Loaded, *, num_rows: int, longest: int) -> dict[str, Any]:
+    """Keyword arguments of SFTConfig, all but the output folder.
+
+    Args:
+        run: the config.
+        loaded: how the base was loaded.
+        num_rows: training rows.
+        longest: tokens of the longest one.
+    """
+    train = run.train
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    dtype, device = loaded.compute.dtype, loaded.compute.device
+    micro_tokens = train.micro_batch_size * longest
+    recompute = train.checkpointing == "on" or (
+        train.checkpointing == "auto"
+        and needs_checkpointing(loaded.model.config, micro_tokens, dtype, device)
+    )
+    warmup = 0.0 if train.scheduler == "constant" else train.warmup_frac
+    return {
+        "learning_rate": train.learning_rate,
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "per_device_eval_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * world),
+        "optim": train.optimizer,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": math.ceil(num_steps(run, num_rows) * warmup),
+        "neftune_noise_alpha": train.neftune_alpha,
+        "gradient_checkpointing": recompute,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "seed": run.seed,
+        "data_seed": run.seed,
+        "eval_strategy": "steps" if train.eval_steps else "no",
+        "eval_steps": train.eval_steps or None,
+        "save_strategy": "steps" if train.save_steps else "no",
+        "save_steps": train.save_steps or 500,
+        "save_total_limit": train.keep_checkpoints,
+        "logging_steps": train.log_steps,
+        "logging_first_step": True,
+        # transformers shows a NaN loss as 0.0 by default.
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_length": None,
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        "average_tokens_across_devices": True,
+        "ddp_find_unused_parameters": False,
+    }

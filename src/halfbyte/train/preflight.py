@@ -1,0 +1,56 @@
+"""Owns the look before the first step: one real forward and backward that must be finite everywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from halfbyte.errors import RunError
+from halfbyte.model.adapter import trainable_parameters
+from halfbyte.train.trainer import TokenTrainer
+
+
+def check_first_step(trainer: TokenTrainer) -> float:
+    """One forward and backward on the longest micro-batch, before anything is spent.
+
+    Changes neither weights nor random state. Returns the loss in nats per labelled token.
+
+    Raises:
+        RunError: the loss or a gradient is not finite, or an adapter gets no gradient.
+    """
+    data: Any = trainer.train_dataset
+    lengths = [len(ids) for ids in data["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    rows = [data[row] for row in order[: trainer.args.per_device_train_batch_size]]
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    num_labels = int((batch["labels"][:, 1:] >= 0).sum())
+    model = trainer.model
+    with torch.random.fork_rng():
+        model.train()
+        with trainer.compute_loss_context_manager():
+            total = model(input_ids=batch["input_ids"], labels=batch["labels"], token_loss=True)
+        loss = total / num_labels
+        value = float(loss.item())
+        if not math.isfinite(value):
+            raise RunError(
+                f"before step 1: the loss on the longest rows is {value}: activations overflow in the"
+                " compute dtype; set model.compute_dtype=fp32"
+            )
+        loss.backward()
+    faults = []
+    for name, parameter in trainable_parameters(model).items():
+        gradient = parameter.grad
+        if gradient is None:
+            faults.append(f"{name}: no gradient")
+        elif not torch.isfinite(gradient).all():
+            faults.append(f"{name}: NaN or infinite gradient")
+        elif "lora_B" in name and not gradient.abs().max() > 0:
+            faults.append(f"{name}: the gradient is zero everywhere")
+    model.zero_grad(set_to_none=True)
+    if faults:
+        raise RunError(
+            f"before step 1: {len(faults)} adapter weights cannot learn: {'; '.join(faults[:3])}"
+        )
+    return value

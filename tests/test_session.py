@@ -1,0 +1,300 @@
+"""Opening a run folder: a new one, one to go on with, one that is refused; and which checkpoint counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halfbyte.config import Run, load_run, read_run_folder
+from halfbyte.config.read import keys_of
+from halfbyte.errors import RunError
+from halfbyte.run_dir import RunDir, write_json, write_text
+from halfbyte.train.session import (
+    CHECKPOINT_FILES,
+    SILENT_TRAIN_KEYS,
+    newest_checkpoint,
+    open_session,
+)
+
+CONFIG = """\
+runs_dir: runs
+name: mine
+model: {name: org/model}
+data: {train: org/rows, test: org/held-out}
+train: {learning_rate: 2e-4}
+"""
+SILENT_OVERRIDES = {
+    "train.existing": "resume",
+    "train.num_samples": "5",
+    "train.sample_tokens": "9",
+    "train.log_steps": "7",
+    "train.keep_checkpoints": "9",
+    "train.save_steps": "3",
+    "train.eval_steps": "4",
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def run_of(tmp_path: Path, *overrides: str) -> Run:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return load_run(path, list(overrides), {})
+
+
+def make_checkpoint(folder: Path, step: int, without: str = "") -> Path:
+    """A folder with the names of a whole checkpoint, save one."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in (*CHECKPOINT_FILES, "rng_state.pth"):
+        if name != without:
+            (path / name).write_text(json.dumps({"global_step": step}), encoding="utf-8")
+    return path
+
+
+def test_newest_checkpoint_goes_by_number_when_names_sort_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_checkpoint(tmp_path, 9)
+    newest = make_checkpoint(tmp_path, 100)
+    make_checkpoint(tmp_path, 20)
+
+    assert newest_checkpoint(tmp_path) == newest
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("lacking", [*CHECKPOINT_FILES, "rng_state.pth"])
+def test_newest_checkpoint_passes_over_one_with_a_warning_when_a_file_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lacking: str
+) -> None:
+    whole = make_checkpoint(tmp_path, 5)
+    torn = make_checkpoint(tmp_path, 10, without=lacking)
+
+    assert newest_checkpoint(tmp_path) == whole
+    assert capsys.readouterr().out == (
+        f"warning: {torn} is not whole (missing: {lacking}); passed over\n"
+    )
+
+
+def test_newest_checkpoint_names_every_file_when_several_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+
+    assert newest_checkpoint(tmp_path) is None
+    assert f"(missing: {', '.join(CHECKPOINT_FILES)}, rng_state.pth)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b'{"global_step": 1', b'"\xff"'])
+def test_newest_checkpoint_passes_over_one_with_a_warning_when_its_state_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    whole = make_checkpoint(tmp_path, 5)
+    torn = make_checkpoint(tmp_path, 10)
+    (torn / "trainer_state.json").write_bytes(content)
+
+    assert newest_checkpoint(tmp_path) == whole
+    assert f"warning: {torn} is not whole (missing: valid JSON)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors"])
+@pytest.mark.xfail(strict=True, reason="session.py: a file counts as there when it has no content")
+def test_newest_checkpoint_passes_over_one_when_a_file_is_empty(tmp_path: Path, name: str) -> None:
+    """After a power cut a file may have its name but not its content: the Trainer does not fsync."""
+    whole = make_checkpoint(tmp_path, 5)
+    (make_checkpoint(tmp_path, 10) / name).write_bytes(b"")
+
+    assert newest_checkpoint(tmp_path) == whole
+
+
+def test_newest_checkpoint_takes_the_states_of_several_processes(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, 5, without="rng_state.pth")
+    (path / "rng_state_0.pth").write_text("", encoding="utf-8")
+
+    assert newest_checkpoint(tmp_path) == path
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_newest_checkpoint_is_none_when_there_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], exists: bool
+) -> None:
+    folder = tmp_path / "checkpoints"
+    if exists:
+        folder.mkdir()
+
+    assert newest_checkpoint(folder) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_open_session_makes_the_folder_with_the_config_when_it_is_new(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    session = open_session(run)
+
+    assert session.folder.path == tmp_path / "runs" / "mine"
+    assert (session.resume, session.resume_step, session.finished) == (None, 0, False)
+    assert session.is_main
+    assert read_run_folder(session.folder.path) == run
+
+
+def test_open_session_goes_on_from_the_newest_whole_checkpoint_when_the_run_stopped(
+    tmp_path: Path,
+) -> None:
+    run = run_of(tmp_path)
+    folder = open_session(run).folder
+    whole = make_checkpoint(folder.checkpoints, 50)
+    make_checkpoint(folder.checkpoints, 100, without="optimizer.pt")
+    session = open_session(run)
+
+    assert session.resume == whole
+    assert session.resume_step == 50
+    assert not session.finished
+
+
+@pytest.mark.parametrize(("manifest", "finished"), [({"finished": True}, True), ({}, False)])
+def test_open_session_says_whether_the_run_is_finished(
+    tmp_path: Path, manifest: dict[str, bool], finished: bool
+) -> None:
+    run = run_of(tmp_path)
+    write_json(open_session(run).folder.manifest, manifest)
+
+    assert open_session(run).finished is finished
+
+
+def test_open_session_is_refused_when_the_manifest_is_damaged(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    path = open_session(run).folder.manifest
+    write_text(path, "{")
+
+    with pytest.raises(RunError) as caught:
+        open_session(run)
+    assert str(caught.value).startswith(f"{path}: damaged JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "before", "now"),
+    [
+        ("seed=1", "0", "1"),
+        ("train.learning_rate=0.5", "0.0002", "0.5"),
+        ("train.micro_batch_size=2", "4", "2"),
+        ("train.max_steps=9", "null", "9"),
+        ("model.precision=fp4", "nf4", "fp4"),
+        ("model.name=org/other", "org/model", "org/other"),
+        ("adapter.r=3", "16", "3"),
+        ("adapter.targets=[q_proj]", "all-linear", '["q_proj"]'),
+        ("data.train=org/others", "org/rows", "org/others"),
+        ("data.columns={prompt: q}", "{}", '{"prompt": "q"}'),
+        ("data.max_length=99", "1024", "99"),
+    ],
+)
+def test_open_session_is_refused_with_key_and_both_values_when_a_setting_changed(
+    tmp_path: Path, override: str, before: str, now: str
+) -> None:
+    folder = open_session(run_of(tmp_path)).folder
+    written = folder.config.read_bytes()
+
+    with pytest.raises(RunError) as caught:
+        open_session(run_of(tmp_path, override))
+    message = str(caught.value)
+    was, _, rest = message.removeprefix(
+        f"{folder.path}: holds a run with other settings: {override.partition('=')[0]} was "
+    ).partition(", is ")
+    assert was.strip("'\"") == before
+    assert rest.partition(". Give this one another folder")[0].strip("'\"") == now
+    assert message.endswith(
+        "Give this one another folder (name=…), or move the old one aside with train.existing=replace"
+    )
+    assert folder.config.read_bytes() == written
+
+
+def test_open_session_names_every_key_when_several_settings_changed(tmp_path: Path) -> None:
+    open_session(run_of(tmp_path))
+
+    with pytest.raises(RunError, match=r"seed was .*; adapter\.r was .*; train\.epochs was "):
+        open_session(run_of(tmp_path, "seed=1", "adapter.r=3", "train.epochs=2"))
+
+
+@pytest.mark.xfail(strict=True, reason="session.py: JSON text is shown once more as a repr")
+def test_open_session_shows_a_text_in_one_pair_of_quotes_when_it_changed(tmp_path: Path) -> None:
+    open_session(run_of(tmp_path))
+
+    with pytest.raises(RunError) as caught:
+        open_session(run_of(tmp_path, "model.precision=fp4"))
+    assert "'\"nf4\"'" not in str(caught.value)
+
+
+def test_all_silent_keys_are_keys_of_training() -> None:
+    assert SILENT_TRAIN_KEYS
+    assert set(keys_of(("train",))) >= SILENT_TRAIN_KEYS
+    assert {key.partition(".")[2] for key in SILENT_OVERRIDES} == SILENT_TRAIN_KEYS
+
+
+@pytest.mark.parametrize(
+    "override",
+    [f"{key}={value}" for key, value in SILENT_OVERRIDES.items()]
+    + ["eval.rows=9", "merge.dtype=fp32", "track.wandb=off"],
+)
+def test_open_session_goes_on_when_only_a_silent_setting_changed(
+    tmp_path: Path, override: str
+) -> None:
+    folder = open_session(run_of(tmp_path)).folder
+    checkpoint = make_checkpoint(folder.checkpoints, 5)
+    changed = run_of(tmp_path, override)
+
+    assert open_session(changed).resume == checkpoint
+    assert read_run_folder(folder.path) == changed
+
+
+def test_open_session_moves_the_old_folder_aside_when_asked_to_replace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = open_session(run_of(tmp_path)).folder
+    make_checkpoint(folder.checkpoints, 5)
+    write_json(folder.manifest, {"finished": True})
+    replacing = run_of(tmp_path, "train.existing=replace", "train.learning_rate=0.5")
+    session = open_session(replacing)
+
+    (old,) = [path for path in folder.path.parent.iterdir() if path != folder.path]
+    assert old.name.startswith("mine~20")
+    assert capsys.readouterr().out == f"moved the earlier run to {old}\n"
+    assert read_run_folder(old) == run_of(tmp_path)
+    assert RunDir(old).manifest.is_file()
+    assert (RunDir(old).checkpoints / "checkpoint-5" / "trainer_state.json").is_file()
+    assert (session.resume, session.finished) == (None, False)
+    assert [path.name for path in folder.path.iterdir()] == ["run.yaml"]
+    assert read_run_folder(folder.path) == replacing
+
+
+def test_open_session_makes_the_folder_when_asked_to_replace_a_missing_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = open_session(run_of(tmp_path, "train.existing=replace"))
+
+    assert session.folder.config.is_file()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("existing", ["resume", "replace"])
+def test_open_session_touches_nothing_when_it_is_not_the_first_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: str
+) -> None:
+    folder = open_session(run_of(tmp_path)).folder
+    before = folder.config.stat().st_mtime_ns, folder.config.stat().st_ino
+    monkeypatch.setenv("RANK", "1")
+    session = open_session(run_of(tmp_path, f"train.existing={existing}", "eval.rows=9"))
+
+    assert not session.is_main
+    assert (folder.config.stat().st_mtime_ns, folder.config.stat().st_ino) == before
+    assert [path.name for path in folder.path.parent.iterdir()] == ["mine"]
+
+
+def test_open_session_leaves_foreign_files_when_the_folder_holds_no_run(tmp_path: Path) -> None:
+    write_text(tmp_path / "runs" / "mine" / "notes.txt", "precious")
+    session = open_session(run_of(tmp_path, "train.existing=replace"))
+
+    assert session.resume is None
+    assert (session.folder.path / "notes.txt").read_text(encoding="utf-8") == "precious"

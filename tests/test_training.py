@@ -1,0 +1,351 @@
+"""Training on a random two-layer model: what moves, what does not, the same loss however it is batched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeConfig
+from safetensors.torch import load_file
+from toys import run_script
+from wandb_history import history
+
+from halfbyte.config import load_run
+from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.data.render import Renderer
+from halfbyte.errors import RunError
+from halfbyte.model.adapter import attach_adapter, trainable_parameters
+from halfbyte.model.load import load_model, load_tokenizer
+from halfbyte.model.resolve import resolve_base
+from halfbyte.run_dir import read_jsonl
+from halfbyte.train.order import StepwiseSampler
+from halfbyte.train.preflight import check_first_step
+from halfbyte.train.tracking import Tracker, choose_mode
+from halfbyte.train.trainer import TokenTrainer, build_trainer
+
+
+def make_trainer(config: Path, *overrides: str) -> tuple[TokenTrainer, Prepared]:
+    run = load_run(config, list(overrides))
+    base = resolve_base(run.model.name)
+    tokenizer = load_tokenizer(base)
+    renderer = Renderer(tokenizer)
+    prepared = prepare(run.data, renderer)
+    loaded = load_model(base, run.model.precision, compute_dtype=run.model.compute_dtype)
+    model = attach_adapter(loaded, run.adapter, run.seed, config.parent)
+    examples = (prepared.train, prepared.test)
+    trainer = build_trainer(
+        run, loaded, model, renderer, examples, config.parent / "checkpoints", None
+    )
+    return trainer, prepared
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(run / "metrics.jsonl"))
+
+
+def numbers(run: Path) -> list[dict[str, float]]:
+    """What must repeat exactly: everything but speed and memory."""
+    noisy = {"tokens_per_s", "memory_bytes"}
+    return [{k: v for k, v in record.items() if k not in noisy} for record in metrics(run)]
+
+
+def test_sampler_sorts_each_step_and_covers_each_row_once_an_epoch() -> None:
+    lengths = [7, 3, 9, 1, 5, 8, 2, 6, 4, 10]
+    sampler = StepwiseSampler(lengths, step_rows=4, seed=0)
+    first = list(sampler)
+    assert sorted(first) == list(range(10))
+    assert len(sampler) == 10
+    for start in (0, 4, 8):
+        step = [lengths[row] for row in first[start : start + 4]]
+        assert step == sorted(step)
+    assert first == list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert {frozenset(second[:4])} != {frozenset(first[:4])}
+    assert list(StepwiseSampler(lengths, 4, seed=1)) != first
+
+
+def test_epochs_are_shuffled_differently_through_accelerate(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config())
+    loader = trainer.get_train_dataloader()
+    orders = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        orders.append([batch["input_ids"].tolist() for batch in loader])
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_adapters_are_fp32_and_the_only_thing_that_learns(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config())
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    learning = trainable_parameters(trainer.model)
+    assert learning
+    assert all("lora_" in name for name in learning)
+    assert {p.dtype for p in learning.values()} == {torch.float32}
+    trainer.train()
+    moved = {
+        name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])
+    }
+    assert moved == set(learning)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_construction_keeps_the_adapters_values(make_config: MakeConfig, compute: str) -> None:
+    """TRL casts them to bf16 and so would round A's start values."""
+    config = make_config(model={"compute_dtype": compute})
+    run = load_run(config, [])
+    loaded = load_model(resolve_base(run.model.name), "nf4", compute_dtype=run.model.compute_dtype)
+    fresh = attach_adapter(loaded, run.adapter, run.seed, config.parent)
+    wanted = {name: p.detach().clone() for name, p in trainable_parameters(fresh).items()}
+    trainer, _ = make_trainer(config)
+    found = trainable_parameters(trainer.model)
+    assert wanted
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_steps_are_the_same_however_the_batch_is_cut(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Loss and gradient norm of four steps for 4x1, 2x2 and 1x4 rows."""
+    config = make_config()
+    found = []
+    for size in (4, 2, 1):
+        run_script(
+            "train/sft.py",
+            config,
+            f"name=cut{size}",
+            f"train.micro_batch_size={size}",
+            "track.wandb=off",
+        )
+        records = [r for r in metrics(tmp_path / "runs" / f"cut{size}") if "loss" in r]
+        found.append([(r["loss"], r["grad_norm"]) for r in records])
+    assert len(found[0]) == 4
+    for other in found[1:]:
+        torch.testing.assert_close(
+            torch.tensor(found[0]), torch.tensor(other), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_first_loss_is_transformers_own_mean_over_labelled_tokens(make_config: MakeConfig) -> None:
+    trainer, prepared = make_trainer(make_config(), "train.max_steps=1")
+    order = list(trainer._get_train_sampler())[:4]
+    model = trainer.model.get_base_model()
+    total = count = 0.0
+    for row in order:
+        encoded = prepared.train[row].encoded
+        out = model(torch.tensor([encoded.ids]), labels=torch.tensor([encoded.labels]))
+        total += float(out.loss) * encoded.num_supervised
+        count += encoded.num_supervised
+    result = trainer.train()
+    assert result.training_loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_held_out_loss_is_the_mean_over_tokens_not_over_batches(make_config: MakeConfig) -> None:
+    trainer, prepared = make_trainer(make_config())
+    model = trainer.model.get_base_model()
+    total = count = 0.0
+    for example in prepared.test:
+        ids, labels = torch.tensor([example.encoded.ids]), torch.tensor([example.encoded.labels])
+        with torch.no_grad():
+            total += float(model(ids, labels=labels).loss) * example.encoded.num_supervised
+        count += example.encoded.num_supervised
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_training_lowers_the_loss(trained_run: Path) -> None:
+    losses = [record["loss"] for record in metrics(trained_run) if "loss" in record]
+    assert losses[-1] < losses[0]
+
+
+def test_check_before_step_one_changes_nothing(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config(adapter={"dropout": 0.5}))
+    before = {name: p.detach().clone() for name, p in trainable_parameters(trainer.model).items()}
+    state = torch.get_rng_state()
+    assert check_first_step(trainer) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    after = trainable_parameters(trainer.model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.grad is None for p in after.values())
+
+
+def test_check_before_step_one_names_an_adapter_that_cannot_learn(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config())
+    name = next(name for name in trainable_parameters(trainer.model) if "lora_A" in name)
+    trainable_parameters(trainer.model)[name].data.zero_()
+    with pytest.raises(
+        RunError, match=r"before step 1: 1 adapter weights cannot learn: .*lora_B.*zero"
+    ):
+        check_first_step(trainer)
+
+
+def test_not_finite_loss_is_an_error_before_step_one(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config())
+    next(iter(trainable_parameters(trainer.model).values())).data.fill_(float("nan"))
+    with pytest.raises(RunError, match=r"before step 1: the loss on the longest rows is nan"):
+        check_first_step(trainer)
+
+
+def test_not_finite_loss_stops_before_the_weights_change(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config())
+    poisoned, *others = trainable_parameters(trainer.model).values()
+    poisoned.data.fill_(float("nan"))
+    before = [p.detach().clone() for p in others]
+    with pytest.raises(RunError, match=r"step 1: the loss or a gradient is NaN or infinite"):
+        trainer.train()
+    assert all(torch.equal(p, value) for p, value in zip(others, before, strict=True))
+
+
+def test_nan_is_never_written_as_a_number(make_config: MakeConfig, tmp_path: Path) -> None:
+    from halfbyte.run_dir import RunDir
+
+    tracker = Tracker(load_run(make_config(track={"wandb": "off"}), []), RunDir(tmp_path))
+    with pytest.raises(RunError, match=r"step 3: \{'loss': nan\}: training has diverged"):
+        tracker.write({"step": 3, "loss": float("nan")})
+    assert metrics(tmp_path) == []
+
+
+def test_run_folder_holds_what_later_steps_need(trained_run: Path) -> None:
+    names = {path.name for path in trained_run.iterdir()}
+    assert names >= {"run.yaml", "manifest.json", "ledger.json", "metrics.jsonl", "samples.jsonl"}
+    manifest = json.loads((trained_run / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert manifest["steps"] == 4
+    assert manifest["adapted_layers"] == 14  # 7 linear layers in each of 2 blocks
+    assert manifest["libraries"]["trl"]
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "base.json"} <= {
+        path.name for path in (trained_run / "adapter").iterdir()
+    }
+    samples = list(read_jsonl(trained_run / "samples.jsonl"))
+    assert samples[0].keys() == {"step", "prompt", "wanted", "answer"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resumed_run_repeats_the_uninterrupted_one_exactly(
+    make_config: MakeConfig, tmp_path: Path, dropout: float
+) -> None:
+    config = make_config(
+        adapter={"dropout": dropout},
+        train={"max_steps": 12, "save_steps": 3, "keep_checkpoints": 9},
+        track={"wandb": "off"},
+    )
+    run_script("train/sft.py", config, "name=whole")
+    whole, again = tmp_path / "runs" / "whole", tmp_path / "runs" / "again"
+    shutil.copytree(whole, again)
+    # As if the machine had died at step 11, with the checkpoint of step 9 half written.
+    (again / "run.yaml").write_text(
+        (whole / "run.yaml").read_text().replace("name: whole", "name: again")
+    )
+    shutil.rmtree(again / "adapter")
+    shutil.rmtree(again / "checkpoints" / "checkpoint-12")
+    (again / "checkpoints" / "checkpoint-9" / "optimizer.pt").unlink()
+    manifest = json.loads((again / "manifest.json").read_text())
+    (again / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    run_script("train/sft.py", config, "name=again")
+    assert numbers(again) == numbers(whole)
+    first, second = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (whole, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_finished_run_is_not_trained_again(
+    trained_run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "runs"
+    shutil.copytree(trained_run.parent, copy)
+    before = (copy / "tiny" / "metrics.jsonl").read_text()
+    config = trained_run.parents[1] / "tiny.yaml"
+    run_script("train/sft.py", config, f"runs_dir={copy}")
+    assert "is trained already" in capsys.readouterr().out
+    assert (copy / "tiny" / "metrics.jsonl").read_text() == before
+
+
+def test_offline_wandb_history_equals_metrics_jsonl(trained_run: Path) -> None:
+    logged = [row for row in history(trained_run / "wandb") if "samples._type" not in row]
+    assert logged == metrics(trained_run)
+    assert any("eval_loss" in row for row in logged)
+    assert any("samples._type" in row for row in history(trained_run / "wandb"))
+
+
+def test_training_without_any_wandb_key_ends_well(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_script("train/sft.py", make_config())
+    run = tmp_path / "runs" / "tiny"
+    assert json.loads((run / "manifest.json").read_text())["finished"] is True
+    assert [row for row in history(run / "wandb") if "samples._type" not in row] == metrics(run)
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "k"}, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_MODE": "disabled"}, "off"),
+        ({"WANDB_DISABLED": "true", "WANDB_API_KEY": "k"}, "off"),
+    ],
+)
+def test_wandb_mode_follows_key_and_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], wanted: str
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert choose_mode("auto") == wanted
+    assert choose_mode("offline") == "offline"
+
+
+def test_wandb_key_in_netrc_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    path = tmp_path / "netrc"
+    path.write_text("machine api.wandb.ai login user password k\n")
+    monkeypatch.setenv("NETRC", str(path))
+    assert choose_mode("auto") == "online"
+
+
+def test_unreachable_wandb_server_falls_back_to_offline(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    run_script("train/sft.py", make_config(track={"wandb": "online"}), "train.max_steps=1")
+    run = tmp_path / "runs" / "tiny+train.max_steps=1"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert manifest["wandb"].startswith("offline")
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"neftune_alpha": 5.0},
+        {"checkpointing": "on"},
+        {"optimizer": "paged_adamw_8bit"},
+        {"scheduler": "constant"},
+    ],
+)
+def test_option_trains(make_config: MakeConfig, tmp_path: Path, train: dict[str, Any]) -> None:
+    config = make_config(train={"max_steps": 12, **train}, track={"wandb": "off"})
+    run_script("train/sft.py", config)
+    losses = [r["loss"] for r in metrics(tmp_path / "runs" / "tiny") if "loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_checkpointing_gives_the_same_losses(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(track={"wandb": "off"})
+    for value in ("on", "off"):
+        run_script("train/sft.py", config, f"train.checkpointing={value}", f"name={value}")
+    on, off = (
+        [r["loss"] for r in metrics(tmp_path / "runs" / v) if "loss" in r] for v in ("on", "off")
+    )
+    torch.testing.assert_close(torch.tensor(on), torch.tensor(off), rtol=1e-6, atol=1e-6)
