@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_adapter import disturb, load, logits
+from toys import run_script
 
 from halfbyte.config.schema import Adapter
 from halfbyte.errors import RunError
@@ -18,8 +20,6 @@ from halfbyte.model.quantised import compute_in, dequantised_weight
 from halfbyte.ship import fold
 from halfbyte.ship.fidelity import fidelity, reference
 from halfbyte.ship.fold import Update, merged_tensors, read_updates, write_shards
-from test_adapter import disturb, load, logits
-from toys import run_script
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ eval/              report.json, report.md, report.html, answers.jsonl
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -119,11 +120,27 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
-    """Yield the JSON value of each line."""
-    with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            if line.strip():
-                yield json.loads(line)
+    """Yield the JSON value of each line.
+
+    A last line without its end is what a power cut leaves of ``append_jsonl``; it is left out.
+
+    Raises:
+        RunError: the file is missing, or another line is damaged.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run folder is not complete") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise RunError(f"{path}:{number}: damaged JSON: {error}") from None
+        yield value
 
 
 def append_jsonl(path: Path, record: Any) -> None:
@@ -136,7 +153,12 @@ def append_jsonl(path: Path, record: Any) -> None:
 
 def move_aside(folder: Path) -> Path:
     """Rename ``folder`` to a name that says when; returns the new path. Nothing is deleted."""
-    target = folder.with_name(f"{folder.name}~{time.strftime('%Y%m%d-%H%M%S')}")
+    stamp = f"{folder.name}~{time.strftime('%Y%m%d-%H%M%S')}"
+    target = folder.with_name(stamp)
+    for number in itertools.count(2):
+        if not target.exists():
+            break
+        target = folder.with_name(f"{stamp}-{number}")
     folder.rename(target)
     return target
 

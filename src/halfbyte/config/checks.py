@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from halfbyte.config.schema import Run, Variant
-from halfbyte.config.source import KeyPath, Source
+from halfbyte.config.source import SECRET, KeyPath, Source
 
 FOUR_BIT = ("nf4", "fp4")
-SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|^[0-9a-f]{40}$|wandb_v1_\w{20,}|sk-[A-Za-z0-9_-]{20,}")
-RUN_NAME = re.compile(r"[\w.=+,~-]+")
+RUN_NAME = re.compile(r"(?!\.+$)[\w.=+,~-]{1,120}", re.ASCII)
 
 
 Rule = tuple[bool, str, str]  # is it a fault; dotted key; what is wrong and what to do
@@ -56,11 +55,6 @@ def _model_rules(run: Run, written: Written) -> list[Rule]:
             "model.compute_dtype",
             f"is {model.compute_dtype} but model.precision is {stored}: unquantised weights compute in"
             f" the dtype they are stored in; remove it or write {stored}",
-        ),
-        (
-            model.revision is not None and model.name.startswith(("pypi:", "/", ".", "~")),
-            "model.revision",
-            f"has no effect: {model.name!r} is not on the Hub",
         ),
     ]
 
@@ -132,7 +126,7 @@ def _train_rules(run: Run, written: Written) -> list[Rule]:
         (
             run.name is not None and not RUN_NAME.fullmatch(run.name),
             "name",
-            f"is {run.name!r}; allowed are letters, digits and . _ = + , ~ -",
+            f"is {run.name!r}; allowed are up to 120 letters, digits and . _ = + , ~ -",
         ),
     ]
 
@@ -236,6 +230,16 @@ def _strings(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
             yield from _strings(inner, (*path, index))
 
 
+def _world_size(environ: Mapping[str, str], faults: list[str]) -> int:
+    text = environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        faults.append(
+            f"environment: WORLD_SIZE is {text!r}; a number of processes is expected; unset it"
+        )
+        return 1
+    return int(text)
+
+
 def environment_faults(run: Run, environ: Mapping[str, str]) -> list[str]:
     """Variables set by ``accelerate launch`` or by hand that contradict the config."""
     faults = []
@@ -252,8 +256,8 @@ def environment_faults(run: Run, environ: Mapping[str, str]) -> list[str]:
             f"environment: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps!r}; accumulation follows"
             " from train.batch_size and train.micro_batch_size: unset it"
         )
-    world = int(environ.get("WORLD_SIZE", "1"))
-    if run.train.batch_size % (run.train.micro_batch_size * world):
+    world = _world_size(environ, faults)
+    if world > 1 and run.train.batch_size % (run.train.micro_batch_size * world):
         faults.append(
             f"environment: {world} processes of train.micro_batch_size {run.train.micro_batch_size} do"
             f" not divide train.batch_size {run.train.batch_size}; change one of them"
@@ -262,7 +266,7 @@ def environment_faults(run: Run, environ: Mapping[str, str]) -> list[str]:
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_FSDP", "FSDP"),
     ):
-        if environ.get(variable, "false").lower() in ("true", "1"):
+        if environ.get(variable, "false").lower() in ("true", "1", "yes", "y", "on", "t"):
             faults.append(
                 f"environment: {variable} is set, but halfbyte trains on one process or with DDP, not"
                 f" with {what}; unset it or choose another accelerate config"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.config.schema import Run
 from halfbyte.config.source import KeyPath, Source
-from halfbyte.errors import ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_SUFFIXES = (".gguf",)
@@ -16,75 +17,87 @@ TEMPLATE_SUFFIXES = (".jinja", ".j2")
 TEMPLATE_NAMES = ("gemma", "chatml", "plain")
 
 
-def resolve_paths(run: Run, source: Source, *, resolved: bool = False) -> Run:
+def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool = False) -> Run:
     """Make ``runs_dir`` and every value that names a local file or folder absolute.
 
     A value names something local if it begins with ``/``, ``./``, ``../`` or ``~``, ends in a known
-    suffix, or exists beside the config. Anything else must look like a Hub id.
-
-    Raises:
-        ConfigError: a value is neither a path nor a Hub id.
+    suffix, or exists beside the config. Anything else must look like a Hub id, or goes to
+    ``faults``. ``resolved``: the config is one that a run has written, where no key was chosen by hand.
     """
-    faults: list[str] = []
-
-    def local(path: KeyPath, value: str, suffixes: tuple[str, ...]) -> str:
-        folder = source.folder(path)
-        if is_local(value, folder, suffixes):
-            return str((folder / Path(value).expanduser()).resolve())
-        if not value.startswith("pypi:") and not HUB_ID.fullmatch(value):
-            faults.append(
-                f"{source.place(path)}: {'.'.join(map(str, path))} is {value!r}, neither a path nor a"
-                " Hub id such as org/name"
-            )
-        return value
-
-    if is_local(run.data.train, source.folder(("data", "train")), DATA_SUFFIXES):
-        faults += [
-            f"{source.place(('data', key))}: data.{key} has no effect: data.train is a local file or folder"
-            for key in ("train_split", "subset", "revision")
-            if not resolved and source.values["data"].get(key) is not None
-        ]
-
-    model = run.model.model_copy(
-        update={"name": local(("model", "name"), run.model.name, MODEL_SUFFIXES)}
-    )
-    data_update: dict[str, str] = {"train": local(("data", "train"), run.data.train, DATA_SUFFIXES)}
+    resolver = _Resolver(source, faults)
+    name = resolver.local(("model", "name"), run.model.name, MODEL_SUFFIXES)
+    if run.model.revision is not None and (name.startswith("pypi:") or os.path.isabs(name)):
+        resolver.fault(
+            ("model", "revision"), f"has no effect: {run.model.name!r} is not on the Hub"
+        )
+    data = {"train": resolver.local(("data", "train"), run.data.train, DATA_SUFFIXES)}
     if run.data.test is not None:
-        data_update["test"] = local(("data", "test"), run.data.test, DATA_SUFFIXES)
-    template = run.data.chat_template
-    if template is not None and template not in TEMPLATE_NAMES:
-        if not template.endswith(TEMPLATE_SUFFIXES):
-            faults.append(
-                f"{source.place(('data', 'chat_template'))}: data.chat_template is {template!r};"
-                f" allowed: {', '.join(TEMPLATE_NAMES)}, or a .jinja file"
-            )
-        folder = source.folder(("data", "chat_template"))
-        data_update["chat_template"] = str((folder / template).resolve())
+        data["test"] = resolver.local(("data", "test"), run.data.test, DATA_SUFFIXES)
+    if not resolved and all(os.path.isabs(value) for value in data.values()):
+        for key in ("train_split", "test_split", "subset", "revision"):
+            if source.values["data"].get(key) is not None:
+                resolver.fault(("data", key), "has no effect: data.train is a local file or folder")
+    if run.data.chat_template is not None:
+        data["chat_template"] = resolver.template(run.data.chat_template)
     baselines = [
         baseline.model_copy(
             update={
-                "model": local(("eval", "baselines", i, "model"), baseline.model, MODEL_SUFFIXES)
+                "model": resolver.local(
+                    ("eval", "baselines", i, "model"), baseline.model, MODEL_SUFFIXES
+                )
             }
         )
         for i, baseline in enumerate(run.eval.baselines)
     ]
-    runs_dir = source.folder(("runs_dir",)) / Path(run.runs_dir).expanduser()
-    if faults:
-        raise ConfigError(faults)
     return run.model_copy(
         update={
-            "model": model,
-            "data": run.data.model_copy(update=data_update),
+            "model": run.model.model_copy(update={"name": name}),
+            "data": run.data.model_copy(update=data),
             "eval": run.eval.model_copy(update={"baselines": baselines}),
-            "runs_dir": str(runs_dir.resolve()),
+            "runs_dir": resolver.absolute(("runs_dir",), run.runs_dir),
         }
     )
+
+
+@dataclass(frozen=True)
+class _Resolver:
+    """Turns values into absolute paths, and collects what cannot be one."""
+
+    source: Source
+    faults: list[str]
+
+    def fault(self, path: KeyPath, text: str) -> None:
+        self.faults.append(f"{self.source.place(path)}: {'.'.join(map(str, path))} {text}")
+
+    def absolute(self, path: KeyPath, value: str) -> str:
+        try:
+            # Not resolved: in the Hub's cache a file's link has the name, and its target has none.
+            return os.path.abspath(self.source.folder(path) / Path(value).expanduser())
+        except (RuntimeError, ValueError, OSError) as error:
+            self.fault(path, f"is {value!r}, which is no path: {error}")
+            return value
+
+    def local(self, path: KeyPath, value: str, suffixes: tuple[str, ...]) -> str:
+        if is_local(value, self.source.folder(path), suffixes):
+            return self.absolute(path, value)
+        if not value.startswith("pypi:") and not HUB_ID.fullmatch(value):
+            self.fault(path, f"is {value!r}, neither a path nor a Hub id such as org/name")
+        return value
+
+    def template(self, value: str) -> str:
+        path = ("data", "chat_template")
+        if value in TEMPLATE_NAMES:
+            return value
+        if not value.endswith(TEMPLATE_SUFFIXES):
+            allowed = ", ".join(TEMPLATE_NAMES)
+            self.fault(path, f"is {value!r}; allowed: {allowed}, or a .jinja file")
+        return self.absolute(path, value)
 
 
 def absolute_if_local(value: str) -> str:
     """A command-line argument as an absolute path where it names something on this disk."""
     if is_local(value, Path.cwd(), (*MODEL_SUFFIXES, *DATA_SUFFIXES)):
-        return str(Path(value).expanduser().resolve())
+        return os.path.abspath(Path(value).expanduser())
     return value
 
 
@@ -94,4 +107,9 @@ def is_local(value: str, folder: Path, suffixes: tuple[str, ...]) -> bool:
         return False
     if value.startswith(("/", "./", "../", "~")) or value in (".", ".."):
         return True
-    return value.endswith(suffixes) or (folder / value).exists()
+    if value.endswith(suffixes):
+        return True
+    try:
+        return (folder / value).exists()
+    except (OSError, ValueError):
+        return False

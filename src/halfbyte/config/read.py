@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from halfbyte.config.checks import cross_faults, environment_faults, secret_faults
 from halfbyte.config.paths import resolve_paths
 from halfbyte.config.schema import Run
-from halfbyte.config.source import KeyPath, Source, read_source
+from halfbyte.config.source import SECRET, KeyPath, Source, read_source
 from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
@@ -32,13 +32,9 @@ def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os
         ConfigError: with every fault of the file, the overrides and the environment.
     """
     source = read_source(config, overrides)
-    run = _validate(source)
-    run = resolve_paths(run, source)
+    run = _validate(source, environ=environ)
     if run.name is None:
         run = run.model_copy(update={"name": default_name(config, overrides)})
-    faults = environment_faults(run, environ)
-    if faults:
-        raise ConfigError(faults)
     return run
 
 
@@ -65,7 +61,7 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
             ]
         )
     source = read_source(path, overrides or [])
-    return resolve_paths(_validate(source, resolved=True), source, resolved=True)
+    return _validate(source, resolved=True)
 
 
 def run_as_yaml(run: Run) -> str:
@@ -73,6 +69,8 @@ def run_as_yaml(run: Run) -> str:
     stream = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
+    # Escaped, so that every character comes back as it was: plain YAML folds some line breaks.
+    yaml.allow_unicode = False
     yaml.width = 4096
     yaml.dump(run.model_dump(mode="json"), stream)
     return "# The resolved config of this run. Every later step reads it.\n" + stream.getvalue()
@@ -82,14 +80,16 @@ def default_name(config: Path, overrides: list[str]) -> str:
     """``quickstart``, or ``quickstart+train.max_steps=5``: one folder for each variation."""
     silent = ("runs_dir=", "track.", "train.existing=")
     parts = [config.stem, *(text for text in overrides if not text.startswith(silent))]
-    name = re.sub(r"[^\w.=+,-]+", "_", "+".join(parts))
+    name = re.sub(r"[^\w.=+,-]+", "_", "+".join(parts), flags=re.ASCII)
     if len(name) > MAX_NAME_LENGTH:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name[: MAX_NAME_LENGTH - 9]}~{digest}"
     return name
 
 
-def _validate(source: Source, *, resolved: bool = False) -> Run:
+def _validate(
+    source: Source, *, resolved: bool = False, environ: Mapping[str, str] | None = None
+) -> Run:
     """``resolved``: the file holds every key with its default, so that none was chosen by hand."""
     faults = list(source.faults) + secret_faults(source)
     try:
@@ -98,6 +98,9 @@ def _validate(source: Source, *, resolved: bool = False) -> Run:
         faults += [_fault(dict(item), source) for item in error.errors()]
         raise ConfigError(_in_file_order(faults)) from None
     faults += cross_faults(run, source, resolved=resolved)
+    run = resolve_paths(run, source, faults, resolved=resolved)
+    if environ is not None:
+        faults += environment_faults(run, environ)
     if faults:
         raise ConfigError(_in_file_order(faults))
     return run
@@ -129,32 +132,43 @@ def _fault(error: dict[str, Any], source: Source) -> str:
         options = [text.strip("'") for text in re.findall(r"'[^']*'", context["expected"])]
         close = difflib.get_close_matches(str(came), options, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{place}: {dotted} is {came!r}; allowed: {', '.join(options)}{hint}"
+        return f"{place}: {dotted} is {_shown(came)}; allowed: {', '.join(options)}{hint}"
     message = error["msg"].replace("Input should", "should")
-    return f"{place}: {dotted} is {error['input']!r}, which {message[0].lower()}{message[1:]}"
+    return f"{place}: {dotted} is {_shown(error['input'])}, which {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """The value for a message, unless it looks like a secret."""
+    text = repr(value)
+    return "a secret (not shown)" if SECRET.search(str(value)) else text
 
 
 def _nearest(path: KeyPath) -> str:
     known = keys_of(path[:-1])
-    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {'.'.join(map(str, (*path[:-1], close[0])))}?"
     everywhere = [f"{section}.{key}" for section in keys_of(()) for key in keys_of((section,))]
     elsewhere = [key for key in everywhere if key.rpartition(".")[2] == path[-1]]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
+    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {'.'.join(map(str, (*path[:-1], close[0])))}?"
     return f"; allowed here: {', '.join(known)}"
 
 
 def keys_of(path: KeyPath) -> list[str]:
     """The keys that the schema knows below ``path``."""
-    model: Any = Run
+    model = _model_at(path)
+    return list(model.model_fields) if model else []
+
+
+def _model_at(path: KeyPath) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = Run
     for part in path:
         if isinstance(part, int):
             continue
         field = model.model_fields.get(part) if model else None
         model = _section_of(field.annotation) if field else None
-    return list(model.model_fields) if model else []
+    return model
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
@@ -168,9 +182,6 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _meaning(path: KeyPath) -> str:
-    model: Any = Run
-    for part in path[:-1]:
-        field = model.model_fields.get(part) if model else None
-        model = _section_of(field.annotation) if field else None
-    field = model.model_fields.get(path[-1]) if model else None
+    model = _model_at(path[:-1])
+    field = model.model_fields.get(str(path[-1])) if model else None
     return f". {field.description}" if field is not None and field.description else ""

@@ -283,7 +283,7 @@ class Run(Section):
         " appended, so that a variation never lands in another run's folder.",
     )
     runs_dir: Name = Field("runs", description="Folder that holds the run folders.")
-    seed: Count = Field(0, description="Seed of everything random.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of everything random.")
     model: Model
     adapter: Adapter = Adapter()
     data: Data

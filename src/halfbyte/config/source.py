@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from halfbyte.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|^[0-9a-f]{40}$|wandb_v1_\w{20,}|sk-[A-Za-z0-9_-]{20,}")
+UNREADABLE = object()  # a value that has been reported already
 
 
 @dataclass
@@ -95,8 +98,7 @@ def _values(node: Node, path: KeyPath, source: Source, name: str) -> Any:
     try:
         return _plain(node, path, source, name)
     except RecursionError:
-        source.faults.append(f"{name}: an alias contains itself")
-        return {}
+        raise ConfigError([f"{name}: an alias contains itself; write the values out"]) from None
 
 
 def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
@@ -114,7 +116,9 @@ def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
                 )
                 continue
             source.places[here] = place
-            mapping[key] = _plain(value_node, here, source, name)
+            value = _plain(value_node, here, source, name)
+            if value is not UNREADABLE:
+                mapping[key] = value
         return mapping
     if isinstance(node, SequenceNode):
         items = []
@@ -125,11 +129,11 @@ def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
         return items
     try:
         return _scalar(node)
-    except (YAMLError, ValueError, TypeError):
+    except (YAMLError, ValueError, TypeError, LookupError):
         place = source.place(path) or name
         dotted = ".".join(map(str, path))
         source.faults.append(f"{place}: {dotted} is {node.value!r}, which is no {node.tag}")
-        return None
+        return UNREADABLE
 
 
 def _scalar(node: Node) -> Any:
@@ -145,7 +149,7 @@ def _kind(node: Node) -> str:
 
 def _lay_over(override: str, source: Source) -> None:
     key, equals, text = override.partition("=")
-    place = f"override {override!r}"
+    place = "override " + repr(f"{key}=…" if SECRET.search(text) else override)
     keys = tuple(key.strip().split("."))
     if not equals or not all(keys):
         source.faults.append(
@@ -158,7 +162,9 @@ def _lay_over(override: str, source: Source) -> None:
         source.faults.extend(error.faults)
         return
     target = source.values
-    for part in keys[:-1]:
+    for depth, part in enumerate(keys[:-1], start=1):
+        if part not in target:
+            source.places[keys[:depth]] = place
         inner = target.setdefault(part, {})
         if not isinstance(inner, dict):
             source.faults.append(f"{place}: {part} holds {inner!r}, which has no keys")
@@ -168,7 +174,9 @@ def _lay_over(override: str, source: Source) -> None:
         del source.places[known]
     source.places[keys] = place
     source.folders[keys] = Path.cwd()
-    target[keys[-1]] = None if node is None else _values(node, keys, source, place)
+    value = None if node is None else _values(node, keys, source, place)
+    if value is not UNREADABLE:
+        target[keys[-1]] = value
     source.places = {
         known: place if known[: len(keys)] == keys else written
         for known, written in source.places.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,8 @@ class Prepared:
     test: list[Example]
     ledger: dict[str, Any]
     formats: dict[str, str] = field(default_factory=dict)
+    # Tokens of each training row before any is dropped or cut.
+    full_lengths: list[int] = field(default_factory=list)
 
 
 def prepare(data: Data, renderer: Renderer) -> Prepared:
@@ -77,7 +80,7 @@ def prepare(data: Data, renderer: Renderer) -> Prepared:
     near = near_duplicates(
         [row.prompt for row in parts["train"]], [row.prompt for row in held_out], NEAR_DUPLICATE
     )
-    encoded, truncated = _encode_all(parts, data, renderer, dropped)
+    encoded, truncated, full_lengths = _encode_all(parts, data, renderer, dropped)
     if not encoded["train"]:
         raise DataError(f"{data.train}: no row is left to train on; dropped: {dict(dropped)}")
     ledger = _close_ledger(tables, encoded, dropped)
@@ -105,12 +108,18 @@ def prepare(data: Data, renderer: Renderer) -> Prepared:
         },
         "fingerprints": {name: table.fingerprint for name, table in tables.items()},
     }
-    return Prepared(encoded["train"], encoded["validation"], encoded["test"], ledger, formats)
+    return Prepared(
+        encoded["train"], encoded["validation"], encoded["test"], ledger, formats, full_lengths
+    )
 
 
 def normalised(prompt: str) -> str:
     """The form in which two prompts count as the same: case, spaces and closing punctuation aside."""
-    return " ".join(prompt.casefold().split()).rstrip(" .!?,;:") or prompt
+    text = " ".join(prompt.casefold().split())
+    end = len(text)
+    while end and unicodedata.category(text[end - 1])[0] in "PZ":
+        end -= 1
+    return text[:end] or text or prompt
 
 
 def hash_fraction(prompt: str) -> float:
@@ -151,10 +160,12 @@ def _without_leaks(
 
 def _encode_all(
     parts: dict[str, list[Row]], data: Data, renderer: Renderer, dropped: Counter[str]
-) -> tuple[dict[str, list[Example]], list[str]]:
+) -> tuple[dict[str, list[Example]], list[str], list[int]]:
+    full_lengths: list[int] = []
     overlong: list[tuple[Row, int]] = []
     truncated: list[str] = []
     faults: list[str] = []
+    in_training = set(parts["train"])
 
     def fit(row: Row) -> Encoded | None:
         try:
@@ -162,6 +173,8 @@ def _encode_all(
         except DataError as error:
             faults.append(str(error))
             return None
+        if row in in_training:
+            full_lengths.append(len(encoded.ids))
         if len(encoded.ids) <= data.max_length:
             return encoded
         if data.on_overlength == "truncate":
@@ -180,7 +193,10 @@ def _encode_all(
 
     encoded = {name: _examples(rows, fit) for name, rows in parts.items()}
     if faults:
-        raise DataError("\n".join(faults[:MAX_NAMED_ROWS]))
+        more = f"\n… and {len(faults) - MAX_NAMED_ROWS} more rows"
+        raise DataError(
+            "\n".join(faults[:MAX_NAMED_ROWS]) + (more if len(faults) > MAX_NAMED_ROWS else "")
+        )
     if overlong and data.on_overlength == "error":
         named = ", ".join(f"{row.place} ({size})" for row, size in overlong[:MAX_NAMED_ROWS])
         longest = max(size for _, size in overlong)
@@ -190,7 +206,7 @@ def _encode_all(
         )
     if overlong:
         dropped["longer than max_length"] += len(overlong)
-    return encoded, truncated
+    return encoded, truncated, full_lengths
 
 
 def _examples(rows: list[Row], fit: Callable[[Row], Encoded | None]) -> list[Example]:

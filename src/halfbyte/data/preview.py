@@ -87,7 +87,6 @@ def show_preview(
 ) -> str:
     """Everything that ``data/preview.py`` prints."""
     rows = [show_row(example, renderer, colour=colour) for example in prepared.train[:num_rows]]
-    lengths = [len(example.encoded.ids) for example in prepared.train]
     near = [
         f"  {pair['jaccard']:.2f}  {pair['train']}  ~  {pair['held_out']}"
         for pair in prepared.ledger["near_duplicates"][:5]
@@ -96,7 +95,7 @@ def show_preview(
     return "\n\n".join(
         [
             *rows,
-            "LENGTHS (tokens)\n" + show_lengths(lengths, data.max_length),
+            "LENGTHS (tokens)\n" + show_lengths(prepared.full_lengths, data.max_length),
             "LEDGER\n" + show_ledger(prepared) + "".join(f"\n{line}" for line in near),
             f"BOS: {bos}; stop tokens: "
             + ", ".join(

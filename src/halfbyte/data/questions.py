@@ -60,7 +60,8 @@ def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ..
     Raises:
         RunError: the training set is smaller than that.
     """
-    rows = [row_from_json(record) for record in read_jsonl(folder.data / "fewshot.jsonl")]
+    path = folder.need(folder.data / "fewshot.jsonl", "accelerate launch train/sft.py CONFIG")
+    rows = [row_from_json(record) for record in read_jsonl(path)]
     if len(rows) < count:
         raise RunError(f"eval.fewshot is {count}, but the run kept {len(rows)} training examples")
     chosen = random.Random(seed).sample(rows, count)

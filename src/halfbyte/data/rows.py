@@ -163,6 +163,11 @@ def _with_system(row: Row, system: str | None) -> Row:
     return Row(row.place, (Message("system", system), *row.messages))
 
 
+def _with_own_system(row: Row, system: Any) -> Row:
+    """The row with the system message of its own column, if that holds one."""
+    return row if system in (None, "") else _with_system(row, _text_of(row.place, "system", system))
+
+
 def _text_of(place: str, column: str, value: Any) -> str:
     if not isinstance(value, str):
         came = (
@@ -186,9 +191,7 @@ def _parse_sharegpt(place: str, values: dict[str, Any]) -> Row:
     row = _conversation(
         place, "conversations", values["conversations"], "from", "value", SHAREGPT_ROLES
     )
-    if values["system"]:
-        return _with_system(row, _text_of(place, "system", values["system"]))
-    return row
+    return _with_own_system(row, values["system"])
 
 
 def _conversation(
@@ -197,8 +200,13 @@ def _conversation(
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{place}: {column} is {str(turns)[:60]!r}; a list of turns is expected")
     messages = []
-    for number, turn in enumerate(turns):
-        here = f"{column}[{number}]"
+    counts: dict[str, int] = {}
+    for named in turns:
+        # Turns of two columns come with the name of theirs.
+        own, turn = named if isinstance(named, tuple) else (column, named)
+        number = counts.get(own, 0)
+        counts[own] = number + 1
+        here = f"{own}[{number}]"
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
             keys = ", ".join(turn) if isinstance(turn, dict) else repr(turn)[:60]
             raise DataError(f"{place}: {here} has {keys}; {role_key} and {text_key} are needed")
@@ -232,13 +240,21 @@ def _check_order(place: str, column: str, messages: list[Message]) -> None:
 
 
 def _parse_prompt_completion(place: str, values: dict[str, Any]) -> Row:
-    if isinstance(values["prompt"], list) and isinstance(values["completion"], list):
-        return _parse_messages(place, {"messages": values["prompt"] + values["completion"]})
+    prompt, completion = values["prompt"], values["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        if not prompt or not completion:
+            empty = "completion" if prompt else "prompt"
+            raise DataError(f"{place}: {empty} is an empty list; a list of turns is expected")
+        turns = [("prompt", turn) for turn in prompt] + [
+            ("completion", turn) for turn in completion
+        ]
+        row = _conversation(place, "prompt and completion", turns, "role", "content", {})
+        return _with_own_system(row, values["system"])
     return _pair(place, values, "prompt", "completion")
 
 
 def _parse_alpaca(place: str, values: dict[str, Any]) -> Row:
-    if values["input"]:
+    if values["input"] not in (None, ""):
         joined = f"{_text_of(place, 'instruction', values['instruction'])}\n\n{_text_of(place, 'input', values['input'])}"
         values = {**values, "instruction": joined}
     return _pair(place, values, "instruction", "output")
@@ -249,10 +265,7 @@ def _pair(place: str, values: dict[str, Any], question: str, answer: str) -> Row
         Message("user", _text_of(place, question, values[question])),
         Message("assistant", _text_of(place, answer, values[answer])),
     )
-    row = Row(place, messages)
-    return (
-        _with_system(row, _text_of(place, "system", values["system"])) if values["system"] else row
-    )
+    return _with_own_system(Row(place, messages), values["system"])
 
 
 def _parse_text(place: str, values: dict[str, Any]) -> Row:

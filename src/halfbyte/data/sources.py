@@ -75,9 +75,9 @@ def _files(path: Path) -> list[Path]:
 
 def _how_to_build(path: Path) -> str:
     """``data/icd10/train.jsonl`` is built by ``data/icd10.py``: say so where such a script is."""
-    for parent in path.parents:
-        script = parent.with_suffix(".py")
-        if parent.name and script.is_file():
+    for place in (path, *path.parents):
+        script = place.parent / f"{place.name}.py"
+        if place.name and script.is_file():
             return f". Build it: python {script}"
     siblings = sorted(file.name for file in path.parent.glob("*") if file.suffix in DATA_SUFFIXES)
     return f"; {path.parent} holds {', '.join(siblings)}" if siblings else ""
@@ -99,7 +99,7 @@ def _read_jsonl(path: Path) -> list[RawRow]:
         place = f"{path}:{number}"
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: not valid JSON: {error}") from None
         rows.append(RawRow(place, _as_mapping(value, place)))
     return rows
@@ -108,7 +108,7 @@ def _read_jsonl(path: Path) -> list[RawRow]:
 def _read_json(path: Path) -> list[RawRow]:
     try:
         value = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, list):
         raise DataError(f"{path}: holds {type(value).__name__}; a list of rows is expected")
@@ -140,6 +140,10 @@ def _read_with_datasets(path: Path) -> list[RawRow]:
             import pandas
 
             frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
+            if not isinstance(frame.index, pandas.RangeIndex):
+                raise ValueError(
+                    "its rows have more cells than its header; quote cells with commas"
+                )
             records = frame.to_dict(orient="records")
         else:
             import pyarrow.parquet
@@ -154,6 +158,11 @@ def _read_with_datasets(path: Path) -> list[RawRow]:
 
 
 def _read_hub(source: str, split: str, subset: str | None, revision: str | None) -> list[RawRow]:
+    if Path(source).exists():
+        raise DataError(
+            f"{source}: was taken for a Hub id, but the working folder holds something of that name too."
+            f" Write ./{source} for that, or run from another folder"
+        )
     from datasets import get_dataset_split_names, load_dataset
 
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -39,13 +39,16 @@ def mean_interval(scores: list[float], confidence: float, resamples: int, seed: 
             confidence_level=confidence, method="wilson"
         )
         return Estimate(float(values.mean()), float(found.low), float(found.high), len(values))
-    return _bootstrap(values, confidence, resamples, seed)
+    estimate = _bootstrap(values, confidence, resamples, seed)
+    low, high = max(0.0, estimate.ci_low), min(1.0, estimate.ci_high)
+    return replace(estimate, ci_low=low, ci_high=high)
 
 
 def paired_difference(
     ours: list[float], theirs: list[float], confidence: float, resamples: int, seed: int
 ) -> Estimate:
     """Mean of ours - theirs over the same rows, with a BCa bootstrap interval over rows."""
+    assert len(ours) == len(theirs)
     values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     return _bootstrap(values, confidence, resamples, seed)
 
@@ -61,10 +64,8 @@ def _bootstrap(
     values: npt.NDArray[np.float64], confidence: float, resamples: int, seed: int
 ) -> Estimate:
     mean = float(values.mean())
-    if len(values) < 2 or np.ptp(values) == 0:
-        # Equal values have no spread to resample. One row says nothing about others.
-        low, high = (-1.0, 1.0) if len(values) < 2 else (mean, mean)
-        return Estimate(mean, low, high, len(values))
+    if np.ptp(values) == 0:
+        return Estimate(mean, *_constant_interval(mean, len(values), confidence), len(values))
     with warnings.catch_warnings():
         # BCa warns on degenerate jackknife values and returns NaN; the percentile method answers then.
         warnings.simplefilter("ignore")
@@ -72,6 +73,19 @@ def _bootstrap(
         if not np.isfinite([low, high]).all():
             low, high = _scipy_bootstrap(values, confidence, resamples, seed, "percentile")
     return Estimate(mean, low, high, len(values))
+
+
+def _constant_interval(value: float, n: int, confidence: float) -> tuple[float, float]:
+    """Interval of ``n`` equal values, which have no spread to resample.
+
+    They are n agreements in sign of n: Wilson's lower bound on the share p of rows that agree, the
+    others opposed, gives value·(2p - 1). Few rows say little.
+    """
+    if value == 0:
+        return 0.0, 0.0
+    share = stats.binomtest(n, n).proportion_ci(confidence_level=confidence, method="wilson").low
+    bound = value * (2 * float(share) - 1)
+    return min(value, bound), max(value, bound)
 
 
 def _scipy_bootstrap(

@@ -45,7 +45,7 @@ def exact_match(answer: str, wanted: str, pattern: str | None = None) -> float:
 
 def extract(text: str, pattern: str) -> str | None:
     """The group of the pattern's last match, or None."""
-    found = re.findall(pattern, text)
+    found = [match.group(1) for match in re.finditer(pattern, text)]
     return found[-1] if found else None
 
 
@@ -58,12 +58,14 @@ def field_match(answer: str, wanted: str) -> float:
     needed = _json_object(wanted)
     if needed is None:
         return 0.0
-    found = _json_object(answer) or {}
+    found = _json_object(answer)
+    if found is None:
+        return 0.0
     names = set(needed) | set(found)
     if not names:
         return 1.0
-    same = [name in needed and name in found and needed[name] == found[name] for name in names]
-    return sum(map(bool, same)) / len(names)
+    same = [name in needed and name in found and _same(needed[name], found[name]) for name in names]
+    return sum(same) / len(names)
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
@@ -72,9 +74,20 @@ def _json_object(text: str) -> dict[str, Any] | None:
         return None
     try:
         value, _ = json.JSONDecoder().raw_decode(text[start:])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Equal as JSON: true is not 1, though 1 is 1.0."""
+    if isinstance(ours, bool) or isinstance(theirs, bool):
+        return ours is theirs
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    return bool(ours == theirs)
 
 
 def _folded(text: str) -> str:
@@ -93,6 +106,13 @@ def _chrf() -> Score:
     return lambda answer, wanted: float(metric.sentence_score(answer, [wanted]).score) / 100
 
 
+class _Words:
+    """Words of any script, lower-cased."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w+", text.casefold())
+
+
 @lru_cache(maxsize=1)
 def _rouge_l() -> Score:
     try:
@@ -101,5 +121,6 @@ def _rouge_l() -> Score:
         raise UserError(
             "eval.metrics: rouge_l needs rouge-score: pip install 'halfbyte[metrics]'"
         ) from None
-    metric = RougeScorer(["rougeL"], use_stemmer=False)
+    # The library's own tokenizer knows a-z and 0-9 alone: other scripts would score 0.
+    metric = RougeScorer(["rougeL"], tokenizer=_Words())
     return lambda answer, wanted: float(metric.score(wanted, answer)["rougeL"].fmeasure)

@@ -87,7 +87,7 @@ def open_session(run: Run) -> Session:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that has all of its files; says which ones are passed over."""
     for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
-        missing = [name for name in CHECKPOINT_FILES if not (path / name).is_file()]
+        missing = [name for name in CHECKPOINT_FILES if not _has_content(path / name)]
         if not list(path.glob("rng_state*.pth")):
             missing.append("rng_state.pth")
         if not missing and _is_json(path / "trainer_state.json"):
@@ -175,20 +175,24 @@ def _check_same(run: Run, folder: RunDir) -> None:
         )
 
 
-def _settings(run: Run) -> dict[str, str]:
-    """Every key that decides what is learnt, flat, as JSON text."""
+def _settings(run: Run) -> dict[str, Any]:
+    """Every key that decides what is learnt, flat."""
     dump = run.model_dump(mode="json", include={"seed", "model", "adapter", "data", "train"})
-    flat = {"seed": json.dumps(dump.pop("seed"))}
+    flat = {"seed": dump.pop("seed")}
     for section, values in dump.items():
         for key, value in values.items():
             if section != "train" or key not in SILENT_TRAIN_KEYS:
-                flat[f"{section}.{key}"] = json.dumps(value, sort_keys=True)
+                flat[f"{section}.{key}"] = value
     return flat
 
 
 def _step(path: Path) -> int:
     found = re.search(r"-(\d+)$", path.name)
     return int(found.group(1)) if found else -1
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _is_json(path: Path) -> bool:
