@@ -120,9 +120,6 @@ def test_unknown_key_keeps_the_index_when_it_is_inside_a_list(tmp_path: Path) ->
     ]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="read.py: a key that looks alike is preferred to the same key elsewhere"
-)
 def test_unknown_key_names_its_home_when_a_right_name_is_in_any_wrong_section(
     tmp_path: Path,
 ) -> None:
@@ -185,7 +182,6 @@ def test_missing_key_says_what_it_means_with_the_line_of_its_section(
     )
 
 
-@pytest.mark.xfail(strict=True, reason="read.py: _meaning does not pass over the index of a list")
 def test_missing_key_says_what_it_means_when_it_is_inside_a_list(tmp_path: Path) -> None:
     path = write(tmp_path, eval="baselines:\n  - name: other")
 
@@ -323,18 +319,14 @@ def test_value_is_quoted_with_the_limit_when_out_of_range(
     assert fault.startswith(f"{path}:{line_of(path, key)}: {section}.{key} {text}")
 
 
-def test_seed_is_refused_when_negative(tmp_path: Path) -> None:
-    path = write(tmp_path, top="seed: -1")
-
-    assert faults_of(path) == [f"{path}:1: seed is -1, which should be greater than or equal to 0"]
-
-
-@pytest.mark.xfail(strict=True, reason="schema.py: seed has no upper bound")
-def test_seed_is_refused_when_numpy_cannot_take_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seed", "limit"), [(-1, "greater than or equal to 0"), (2**32, f"less than {2**32}")]
+)
+def test_seed_is_refused_when_numpy_cannot_take_it(tmp_path: Path, seed: int, limit: str) -> None:
     """transformers.set_seed hands it to numpy.random.seed, which takes 32 bits."""
-    (fault,) = faults_of(write(tmp_path, top=f"seed: {2**32}"))
+    path = write(tmp_path, top=f"seed: {seed}")
 
-    assert f"seed is {2**32}" in fault
+    assert faults_of(path) == [f"{path}:1: seed is {seed}, which should be {limit}"]
 
 
 # Faults together
@@ -373,16 +365,6 @@ def test_all_faults_come_at_once_in_the_order_of_the_file_when_there_are_several
     ]
 
 
-def test_message_of_a_config_error_has_one_line_for_each_fault(tmp_path: Path) -> None:
-    path = write(tmp_path, train="epochs: 0", data="max_length: 2")
-
-    with pytest.raises(ConfigError) as caught:
-        load_run(path, [], {})
-    assert len(caught.value.faults) == 2
-    assert str(caught.value).splitlines() == caught.value.faults
-    assert caught.value.exit_code == 2
-
-
 def test_rules_are_checked_together_when_several_are_broken(tmp_path: Path) -> None:
     path = write(tmp_path, model="compute_dtype: bf16\nprecision: fp32", train="batch_size: 3")
 
@@ -392,7 +374,6 @@ def test_rules_are_checked_together_when_several_are_broken(tmp_path: Path) -> N
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="read.py: the environment and paths are checked afterwards")
 def test_faults_of_rules_paths_and_environment_come_together_when_all_are_wrong(
     tmp_path: Path,
 ) -> None:
@@ -523,11 +504,14 @@ BROKEN_RULES: dict[str, tuple[dict[str, str], str, str]] = {
         "sample_tokens",
         "train.sample_tokens has no effect with train.num_samples 0",
     ),
-    "name": (
-        {"top": "name: a/b"},
-        "name: a/b",
-        "name is 'a/b'; allowed are letters, digits and . _ = + , ~ -",
-    ),
+    **{
+        f"name_{kind}": (
+            {"top": f"name: {name}"},
+            f"name: {name}",
+            f"name is {name!r}; allowed are up to 120 letters, digits and . _ = + , ~ -",
+        )
+        for kind, name in {"slash": "a/b", "here": ".", "parent": "..", "long": "x" * 121}.items()
+    },
     "test_and_test_frac": (
         {"data": "test: org/held-out\ntest_frac: 0.1"},
         "test_frac",
@@ -622,6 +606,7 @@ def test_rule_names_line_values_and_way_out_when_broken(
         {"train": "scheduler: constant_with_warmup\nwarmup_frac: 0.1"},
         {"train": "num_samples: 0"},
         {"top": "name: a-1_b.c=d+e,f~g"},
+        {"top": f"name: {'x' * 120}"},
         {"data": "test_frac: 0.1"},
         {"data": "test: org/held-out\ntest_split: validation"},
         {"data": "validation_frac: 0.5\ntest_frac: 0.4"},
@@ -650,7 +635,6 @@ def test_revision_is_refused_when_the_model_is_not_on_the_hub(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("name", ["weights.gguf", "weights"])
-@pytest.mark.xfail(strict=True, reason="checks.py: is_local is not asked, only the first character")
 def test_revision_is_refused_when_the_model_lies_beside_the_config(
     tmp_path: Path, name: str
 ) -> None:
@@ -675,20 +659,11 @@ def test_hub_setting_of_data_is_refused_when_the_rows_are_a_file(tmp_path: Path,
 
 
 @pytest.mark.parametrize("line", ["revision: main", "subset: x"])
-@pytest.mark.xfail(strict=True, reason="paths.py: data.test, which takes them too, is not asked")
 def test_hub_setting_of_data_is_taken_when_only_the_test_rows_are_on_the_hub(
     tmp_path: Path, line: str
 ) -> None:
     path = write(tmp_path, data=f"test: org/held-out\n{line}")
     load_run(path, ["data.train=./rows.jsonl"], {})
-
-
-@pytest.mark.parametrize("name", [".", "..", "x" * 300], ids=["here", "parent", "too_long"])
-@pytest.mark.xfail(strict=True, reason="checks.py: RUN_NAME takes names that make no new folder")
-def test_name_is_refused_when_it_makes_no_folder_of_its_own(tmp_path: Path, name: str) -> None:
-    (fault,) = faults_of(write(tmp_path, top=f"name: '{name}'"))
-
-    assert f"name is {name!r}" in fault
 
 
 # Environment
@@ -764,7 +739,6 @@ def test_all_faults_of_the_environment_come_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", ["", "0", "two", "-1"])
-@pytest.mark.xfail(strict=True, reason="checks.py: int() and % of WORLD_SIZE are not guarded")
 def test_environment_is_refused_when_the_world_size_is_no_count(tmp_path: Path, world: str) -> None:
     (fault,) = faults_of(write(tmp_path), environ={"WORLD_SIZE": world})
 
@@ -808,20 +782,15 @@ def test_secret_is_refused_when_it_stands_inside_a_text(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS.keys())
-def test_secret_is_refused_when_written_in_an_override(tmp_path: Path, secret: str) -> None:
+def test_secret_is_refused_without_being_shown_when_written_in_an_override(
+    tmp_path: Path, secret: str
+) -> None:
     (fault,) = faults_of(write(tmp_path), f"track.entity={secret}")
 
     assert "track.entity looks like a secret key; take it out" in fault
+    assert secret not in fault
 
 
-@pytest.mark.xfail(strict=True, reason="source.py: the place of an override is its whole text")
-def test_secret_is_not_shown_when_written_in_an_override(tmp_path: Path) -> None:
-    secret = SECRETS["hugging_face"]
-
-    assert secret not in "\n".join(faults_of(write(tmp_path), f"track.entity={secret}"))
-
-
-@pytest.mark.xfail(strict=True, reason="read.py: faults of a wrong value quote it")
 def test_secret_is_not_shown_when_its_key_has_another_type(tmp_path: Path) -> None:
     secret = SECRETS["hugging_face"]
 
@@ -1025,7 +994,6 @@ def test_text_is_the_same_when_written_to_a_run_folder_and_read_back(
     assert read_run_folder(save(run, tmp_path_factory.getbasetemp() / "text")) == run
 
 
-@pytest.mark.xfail(strict=True, reason="read.py: ruamel writes U+0085 bare and reads it as a space")
 def test_next_line_character_is_the_same_when_written_to_a_run_folder_and_read_back(
     tmp_path: Path,
 ) -> None:

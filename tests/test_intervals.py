@@ -80,13 +80,14 @@ def test_interval_is_finite_where_bca_gives_none() -> None:
     assert 0 <= found.ci_low <= found.ci_high <= 0.5
 
 
-@pytest.mark.xfail(
-    strict=True, reason="intervals._bootstrap: one score gets the range of a difference"
-)
-def test_mean_interval_of_one_row_stays_within_scores() -> None:
-    found = mean_interval([0.5], 0.95, 200, 0)
-    assert (found.value, found.n) == (0.5, 1)
-    assert 0 <= found.ci_low <= found.ci_high <= 1
+@pytest.mark.parametrize("n", [1, 10])
+def test_mean_interval_of_equal_scores_stays_within_scores(n: int) -> None:
+    """Wilson's lower bound of n of n is n/(n + z²)."""
+    found = mean_interval([0.5] * n, 0.95, 200, 0)
+    room = 0.5 * n / (n + Z2)
+    assert (found.value, found.n) == (0.5, n)
+    assert found.ci_low == pytest.approx(room)
+    assert found.ci_high == pytest.approx(1 - room)
 
 
 # --- two variants ---
@@ -116,20 +117,23 @@ def test_paired_difference_turns_its_sign_with_its_sides() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.25, 0.0, -0.25])
-def test_paired_difference_of_a_constant_has_no_spread(shift: float) -> None:
-    theirs = [n / 64 for n in range(10)]
+@pytest.mark.parametrize(("n", "is_sure"), [(1, False), (2, False), (10, True)])
+def test_paired_difference_of_a_constant_narrows_with_rows(
+    shift: float, n: int, is_sure: bool
+) -> None:
+    """There is no spread to resample; Wilson's lower bound for n of n is n / (n + Z2)."""
+    theirs = [row / 64 for row in range(n)]
     found = paired_difference([x + shift for x in theirs], theirs, 0.95, 200, 0)
-    assert found == Estimate(shift, shift, shift, 10)
-
-
-def test_paired_difference_of_one_row_says_nothing() -> None:
-    found = paired_difference([1.0], [0.0], 0.95, 200, 0)
-    assert found == Estimate(1.0, -1.0, 1.0, 1)
-    assert judge(found) == "no gain"
+    low, high = sorted([shift, shift * (n - Z2) / (n + Z2)])
+    assert (found.value, found.n) == (shift, n)
+    assert found.ci_low == pytest.approx(low)
+    assert found.ci_high == pytest.approx(high)
+    sure = {0.25: "gain", -0.25: "loss"}.get(shift, "no gain")
+    assert judge(found) == (sure if is_sure else "no gain")
 
 
 def test_paired_difference_refuses_scores_of_different_rows() -> None:
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(AssertionError):
         paired_difference([0.5, 0.6], [0.1, 0.2, 0.3], 0.95, 200, 0)
 
 
@@ -193,11 +197,3 @@ def test_paired_intervals_cover_the_true_difference_of_right_and_wrong_answers()
         )
     truth = 0.1  # of uniform hard rows, 60 % and 50 % are right; noise of 0.1 cancels out
     assert 0.90 <= share_covered(found, truth) <= 0.985
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="intervals._bootstrap: two rows with one difference give an interval without width",
-)
-def test_two_rows_do_not_make_a_gain() -> None:
-    assert judge(paired_difference([1.0, 1.0], [0.0, 0.0], 0.95, 200, 0)) == "no gain"

@@ -135,7 +135,7 @@ def test_fidelity_of_a_copy_is_exact_and_of_another_model_is_not(tiny_llama: Pat
     apart = fidelity(other, rows, 2, told)
     probabilities = torch.cat([torch.log_softmax(logits_of(other, ids), -1) for ids, _ in rows])
     exact = (told.log_probs.exp() * (told.log_probs - probabilities)).sum(-1).mean()
-    assert apart.kl_nats_per_token == pytest.approx(float(exact), rel=1e-4)
+    assert apart.kl_nats_per_token == pytest.approx(float(exact), rel=1e-3)
     assert apart.kl_nats_per_token > 1e-6
 
 

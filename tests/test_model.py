@@ -92,10 +92,10 @@ def test_footprint_counts_quantisation_constants_by_the_formula(tiny_llama: Path
     single = load_model(base, "nf4", double_quant=False, compute=CPU32).model
     double = load_model(base, "nf4", double_quant=True, compute=CPU32).model
     layers = [m for m in single.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
-    num_weights = sum(m.weight.quant_state.shape.numel() for m in layers)  # type: ignore[union-attr,operator]
+    num_weights = sum(m.weight.quant_state.shape.numel() for m in layers)
     code = 16 * 4 * len(layers)  # the 16 NF4 values, fp32, once for each layer
     assert constants_bytes(single) == num_weights // 64 * 4 + code
-    blocks = [m.weight.quant_state.shape.numel() // 64 for m in layers]  # type: ignore[union-attr,operator]
+    blocks = [m.weight.quant_state.shape.numel() // 64 for m in layers]
     nested = sum(n + -(-n // 256) * 4 + 256 * 4 + 4 for n in blocks)
     assert constants_bytes(double) == nested + code
     assert weights_bytes(double) > double.get_memory_footprint()

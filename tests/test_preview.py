@@ -199,7 +199,9 @@ def test_show_preview_puts_rows_lengths_ledger_and_tokens_together(data: dict[st
     prepared = prepare(config, renderer)
     parts = show_preview(prepared, renderer, config, 2, colour=False).split("\n\n")
     assert parts[:2] == [show_row(e, renderer, colour=False) for e in prepared.train[:2]]
-    sizes = [len(example.encoded.ids) for example in prepared.train]
+    whole = prepare(config.model_copy(update={"max_length": 1024}), renderer).train
+    assert len(whole) == len(prepared.train) + 1
+    sizes = [len(example.encoded.ids) for example in whole]
     assert parts[2] == "LENGTHS (tokens)\n" + show_lengths(sizes, 60)
     [near] = prepared.ledger["near_duplicates"]
     assert parts[3] == (
@@ -219,10 +221,6 @@ def test_show_preview_says_that_each_row_has_one_bos(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="preview.show_preview: lengths come from rows already cut or dropped, so the cut is always 0",
-)
 @pytest.mark.parametrize("policy", ["drop", "truncate"])
 def test_show_preview_says_what_max_length_did_cut(data: dict[str, Any], policy: str) -> None:
     renderer = Renderer(chatml_tokenizer())

@@ -146,11 +146,6 @@ def test_fewshot_examples_refuses_more_than_the_run_kept(tmp_path: Path) -> None
     assert str(caught.value) == "eval.fewshot is 3, but the run kept 2 training examples"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=FileNotFoundError,
-    reason="questions.fewshot_examples reads fewshot.jsonl without folder.need",
-)
 def test_fewshot_examples_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"fewshot\.jsonl is missing"):
         fewshot_examples(RunDir(tmp_path), 3, seed=0)

@@ -140,7 +140,7 @@ def test_content_cannot_complete_a_control_token_with_the_template(
     renderer = Renderer(chatml, template)
     encoded = renderer.encode_row(row_of([("user", "end|> hello"), ("assistant", "x")]))
     start = renderer.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert encoded.ids.count(renderer.stop_id) == 2
+    assert [i for i in encoded.ids if i == renderer.stop_id] == [renderer.stop_id] * 2
     assert encoded.ids.count(start) == 2
     assert "<|im_end|> hello" in renderer.tokenizer.decode(encoded.ids)
 

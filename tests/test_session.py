@@ -90,7 +90,7 @@ def test_newest_checkpoint_names_every_file_when_several_are_missing(
     assert f"(missing: {', '.join(CHECKPOINT_FILES)}, rng_state.pth)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [b"", b'{"global_step": 1', b'"\xff"'])
+@pytest.mark.parametrize("content", [b'{"global_step": 1', b'"\xff"'])
 def test_newest_checkpoint_passes_over_one_with_a_warning_when_its_state_is_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
@@ -102,19 +102,24 @@ def test_newest_checkpoint_passes_over_one_with_a_warning_when_its_state_is_dama
     assert f"warning: {torn} is not whole (missing: valid JSON)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors"])
-@pytest.mark.xfail(strict=True, reason="session.py: a file counts as there when it has no content")
-def test_newest_checkpoint_passes_over_one_when_a_file_is_empty(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_newest_checkpoint_passes_over_one_with_a_warning_when_a_file_is_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     """After a power cut a file may have its name but not its content: the Trainer does not fsync."""
     whole = make_checkpoint(tmp_path, 5)
-    (make_checkpoint(tmp_path, 10) / name).write_bytes(b"")
+    torn = make_checkpoint(tmp_path, 10)
+    (torn / name).write_bytes(b"")
 
     assert newest_checkpoint(tmp_path) == whole
+    assert capsys.readouterr().out == (
+        f"warning: {torn} is not whole (missing: {name}); passed over\n"
+    )
 
 
 def test_newest_checkpoint_takes_the_states_of_several_processes(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 5, without="rng_state.pth")
-    (path / "rng_state_0.pth").write_text("", encoding="utf-8")
+    (path / "rng_state_0.pth").write_text("x", encoding="utf-8")
 
     assert newest_checkpoint(tmp_path) == path
 
@@ -181,13 +186,13 @@ def test_open_session_is_refused_when_the_manifest_is_damaged(tmp_path: Path) ->
         ("seed=1", "0", "1"),
         ("train.learning_rate=0.5", "0.0002", "0.5"),
         ("train.micro_batch_size=2", "4", "2"),
-        ("train.max_steps=9", "null", "9"),
-        ("model.precision=fp4", "nf4", "fp4"),
-        ("model.name=org/other", "org/model", "org/other"),
+        ("train.max_steps=9", "None", "9"),
+        ("model.precision=fp4", "'nf4'", "'fp4'"),
+        ("model.name=org/other", "'org/model'", "'org/other'"),
         ("adapter.r=3", "16", "3"),
-        ("adapter.targets=[q_proj]", "all-linear", '["q_proj"]'),
-        ("data.train=org/others", "org/rows", "org/others"),
-        ("data.columns={prompt: q}", "{}", '{"prompt": "q"}'),
+        ("adapter.targets=[q_proj]", "'all-linear'", "['q_proj']"),
+        ("data.train=org/others", "'org/rows'", "'org/others'"),
+        ("data.columns={prompt: q}", "{}", "{'prompt': 'q'}"),
         ("data.max_length=99", "1024", "99"),
     ],
 )
@@ -199,14 +204,10 @@ def test_open_session_is_refused_with_key_and_both_values_when_a_setting_changed
 
     with pytest.raises(RunError) as caught:
         open_session(run_of(tmp_path, override))
-    message = str(caught.value)
-    was, _, rest = message.removeprefix(
-        f"{folder.path}: holds a run with other settings: {override.partition('=')[0]} was "
-    ).partition(", is ")
-    assert was.strip("'\"") == before
-    assert rest.partition(". Give this one another folder")[0].strip("'\"") == now
-    assert message.endswith(
-        "Give this one another folder (name=…), or move the old one aside with train.existing=replace"
+    assert str(caught.value) == (
+        f"{folder.path}: holds a run with other settings: {override.partition('=')[0]} was {before},"
+        f" is {now}. Give this one another folder (name=…), or move the old one aside with"
+        " train.existing=replace"
     )
     assert folder.config.read_bytes() == written
 
@@ -216,15 +217,6 @@ def test_open_session_names_every_key_when_several_settings_changed(tmp_path: Pa
 
     with pytest.raises(RunError, match=r"seed was .*; adapter\.r was .*; train\.epochs was "):
         open_session(run_of(tmp_path, "seed=1", "adapter.r=3", "train.epochs=2"))
-
-
-@pytest.mark.xfail(strict=True, reason="session.py: JSON text is shown once more as a repr")
-def test_open_session_shows_a_text_in_one_pair_of_quotes_when_it_changed(tmp_path: Path) -> None:
-    open_session(run_of(tmp_path))
-
-    with pytest.raises(RunError) as caught:
-        open_session(run_of(tmp_path, "model.precision=fp4"))
-    assert "'\"nf4\"'" not in str(caught.value)
 
 
 def test_all_silent_keys_are_keys_of_training() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import write_rows
+from toys import store, write_rows
 
 from halfbyte.data.sources import RawRow, Table, read_table
 from halfbyte.errors import DataError
@@ -16,24 +15,6 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "acute, chronic", "completion": 'a "heart"'},
     {"prompt": "üöä 東京 😀\u2028two", "completion": "007"},
 ]
-
-
-def store(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows in the form that the suffix names."""
-    if path.suffix == ".jsonl":
-        return write_rows(path, rows)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif path.suffix == ".csv":
-        import pandas
-
-        pandas.DataFrame(rows).to_csv(path, index=False)
-    else:
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
 
 
 def written(path: Path, content: str | bytes) -> Path:
@@ -162,11 +143,6 @@ def test_read_table_names_a_file_of_broken_json(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RecursionError,
-    reason="sources._read_jsonl, _read_json catch ValueError; deep nesting raises RecursionError",
-)
 @pytest.mark.parametrize(("name", "place"), [("rows.jsonl", ":1"), ("rows.json", "")])
 def test_read_table_names_json_that_is_nested_too_deep(
     tmp_path: Path, name: str, place: str
@@ -219,10 +195,6 @@ def test_read_table_names_a_table_file_that_cannot_be_read(
     assert error_of(path).startswith(f"{path}: cannot be read: {cause}")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="sources._read_with_datasets: pandas takes the first cell for an index when every row has one cell more",
-)
 def test_read_table_refuses_a_csv_whose_rows_all_have_a_cell_too_many(tmp_path: Path) -> None:
     """As an unquoted comma gives; silently read as prompt ' world', completion 'Yes'."""
     path = written(tmp_path / "rows.csv", "prompt,completion\nHello, world,Yes\n")
@@ -264,12 +236,6 @@ def test_read_table_refuses_a_folder_without_tables(tmp_path: Path) -> None:
 
 # --- what is missing ---
 
-NO_NAME = pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="sources._how_to_build: with_suffix on the last parent, /, has no name to change",
-)
-
 
 @pytest.mark.parametrize("folder_exists", [True, False])
 def test_read_table_says_how_to_build_a_missing_file_when_its_script_is_there(
@@ -285,7 +251,6 @@ def test_read_table_says_how_to_build_a_missing_file_when_its_script_is_there(
     assert error_of(path) == f"{path}: no such file or folder. Build it: python {data / 'x.py'}"
 
 
-@NO_NAME
 def test_read_table_names_what_the_folder_holds_instead_of_a_missing_file(tmp_path: Path) -> None:
     for name in ("trian.jsonl", "test.csv", "notes.txt"):
         written(tmp_path / name, "")
@@ -295,24 +260,22 @@ def test_read_table_names_what_the_folder_holds_instead_of_a_missing_file(tmp_pa
     )
 
 
-@NO_NAME
 @pytest.mark.parametrize("name", ["train.jsonl", "none/train.jsonl"])
 def test_read_table_names_a_missing_file(tmp_path: Path, name: str) -> None:
     assert error_of(tmp_path / name) == f"{tmp_path / name}: no such file or folder"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="sources._read_hub: load_dataset takes a folder of that name in the working folder first",
-)
-def test_read_table_takes_a_relative_name_for_a_hub_dataset(
+def test_read_table_refuses_a_hub_name_that_the_working_folder_has_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a name means is decided beside the config, not by where the script was started."""
+    """What a name means is decided beside the config; load_dataset would take the folder."""
     (tmp_path / "rows").mkdir()
     write_rows(tmp_path / "rows" / "train.jsonl", ROWS)
     monkeypatch.chdir(tmp_path)
-    assert error_of("rows").startswith("rows: cannot be loaded from the Hub: ")
+    assert error_of("rows") == (
+        "rows: was taken for a Hub id, but the working folder holds something of that name too."
+        " Run from another folder, or write the whole path if you mean that"
+    )
     assert len(read_table(str(tmp_path / "rows")).rows) == 2
 
 

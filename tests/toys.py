@@ -81,6 +81,24 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def store(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows in the form that the suffix names."""
+    if path.suffix == ".jsonl":
+        return write_rows(path, rows)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        import pandas
+
+        pandas.DataFrame(rows).to_csv(path, index=False)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
 def write_config(folder: Path, base: Path, **sections: Any) -> Path:
     """Write a small working config with its data; ``sections`` update it."""
     rows = [

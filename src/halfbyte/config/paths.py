@@ -36,7 +36,7 @@ def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool
     if not resolved and all(os.path.isabs(value) for value in data.values()):
         for key in ("train_split", "test_split", "subset", "revision"):
             if source.values["data"].get(key) is not None:
-                resolver.fault(("data", key), "has no effect: data.train is a local file or folder")
+                resolver.fault(("data", key), "has no effect: the rows come from local files")
     if run.data.chat_template is not None:
         data["chat_template"] = resolver.template(run.data.chat_template)
     baselines = [
@@ -70,6 +70,9 @@ class _Resolver:
         self.faults.append(f"{self.source.place(path)}: {'.'.join(map(str, path))} {text}")
 
     def absolute(self, path: KeyPath, value: str) -> str:
+        if "\0" in value:
+            self.fault(path, f"is {value!r}, which is no path: it holds a null byte")
+            return value
         try:
             # Not resolved: in the Hub's cache a file's link has the name, and its target has none.
             return os.path.abspath(self.source.folder(path) / Path(value).expanduser())

@@ -40,7 +40,7 @@ class Prepared:
     test: list[Example]
     ledger: dict[str, Any]
     formats: dict[str, str] = field(default_factory=dict)
-    # Tokens of each training row before any is dropped or cut.
+    # Tokens of each training row before any is dropped for its length or cut.
     full_lengths: list[int] = field(default_factory=list)
 
 

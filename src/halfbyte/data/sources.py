@@ -161,7 +161,7 @@ def _read_hub(source: str, split: str, subset: str | None, revision: str | None)
     if Path(source).exists():
         raise DataError(
             f"{source}: was taken for a Hub id, but the working folder holds something of that name too."
-            f" Write ./{source} for that, or run from another folder"
+            " Run from another folder, or write the whole path if you mean that"
         )
     from datasets import get_dataset_split_names, load_dataset
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -39,9 +39,11 @@ def mean_interval(scores: list[float], confidence: float, resamples: int, seed: 
             confidence_level=confidence, method="wilson"
         )
         return Estimate(float(values.mean()), float(found.low), float(found.high), len(values))
-    estimate = _bootstrap(values, confidence, resamples, seed)
-    low, high = max(0.0, estimate.ci_low), min(1.0, estimate.ci_high)
-    return replace(estimate, ci_low=low, ci_high=high)
+    if np.ptp(values) == 0:
+        # Equal scores have no spread to resample: as far from 0 and 1 as n successes of n leave room.
+        value, share = float(values[0]), _agreement(len(values), confidence)
+        return Estimate(value, value * share, 1 - (1 - value) * share, len(values))
+    return _bootstrap(values, confidence, resamples, seed)
 
 
 def paired_difference(
@@ -83,9 +85,14 @@ def _constant_interval(value: float, n: int, confidence: float) -> tuple[float, 
     """
     if value == 0:
         return 0.0, 0.0
-    share = stats.binomtest(n, n).proportion_ci(confidence_level=confidence, method="wilson").low
-    bound = value * (2 * float(share) - 1)
+    bound = value * (2 * _agreement(n, confidence) - 1)
     return min(value, bound), max(value, bound)
+
+
+def _agreement(n: int, confidence: float) -> float:
+    """Wilson's lower bound of a share after ``n`` agreements of ``n``."""
+    found = stats.binomtest(n, n).proportion_ci(confidence_level=confidence, method="wilson")
+    return float(found.low)
 
 
 def _scipy_bootstrap(

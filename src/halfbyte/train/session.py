@@ -88,7 +88,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that has all of its files; says which ones are passed over."""
     for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         missing = [name for name in CHECKPOINT_FILES if not _has_content(path / name)]
-        if not list(path.glob("rng_state*.pth")):
+        if not any(map(_has_content, path.glob("rng_state*.pth"))):
             missing.append("rng_state.pth")
         if not missing and _is_json(path / "trainer_state.json"):
             return path

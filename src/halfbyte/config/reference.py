@@ -1,0 +1,85 @@
+"""Owns the key reference in docs/config.md: python -m halfbyte.config.reference > docs/config.md."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from halfbyte.config.schema import Run
+
+INTRO = """# Config keys
+
+Generated from the schema by `python -m halfbyte.config.reference > docs/config.md`; a test holds it true.
+
+A config is a YAML 1.2 file. On the command line, `section.key=value` changes single keys and is read by the
+same parser. Relative paths of the file are read from its folder, those on the command line from where you
+are. Unknown, repeated, mistyped and contradictory keys, and options without effect, are errors with file and
+line; all are reported at once.
+"""
+
+
+def reference() -> str:
+    """The whole reference as Markdown."""
+    parts = [INTRO, "## Top level\n", _table(Run, sections=False)]
+    for name, field in Run.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            parts += [
+                f"## {name}\n",
+                f"{inspect.getdoc(section)}\n",
+                _table(section, sections=True),
+            ]
+    return "\n".join(parts)
+
+
+def _table(section: type[BaseModel], *, sections: bool) -> str:
+    lines = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if not sections and isinstance(kind, type) and issubclass(kind, BaseModel):
+            continue
+        limits = ", ".join(_limit(item) for item in field.metadata if _limit(item))
+        shown = _kind(kind) + (f", {limits}" if limits else "")
+        cells = [f"`{name}`", shown, _default(field), field.description or ""]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _kind(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kind(get_args(annotation)[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " or ".join(
+            _kind(inner) for inner in get_args(annotation) if inner is not type(None)
+        )
+    if origin is list:
+        return f"list of {_kind(get_args(annotation)[0])}"
+    names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}
+    return names.get(annotation, "mapping")
+
+
+def _limit(item: Any) -> str:
+    signs = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+    limits = [(sign, getattr(item, name, None)) for name, sign in signs]
+    return ", ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
+
+
+def _default(field: Any) -> str:
+    if field.default is PydanticUndefined and field.default_factory is None:
+        return "**required**"
+    value = field.default_factory() if field.default_factory else field.default
+    if value is None:
+        return "none"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{text}`".replace("'", "")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

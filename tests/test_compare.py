@@ -1,0 +1,217 @@
+"""The comparison and its report, on the finished run of a random model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import run_script
+
+from halfbyte.config import read_run_folder
+from halfbyte.data.questions import held_out_rows, questions
+from halfbyte.data.rows import Message, Row
+from halfbyte.eval.compare import Contender, Variant, measure
+from halfbyte.eval.report import as_markdown, build_report, write_report
+from halfbyte.model.adapter import load_adapter
+from halfbyte.model.load import load_model
+from halfbyte.model.loss import add_token_loss
+from halfbyte.model.precision import Compute
+from halfbyte.model.trained import load_trained, saved_renderer, trained_base
+from halfbyte.run_dir import RunDir, read_jsonl
+
+CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
+
+
+@pytest.fixture(scope="module")
+def compared(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished run, merged and compared."""
+    copy = tmp_path_factory.mktemp("compared") / "run"
+    shutil.copytree(trained_run, copy)
+    run_script("train/merge.py", copy)
+    run_script("eval/compare.py", copy, "eval.metrics=[exact_match, chrf, rouge_l]")
+    return copy
+
+
+def report_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "eval" / "report.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
+    report = report_of(compared)
+    names = [entry["name"] for entry in report["variants"]]
+    assert names == ["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
+    for entry in report["variants"]:
+        for metric in ("exact_match", "chrf", "rouge_l"):
+            found = entry[metric]
+            assert found["ci_low"] <= found["value"] <= found["ci_high"]
+            assert found["n"] == 8
+        assert entry["held_out_loss"] > 0
+        assert entry["weights_bytes"] > 0
+        assert entry["tokens_per_s"] > 0
+        assert sum(entry["finish_reasons"].values()) == 8
+        assert entry["verdict"] in ("gain", "no gain", "loss")
+    assert report["verdict"].startswith("adapter: exact_match")
+
+
+def test_adapter_and_merged_answer_alike_and_the_4_bit_base_is_smaller(compared: Path) -> None:
+    entries = {entry["name"]: entry for entry in report_of(compared)["variants"]}
+    loss = entries["adapter"]["held_out_loss"]
+    assert entries["merged"]["held_out_loss"] == pytest.approx(loss, rel=1e-4)
+    assert entries["base-nf4"]["held_out_loss"] != pytest.approx(loss, rel=1e-4)
+    assert entries["base-nf4"]["weights_bytes"] < entries["base-full"]["weights_bytes"]
+    assert entries["adapter"]["weights_bytes"] > entries["base-nf4"]["weights_bytes"]
+    answers = list(read_jsonl(compared / "eval" / "answers.jsonl"))
+    assert len(answers) == 8
+    assert all(row["answers"]["adapter"] == row["answers"]["merged"] for row in answers)
+
+
+def test_disabled_adapter_gives_the_figures_of_a_separately_loaded_base(compared: Path) -> None:
+    folder, run = RunDir(compared), read_run_folder(compared)
+    base = trained_base(folder, run)
+    renderer = saved_renderer(folder, run, base)
+    loaded = load_model(base, "nf4", compute=CPU32)
+    add_token_loss(loaded.model)
+    asked = questions(held_out_rows(folder, 8, run.seed), renderer)
+    alone = measure(Contender("alone", "", loaded.model, 0, asked, renderer), run)
+    entry = next(e for e in report_of(compared)["variants"] if e["name"] == "base-nf4")
+    assert alone.held_out_loss == entry["held_out_loss"]
+    shared = [row["answers"]["base-nf4"] for row in read_jsonl(compared / "eval" / "answers.jsonl")]
+    assert alone.answers == shared
+
+
+def test_held_out_loss_is_transformers_own_on_the_last_answer(compared: Path) -> None:
+    folder, run = RunDir(compared), read_run_folder(compared)
+    loaded, renderer = load_trained(compared)
+    asked = questions(held_out_rows(folder, 8, run.seed), renderer)
+    total = count = 0.0
+    for question in asked:
+        ids, labels = torch.tensor([question.ids]), torch.tensor([question.labels])
+        with torch.no_grad():
+            loss = float(loaded.model(ids, labels=labels).loss)
+        tokens = int((labels[:, 1:] >= 0).sum())
+        total, count = total + loss * tokens, count + tokens
+    entry = next(e for e in report_of(compared)["variants"] if e["name"] == "adapter")
+    assert entry["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_further_baselines_are_measured_with_their_own_tokenizer(
+    compared: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(compared, copy)
+    baseline = f"eval.baselines=[{{name: other, model: {tiny_llama}, precision: fp32}}]"
+    run_script("eval/compare.py", copy, "eval.variants=[adapter]", baseline)
+    assert [entry["name"] for entry in report_of(copy)["variants"]] == ["adapter", "other"]
+    assert "against other" in report_of(copy)["verdict"]
+
+
+def test_comparing_before_merging_names_the_command(
+    trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_script("eval/compare.py", trained_run)
+    assert stop.value.code == 1
+    text = capsys.readouterr().err
+    assert f"python train/merge.py {trained_run}" in text
+    assert "eval.variants" in text
+
+
+def test_report_repeats_exactly(compared: Path, tmp_path: Path) -> None:
+    first = report_of(compared)
+    copy = tmp_path / "run"
+    shutil.copytree(compared, copy)
+    run_script("eval/compare.py", copy, "eval.metrics=[exact_match, chrf, rouge_l]")
+    second = report_of(copy)
+    for report in (first, second):
+        del report["created"]
+        for entry in report["variants"]:
+            del entry["tokens_per_s"], entry["seconds"]
+    assert first == second
+
+
+def _variants(ours: list[float], theirs: list[float]) -> tuple[list[Row], list[Variant]]:
+    rows = [
+        Row(
+            f"rows:{n}",
+            (Message("user", f"<script>alert({n})</script>"), Message("assistant", "x & y")),
+        )
+        for n in range(len(ours))
+    ]
+
+    def variant(name: str, scores: list[float]) -> Variant:
+        answers = [f"<b>{name}</b>"] * len(scores)
+        return Variant(
+            name, name, answers, ["stop"] * len(scores), {"exact_match": scores}, 1.0, 100, 1.0
+        )
+
+    return rows, [variant("base-full", theirs), variant("adapter", ours)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "wanted"),
+    [
+        ([1.0] * 40, [0.0] * 40, "gain"),
+        ([0.0] * 40, [1.0] * 40, "loss"),
+        ([1.0, 0.0] * 20, [0.0, 1.0] * 20, "no gain"),
+        ([1.0, 0.0] * 20, [1.0, 0.0] * 20, "no gain"),
+    ],
+)
+def test_verdict_is_plain_whichever_way_it_falls(
+    compared: Path, ours: list[float], theirs: list[float], wanted: str
+) -> None:
+    _, variants = _variants(ours, theirs)
+    report = build_report(RunDir(compared), read_run_folder(compared), variants)
+    assert f"— {wanted} against base-full" in report["verdict"]
+    assert [entry["verdict"] for entry in report["variants"]] == [wanted, wanted]
+    assert report["verdict"] in as_markdown(report)
+
+
+def test_html_is_self_contained_and_escapes_what_models_say(compared: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(compared, copy)
+    rows, variants = _variants([1.0, 0.0, 1.0], [0.0, 1.0, 1.0])
+    write_report(RunDir(copy), read_run_folder(copy), rows, variants)
+    page = (copy / "eval" / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(0)" in page
+    assert page.count("<svg") == 3
+    assert 'src="http' not in page
+    assert 'href="http' not in page.replace('xlink:href="#', "")
+    assert "1 wins and 1 losses of adapter against base-full" in page
+
+
+def test_cut_off_answers_are_noted(compared: Path) -> None:
+    _, variants = _variants([1.0] * 10, [0.0] * 10)
+    variants[0].finish_reasons = ["length"] * 10
+    report = build_report(RunDir(compared), read_run_folder(compared), variants)
+    assert "base-full: 10 answers were cut off at eval.max_new_tokens." in report["notes"]
+
+
+def test_changed_base_is_refused(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(compared, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["base"]["fingerprint"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit):
+        run_script("eval/compare.py", copy)
+    assert "has changed since the run was trained" in capsys.readouterr().err
+
+
+def test_loaded_run_answers_with_its_adapter(compared: Path) -> None:
+    folder, run = RunDir(compared), read_run_folder(compared)
+    loaded, _ = load_trained(compared)
+    plain = load_model(trained_base(folder, run), "nf4", compute=CPU32)
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        apart = (loaded.model(ids).logits - plain.model(ids).logits).abs().max()
+    assert apart > 1e-3
+    again = load_adapter(plain, folder.adapter)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, loaded.model(ids).logits)

