@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow check fix clean
+.PHONY: quickstart test test-slow test-gpu check fix clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python data/icd10.py
@@ -19,6 +19,9 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m gpu
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

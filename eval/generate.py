@@ -65,9 +65,18 @@ def main() -> None:
     name = absolute_if_local(arguments.model)
     lead = (Message("system", arguments.system),) if arguments.system else ()
     double_quant = not arguments.no_double_quant
+    if arguments.image and arguments.chat_template:
+        raise UserError(
+            "--chat-template has no effect with --image: the model's processor has its own"
+        )
     if arguments.image:
         base = resolve_base(name, arguments.revision)
-        loaded, processor = load_multimodal(base, arguments.precision, double_quant=double_quant)
+        loaded, processor = load_multimodal(
+            base,
+            arguments.precision,
+            double_quant=double_quant,
+            compute_dtype=arguments.compute_dtype,
+        )
         print(describe(loaded))
         asked = (*lead, Message("user", arguments.prompt))
         made = reply_to_image(loaded, processor, asked, arguments.image, arguments.max_new_tokens)

@@ -49,7 +49,8 @@ def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
             found = entry[metric]
             assert found["ci_low"] <= found["value"] <= found["ci_high"]
             assert found["n"] == 8
-        assert entry["held_out_loss"] > 0
+        loss = entry["held_out_loss_interval"]
+        assert 0 < loss["ci_low"] <= entry["held_out_loss"] == loss["value"] <= loss["ci_high"]
         assert entry["weights_bytes"] > 0
         assert entry["tokens_per_s"] > 0
         assert sum(entry["finish_reasons"].values()) == 8
@@ -78,7 +79,7 @@ def test_disabled_adapter_gives_the_figures_of_a_separately_loaded_base(compared
     asked = questions(held_out_rows(folder, 8, run.seed), renderer)
     alone = measure(Contender("alone", "", loaded.model, 0, asked, renderer), run)
     entry = next(e for e in report_of(compared)["variants"] if e["name"] == "base-nf4")
-    assert alone.held_out_loss == entry["held_out_loss"]
+    assert sum(alone.loss_columns()[0]) / sum(alone.loss_columns()[1]) == entry["held_out_loss"]
     shared = [row["answers"]["base-nf4"] for row in read_jsonl(compared / "eval" / "answers.jsonl")]
     assert alone.answers == shared
 
@@ -145,7 +146,14 @@ def _variants(ours: list[float], theirs: list[float]) -> tuple[list[Row], list[V
     def variant(name: str, scores: list[float]) -> Variant:
         answers = [f"<b>{name}</b>"] * len(scores)
         return Variant(
-            name, name, answers, ["stop"] * len(scores), {"exact_match": scores}, 1.0, 100, 1.0
+            name,
+            name,
+            answers,
+            ["stop"] * len(scores),
+            {"exact_match": scores},
+            [(2.0, 2)] * len(scores),
+            100,
+            1.0,
         )
 
     return rows, [variant("base-full", theirs), variant("adapter", ours)]

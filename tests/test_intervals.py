@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from halfbyte.eval.intervals import Estimate, judge, mean_interval, paired_difference
+from halfbyte.eval.intervals import (
+    Estimate,
+    judge,
+    mean_interval,
+    paired_difference,
+    ratio_interval,
+)
 
 Z2 = float(stats.norm.ppf(0.975)) ** 2
 
@@ -88,6 +94,16 @@ def test_mean_interval_of_equal_scores_stays_within_scores(n: int) -> None:
     assert (found.value, found.n) == (0.5, n)
     assert found.ci_low == pytest.approx(room)
     assert found.ci_high == pytest.approx(1 - room)
+
+
+def test_ratio_interval_is_the_weighted_mean_with_rows_resampled() -> None:
+    counts = [1, 5, 10, 2, 7] * 8
+    losses = [count * value for count, value in zip(counts, scores_of(40, 3), strict=True)]
+    found = ratio_interval(losses, counts, 0.95, 500, 0)
+    assert found.value == pytest.approx(sum(losses) / sum(counts))
+    assert found.ci_low < found.value < found.ci_high
+    assert found == ratio_interval(losses, counts, 0.95, 500, 0)
+    assert ratio_interval([2.0] * 9, [1] * 9, 0.95, 500, 0).ci_high == pytest.approx(2.0)
 
 
 # --- two variants ---

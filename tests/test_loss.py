@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte.data.render import IGNORED
 from halfbyte.model import loss as loss_module
-from halfbyte.model.loss import TokenLoss, add_token_loss, pad_right, summed_loss, tile_rows
+from halfbyte.model.loss import TokenLoss, add_token_loss, pad_right, row_losses, tile_rows
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -26,7 +26,7 @@ def test_token_loss_equals_cross_entropy_in_double_precision(
     head = 3 * torch.randn(50, 16)
     labels = torch.randint(0, 50, (num_rows,))
     token_loss: Any = TokenLoss.apply
-    token_loss(hidden, head, labels, softcap).mul(0.37).backward()
+    token_loss(hidden, head, labels, softcap).sum().mul(0.37).backward()
     gradient, hidden.grad = hidden.grad, None
     assert gradient is not None
 
@@ -36,7 +36,7 @@ def test_token_loss_equals_cross_entropy_in_double_precision(
         logits = softcap * torch.tanh(logits / softcap)
     wanted = nn.functional.cross_entropy(logits, labels, reduction="sum")
     torch.autograd.backward(wanted * 0.37)
-    value = token_loss(hidden, head, labels, softcap)
+    value = token_loss(hidden, head, labels, softcap).sum()
     assert exact.grad is not None
     torch.testing.assert_close(value.double(), wanted.detach(), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=5e-6)
@@ -58,7 +58,7 @@ def test_model_loss_equals_transformers_own(tiny_llama: Path) -> None:
     gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
     model.zero_grad()
     assert add_token_loss(model) is True
-    found = model(**batch, token_loss=True)
+    found = model(**batch, token_loss="sum")
     found.backward()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -90,15 +90,19 @@ def test_head_that_scales_its_logits_falls_back_to_the_model_s_own(tiny_llama: P
     batch = pad_right([([5, 6, 7, 8], [IGNORED, 6, 7, 8])], pad_id=2)
     logits = Scaled.forward(model, batch["input_ids"]).logits  # type: ignore[attr-defined]
     wanted = nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum")
-    torch.testing.assert_close(model(**batch, token_loss=True), wanted)
+    torch.testing.assert_close(model(**batch, token_loss="sum"), wanted)
 
 
-def test_summed_loss_does_not_depend_on_batching(tiny_llama: Path) -> None:
+def test_row_losses_do_not_depend_on_batching(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     add_token_loss(model)
     model.train()
     rows = [(list(range(5, 5 + n)), [IGNORED, *range(6, 5 + n)]) for n in (3, 9, 4, 7, 5)]
-    alone = [summed_loss(model, rows, 2, size) for size in (1, 2, 5)]
-    assert {count for _, count in alone} == {sum(len(ids) - 1 for ids, _ in rows)}
-    assert max(total for total, _ in alone) - min(total for total, _ in alone) < 1e-3
+    alone, pairs, together = (row_losses(model, rows, 2, size) for size in (1, 2, 5))
+    assert [count for _, count in alone] == [len(ids) - 1 for ids, _ in rows]
+    for other in (pairs, together):
+        assert [count for _, count in other] == [count for _, count in alone]
+        torch.testing.assert_close(
+            torch.tensor([loss for loss, _ in other]), torch.tensor([loss for loss, _ in alone])
+        )
     assert model.training

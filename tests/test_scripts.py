@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeConfig
-from toys import ROOT, run_script, write_rows
+from toys import ROOT, gemma_tokenizer, run_script, write_rows
 
 from halfbyte.run_dir import read_jsonl
 
@@ -107,13 +107,23 @@ def test_preview_of_each_format(
     assert re.search(rf"‹.*{re.escape(supervised)[-20:]}›", text)
 
 
-def test_raw_text_trains_and_merges(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_raw_text_trains_merges_and_compares_by_loss(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = make_config(data={"test": None, "test_frac": 0.3}, track={"wandb": "off"})
     write_rows(tmp_path / "train.jsonl", [{"text": f"heart attack number {n}"} for n in range(24)])
     run_script("train/sft.py", config)
-    run_script("train/merge.py", tmp_path / "runs" / "tiny")
-    report = json.loads((tmp_path / "runs" / "tiny" / "merged" / "merge_report.json").read_text())
-    assert report["kept"]["base"] == "dequantised"
+    folder = tmp_path / "runs" / "tiny"
+    run_script("train/merge.py", folder)
+    with pytest.raises(SystemExit):
+        run_script("eval/compare.py", folder)
+    assert "eval.metrics=[held_out_loss]" in capsys.readouterr().err
+    variants = "eval.variants=[base-full,base-nf4,adapter,merged]"
+    run_script("eval/compare.py", folder, "eval.metrics=[held_out_loss]", variants)
+    report = json.loads((folder / "eval" / "report.json").read_text())
+    assert "gain against base-full" in report["verdict"]
+    assert report["differences"]["base-full"]["value"] > 0
+    assert "<svg" in (folder / "eval" / "report.html").read_text()
 
 
 def test_training_without_held_out_rows(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -198,6 +208,52 @@ def test_chat_keeps_the_conversation_and_forgets_on_reset(tiny_llama: Path) -> N
     assert done.stdout.count("model>") == 3
     answers = re.findall(r"model>(.*)", done.stdout)
     assert answers[0] == answers[2]
+
+
+IMAGE_TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}
+{% for item in message['content'] %}{% if item['type'] == 'image' %}<start_of_image>{% else %}{{ item['text'] }}{% endif %}{% endfor %}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+
+
+def test_generate_answers_to_a_picture_at_4_bits(
+    tiny_gemma_vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The processor is built in code: Gemma's own is gated."""
+    from PIL import Image
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    tokenizer = gemma_tokenizer()
+    marks = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image>",
+    }
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks.values())})
+    tokenizer.init_kwargs.update(marks, extra_special_tokens=marks)
+    for name, token in marks.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    folder = tmp_path / "vision"
+    config = Gemma3Config.from_pretrained(tiny_gemma_vision)
+    config.text_config.vocab_size = len(tokenizer)
+    config.image_token_id = config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    config.boi_token_index = tokenizer.convert_tokens_to_ids("<start_of_image>")
+    config.eoi_token_index = tokenizer.convert_tokens_to_ids("<end_of_image>")
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    pictures = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
+    Gemma3Processor(pictures, tokenizer, IMAGE_TEMPLATE, image_seq_length=4).save_pretrained(folder)
+    Image.new("RGB", (80, 60), (200, 30, 30)).save(tmp_path / "red.png")
+    arguments = ("--prompt", "what is this", "--max-new-tokens", "3", "--compute-dtype", "fp32")
+    run_script("eval/generate.py", folder, *arguments, "--image", tmp_path / "red.png")
+    text = capsys.readouterr().out
+    assert re.search(r"vision +nf4 in uint8", text)
+    assert re.search(r"3 tokens, [\d.]+ tokens/s", text)
+    (tmp_path / "broken.png").write_text("no picture")
+    with pytest.raises(SystemExit):
+        run_script("eval/generate.py", folder, *arguments, "--image", tmp_path / "broken.png")
+    assert "cannot be read as a picture" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4", "fp4"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
-Metric = Literal["exact_match", "field_match", "chrf", "rouge_l"]
+Metric = Literal["exact_match", "field_match", "chrf", "rouge_l", "held_out_loss"]
 Variant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -224,7 +224,8 @@ class Eval(Section):
     metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
         default=["exact_match"],
         description="`exact_match`, `field_match` (share of equal JSON fields), `chrf` (sacreBLEU),"
-        " `rouge_l`. The first decides the verdict.",
+        " `rouge_l`, `held_out_loss` (always measured; the only one for raw text). The first decides the"
+        " verdict.",
     )
     answer_pattern: Name | None = Field(
         None,

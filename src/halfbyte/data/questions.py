@@ -13,7 +13,10 @@ from halfbyte.run_dir import RunDir, read_jsonl
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row: its prompt's ids, and ids with labels on its last answer alone."""
+    """A held-out row: its prompt's ids, and ids with labels on its last answer alone.
+
+    Raw text has an empty prompt and labels on every token.
+    """
 
     row: Row
     prompt: list[int]
@@ -25,7 +28,7 @@ def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
     """A seeded sample of the test rows, or of the validation rows of a run without a test set.
 
     Raises:
-        RunError: the run held nothing out, or its rows are raw text without answers.
+        RunError: the run held nothing out.
     """
     rows = _first_rows(folder, ("test", "validation"))
     if not rows:
@@ -33,8 +36,6 @@ def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
             f"{folder.path}: no rows were held out; train with data.test, data.test_frac or"
             " data.validation_frac"
         )
-    if any(row.text is not None for row in rows):
-        raise RunError(f"{folder.path}: its rows are raw text, which has no answers to compare")
     return random.Random(seed).sample(rows, min(num_rows, len(rows)))
 
 
@@ -76,6 +77,9 @@ def questions(
 
 
 def _question(row: Row, renderer: Renderer, examples: tuple[Message, ...]) -> Question:
+    if row.text is not None:
+        whole = renderer.encode_row(row)
+        return Question(row, [], whole.ids, whole.labels)
     lead = 1 if row.messages[0].role == "system" else 0
     messages = (*row.messages[:lead], *examples, *row.messages[lead:])
     prompt = renderer.encode_prompt(messages[:-1], row.place)

@@ -15,14 +15,16 @@ from halfbyte.config import Run
 from halfbyte.config.schema import Baseline, Precision
 from halfbyte.data.questions import Question, fewshot_examples, held_out_rows, questions
 from halfbyte.data.render import Renderer
-from halfbyte.eval.intervals import mean_interval
+from halfbyte.data.rows import Row
+from halfbyte.errors import RunError
+from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
 from halfbyte.model.activations import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.generate import generate
 from halfbyte.model.load import Loaded, load_model, load_tokenizer
-from halfbyte.model.loss import add_token_loss, summed_loss
+from halfbyte.model.loss import add_token_loss, row_losses
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 BASE_FULL, FEWSHOT, BASE_NF4 = "base-full", "base-full-fewshot", "base-nf4"
 ADAPTER, MERGED = "adapter", "merged"
+LOSS_METRIC = "held_out_loss"
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,14 @@ class Variant:
     answers: list[str] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
-    held_out_loss: float = 0.0
+    losses: list[tuple[float, int]] = field(default_factory=list)  # nats and tokens of each row
     weights_bytes: int = 0
     tokens_per_s: float = 0.0
     seconds: float = 0.0
+
+    def loss_columns(self) -> tuple[list[float], list[int]]:
+        """Summed losses and token counts of the rows."""
+        return [loss for loss, _ in self.losses], [count for _, count in self.losses]
 
     def as_json(self, run: Run) -> dict[str, Any]:
         """The variant's entry in report.json."""
@@ -70,12 +77,16 @@ class Variant:
             ).as_json()
             for metric, scores in self.scores.items()
         }
+        loss = ratio_interval(
+            *self.loss_columns(), settings.confidence, settings.resamples, run.seed
+        )
         reasons = {reason: self.finish_reasons.count(reason) for reason in ("stop", "length")}
         return {
             "name": self.name,
             "what": self.what,
             **estimates,
-            "held_out_loss": self.held_out_loss,
+            "held_out_loss": loss.value,
+            "held_out_loss_interval": loss.as_json(),
             "weights_bytes": self.weights_bytes,
             "tokens_per_s": round(self.tokens_per_s, 2),
             "finish_reasons": reasons,
@@ -99,6 +110,7 @@ def compare(folder: RunDir, run: Run) -> list[Variant]:
     base = trained_base(folder, run)
     renderer = saved_renderer(folder, run, base)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
+    _check_raw_text(rows, run)
     asked = questions(rows, renderer)
     compute = same_compute(folder)
 
@@ -111,37 +123,57 @@ def compare(folder: RunDir, run: Run) -> list[Variant]:
     return [found[name] for name in order]
 
 
+def _check_raw_text(rows: list[Row], run: Run) -> None:
+    if any(row.text is not None for row in rows) and (
+        run.eval.metrics != [LOSS_METRIC] or FEWSHOT in run.eval.variants
+    ):
+        raise RunError(
+            "the run's rows are raw text, which has no answers to score: use"
+            f" eval.metrics=[{LOSS_METRIC}] and leave {FEWSHOT} out of eval.variants, such as"
+            f" eval.variants=[{BASE_FULL},{BASE_NF4},{ADAPTER},{MERGED}]"
+        )
+
+
 def measure(contender: Contender, run: Run) -> Variant:
     """Answers, scores, held-out loss and speed of one model on its questions."""
     variant = Variant(contender.name, contender.what, weights_bytes=contender.num_bytes)
-    model, asked, renderer = contender.model, contender.asked, contender.renderer
-    pad_id = renderer.pad_id
+    asked, renderer = contender.asked, contender.renderer
+    start = time.perf_counter()
+    if not any(question.row.text for question in asked):
+        _answer(variant, contender, run)
+    rows = [(question.ids, question.labels) for question in asked]
+    variant.losses = row_losses(
+        contender.model, rows, renderer.pad_id, max(1, run.eval.batch_size // 4)
+    )
+    variant.seconds = time.perf_counter() - start
+    return variant
+
+
+def _answer(variant: Variant, contender: Contender, run: Run) -> None:
+    """Let the model answer every question, and score the answers."""
+    asked, renderer = contender.asked, contender.renderer
     start = time.perf_counter()
     made = generate(
-        model,
+        contender.model,
         [question.prompt for question in asked],
         stop_ids=renderer.stop_ids,
-        pad_id=pad_id,
+        pad_id=renderer.pad_id,
         max_new_tokens=run.eval.max_new_tokens,
         batch_rows=run.eval.batch_size,
         progress=_progress(contender.name, len(asked)),
     )
-    generating_s = time.perf_counter() - start
     num_tokens = sum(len(answer.ids) + (answer.finish_reason == "stop") for answer in made)
-    variant.tokens_per_s = num_tokens / generating_s
+    variant.tokens_per_s = num_tokens / (time.perf_counter() - start)
     variant.answers = [renderer.decode(answer.ids) for answer in made]
     variant.finish_reasons = [answer.finish_reason for answer in made]
     for metric in run.eval.metrics:
+        if metric == LOSS_METRIC:
+            continue
         score = scorer(metric, run.eval.answer_pattern)
         variant.scores[metric] = [
             score(answer, question.row.answer)
             for answer, question in zip(variant.answers, asked, strict=True)
         ]
-    rows = [(question.ids, question.labels) for question in asked]
-    total, count = summed_loss(model, rows, pad_id, max(1, run.eval.batch_size // 4))
-    variant.held_out_loss = total / count
-    variant.seconds = time.perf_counter() - start
-    return variant
 
 
 def _contenders(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,25 @@ def paired_difference(
     return _bootstrap(values, confidence, resamples, seed)
 
 
+def ratio_interval(
+    sums: list[float], counts: list[int], confidence: float, resamples: int, seed: int
+) -> Estimate:
+    """Sum of ``sums`` over sum of ``counts``, such as a loss per token, with a BCa interval over rows."""
+    totals, weights = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    value = float(totals.sum() / weights.sum())
+    if np.ptp(totals / weights) == 0:
+        return Estimate(value, *_constant_interval(value, len(totals), confidence), len(totals))
+    low, high = _resampled([totals, weights], _ratio, confidence, resamples, seed)
+    return Estimate(value, low, high, len(totals))
+
+
+def _ratio(
+    totals: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], axis: int = -1
+) -> npt.NDArray[np.float64]:
+    quotient: npt.NDArray[np.float64] = totals.sum(axis=axis) / weights.sum(axis=axis)
+    return quotient
+
+
 def judge(difference: Estimate) -> str:
     """``gain`` or ``loss`` if the interval leaves out zero, else ``no gain``."""
     if difference.ci_low > 0:
@@ -68,13 +88,36 @@ def _bootstrap(
     mean = float(values.mean())
     if np.ptp(values) == 0:
         return Estimate(mean, *_constant_interval(mean, len(values), confidence), len(values))
-    with warnings.catch_warnings():
-        # BCa warns on degenerate jackknife values and returns NaN; the percentile method answers then.
-        warnings.simplefilter("ignore")
-        low, high = _scipy_bootstrap(values, confidence, resamples, seed, "BCa")
-        if not np.isfinite([low, high]).all():
-            low, high = _scipy_bootstrap(values, confidence, resamples, seed, "percentile")
+    low, high = _resampled([values], np.mean, confidence, resamples, seed)
     return Estimate(mean, low, high, len(values))
+
+
+def _resampled(
+    data: list[npt.NDArray[np.float64]],
+    statistic: Callable[..., Any],
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """BCa interval of a statistic of rows, or the percentile interval where BCa gives none."""
+    methods: tuple[Literal["BCa", "percentile"], ...] = ("BCa", "percentile")
+    for method in methods:
+        with warnings.catch_warnings():
+            # BCa warns on degenerate jackknife values and returns NaN.
+            warnings.simplefilter("ignore")
+            found = stats.bootstrap(
+                data,
+                statistic,
+                paired=len(data) > 1,
+                confidence_level=confidence,
+                n_resamples=resamples,
+                method=method,
+                rng=np.random.default_rng(seed),
+                batch=256,
+            ).confidence_interval
+        if np.isfinite([found.low, found.high]).all():
+            break
+    return float(found.low), float(found.high)
 
 
 def _constant_interval(value: float, n: int, confidence: float) -> tuple[float, float]:
@@ -93,22 +136,3 @@ def _agreement(n: int, confidence: float) -> float:
     """Wilson's lower bound of a share after ``n`` agreements of ``n``."""
     found = stats.binomtest(n, n).proportion_ci(confidence_level=confidence, method="wilson")
     return float(found.low)
-
-
-def _scipy_bootstrap(
-    values: npt.NDArray[np.float64],
-    confidence: float,
-    resamples: int,
-    seed: int,
-    method: Literal["BCa", "percentile"],
-) -> tuple[float, float]:
-    found = stats.bootstrap(
-        [values],
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=resamples,
-        method=method,
-        rng=np.random.default_rng(seed),
-        batch=256,
-    ).confidence_interval
-    return float(found.low), float(found.high)

@@ -14,19 +14,26 @@ INK, OURS, OTHERS = "#1f2933", "#0f766e", "#94a3b8"
 TRAINED = ("adapter", "merged")
 
 
+def estimate_of(entry: dict[str, Any], metric: str) -> dict[str, Any]:
+    """A variant's estimate of a metric; the held-out loss is a plain number beside its interval."""
+    found: dict[str, Any] = entry["held_out_loss_interval" if metric == "held_out_loss" else metric]
+    return found
+
+
 def metric_bars(report: dict[str, Any]) -> str:
     """The deciding metric of each variant with its interval."""
     entries = report["variants"]
     figure, axes = _figure(height=0.5 + 0.42 * len(entries))
     for row, entry in enumerate(reversed(entries)):
-        estimate = entry[report["metric"]]
+        estimate = estimate_of(entry, report["metric"])
         axes.barh(row, estimate["value"], color=_colour(entry), height=0.6)
         axes.plot([estimate["ci_low"], estimate["ci_high"]], [row, row], color=INK, linewidth=1.5)
         axes.text(
             estimate["ci_high"] + 0.01, row, f"{estimate['value']:.2f}", va="center", fontsize=9
         )
     axes.set_yticks(range(len(entries)), [entry["name"] for entry in reversed(entries)])
-    axes.set_xlim(0, 1.08)
+    highest = max(estimate_of(entry, report["metric"])["ci_high"] for entry in entries)
+    axes.set_xlim(0, max(1.0, highest) * 1.1)
     axes.set_xlabel(report["metric"].replace("_", " "))
     return _svg(figure)
 
@@ -35,7 +42,7 @@ def memory_against_quality(report: dict[str, Any]) -> str:
     """Each variant's weights in MB against the deciding metric."""
     figure, axes = _figure(height=2.8)
     for entry in report["variants"]:
-        estimate, megabytes = entry[report["metric"]], entry["weights_bytes"] / 1e6
+        estimate, megabytes = estimate_of(entry, report["metric"]), entry["weights_bytes"] / 1e6
         axes.plot(
             [megabytes] * 2, [estimate["ci_low"], estimate["ci_high"]], color=OTHERS, linewidth=1
         )
@@ -48,7 +55,8 @@ def memory_against_quality(report: dict[str, Any]) -> str:
             fontsize=9,
         )
     axes.set_xlim(0, 1.35 * max(entry["weights_bytes"] for entry in report["variants"]) / 1e6)
-    axes.set_ylim(-0.03, 1.03)
+    if report["metric"] != "held_out_loss":
+        axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("weights, MB")
     axes.set_ylabel(report["metric"].replace("_", " "))
     return _svg(figure)

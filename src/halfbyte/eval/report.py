@@ -8,9 +8,17 @@ from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.data.rows import Row
-from halfbyte.eval.compare import ADAPTER, BASE_FULL, FEWSHOT, MERGED, Variant
-from halfbyte.eval.intervals import GAIN, LOSS, NO_GAIN, judge, paired_difference
-from halfbyte.eval.plots import loss_curve, memory_against_quality, metric_bars
+from halfbyte.eval.compare import ADAPTER, BASE_FULL, FEWSHOT, LOSS_METRIC, MERGED, Variant
+from halfbyte.eval.intervals import (
+    GAIN,
+    LOSS,
+    NO_GAIN,
+    Estimate,
+    judge,
+    paired_difference,
+    ratio_interval,
+)
+from halfbyte.eval.plots import estimate_of, loss_curve, memory_against_quality, metric_bars
 from halfbyte.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 MAX_LENGTH_FINISHES = 0.01
@@ -22,7 +30,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write report.json, report.md, report.html and answers.jsonl; returns report.json's content."""
     report = build_report(folder, run, variants)
-    write_jsonl(folder.eval / "answers.jsonl", _answers(rows, variants))
+    answered = [] if not variants[0].answers else _answers(rows, variants)
+    write_jsonl(folder.eval / "answers.jsonl", answered)
     write_json(folder.eval / "report.json", report)
     write_text(folder.eval / "report.md", as_markdown(report))
     write_text(folder.eval / "report.html", _as_html(folder, report, rows, variants))
@@ -43,7 +52,8 @@ def build_report(folder: RunDir, run: Run, variants: list[Variant]) -> dict[str,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "base": manifest["base"],
         "metric": metric,
-        "n": len(variants[0].answers),
+        "metrics": run.eval.metrics,
+        "n": len(variants[0].losses),
         "confidence": run.eval.confidence,
         "verdict": _verdict_line(entries, differences, metric, run),
         "variants": entries,
@@ -67,11 +77,7 @@ def build_report(folder: RunDir, run: Run, variants: list[Variant]) -> dict[str,
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page of Markdown."""
-    metrics = [
-        key
-        for key in ("exact_match", "field_match", "chrf", "rouge_l")
-        if key in report["variants"][0]
-    ]
+    metrics = _scored(report)
     head = [
         "variant",
         *metrics,
@@ -86,7 +92,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for entry in report["variants"]:
         cells = [entry["name"], *(_interval(entry[metric]) for metric in metrics)]
-        cells += [f"{entry['held_out_loss']:.3f}", f"{entry['weights_bytes'] / 1e6:.0f} MB"]
+        cells += [_interval(entry["held_out_loss_interval"])]
+        cells += [f"{entry['weights_bytes'] / 1e6:.0f} MB"]
         cells += [f"{entry['tokens_per_s']:.0f}", str(entry["finish_reasons"]["length"])]
         difference = report["differences"].get(entry["name"])
         cells.append(_signed(difference) if difference else "")
@@ -95,26 +102,38 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _scored(report: dict[str, Any]) -> list[str]:
+    """Metrics with a score for each answer, in the order of the config."""
+    return [metric for metric in report["metrics"] if metric != LOSS_METRIC]
+
+
 def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, dict[str, Any]]:
     """The adapter's paired difference to every other variant on the deciding metric."""
     by_name = {variant.name: variant for variant in variants}
     ours = by_name.get(ADAPTER) or by_name.get(MERGED)
     if ours is None:
         return {}
-    settings = run.eval
     found = {}
     for other in variants:
-        if other is ours:
-            continue
-        difference = paired_difference(
-            ours.scores[metric],
-            other.scores[metric],
-            settings.confidence,
-            settings.resamples,
-            run.seed,
-        )
-        found[other.name] = {**difference.as_json(), "verdict": judge(difference)}
+        if other is not ours:
+            difference = _difference(run, ours, other, metric)
+            loss = _difference(run, ours, other, LOSS_METRIC)
+            found[other.name] = {
+                **difference.as_json(),
+                "verdict": judge(difference),
+                "held_out_loss_drop": loss.as_json(),
+            }
     return found
+
+
+def _difference(run: Run, ours: Variant, other: Variant, metric: str) -> Estimate:
+    """By how much ``ours`` is better, row by row: a higher score, or a lower loss."""
+    level = (run.eval.confidence, run.eval.resamples, run.seed)
+    if metric != LOSS_METRIC:
+        return paired_difference(ours.scores[metric], other.scores[metric], *level)
+    (own, counts), (theirs, _) = ours.loss_columns(), other.loss_columns()
+    drops = [b - a for a, b in zip(own, theirs, strict=True)]
+    return ratio_interval(drops, counts, *level)
 
 
 def _overall(differences: dict[str, dict[str, Any]]) -> str:
@@ -139,7 +158,9 @@ def _verdict_line(
         for name in (*baselines, "base-nf4")
         if name in differences
     ]
-    return f"{own['name']}: {metric} {_interval(own[metric])} — " + "; ".join(parts) + "."
+    return (
+        f"{own['name']}: {metric} {_interval(estimate_of(own, metric))} — " + "; ".join(parts) + "."
+    )
 
 
 def _notes(
@@ -192,6 +213,7 @@ def _as_html(
     return environment.from_string(template).render(
         report=report,
         interval=_interval,
+        metrics=_scored(report),
         signed=_signed,
         plots=[
             ("Score with interval", metric_bars(report)),
@@ -208,7 +230,9 @@ def _wins_and_losses(rows: list[Row], variants: list[Variant], metric: str) -> l
     by_name = {variant.name: variant for variant in variants}
     ours = by_name.get(ADAPTER) or by_name.get(MERGED) or variants[-1]
     theirs = by_name.get(BASE_FULL) or by_name.get(FEWSHOT) or variants[0]
-    table = []
+    table: list[dict[str, Any]] = []
+    if metric == LOSS_METRIC:
+        return table
     for i, row in enumerate(rows):
         difference = ours.scores[metric][i] - theirs.scores[metric][i]
         if difference:

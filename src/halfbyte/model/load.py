@@ -107,7 +107,11 @@ def load_model(
 
 
 def load_multimodal(
-    base: Base, precision: Precision, *, double_quant: bool = True
+    base: Base,
+    precision: Precision,
+    *,
+    double_quant: bool = True,
+    compute_dtype: ComputeDtype = "auto",
 ) -> tuple[Loaded, Any]:
     """The whole image-and-text model with its processor, for prompts that bring a picture.
 
@@ -116,7 +120,7 @@ def load_multimodal(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    compute = choose_compute(precision if precision in DTYPES else "auto")  # type: ignore[arg-type]
+    compute = choose_compute(precision if precision in DTYPES else compute_dtype)  # type: ignore[arg-type]
     options: dict[str, Any] = {
         "dtype": compute.dtype,
         "device_map": {"": compute.device},

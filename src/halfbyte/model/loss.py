@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ PROBE_TOLERANCE = 1e-3
 
 
 class TokenLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden states against labels, with a frozen head."""
+    """Cross-entropy of each hidden state against its label, with a frozen head."""
 
     @staticmethod
     def forward(
@@ -40,7 +40,7 @@ class TokenLoss(torch.autograd.Function):
         labels: torch.Tensor,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Loss in nats, fp32.
+        """Losses (N,) in nats, fp32.
 
         Args:
             ctx: autograd's context.
@@ -51,7 +51,7 @@ class TokenLoss(torch.autograd.Function):
         """
         needs_gradient = hidden.requires_grad
         gradient = torch.empty_like(hidden) if needs_gradient else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         rows = tile_rows(head.shape[0], hidden.device)
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
@@ -64,7 +64,7 @@ class TokenLoss(torch.autograd.Function):
             top = logits.amax(dim=1, keepdim=True)
             exps = logits.sub_(top).exp_()
             sums = exps.sum(dim=1, keepdim=True)
-            total += (sums.log() + top - picked).sum()
+            losses[part] = (sums.log() + top - picked)[:, 0]
             if gradient is None:
                 continue
             slope = exps.div_(sums)
@@ -74,14 +74,15 @@ class TokenLoss(torch.autograd.Function):
             torch.mm(slope.to(head.dtype), head, out=gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        """Scale the gradient that forward computed."""
+        """Scale the gradients that forward computed, one factor for each row."""
         (gradient,) = ctx.saved_tensors
-        # A tensor without dimensions leaves the dtype as it is and is not rounded to it.
-        return gradient * grad[0], None, None, None
+        # In fp32: a factor such as 1/N or a loss scale must not be rounded to 16 bit, or overflow it.
+        scaled = gradient.float() * grad[0].float()[:, None]
+        return scaled.to(gradient.dtype), None, None, None
 
 
 def tile_rows(vocabulary: int, device: torch.device) -> int:
@@ -91,9 +92,10 @@ def tile_rows(vocabulary: int, device: torch.device) -> int:
 
 
 def add_token_loss(model: PreTrainedModel) -> bool:
-    """Teach ``model`` the call ``model(input_ids, labels=…, token_loss=True)``, which returns a scalar.
+    """Teach ``model`` the call ``model(input_ids, labels=…, token_loss="sum")``.
 
-    The scalar is the summed loss over labelled tokens in nats. Other calls are untouched. Returns
+    It returns the loss summed over labelled tokens, in nats, or with ``"each"`` the loss of each of
+    them in reading order. Other calls are untouched. Returns
     whether the tiled head is exact for this architecture, as a probe of ``PROBE_TOKENS`` tokens
     shows; where it is not (a scaled or biased head), the model's own logits are used.
     """
@@ -107,28 +109,28 @@ def add_token_loss(model: PreTrainedModel) -> bool:
         self: PreTrainedModel,
         input_ids: torch.Tensor | None = None,
         *args: Any,
-        token_loss: bool = False,
+        token_loss: Literal["sum", "each"] | None = None,
         labels: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        if not token_loss:
+        if token_loss is None:
             if labels is not None:
                 options["labels"] = labels
             return own_forward(self, input_ids, *args, **options)
         assert labels is not None
         shifted = labels[:, 1:]
         mask = shifted != IGNORED
-        if not tiled:
+        if tiled:
+            hidden = self.base_model(input_ids, use_cache=False).last_hidden_state
+            head = self.get_output_embeddings().weight
+            picked = hidden[:, :-1][mask].to(head.dtype)
+            # Outside autocast: the head's products stay in the dtype it is stored in.
+            with torch.autocast(hidden.device.type, enabled=False):
+                losses = TokenLoss.apply(picked, head, shifted[mask], softcap)  # type: ignore[no-untyped-call]
+        else:
             logits = own_forward(self, input_ids, use_cache=False).logits[:, :-1][mask]
-            return nn.functional.cross_entropy(logits.float(), shifted[mask], reduction="sum")
-        hidden = self.base_model(input_ids, use_cache=False).last_hidden_state
-        head = self.get_output_embeddings().weight
-        picked = hidden[:, :-1][mask].to(head.dtype)
-        # Outside autocast: the head's products stay in the dtype it is stored in.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return TokenLoss.apply(  # type: ignore[no-untyped-call]
-                picked, head, shifted[mask], softcap
-            )
+            losses = nn.functional.cross_entropy(logits.float(), shifted[mask], reduction="none")
+        return losses.sum() if token_loss == "sum" else losses
 
     # TRL has put a forward of its own on the instance; ours takes its place.
     model.forward = types.MethodType(forward, model)
@@ -153,24 +155,28 @@ def pad_right(
 
 
 @torch.no_grad()
-def summed_loss(
+def row_losses(
     model: nn.Module, rows: Sequence[tuple[list[int], list[int]]], pad_id: int, batch_rows: int
-) -> tuple[float, int]:
-    """Summed loss in nats over labelled tokens, and their number; ``model`` knows ``token_loss``.
+) -> list[tuple[float, int]]:
+    """For each row its summed loss in nats and the number of labelled tokens.
 
-    Rows are grouped by length; the result does not depend on the grouping but for rounding.
+    ``model`` knows ``token_loss``. Rows are grouped by length; the result does not depend on the
+    grouping but for rounding.
     """
     device = next(model.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row[0]))
-    total, num_tokens = 0.0, 0
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    found: dict[int, tuple[float, int]] = {}
     training = model.training
     model.eval()
-    for start in range(0, len(ordered), batch_rows):
-        batch = pad_right(ordered[start : start + batch_rows], pad_id, device)
-        total += float(model(**batch, token_loss=True))
-        num_tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+    for start in range(0, len(order), batch_rows):
+        part = order[start : start + batch_rows]
+        batch = pad_right([rows[row] for row in part], pad_id, device)
+        counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+        losses = model(**batch, token_loss="each").double().split(counts)
+        for row, each, count in zip(part, losses, counts, strict=True):
+            found[row] = (float(each.sum()), count)
     model.train(training)
-    return total, num_tokens
+    return [found[row] for row in range(len(rows))]
 
 
 @torch.no_grad()

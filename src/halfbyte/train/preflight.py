@@ -30,7 +30,7 @@ def check_first_step(trainer: TokenTrainer) -> float:
     with torch.random.fork_rng():
         model.train()
         with trainer.compute_loss_context_manager():
-            total = model(input_ids=batch["input_ids"], labels=batch["labels"], token_loss=True)
+            total = model(input_ids=batch["input_ids"], labels=batch["labels"], token_loss="sum")
         loss = total / num_labels
         value = float(loss.item())
         if not math.isfinite(value):

@@ -19,7 +19,7 @@ from halfbyte.data.prepare import Example
 from halfbyte.data.render import Renderer
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.model.load import Loaded
-from halfbyte.model.loss import add_token_loss, pad_right, summed_loss
+from halfbyte.model.loss import add_token_loss, pad_right, row_losses
 from halfbyte.train.arguments import trainer_arguments
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
 from halfbyte.train.order import StepwiseSampler
@@ -85,7 +85,7 @@ class TokenTrainer(SFTTrainer):
         """Summed loss of a micro-batch over the labelled tokens of the optimizer step, in nats."""
         assert num_items_in_batch is not None, "transformers counted no labelled tokens"
         total: torch.Tensor = model(
-            input_ids=inputs["input_ids"], labels=inputs["labels"], token_loss=True
+            input_ids=inputs["input_ids"], labels=inputs["labels"], token_loss="sum"
         )
         finite = torch.isfinite(total.detach())
         self.finite = finite if self.finite is None else self.finite & finite
@@ -106,7 +106,8 @@ class TokenTrainer(SFTTrainer):
         pad_id: int = self.processing_class.pad_token_id
         batch_rows = self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
-            total, count = summed_loss(self.model, mine, pad_id, batch_rows) if mine else (0.0, 0)
+            losses = row_losses(self.model, mine, pad_id, batch_rows)
+        total, count = sum(loss for loss, _ in losses), sum(count for _, count in losses)
         sums = torch.tensor([total, count], dtype=torch.float64, device=state.device)
         sums = state.reduce(sums)
         loss = float(sums[0] / sums[1])
