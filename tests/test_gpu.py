@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-
 from conftest import MakeConfig
-from halfbyte.run_dir import read_jsonl
 from toys import run_script
+
+from halfbyte.run_dir import read_jsonl
 
 pytestmark = [
     pytest.mark.gpu,
