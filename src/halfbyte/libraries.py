@@ -1,4 +1,4 @@
-"""Owns how the libraries behave in our scripts: no telemetry, no chatter, errors still shown."""
+"""Owns how the libraries behave in our scripts: no telemetry, no chatter, every core, errors still shown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Call before importing transformers, trl or bitsandbytes."""
+    """Call before importing torch, transformers, trl or bitsandbytes."""
+    use_all_cores()
     # TRL pings the Hub on every trainer that is built.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,3 +22,17 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def use_all_cores() -> None:
+    """Undo the one thread that ``accelerate launch`` gives a process unless told otherwise.
+
+    accelerate 1.15 sets OMP_NUM_THREADS=1 where nobody has set it, also for a single process on the
+    CPU, which then uses one core. Here each process of this machine gets its share of the cores.
+    Takes effect only before torch is imported.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, share))

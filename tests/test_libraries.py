@@ -1,0 +1,36 @@
+"""How the libraries behave under our scripts."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from halfbyte.libraries import use_all_cores
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        (
+            {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"},
+            str(len(os.sched_getaffinity(0))),
+        ),
+        (
+            {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "LOCAL_WORLD_SIZE": "64"},
+            "1",
+        ),
+        ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, "3"),
+        ({"OMP_NUM_THREADS": "1"}, "1"),
+    ],
+)
+def test_threads_set_by_accelerate_are_raised_to_the_share_of_cores(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], wanted: str
+) -> None:
+    """A person's own OMP_NUM_THREADS stays."""
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    use_all_cores()
+    assert os.environ["OMP_NUM_THREADS"] == wanted
