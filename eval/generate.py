@@ -42,15 +42,7 @@ def main() -> None:
     parser.add_argument("--chat-template", help="gemma, chatml, plain or a .jinja file")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     arguments = parser.parse_args()
-    if arguments.image and not arguments.prompt:
-        raise UserError("--image needs --prompt: say what you want to know of the picture")
-    is_run = (Path(arguments.model) / "run.yaml").is_file()
-    given = {flag for flag in RUN_DECIDES if getattr(arguments, flag) != parser.get_default(flag)}
-    if is_run and given:
-        flag = min(given).replace("_", "-")
-        raise UserError(
-            f"--{flag} has no effect on a run folder, which says that itself; leave it out"
-        )
+    is_run = _check(arguments, parser)
 
     from halfbyte.libraries import quiet_libraries
 
@@ -65,6 +57,16 @@ def main() -> None:
     name = absolute_if_local(arguments.model)
     lead = (Message("system", arguments.system),) if arguments.system else ()
     double_quant = not arguments.no_double_quant
+    if arguments.no_double_quant and arguments.precision not in ("nf4", "fp4"):
+        raise UserError(f"--no-double-quant has no effect with --precision {arguments.precision}")
+    plain = arguments.precision in ("fp32", "bf16", "fp16")
+    if plain and arguments.compute_dtype not in ("auto", arguments.precision):
+        raise UserError(
+            f"--compute-dtype {arguments.compute_dtype} has no effect with --precision"
+            f" {arguments.precision}: unquantised weights compute in the dtype they are stored in"
+        )
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; at least 1 is needed")
     if arguments.image and arguments.chat_template:
         raise UserError(
             "--chat-template has no effect with --image: the model's processor has its own"
@@ -106,6 +108,20 @@ def main() -> None:
     print(
         f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s, {made.finish_reason}"
     )
+
+
+def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
+    """Refuse options without effect; returns whether the model is a run folder."""
+    if arguments.image and not arguments.prompt:
+        raise UserError("--image needs --prompt: say what you want to know of the picture")
+    is_run = (Path(arguments.model) / "run.yaml").is_file()
+    given = {flag for flag in RUN_DECIDES if getattr(arguments, flag) != parser.get_default(flag)}
+    if is_run and given:
+        flag = min(given).replace("_", "-")
+        raise UserError(
+            f"--{flag} has no effect on a run folder, which says that itself; leave it out"
+        )
+    return is_run
 
 
 if __name__ == "__main__":

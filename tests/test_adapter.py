@@ -176,3 +176,10 @@ def test_saved_adapter_says_what_it_belongs_to(saved: Path, tiny_llama: Path) ->
     assert told["fingerprint"] == resolve_base(str(tiny_llama)).fingerprint
     assert told["precision"] == "nf4"
     assert told["model_class"] == "LlamaForCausalLM"
+
+
+def test_saved_adapter_names_no_place_on_this_disk(saved: Path, tiny_llama: Path) -> None:
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == resolve_base(str(tiny_llama)).name
+    assert "path" not in json.loads((saved / "base.json").read_text())
+    assert not (saved / "README.md").exists()

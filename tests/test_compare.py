@@ -223,3 +223,24 @@ def test_loaded_run_answers_with_its_adapter(compared: Path) -> None:
     again = load_adapter(plain, folder.adapter)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, loaded.model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (
+            ["eval.answer_pattern=(Q[0-9]+)"],
+            r"matches eval\.answer_pattern '\(Q\[0-9\]\+\)' nowhere",
+        ),
+        (["eval.metrics=[field_match]"], "is no JSON object"),
+    ],
+)
+def test_answers_that_could_never_be_right_are_refused_before_loading(
+    compared: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], wanted: str
+) -> None:
+    """Otherwise every variant would score 0.000 and the verdict be a quiet "no gain"."""
+    import re
+
+    with pytest.raises(SystemExit):
+        run_script("eval/compare.py", compared, *overrides)
+    assert re.search(wanted, capsys.readouterr().err)

@@ -654,7 +654,7 @@ def test_hub_setting_of_data_is_refused_when_the_rows_are_a_file(tmp_path: Path,
     key = line.partition(":")[0]
 
     assert faults_of(path, "data.train=./rows.jsonl") == [
-        f"{path}:{line_of(path, key)}: data.{key} has no effect: data.train is a local file or folder"
+        f"{path}:{line_of(path, key)}: data.{key} has no effect: the rows come from local files"
     ]
 
 

@@ -52,10 +52,11 @@ def test_loss_does_not_depend_on_the_compute_dtype(make_config: MakeConfig, tmp_
     assert first[0] == pytest.approx(first[1], rel=2e-2)
 
 
-def test_loftq_starts_closer_to_the_full_base(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_loftq_trains(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(adapter={"r": 8, "alpha": 8}, track={"wandb": "off"})
     run_script("train/sft.py", config, "adapter.init=loftq", "name=loftq")
-    assert losses(tmp_path / "runs" / "loftq")
+    found = losses(tmp_path / "runs" / "loftq")
+    assert found[-1] < found[0]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])

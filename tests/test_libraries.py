@@ -27,7 +27,7 @@ from halfbyte.libraries import use_all_cores
 def test_threads_set_by_accelerate_are_raised_to_the_share_of_cores(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], wanted: str
 ) -> None:
-    """A person's own OMP_NUM_THREADS stays."""
+    """Any other number, and a 1 without accelerate, is a person's own and stays."""
     for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

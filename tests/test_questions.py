@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toys import chatml_tokenizer, gemma_tokenizer
@@ -86,13 +87,11 @@ def test_held_out_rows_names_the_file_that_an_unfinished_run_lacks(tmp_path: Pat
     )
 
 
-def test_held_out_rows_refuses_raw_text(tmp_path: Path) -> None:
-    folder = run_of(tmp_path, test=[*ROWS[:2], Row("t:9", text="once")])
-    with pytest.raises(RunError) as caught:
-        held_out_rows(folder, 1, seed=0)
-    assert str(caught.value) == (
-        f"{tmp_path}: its rows are raw text, which has no answers to compare"
-    )
+def test_question_of_raw_text_has_no_prompt_and_every_label(tmp_path: Path, gemma: Any) -> None:
+    folder = run_of(tmp_path, test=[Row("t:9", text="once")])
+    (question,) = questions(held_out_rows(folder, 1, seed=0), Renderer(gemma))
+    assert question.prompt == []
+    assert question.labels[1:] == question.ids[1:]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ def test_open_session_is_refused_with_key_and_both_values_when_a_setting_changed
     tmp_path: Path, override: str, before: str, now: str
 ) -> None:
     folder = open_session(run_of(tmp_path)).folder
+    make_checkpoint(folder.checkpoints, 5)
     written = folder.config.read_bytes()
 
     with pytest.raises(RunError) as caught:
@@ -213,10 +214,21 @@ def test_open_session_is_refused_with_key_and_both_values_when_a_setting_changed
 
 
 def test_open_session_names_every_key_when_several_settings_changed(tmp_path: Path) -> None:
-    open_session(run_of(tmp_path))
+    make_checkpoint(open_session(run_of(tmp_path)).folder.checkpoints, 5)
 
     with pytest.raises(RunError, match=r"seed was .*; adapter\.r was .*; train\.epochs was "):
         open_session(run_of(tmp_path, "seed=1", "adapter.r=3", "train.epochs=2"))
+
+
+def test_open_session_begins_anew_with_other_settings_when_nothing_was_learnt_yet(
+    tmp_path: Path,
+) -> None:
+    """The first attempt often fails on a typo in the data or the model."""
+    open_session(run_of(tmp_path, "data.train=org/typo"))
+
+    session = open_session(run_of(tmp_path, "data.train=org/rows"))
+    assert session.resume is None
+    assert "org/rows" in session.folder.config.read_text(encoding="utf-8")
 
 
 def test_all_silent_keys_are_keys_of_training() -> None:

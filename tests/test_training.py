@@ -36,7 +36,7 @@ def make_trainer(config: Path, *overrides: str) -> tuple[TokenTrainer, Prepared]
     prepared = prepare(run.data, renderer)
     loaded = load_model(base, run.model.precision, compute_dtype=run.model.compute_dtype)
     model = attach_adapter(loaded, run.adapter, run.seed, config.parent)
-    examples = (prepared.train, prepared.test)
+    examples = (prepared.train, prepared.validation or prepared.test)
     trainer = build_trainer(
         run, loaded, model, renderer, examples, config.parent / "checkpoints", None
     )
@@ -249,6 +249,31 @@ def test_resumed_run_repeats_the_uninterrupted_one_exactly(
     first, second = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (whole, again))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_run_goes_on_from_the_resolved_config_in_its_own_folder(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that errors about an untrained run name."""
+    copy = tmp_path / "runs" / "tiny"
+    shutil.copytree(trained_run, copy)
+    text = (copy / "run.yaml").read_text().replace(str(trained_run.parent), str(copy.parent))
+    (copy / "run.yaml").write_text(text)
+    run_script("train/sft.py", copy / "run.yaml")
+    assert f"{copy} is trained already" in capsys.readouterr().out
+
+
+def test_checkpointing_is_on_in_the_check_before_step_one(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config(), "train.checkpointing=on")
+    check_first_step(trainer)
+    layers = trainer.model.get_base_model().model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_evaluations_without_held_out_rows_are_refused(make_config: MakeConfig) -> None:
+    config = make_config(data={"test": None, "validation_frac": 0.0001}, train={"eval_steps": 2})
+    with pytest.raises(RunError, match=r"train\.eval_steps is 2, but of 32 rows none fell into"):
+        make_trainer(config)
 
 
 def test_finished_run_is_not_trained_again(

@@ -45,7 +45,9 @@ def main() -> None:
         f"next: python train/merge.py {folder.path}\n      python eval/compare.py {folder.path}"
     )
     if session.finished:
-        say(f"{folder.path} is trained already\n{next_commands}")
+        say(
+            f"{folder.path} is trained already; train.existing=replace starts anew\n{next_commands}"
+        )
         return
 
     base = resolve_base(run.model.name, run.model.revision)
@@ -92,8 +94,8 @@ def main() -> None:
     if tracker is not None:
         where = tracker.where
         numbers = trainer.numbers() | {"training_seconds": seconds, "held_out_loss": held_out_loss}
-        tracker.finish(folder.adapter)
         write_manifest(session, run, loaded, renderer, numbers | {"finished": True, "wandb": where})
+        tracker.finish(folder.adapter)
         say(f"trained: {folder.path}\n  adapter  {folder.adapter}\n  numbers  {folder.metrics}")
         say(f"  W&B      {where}\n{next_commands}")
 

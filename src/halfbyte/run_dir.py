@@ -73,9 +73,15 @@ class RunDir:
         Raises:
             RunError: the training has not finished.
         """
-        return self.need(
-            self.adapter / "adapter_config.json", f"accelerate launch train/sft.py {self.config}"
-        ).parent
+        command = f"accelerate launch train/sft.py {self.config}"
+        self.need(self.adapter / "adapter_config.json", command)
+        if not self.is_finished():
+            raise RunError(f"{self.path}: its training has not finished. Go on with it: {command}")
+        return self.adapter
+
+    def is_finished(self) -> bool:
+        """Whether the training came to its end."""
+        return self.manifest.is_file() and bool(read_json(self.manifest).get("finished"))
 
 
 def write_text(path: Path, text: str) -> None:

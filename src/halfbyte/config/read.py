@@ -21,6 +21,7 @@ from halfbyte.config.source import SECRET, KeyPath, Source, read_source
 from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
+RESOLVED_NAME = "run.yaml"
 
 
 def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os.environ) -> Run:
@@ -29,10 +30,12 @@ def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os
     Takes milliseconds and imports neither torch nor transformers.
 
     Raises:
-        ConfigError: with every fault of the file, the overrides and the environment.
+        ConfigError: with every fault in the shape of the config, or else with every contradiction
+            of values, paths and environment.
     """
     source = read_source(config, overrides)
-    run = _validate(source, environ=environ)
+    # A run.yaml that a run has written holds every key: none of them was chosen by hand.
+    run = _validate(source, resolved=config.name == RESOLVED_NAME, environ=environ)
     if run.name is None:
         run = run.model_copy(update={"name": default_name(config, overrides)})
     return run
@@ -45,7 +48,7 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
         RunError: the folder is no run folder.
         ConfigError: an override is wrong, or touches a key that the finished run has fixed.
     """
-    path = folder / "run.yaml"
+    path = folder / RESOLVED_NAME
     if not path.is_file():
         raise RunError(
             f"{folder}: no run folder: it holds no run.yaml. Train one first: "

@@ -18,7 +18,7 @@ Generated from the schema by `python -m halfbyte.config.reference > docs/config.
 A config is a YAML 1.2 file. On the command line, `section.key=value` changes single keys and is read by the
 same parser. Relative paths of the file are read from its folder, those on the command line from where you
 are. Unknown, repeated, mistyped and contradictory keys, and options without effect, are errors with file and
-line; all are reported at once.
+line: all faults of names and types at once, or else all contradictions.
 """
 
 
@@ -42,7 +42,7 @@ def _table(section: type[BaseModel], *, sections: bool) -> str:
         kind = field.annotation
         if not sections and isinstance(kind, type) and issubclass(kind, BaseModel):
             continue
-        limits = ", ".join(_limit(item) for item in field.metadata if _limit(item))
+        limits = ", ".join(filter(None, map(_limit, [*field.metadata, *_inner_limits(kind)])))
         shown = _kind(kind) + (f", {limits}" if limits else "")
         cells = [f"`{name}`", shown, _default(field), field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -63,6 +63,16 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(get_args(annotation)[0])}"
     names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}
     return names.get(annotation, "mapping")
+
+
+def _inner_limits(annotation: Any) -> list[Any]:
+    """Limits inside a union, such as those of ``Positive | None``."""
+    inner = [kind for kind in get_args(annotation) if get_origin(kind) is Annotated]
+    return [
+        item.metadata[0] if hasattr(item, "metadata") else item
+        for kind in inner
+        for item in get_args(kind)[1:]
+    ]
 
 
 def _limit(item: Any) -> str:

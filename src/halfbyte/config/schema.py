@@ -208,7 +208,9 @@ class Baseline(Section):
     name: Name = Field(description="Name of the variant in the report.")
     model: Name = Field(description="As `model.name`.")
     revision: Name | None = Field(None, description="As `model.revision`.")
-    precision: Precision = Field("bf16", description="As `model.precision`.")
+    precision: Precision | None = Field(
+        None, description="As `model.precision`. Default: unquantised, in the run's compute dtype."
+    )
 
 
 class Eval(Section):
@@ -239,7 +241,9 @@ class Eval(Section):
     max_new_tokens: Positive = Field(64, description="Longest answer, in tokens.")
     batch_size: Positive = Field(16, description="Prompts generated at once.")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
-        0.95, description="Level of the intervals (BCa bootstrap, paired by row)."
+        0.95,
+        description="Level of the intervals: BCa bootstrap over rows, paired for differences; Wilson's for"
+        " scores of 0 and 1.",
     )
     resamples: Annotated[int, Field(ge=200)] = Field(5000, description="Bootstrap resamples.")
 

@@ -110,8 +110,12 @@ def compare(folder: RunDir, run: Run) -> list[Variant]:
     base = trained_base(folder, run)
     renderer = saved_renderer(folder, run, base)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
-    _check_raw_text(rows, run)
+    check_answers(rows, run)
     asked = questions(rows, renderer)
+    if FEWSHOT in wanted:
+        fewshot_examples(folder, run.eval.fewshot, run.seed)
+    for baseline in run.eval.baselines:
+        resolve_base(baseline.model, baseline.revision)
     compute = same_compute(folder)
 
     found = {}
@@ -123,15 +127,35 @@ def compare(folder: RunDir, run: Run) -> list[Variant]:
     return [found[name] for name in order]
 
 
-def _check_raw_text(rows: list[Row], run: Run) -> None:
-    if any(row.text is not None for row in rows) and (
-        run.eval.metrics != [LOSS_METRIC] or FEWSHOT in run.eval.variants
-    ):
-        raise RunError(
-            "the run's rows are raw text, which has no answers to score: use"
-            f" eval.metrics=[{LOSS_METRIC}] and leave {FEWSHOT} out of eval.variants, such as"
-            f" eval.variants=[{BASE_FULL},{BASE_NF4},{ADAPTER},{MERGED}]"
-        )
+def check_answers(rows: list[Row], run: Run) -> None:
+    """Whether the metrics can score these rows, before any model is loaded.
+
+    Raises:
+        RunError: raw text is to be scored by its answers, or no answer could ever be right.
+        UserError: a metric needs a library that is not installed.
+    """
+    metrics = [metric for metric in run.eval.metrics if metric != LOSS_METRIC]
+    if any(row.text is not None for row in rows):
+        if metrics or FEWSHOT in run.eval.variants:
+            raise RunError(
+                "the run's rows are raw text, which has no answers to score: use"
+                f" eval.metrics=[{LOSS_METRIC}] and leave {FEWSHOT} out of eval.variants, such as"
+                f" eval.variants=[{BASE_FULL},{BASE_NF4},{ADAPTER},{MERGED}]"
+            )
+        return
+    for metric in metrics:
+        score = scorer(metric, run.eval.answer_pattern)
+        for row in rows:
+            if metric in ("exact_match", "field_match") and score(row.answer, row.answer) != 1:
+                what = (
+                    f"matches eval.answer_pattern {run.eval.answer_pattern!r} nowhere"
+                    if metric == "exact_match"
+                    else "is no JSON object"
+                )
+                raise RunError(
+                    f"{row.place}: the wanted answer {row.answer[:60]!r} {what}, so that {metric} could"
+                    " never count it as right; change eval.metrics or eval.answer_pattern"
+                )
 
 
 def measure(contender: Contender, run: Run) -> Variant:
@@ -196,7 +220,7 @@ def _contenders(
         yield from _merged(folder, run, compute, asked, renderer)
         _release()
     for baseline in run.eval.baselines:
-        yield from _baseline(baseline, run, asked)
+        yield from _baseline(baseline, run, compute, asked)
         _release()
 
 
@@ -254,19 +278,26 @@ def _quantised(
 def _merged(
     folder: RunDir, run: Run, compute: Compute, asked: list[Question], renderer: Renderer
 ) -> Iterator[Contender]:
-    loaded = _load_full(resolve_base(str(folder.merged)), run, compute)
+    """The merged model, computed in a dtype that holds its stored weights exactly."""
     kept = read_json(folder.merged / "merge_report.json")["kept"]
-    what = f"merged into the {kept['base']} base, stored in {kept['dtype']}"
+    if kept["dtype"] != compute.name:
+        compute = Compute(compute.device, torch.float32, "holds the stored weights exactly")
+    loaded = _load_full(resolve_base(str(folder.merged)), run, compute)
+    stored = f"stored in {kept['dtype']}, computed in {loaded.precision}"
+    what = f"merged into the {kept['base']} base, {stored}"
     yield Contender(MERGED, what, loaded.model, kept["weights_bytes"], asked, renderer)
 
 
-def _baseline(baseline: Baseline, run: Run, asked: list[Question]) -> Iterator[Contender]:
+def _baseline(
+    baseline: Baseline, run: Run, compute: Compute, asked: list[Question]
+) -> Iterator[Contender]:
     """A further model with its own tokenizer and chat template."""
     base = resolve_base(baseline.model, baseline.revision)
-    loaded = _load(base, baseline.precision, None, run)
+    precision = baseline.precision or compute.name
+    loaded = _load(base, precision, compute, run)
     own = Renderer(load_tokenizer(base), None, run.data.loss_on)
     own_asked = questions([question.row for question in asked], own)
-    what = f"{base.name} in {baseline.precision}"
+    what = f"{base.name} in {precision}"
     yield Contender(baseline.name, what, loaded.model, weights_bytes(loaded.model), own_asked, own)
 
 
@@ -281,8 +312,8 @@ def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
     return _load(base, precision, compute, run)
 
 
-def _load(base: Base, precision: Precision, compute: Compute | None, run: Run) -> Loaded:
-    if compute is not None and precision in DTYPES:
+def _load(base: Base, precision: Precision, compute: Compute, run: Run) -> Loaded:
+    if precision in DTYPES:
         compute = Compute(compute.device, DTYPES[precision], compute.reason)
     loaded = load_model(
         base,

@@ -71,7 +71,7 @@ def build_report(folder: RunDir, run: Run, variants: list[Variant]) -> dict[str,
             "trained": ledger["trained"],
             "dropped": ledger["dropped"],
         },
-        "notes": _notes(ledger, entries, manifest),
+        "notes": _notes(ledger, entries, manifest, variants),
     }
 
 
@@ -148,23 +148,24 @@ def _overall(differences: dict[str, dict[str, Any]]) -> str:
 def _verdict_line(
     entries: list[dict[str, Any]], differences: dict[str, dict[str, Any]], metric: str, run: Run
 ) -> str:
-    ours = next((e for e in entries if e["name"] in (ADAPTER, MERGED)), None)
-    if ours is None or not differences:
-        return "No verdict: the comparison has no trained variant or nothing to compare it with."
-    own = next((e for e in entries if e["name"] == ADAPTER), ours)
+    own = next((e for e in entries if e["name"] in (ADAPTER, MERGED)), None)
     baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines)]
     parts = [
         f"{differences[name]['verdict']} against {name} ({_signed(differences[name])})"
         for name in (*baselines, "base-nf4")
         if name in differences
     ]
-    return (
-        f"{own['name']}: {metric} {_interval(estimate_of(own, metric))} — " + "; ".join(parts) + "."
-    )
+    if own is None or not parts:
+        return "No verdict: the comparison has no trained variant, or no baseline beside it."
+    estimate = _interval(estimate_of(own, metric))
+    return f"{own['name']}: {metric} {estimate} — " + "; ".join(parts) + "."
 
 
 def _notes(
-    ledger: dict[str, Any], entries: list[dict[str, Any]], manifest: dict[str, Any]
+    ledger: dict[str, Any],
+    entries: list[dict[str, Any]],
+    manifest: dict[str, Any],
+    variants: list[Variant],
 ) -> list[str]:
     notes = [f"Base: {manifest['base']['origin']}."]
     near = ledger["near_duplicates"]
@@ -175,6 +176,12 @@ def _notes(
         )
     else:
         notes.append("No training prompt is an exact or near duplicate of a held-out one.")
+    counts = {v.name: sum(v.loss_columns()[1]) for v in variants}
+    odd = [name for name, count in counts.items() if count != counts[variants[0].name]]
+    if odd:
+        notes.append(
+            f"{', '.join(odd)}: another tokenizer, so that its loss per token is of other tokens."
+        )
     for entry in entries:
         cut = entry["finish_reasons"]["length"]
         if cut > MAX_LENGTH_FINISHES * sum(entry["finish_reasons"].values()):

@@ -128,7 +128,11 @@ def save_adapter(model: PeftModel, loaded: Loaded, folder: Path, scratch: Path) 
         raise RunError(f"adapter: {len(bad)} tensors hold NaN or infinity: {bad[:3]}; not saved")
     initial = scratch / INITIAL
     options = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
+    # The name for others, not the place on this disk.
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path, settings.revision = loaded.base.name, loaded.base.revision
     model.save_pretrained(str(folder), **options)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     write_json(
         folder / BASE_FILE,
         {

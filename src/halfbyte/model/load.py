@@ -45,7 +45,9 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            base.path, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{base.name}: no tokenizer can be loaded from {base.path}: {error}"
@@ -57,6 +59,20 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(base: Base) -> PretrainedConfig:
+    """The base's configuration.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or would have to run its code.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{base.name}: not a model that transformers knows: {error}") from error
 
 
 def load_model(
@@ -76,12 +92,12 @@ def load_model(
     Raises:
         ModelError: the checkpoint is no causal language model, lacks weights, or cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if compute is None:
         compute = choose_compute(precision if precision in DTYPES else compute_dtype)  # type: ignore[arg-type]
-    config = AutoConfig.from_pretrained(base.path)
+    config = load_config(base)
     _check_unquantised(config, base, precision)
     text_config = config.get_text_config()
     text_only = text_config is not config and type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -96,13 +112,11 @@ def load_model(
     if text_only:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
         options |= {"config": text_config, "key_mapping": TEXT_KEYS}
-    model, info = _from_pretrained(model_class, base, options)
-    _check_loaded(model, info, base, precision, text_only)
-    for module in model.modules():
-        # bitsandbytes 0.50 repacks Linear4bit in place on the first evaluation on AVX512-BF16 CPUs,
-        # and the packed weights have no gradient. Can go when its packed path has an autograd.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    model = _from_pretrained(model_class, base, options, precision)
+    if text_only and vision_modules(model):
+        raise ModelError(
+            f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}"
+        )
     return Loaded(model, base, precision, compute, text_only)
 
 
@@ -127,8 +141,13 @@ def load_multimodal(
         "quantization_config": _quantisation(precision, compute.dtype, double_quant),
         "output_loading_info": True,
     }
-    model, _ = _from_pretrained(AutoModelForImageTextToText, base, options)
-    return Loaded(model, base, precision, compute), AutoProcessor.from_pretrained(base.path)
+    _check_unquantised(load_config(base), base, precision)
+    model = _from_pretrained(AutoModelForImageTextToText, base, options, precision)
+    try:
+        processor = AutoProcessor.from_pretrained(base.path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{base.name}: has no processor for pictures: {error}") from error
+    return Loaded(model, base, precision, compute), processor
 
 
 def vision_modules(model: torch.nn.Module) -> list[str]:
@@ -155,11 +174,22 @@ def _quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) 
     )
 
 
-def _from_pretrained(model_class: Any, base: Base, options: dict[str, Any]) -> tuple[Any, Any]:
+def _from_pretrained(
+    model_class: Any, base: Base, options: dict[str, Any], precision: Precision
+) -> Any:
     try:
-        return model_class.from_pretrained(base.path, **options)  # type: ignore[no-any-return]
+        model, info = model_class.from_pretrained(base.path, trust_remote_code=False, **options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         raise ModelError(f"{base.name}: cannot be loaded from {base.path}: {error}") from error
+    _check_loaded(model, info, base, precision)
+    for module in model.modules():
+        # bitsandbytes 0.50 repacks Linear4bit in place on the first evaluation on AVX512-BF16 CPUs,
+        # and the packed weights have no gradient. Can go when its packed path has an autograd.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _check_unquantised(config: PretrainedConfig, base: Base, precision: Precision) -> None:
@@ -172,18 +202,12 @@ def _check_unquantised(config: PretrainedConfig, base: Base, precision: Precisio
         )
 
 
-def _check_loaded(
-    model: PreTrainedModel, info: Any, base: Base, precision: Precision, text_only: bool
-) -> None:
+def _check_loaded(model: PreTrainedModel, info: Any, base: Base, precision: Precision) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{base.name}: the checkpoint lacks {len(missing)} weights, which would be random:"
             f" {', '.join(missing[:5])}"
-        )
-    if text_only and vision_modules(model):
-        raise ModelError(
-            f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}"
         )
     if precision in ("nf4", "fp4"):
         kinds = {

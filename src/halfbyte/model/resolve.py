@@ -13,7 +13,7 @@ from halfbyte.errors import ModelError
 from halfbyte.model.packaged import converted_gguf, file_sha256, packaged_model
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-HUB_LEFT_OUT = ["original/*", "consolidated*", "*/*"]
+HUB_LEFT_OUT = ["consolidated*", "*/*"]
 SAMPLED_BYTES = 1 << 20
 
 
@@ -36,8 +36,8 @@ class Base:
     fingerprint: str
 
     def as_json(self) -> dict[str, str | None]:
-        """For the manifest."""
-        return asdict(self)
+        """For the manifest: everything but where it lies on this disk."""
+        return {key: value for key, value in asdict(self).items() if key != "path"}
 
 
 def resolve_base(name: str, revision: str | None = None) -> Base:

@@ -48,6 +48,8 @@ def same_compute(folder: RunDir) -> Compute:
             return choose_compute(name, device)
         except ModelError as error:
             print(f"warning: the run computed in {name}, which this machine cannot: {error}")
+    else:
+        print(f"warning: the run computed in {name} on {manifest['device']}; here it is {device}")
     return choose_compute("auto", device)
 
 

@@ -89,12 +89,10 @@ def merged_tensors(
         RunError: an update found no layer, or a value is not finite or overflows ``dtype``.
     """
     folded: set[str] = set()
-    seen: set[int] = set()
     modules = dict(model.named_modules())
     for full_name, parameter in model.named_parameters():
-        if "lora_" in full_name or id(parameter) in seen:
+        if "lora_" in full_name:
             continue
-        seen.add(id(parameter))
         owner, _, leaf = full_name.rpartition(".")
         layer = owner.removesuffix(".base_layer")
         tensor = parameter.detach()

@@ -17,12 +17,12 @@ from halfbyte.errors import RunError
 from halfbyte.model.activations import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import num_parameters
-from halfbyte.model.load import Loaded, load_model
+from halfbyte.model.load import Loaded, load_config, load_model
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, NAMES, Compute, default_device
 from halfbyte.model.quantised import compute_in
 from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.model.trained import same_compute, saved_renderer, trained_base
+from halfbyte.model.trained import saved_renderer, trained_base
 from halfbyte.run_dir import RunDir, move_aside, provenance, read_json, write_json, write_text
 from halfbyte.ship.card import model_card
 from halfbyte.ship.fidelity import Fidelity, Reference, Rows, fidelity, reference
@@ -112,7 +112,7 @@ def _load_trained(work: _Work) -> Loaded:
         work.base,
         work.run.model.precision,
         double_quant=work.run.model.double_quant,
-        compute=same_compute(work.folder),
+        compute=Compute(default_device(), DTYPES[work.told["compute_dtype"]["name"]], "as trained"),
         attention=work.run.model.attention,
     )
 
@@ -127,9 +127,7 @@ def _arithmetic(num_weights: int) -> Compute:
 
 
 def _stored_dtype(base: Base) -> torch.dtype:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base.path)
+    config = load_config(base)
     # Multimodal checkpoints name it at the top alone.
     dtype = config.get_text_config().dtype or config.dtype
     return dtype if dtype in NAMES else torch.float32
@@ -148,6 +146,8 @@ def _candidate(
     told: Reference,
 ) -> Candidate:
     """Fold into ``model``, write, reload from disk, measure."""
+    from transformers import GenerationConfig
+
     folder = _scratch(work.folder, base)
     shutil.rmtree(folder, ignore_errors=True)
     num_bytes = write_shards(folder, merged_tensors(model, work.updates, dtype))
@@ -158,9 +158,11 @@ def _candidate(
     plain.dtype = dtype
     plain.architectures = [type(model).__name__]
     plain.save_pretrained(folder)
-    settings: Any = model.generation_config
-    settings.eos_token_id = work.renderer.stop_ids
-    settings.pad_token_id = work.pad_id
+    settings = GenerationConfig(
+        bos_token_id=work.renderer.tokenizer.bos_token_id,
+        eos_token_id=work.renderer.stop_ids,
+        pad_token_id=work.pad_id,
+    )
     settings.save_pretrained(folder)
     work.renderer.tokenizer.save_pretrained(folder)
     reloaded = load_model(resolve_base(str(folder)), arithmetic.name, compute=arithmetic)

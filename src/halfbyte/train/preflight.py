@@ -27,6 +27,11 @@ def check_first_step(trainer: TokenTrainer) -> float:
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     num_labels = int((batch["labels"][:, 1:] >= 0).sum())
     model = trainer.model
+    if trainer.args.gradient_checkpointing:
+        # transformers turns it on in train(); the look before must not need more memory than that.
+        model.get_base_model().gradient_checkpointing_enable(
+            trainer.args.gradient_checkpointing_kwargs
+        )
     with torch.random.fork_rng():
         model.train()
         with trainer.compute_loss_context_manager():
@@ -49,6 +54,8 @@ def check_first_step(trainer: TokenTrainer) -> float:
         elif "lora_B" in name and not gradient.abs().max() > 0:
             faults.append(f"{name}: the gradient is zero everywhere")
     model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if faults:
         raise RunError(
             f"before step 1: {len(faults)} adapter weights cannot learn: {'; '.join(faults[:3])}"

@@ -54,6 +54,7 @@ class Session:
     finished: bool
     is_main: bool
     started: float
+    spent: dict[str, float]
 
     @property
     def resume_step(self) -> int:
@@ -71,17 +72,21 @@ def open_session(run: Run) -> Session:
     is_main = os.environ.get("RANK", "0") == "0"
     resume = None
     finished = False
+    spent = {"seconds": 0.0}
+    if folder.manifest.is_file():
+        spent["seconds"] = float(read_json(folder.manifest).get("seconds", 0.0))
     if folder.config.is_file() and run.train.existing == "replace":
         if is_main:
             print(f"moved the earlier run to {move_aside(folder.path)}")
     elif folder.config.is_file():
-        _check_same(run, folder)
-        finished = folder.manifest.is_file() and bool(read_json(folder.manifest).get("finished"))
         resume = newest_checkpoint(folder.checkpoints)
+        finished = folder.is_finished()
+        if resume or finished:
+            _check_same(run, folder)
     if is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_text(folder.config, run_as_yaml(run))
-    return Session(folder, resume, finished, is_main, time.time())
+    return Session(folder, resume, finished, is_main, time.time(), spent)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -157,11 +162,16 @@ def write_manifest(
             "chat_template_sha256": renderer.template_sha256,
             "stop_ids": renderer.stop_ids,
             "bos_per_row": 1 if renderer.has_bos else 0,
-            "seconds": round(time.time() - session.started, 1),
+            "seconds": round(time.time() - session.started + _earlier(session, "seconds"), 1),
             **numbers,
             **provenance(),
         },
     )
+
+
+def _earlier(session: Session, key: str) -> float:
+    """What earlier attempts at a resumed run have spent."""
+    return session.spent.get(key, 0.0) if session.resume else 0.0
 
 
 def _check_same(run: Run, folder: RunDir) -> None:

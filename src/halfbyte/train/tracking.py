@@ -39,6 +39,8 @@ class Tracker:
         kept = _keep(folder.metrics, resume_step)
         _keep(folder.samples, resume_step)
         self.num_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
+        evaluated = [(r["step"], r["eval_loss"]) for r in kept if "eval_loss" in r]
+        self.evaluated: tuple[int, float | None] = evaluated[-1] if evaluated else (-1, None)
         self.wandb: Any = _start(run, folder)
         if self.wandb is not None:
             for record in kept:

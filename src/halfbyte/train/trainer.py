@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from halfbyte.config.schema import Run
 from halfbyte.data.prepare import Example
 from halfbyte.data.render import Renderer
+from halfbyte.errors import RunError
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.model.load import Loaded
 from halfbyte.model.loss import add_token_loss, pad_right, row_losses
@@ -49,8 +50,8 @@ class TokenTrainer(SFTTrainer):
         self.step_rows = step_rows
         self.held_out = held_out
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
-        self.evaluated_step = self.saved_step = -1
-        self.held_out_loss: float | None = None
+        self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
+        self.saved_step = -1
         self.finite: torch.Tensor | None = None
         self._since = (0, time.perf_counter())
         super().__init__(*args, **options)
@@ -199,8 +200,16 @@ def build_trainer(
         examples: training rows and held-out rows.
         checkpoints: folder for checkpoints.
         tracker: where numbers go; None on other ranks than 0.
+
+    Raises:
+        RunError: evaluations are asked for, but no row is held out.
     """
     train, held_out = examples
+    if run.train.eval_steps and not held_out:
+        raise RunError(
+            f"train.eval_steps is {run.train.eval_steps}, but of {len(train)} rows none fell into the"
+            " held-out part; raise data.validation_frac or set train.eval_steps=0"
+        )
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         batch: dict[str, Any] = pad_right(
