@@ -14,8 +14,9 @@ from toys import run_script
 from halfbyte.config import read_run_folder
 from halfbyte.data.questions import held_out_rows, questions
 from halfbyte.data.rows import Message, Row
-from halfbyte.eval.compare import Contender, Variant, measure
+from halfbyte.eval.compare import Variant, measure
 from halfbyte.eval.report import as_markdown, build_report, write_report
+from halfbyte.eval.variants import Contender
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_model
 from halfbyte.model.loss import add_token_loss

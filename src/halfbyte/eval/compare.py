@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from halfbyte.config import Run
-from halfbyte.config.schema import Baseline, Precision
-from halfbyte.data.questions import Question, fewshot_examples, held_out_rows, questions
-from halfbyte.data.render import Renderer
+from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
 from halfbyte.data.rows import Row
 from halfbyte.errors import RunError
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
-from halfbyte.model.activations import USABLE_FRAC, free_bytes
-from halfbyte.model.adapter import load_adapter
-from halfbyte.model.footprint import weights_bytes
+from halfbyte.eval.variants import (
+    ADAPTER,
+    BASE_FULL,
+    BASE_NF4,
+    FEWSHOT,
+    MERGED,
+    Contender,
+    Trained,
+    contenders,
+)
 from halfbyte.model.generate import generate
-from halfbyte.model.load import Loaded, load_model, load_tokenizer
-from halfbyte.model.loss import add_token_loss, row_losses
-from halfbyte.model.precision import DTYPES, Compute
-from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
+from halfbyte.model.loss import row_losses
+from halfbyte.model.resolve import resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
-from halfbyte.run_dir import RunDir, read_json
+from halfbyte.run_dir import RunDir
 
-if TYPE_CHECKING:
-    from torch import nn
-
-BASE_FULL, FEWSHOT, BASE_NF4 = "base-full", "base-full-fewshot", "base-nf4"
-ADAPTER, MERGED = "adapter", "merged"
 LOSS_METRIC = "held_out_loss"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model in memory with what it is asked; ``num_bytes`` of weights as loaded or as stored."""
-
-    name: str
-    what: str
-    model: nn.Module
-    num_bytes: int
-    asked: list[Question]
-    renderer: Renderer
 
 
 @dataclass
@@ -116,10 +99,10 @@ def compare(folder: RunDir, run: Run) -> list[Variant]:
         fewshot_examples(folder, run.eval.fewshot, run.seed)
     for baseline in run.eval.baselines:
         resolve_base(baseline.model, baseline.revision)
-    compute = same_compute(folder)
+    trained = Trained(folder, run, base, same_compute(folder), asked, renderer)
 
     found = {}
-    for contender in _contenders(folder, run, base, compute, asked, renderer):
+    for contender in contenders(trained):
         found[contender.name] = measure(contender, run)
         # The next model is loaded only when nothing holds this one any more.
         del contender
@@ -198,138 +181,6 @@ def _answer(variant: Variant, contender: Contender, run: Run) -> None:
             score(answer, question.row.answer)
             for answer, question in zip(variant.answers, asked, strict=True)
         ]
-
-
-def _contenders(
-    folder: RunDir,
-    run: Run,
-    base: Base,
-    compute: Compute,
-    asked: list[Question],
-    renderer: Renderer,
-) -> Iterator[Contender]:
-    """Each variant that is asked for; one set of weights in memory at a time."""
-    wanted = set(run.eval.variants)
-    if wanted & {BASE_FULL, FEWSHOT}:
-        yield from _full_size(folder, run, base, compute, asked, renderer)
-        _release()
-    if wanted & {BASE_NF4, ADAPTER}:
-        yield from _quantised(folder, run, base, compute, asked, renderer)
-        _release()
-    if MERGED in wanted:
-        yield from _merged(folder, run, compute, asked, renderer)
-        _release()
-    for baseline in run.eval.baselines:
-        yield from _baseline(baseline, run, compute, asked)
-        _release()
-
-
-def _full_size(
-    folder: RunDir,
-    run: Run,
-    base: Base,
-    compute: Compute,
-    asked: list[Question],
-    renderer: Renderer,
-) -> Iterator[Contender]:
-    """The base without quantisation, asked plainly and with examples in the prompt."""
-    loaded = _load_full(base, run, compute)
-    size = weights_bytes(loaded.model)
-    what = f"{base.name} in {loaded.precision}"
-    if BASE_FULL in run.eval.variants:
-        yield Contender(BASE_FULL, what, loaded.model, size, asked, renderer)
-    if FEWSHOT in run.eval.variants:
-        examples = fewshot_examples(folder, run.eval.fewshot, run.seed)
-        longer = questions([question.row for question in asked], renderer, examples)
-        what = f"{what}, {run.eval.fewshot} training examples in the prompt"
-        yield Contender(FEWSHOT, what, loaded.model, size, longer, renderer)
-
-
-def _quantised(
-    folder: RunDir,
-    run: Run,
-    base: Base,
-    compute: Compute,
-    asked: list[Question],
-    renderer: Renderer,
-) -> Iterator[Contender]:
-    """The adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
-    same_weights = run.model.precision == "nf4"
-    if ADAPTER in run.eval.variants or same_weights:
-        loaded = _load(base, run.model.precision, compute, run)
-        base_bytes = weights_bytes(loaded.model)
-        model = load_adapter(loaded, folder.adapter)
-        what = f"{base.name} in {run.model.precision}"
-        if ADAPTER in run.eval.variants:
-            adapted = f"{what} with the trained adapter"
-            yield Contender(ADAPTER, adapted, model, weights_bytes(model), asked, renderer)
-        if same_weights and BASE_NF4 in run.eval.variants:
-            with model.disable_adapter():
-                disabled = f"{what}, adapter disabled"
-                yield Contender(BASE_NF4, disabled, model, base_bytes, asked, renderer)
-        del model, loaded
-        _release()
-    if BASE_NF4 in run.eval.variants and not same_weights:
-        loaded = _load(base, "nf4", compute, run)
-        size = weights_bytes(loaded.model)
-        yield Contender(BASE_NF4, f"{base.name} in nf4", loaded.model, size, asked, renderer)
-
-
-def _merged(
-    folder: RunDir, run: Run, compute: Compute, asked: list[Question], renderer: Renderer
-) -> Iterator[Contender]:
-    """The merged model, computed in a dtype that holds its stored weights exactly."""
-    kept = read_json(folder.merged / "merge_report.json")["kept"]
-    if kept["dtype"] != compute.name:
-        compute = Compute(compute.device, torch.float32, "holds the stored weights exactly")
-    loaded = _load_full(resolve_base(str(folder.merged)), run, compute)
-    stored = f"stored in {kept['dtype']}, computed in {loaded.precision}"
-    what = f"merged into the {kept['base']} base, {stored}"
-    yield Contender(MERGED, what, loaded.model, kept["weights_bytes"], asked, renderer)
-
-
-def _baseline(
-    baseline: Baseline, run: Run, compute: Compute, asked: list[Question]
-) -> Iterator[Contender]:
-    """A further model with its own tokenizer and chat template."""
-    base = resolve_base(baseline.model, baseline.revision)
-    precision = baseline.precision or compute.name
-    loaded = _load(base, precision, compute, run)
-    own = Renderer(load_tokenizer(base), None, run.data.loss_on)
-    own_asked = questions([question.row for question in asked], own)
-    what = f"{base.name} in {precision}"
-    yield Contender(baseline.name, what, loaded.model, weights_bytes(loaded.model), own_asked, own)
-
-
-def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
-    """Unquantised in the run's compute dtype, or in bf16 where fp32 would not fit."""
-    precision: Precision = compute.name
-    if precision == "fp32" and fp32_bytes(base) > USABLE_FRAC * free_bytes(compute.device):
-        precision = "bf16"
-        print(
-            f"{base.name}: fp32 does not fit in the free memory; compared in bf16", file=sys.stderr
-        )
-    return _load(base, precision, compute, run)
-
-
-def _load(base: Base, precision: Precision, compute: Compute, run: Run) -> Loaded:
-    if precision in DTYPES:
-        compute = Compute(compute.device, DTYPES[precision], compute.reason)
-    loaded = load_model(
-        base,
-        precision,
-        double_quant=run.model.double_quant,
-        compute=compute,
-        attention=run.model.attention,
-    )
-    add_token_loss(loaded.model)
-    return loaded
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _progress(name: str, total: int) -> Callable[[int], None]:

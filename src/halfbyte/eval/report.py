@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.data.rows import Row
-from halfbyte.eval.compare import ADAPTER, BASE_FULL, FEWSHOT, LOSS_METRIC, MERGED, Variant
+from halfbyte.eval.compare import LOSS_METRIC, Variant
 from halfbyte.eval.intervals import (
     GAIN,
     LOSS,
@@ -19,6 +19,7 @@ from halfbyte.eval.intervals import (
     ratio_interval,
 )
 from halfbyte.eval.plots import estimate_of, loss_curve, memory_against_quality, metric_bars
+from halfbyte.eval.variants import ADAPTER, BASE_FULL, FEWSHOT, MERGED
 from halfbyte.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 MAX_LENGTH_FINISHES = 0.01

@@ -1,0 +1,162 @@
+"""Owns the variants: which model answers under which name, one set of weights in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from halfbyte.config import Run
+from halfbyte.config.schema import Baseline, Precision
+from halfbyte.data.questions import Question, fewshot_examples, questions
+from halfbyte.data.render import Renderer
+from halfbyte.model.activations import USABLE_FRAC, free_bytes
+from halfbyte.model.adapter import load_adapter
+from halfbyte.model.footprint import weights_bytes
+from halfbyte.model.load import Loaded, load_model, load_tokenizer
+from halfbyte.model.loss import add_token_loss
+from halfbyte.model.precision import DTYPES, Compute
+from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
+from halfbyte.run_dir import RunDir, read_json
+
+BASE_FULL, FEWSHOT, BASE_NF4 = "base-full", "base-full-fewshot", "base-nf4"
+ADAPTER, MERGED = "adapter", "merged"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model in memory with what it is asked; ``num_bytes`` of weights as loaded or as stored."""
+
+    name: str
+    what: str
+    model: nn.Module
+    num_bytes: int
+    asked: list[Question]
+    renderer: Renderer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained run with what its variants are asked."""
+
+    folder: RunDir
+    run: Run
+    base: Base
+    compute: Compute
+    asked: list[Question]
+    renderer: Renderer
+
+
+def contenders(trained: Trained) -> Iterator[Contender]:
+    """Each variant that is asked for."""
+    variants = set(trained.run.eval.variants)
+    if variants & {BASE_FULL, FEWSHOT}:
+        yield from _full_size(trained)
+        _release()
+    if variants & {BASE_NF4, ADAPTER}:
+        yield from _quantised(trained)
+        _release()
+    if MERGED in variants:
+        yield _merged(trained)
+        _release()
+    for baseline in trained.run.eval.baselines:
+        yield _baseline(trained, baseline)
+        _release()
+
+
+def _full_size(trained: Trained) -> Iterator[Contender]:
+    """The base without quantisation, asked plainly and with examples in the prompt."""
+    run, asked, renderer = trained.run, trained.asked, trained.renderer
+    loaded = _load_full(trained.base, run, trained.compute)
+    size = weights_bytes(loaded.model)
+    what = f"{trained.base.name} in {loaded.precision}"
+    if BASE_FULL in run.eval.variants:
+        yield Contender(BASE_FULL, what, loaded.model, size, asked, renderer)
+    if FEWSHOT in run.eval.variants:
+        examples = fewshot_examples(trained.folder, run.eval.fewshot, run.seed)
+        longer = questions([question.row for question in asked], renderer, examples)
+        what = f"{what}, {run.eval.fewshot} training examples in the prompt"
+        yield Contender(FEWSHOT, what, loaded.model, size, longer, renderer)
+
+
+def _quantised(trained: Trained) -> Iterator[Contender]:
+    """The adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
+    run, asked, renderer = trained.run, trained.asked, trained.renderer
+    same_weights = run.model.precision == "nf4"
+    if ADAPTER in run.eval.variants or same_weights:
+        loaded = _load(trained.base, run.model.precision, trained.compute, run)
+        base_bytes = weights_bytes(loaded.model)
+        model = load_adapter(loaded, trained.folder.adapter)
+        what = f"{trained.base.name} in {run.model.precision}"
+        if ADAPTER in run.eval.variants:
+            adapted = f"{what} with the trained adapter"
+            yield Contender(ADAPTER, adapted, model, weights_bytes(model), asked, renderer)
+        if same_weights and BASE_NF4 in run.eval.variants:
+            with model.disable_adapter():
+                disabled = f"{what}, adapter disabled"
+                yield Contender(BASE_NF4, disabled, model, base_bytes, asked, renderer)
+        del model, loaded
+        _release()
+    if BASE_NF4 in run.eval.variants and not same_weights:
+        loaded = _load(trained.base, "nf4", trained.compute, run)
+        what = f"{trained.base.name} in nf4"
+        yield Contender(BASE_NF4, what, loaded.model, weights_bytes(loaded.model), asked, renderer)
+
+
+def _merged(trained: Trained) -> Contender:
+    """The merged model, computed in a dtype that holds its stored weights exactly."""
+    folder, compute = trained.folder.merged, trained.compute
+    kept = read_json(folder / "merge_report.json")["kept"]
+    if kept["dtype"] != compute.name:
+        compute = Compute(compute.device, torch.float32, "holds the stored weights exactly")
+    loaded = _load_full(resolve_base(str(folder)), trained.run, compute)
+    stored = f"stored in {kept['dtype']}, computed in {loaded.precision}"
+    what = f"merged into the {kept['base']} base, {stored}"
+    size = int(kept["weights_bytes"])
+    return Contender(MERGED, what, loaded.model, size, trained.asked, trained.renderer)
+
+
+def _baseline(trained: Trained, baseline: Baseline) -> Contender:
+    """A further model with its own tokenizer and chat template."""
+    base = resolve_base(baseline.model, baseline.revision)
+    precision = baseline.precision or trained.compute.name
+    loaded = _load(base, precision, trained.compute, trained.run)
+    own = Renderer(load_tokenizer(base), None, trained.run.data.loss_on)
+    asked = questions([question.row for question in trained.asked], own)
+    what = f"{base.name} in {precision}"
+    return Contender(baseline.name, what, loaded.model, weights_bytes(loaded.model), asked, own)
+
+
+def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
+    """Unquantised in the run's compute dtype, or in bf16 where fp32 would not fit."""
+    precision: Precision = compute.name
+    if precision == "fp32" and fp32_bytes(base) > USABLE_FRAC * free_bytes(compute.device):
+        precision = "bf16"
+        print(
+            f"{base.name}: fp32 does not fit in the free memory; compared in bf16", file=sys.stderr
+        )
+    return _load(base, precision, compute, run)
+
+
+def _load(base: Base, precision: Precision, compute: Compute, run: Run) -> Loaded:
+    if precision in DTYPES:
+        compute = Compute(compute.device, DTYPES[precision], compute.reason)
+    loaded = load_model(
+        base,
+        precision,
+        double_quant=run.model.double_quant,
+        compute=compute,
+        attention=run.model.attention,
+    )
+    add_token_loss(loaded.model)
+    return loaded
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
