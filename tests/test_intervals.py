@@ -120,7 +120,7 @@ def test_paired_difference_is_tighter_than_unpaired_on_correlated_scores() -> No
     separate = [mean_interval(scores, 0.95, 1000, 0) for scores in (ours, theirs)]
     unpaired = math.hypot(*(e.ci_high - e.ci_low for e in separate))
     assert found.ci_high - found.ci_low < unpaired / 5
-    assert judge(found) == "gain"
+    assert judge(found, ours, theirs, 0.95) == "gain"
     assert separate[0].ci_low < separate[1].ci_high  # the two alone would not tell
 
 
@@ -145,7 +145,8 @@ def test_paired_difference_of_a_constant_narrows_with_rows(
     assert found.ci_low == pytest.approx(low)
     assert found.ci_high == pytest.approx(high)
     sure = {0.25: "gain", -0.25: "loss"}.get(shift, "no gain")
-    assert judge(found) == (sure if is_sure else "no gain")
+    ours = [x + shift for x in theirs]
+    assert judge(found, ours, theirs, 0.95) == (sure if is_sure else "no gain")
 
 
 def test_paired_difference_refuses_scores_of_different_rows() -> None:
@@ -167,7 +168,22 @@ def test_paired_difference_refuses_scores_of_different_rows() -> None:
 def test_judge_goes_by_whether_the_interval_leaves_out_zero(
     low: float, high: float, verdict: str
 ) -> None:
-    assert judge(Estimate((low + high) / 2, low, high, 10)) == verdict
+    assert judge(Estimate((low + high) / 2, low, high, 10), [], [], 0.95) == verdict
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "verdict"),
+    [(3, 0, "no gain"), (5, 0, "no gain"), (6, 0, "gain"), (0, 6, "loss"), (20, 5, "gain")],
+)
+def test_judge_asks_the_sign_test_where_few_rows_differ(
+    wins: int, losses: int, verdict: str
+) -> None:
+    """Three wins of 300 rows leave out zero in a bootstrap interval, and prove nothing."""
+    ours = [1.0] * wins + [0.0] * losses + [1.0] * (300 - wins - losses)
+    theirs = [0.0] * wins + [1.0] * losses + [1.0] * (300 - wins - losses)
+    found = paired_difference(ours, theirs, 0.95, 1000, 0)
+    assert found.ci_low > 0 or found.ci_high < 0
+    assert judge(found, ours, theirs, 0.95) == verdict
 
 
 def test_estimate_is_written_with_its_names() -> None:

@@ -75,8 +75,18 @@ def _ratio(
     return quotient
 
 
-def judge(difference: Estimate) -> str:
-    """``gain`` or ``loss`` if the interval leaves out zero, else ``no gain``."""
+def judge(difference: Estimate, ours: list[float], theirs: list[float], confidence: float) -> str:
+    """``gain`` or ``loss`` if the interval leaves out zero, else ``no gain``.
+
+    Where every row is right or wrong, the exact sign test on the rows that differ (McNemar) must
+    agree: with few of them a bootstrap interval is too narrow.
+    """
+    values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    differing = values[values != 0]
+    if len(differing) and np.isin(differing, (-1.0, 1.0)).all():
+        p_value = stats.binomtest(int((differing > 0).sum()), len(differing)).pvalue
+        if p_value >= 1 - confidence:
+            return NO_GAIN
     if difference.ci_low > 0:
         return GAIN
     return LOSS if difference.ci_high < 0 else NO_GAIN

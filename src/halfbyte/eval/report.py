@@ -119,9 +119,10 @@ def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, di
         if other is not ours:
             difference = _difference(run, ours, other, metric)
             loss = _difference(run, ours, other, LOSS_METRIC)
+            scores = ours.scores.get(metric, []), other.scores.get(metric, [])
             found[other.name] = {
                 **difference.as_json(),
-                "verdict": judge(difference),
+                "verdict": judge(difference, *scores, run.eval.confidence),
                 "held_out_loss_drop": loss.as_json(),
             }
     return found
