@@ -138,7 +138,7 @@ def test_first_loss_is_transformers_own_mean_over_labelled_tokens(make_config: M
     for row in order:
         encoded = prepared.train[row].encoded
         out = model(torch.tensor([encoded.ids]), labels=torch.tensor([encoded.labels]))
-        total += float(out.loss) * encoded.num_supervised
+        total += float(out.loss.detach()) * encoded.num_supervised
         count += encoded.num_supervised
     result = trainer.train()
     assert result.training_loss == pytest.approx(total / count, rel=1e-5)
@@ -348,6 +348,13 @@ def test_unreachable_wandb_server_falls_back_to_offline(
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["finished"] is True
     assert manifest["wandb"].startswith("offline")
+
+
+def test_paged_optimizer_on_the_cpu_is_a_warning(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(make_config(), "train.optimizer=paged_adamw_8bit")
+    assert "paged_adamw_8bit pages nothing on the CPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

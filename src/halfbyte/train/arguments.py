@@ -36,6 +36,10 @@ def trainer_arguments(run: Run, loaded: Loaded, *, num_rows: int, longest: int) 
         train.checkpointing == "auto"
         and needs_checkpointing(loaded.model.config, micro_tokens, dtype, device)
     )
+    if train.optimizer.startswith("paged") and device.type == "cpu":
+        print(
+            f"warning: train.optimizer {train.optimizer} pages nothing on the CPU; use adamw_torch_fused"
+        )
     warmup = 0.0 if train.scheduler == "constant" else train.warmup_frac
     return {
         "learning_rate": train.learning_rate,
