@@ -221,9 +221,7 @@ def _as_html(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(template).render(
         report=report,
-        interval=_interval,
         metrics=_scored(report),
-        signed=_signed,
         plots=[
             ("Score with interval", metric_bars(report)),
             ("Memory against quality", memory_against_quality(report)),
