@@ -47,14 +47,17 @@ NUM_FEWSHOT_POOL = 64
 
 @dataclass(frozen=True)
 class Session:
-    """An opened run folder; ``resume`` is the checkpoint to go on from."""
+    """An opened run folder.
+
+    ``resume`` is the checkpoint to go on from, ``earlier_s`` what the attempts before it have taken.
+    """
 
     folder: RunDir
     resume: Path | None
     finished: bool
     is_main: bool
     started: float
-    spent: dict[str, float]
+    earlier_s: float
 
     @property
     def resume_step(self) -> int:
@@ -72,9 +75,7 @@ def open_session(run: Run) -> Session:
     is_main = os.environ.get("RANK", "0") == "0"
     resume = None
     finished = False
-    spent = {"seconds": 0.0}
-    if folder.manifest.is_file():
-        spent["seconds"] = float(read_json(folder.manifest).get("seconds", 0.0))
+    earlier_s = 0.0
     if folder.config.is_file() and run.train.existing == "replace":
         if is_main:
             print(f"moved the earlier run to {move_aside(folder.path)}")
@@ -83,10 +84,12 @@ def open_session(run: Run) -> Session:
         finished = folder.is_finished()
         if resume or finished:
             _check_same(run, folder)
+        if resume and folder.manifest.is_file():
+            earlier_s = float(read_json(folder.manifest).get("seconds", 0.0))
     if is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_text(folder.config, run_as_yaml(run))
-    return Session(folder, resume, finished, is_main, time.time(), spent)
+    return Session(folder, resume, finished, is_main, time.time(), earlier_s)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -162,16 +165,11 @@ def write_manifest(
             "chat_template_sha256": renderer.template_sha256,
             "stop_ids": renderer.stop_ids,
             "bos_per_row": 1 if renderer.has_bos else 0,
-            "seconds": round(time.time() - session.started + _earlier(session, "seconds"), 1),
+            "seconds": round(time.time() - session.started + session.earlier_s, 1),
             **numbers,
             **provenance(),
         },
     )
-
-
-def _earlier(session: Session, key: str) -> float:
-    """What earlier attempts at a resumed run have spent."""
-    return session.spent.get(key, 0.0) if session.resume else 0.0
 
 
 def _check_same(run: Run, folder: RunDir) -> None:
