@@ -4,6 +4,7 @@
     ├── ConfigError   a config file, an override or the environment is wrong
     ├── DataError     a dataset, a row, a chat template or a split is wrong
     ├── ModelError    a model cannot be found, read, loaded or adapted as asked
+    ├── PlanError     what is asked for cannot be planned, or cannot fit
     └── RunError      a run folder lacks something, or a run cannot go on
 
 A script prints such an error without a traceback and exits with ``exit_code``.
@@ -40,17 +41,26 @@ class ModelError(UserError):
     """A model cannot be found, read, loaded or adapted as asked."""
 
 
+class PlanError(UserError):
+    """What is asked for cannot be planned, or cannot fit; no compute has been spent."""
+
+    exit_code = 2
+
+
 class RunError(UserError):
     """A run folder lacks something, or a run cannot go on."""
 
 
-def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; end with the message alone, and its exit code, on a UserError."""
+def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -> None:
+    """Run a script's ``main``; end with the message alone on a UserError.
+
+    The exit code is that of the error, unless the script has one of its own.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        raise SystemExit(exit_code or error.exit_code) from None
     except RuntimeError as error:
         # torch.OutOfMemoryError, without importing torch here.
         if type(error).__name__ != "OutOfMemoryError":

@@ -97,7 +97,7 @@ def _train_rules(run: Run, written: Written) -> list[Rule]:
     train = run.train
     return [
         (
-            train.batch_size % train.micro_batch_size != 0,
+            train.micro_batch_size != "auto" and train.batch_size % train.micro_batch_size != 0,
             "train.batch_size",
             f"is {train.batch_size}, no multiple of train.micro_batch_size {train.micro_batch_size}",
         ),
@@ -256,10 +256,10 @@ def environment_faults(run: Run, environ: Mapping[str, str]) -> list[str]:
             f"environment: ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps!r}; accumulation follows"
             " from train.batch_size and train.micro_batch_size: unset it"
         )
-    world = _world_size(environ, faults)
-    if world > 1 and run.train.batch_size % (run.train.micro_batch_size * world):
+    world, rows = _world_size(environ, faults), run.train.micro_batch_size
+    if world > 1 and run.train.batch_size % ((1 if rows == "auto" else rows) * world):
         faults.append(
-            f"environment: {world} processes of train.micro_batch_size {run.train.micro_batch_size} do"
+            f"environment: {world} processes of train.micro_batch_size {rows} do"
             f" not divide train.batch_size {run.train.batch_size}; change one of them"
         )
     for variable, what in (

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from halfbyte.config.checks import cross_faults, environment_faults, secret_faults
 from halfbyte.config.paths import resolve_paths
 from halfbyte.config.schema import Run
-from halfbyte.config.source import SECRET, KeyPath, Source, read_source
+from halfbyte.config.source import SECRET, KeyPath, Source, read_source, source_of
 from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
@@ -39,6 +39,20 @@ def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os
     if run.name is None:
         run = run.model_copy(update={"name": default_name(config, overrides)})
     return run
+
+
+def model_run(model: str, overrides: list[str]) -> Run:
+    """A config of defaults for a model that is named alone, for planning.
+
+    Raises:
+        ConfigError: as ``load_run``.
+    """
+    values = {
+        "model": {"name": model},
+        "data": {"train": "rows.jsonl"},
+        "train": {"learning_rate": 2e-4},
+    }
+    return _validate(source_of(values, model, overrides), environ=os.environ)
 
 
 def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:

@@ -163,10 +163,11 @@ class Train(Section):
         None, description="Stop after so many optimizer steps; takes the place of `epochs`."
     )
     batch_size: Positive = Field(16, description="Rows in one optimizer step, over all processes.")
-    micro_batch_size: Positive = Field(
-        4,
+    micro_batch_size: Literal["auto"] | Positive = Field(
+        "auto",
         description="Rows in one forward pass; `batch_size` must be a multiple of it times the number"
-        " of processes. Changes memory and speed, not the result.",
+        " of processes. `auto`: as many as the plan says will fit. Changes memory and speed, not the"
+        " result.",
     )
     optimizer: Optimizer = Field(
         "adamw_torch_fused", description="Optimizer, by its transformers name."
@@ -180,8 +181,12 @@ class Train(Section):
     )
     checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Recompute activations in the backward pass. `auto`: only if they would not fit"
-        " in the free memory otherwise.",
+        description="Recompute activations in the backward pass. `auto`: only if the plan says that they"
+        " would not fit otherwise.",
+    )
+    ignore_plan: bool = Field(
+        False,
+        description="Train even if the plan or the probe says that it cannot fit.",
     )
     log_steps: Positive = Field(5, description="Steps between two lines of metrics.")
     eval_steps: Count = Field(

@@ -74,6 +74,14 @@ def read_source(config: Path, overrides: list[str]) -> Source:
     return source
 
 
+def source_of(values: dict[str, Any], place: str, overrides: list[str]) -> Source:
+    """The source of values that no file holds, with overrides laid over them."""
+    source = Source(values, {(): place}, {(): Path.cwd()})
+    for override in overrides:
+        _lay_over(override, source)
+    return source
+
+
 def _no_such_config(config: Path) -> str:
     folder = config.parent
     found = sorted(str(path) for path in folder.glob("*.yaml")) if folder.is_dir() else []

@@ -202,7 +202,10 @@ def _check_placement(model: PeftModel, settings: Adapter) -> None:
     expected = 0
     for layer in layers.values():
         features_in, features_out = layer.in_features, layer.out_features
-        expected += settings.r * (int(features_in) + int(features_out))  # type: ignore[arg-type]
+        # PEFT gives every expert its own, of twice the rank where two matrices lie in one.
+        copies = int(getattr(layer, "num_experts", 1))
+        rank = settings.r if copies == 1 else int(layer.r["default"])  # type: ignore[index]
+        expected += copies * rank * (int(features_in) + int(features_out))  # type: ignore[arg-type]
         expected += int(features_out) if settings.dora else 0  # type: ignore[arg-type]
     found = sum(p.numel() for p in trainable_parameters(model).values())
     if not layers or found != expected:

@@ -24,14 +24,7 @@ class Kind:
 
 def weights_bytes(model: nn.Module) -> int:
     """Bytes of parameters, buffers and quantisation constants; shared storage counts once."""
-    seen: set[int] = set()
-    total = 0
-    for tensor in _tensors(model):
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in seen:
-            seen.add(pointer)
-            total += tensor.nbytes
-    return total
+    return sum(tensor.nbytes for tensor in stored_tensors(model))
 
 
 def constants_bytes(model: nn.Module) -> int:
@@ -61,6 +54,17 @@ def kinds(model: nn.Module) -> list[Kind]:
 def num_parameters(model: nn.Module) -> int:
     """Number of weights; a packed 4-bit byte holds two."""
     return sum(_count(p) for p in model.parameters())
+
+
+def stored_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, quantisation constants and buffers, each storage once; meta tensors too."""
+    seen: set[int] = set()
+    for tensor in _tensors(model):
+        # The storage's own address: its data's is 0 for every tensor without data.
+        storage = tensor.untyped_storage()._cdata
+        if storage not in seen:
+            seen.add(storage)
+            yield tensor
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

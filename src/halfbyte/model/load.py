@@ -92,25 +92,20 @@ def load_model(
     Raises:
         ModelError: the checkpoint is no causal language model, lacks weights, or cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     if compute is None:
         compute = choose_compute(precision if precision in DTYPES else compute_dtype)  # type: ignore[arg-type]
     config = load_config(base)
     _check_unquantised(config, base, precision)
-    text_config = config.get_text_config()
-    text_only = text_config is not config and type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class, text_config = language_part(config)
+    text_only = text_config is not config
     options: dict[str, Any] = {
         "dtype": compute.dtype,
         "attn_implementation": attention,
         "device_map": {"": compute.device},
-        "quantization_config": _quantisation(precision, compute.dtype, double_quant),
+        "quantization_config": quantisation(precision, compute.dtype, double_quant),
         "output_loading_info": True,
     }
-    model_class = AutoModelForCausalLM
     if text_only:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
         options |= {"config": text_config, "key_mapping": TEXT_KEYS}
     model = _from_pretrained(model_class, base, options, precision)
     if text_only and vision_modules(model):
@@ -138,7 +133,7 @@ def load_multimodal(
     options: dict[str, Any] = {
         "dtype": compute.dtype,
         "device_map": {"": compute.device},
-        "quantization_config": _quantisation(precision, compute.dtype, double_quant),
+        "quantization_config": quantisation(precision, compute.dtype, double_quant),
         "output_loading_info": True,
     }
     _check_unquantised(load_config(base), base, precision)
@@ -159,7 +154,19 @@ def vision_modules(model: torch.nn.Module) -> list[str]:
     ]
 
 
-def _quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) -> Any:
+def language_part(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
+    """Class and configuration of the language model alone; the configuration itself if it is one."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text_config = config.get_text_config()
+    if text_config is not config and type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)], text_config
+    return AutoModelForCausalLM, config
+
+
+def quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) -> Any:
+    """transformers' settings for bitsandbytes; None where weights stay as they are."""
     if precision in DTYPES:
         return None
     from transformers import BitsAndBytesConfig

@@ -39,6 +39,7 @@ class TokenLoss(torch.autograd.Function):
         head: torch.Tensor,
         labels: torch.Tensor,
         softcap: float | None,
+        starts: range,
     ) -> torch.Tensor:
         """Losses (N,) in nats, fp32.
 
@@ -48,13 +49,13 @@ class TokenLoss(torch.autograd.Function):
             head: (V, D) weight of the language-model head.
             labels: (N,) token ids.
             softcap: Gemma-2's cap: logits become cap·tanh(logits/cap).
+            starts: first row of each tile; the step is the rows of one.
         """
         needs_gradient = hidden.requires_grad
         gradient = torch.empty_like(hidden) if needs_gradient else None
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        rows = tile_rows(head.shape[0], hidden.device)
-        for start in range(0, len(labels), rows):
-            part = slice(start, start + rows)
+        for start in starts:
+            part = slice(start, start + starts.step)
             logits = (hidden[part].detach() @ head.T).float()
             capped = None
             if softcap is not None:
@@ -82,12 +83,12 @@ class TokenLoss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # In fp32: a factor such as 1/N or a loss scale must not be rounded to 16 bit, or overflow it.
         scaled = gradient.float() * grad[0].float()[:, None]
-        return scaled.to(gradient.dtype), None, None, None
+        return scaled.to(gradient.dtype), None, None, None, None
 
 
-def tile_rows(vocabulary: int, device: torch.device) -> int:
+def tile_rows(vocabulary: int, device_type: str) -> int:
     """Rows of fp32 logits in one tile."""
-    budget = TILE_BYTES_CUDA if device.type == "cuda" else TILE_BYTES_CPU
+    budget = TILE_BYTES_CUDA if device_type == "cuda" else TILE_BYTES_CPU
     return max(MIN_TILE_ROWS, budget // (4 * vocabulary))
 
 
@@ -122,11 +123,9 @@ def add_token_loss(model: PreTrainedModel) -> bool:
         mask = shifted != IGNORED
         if tiled:
             hidden = self.base_model(input_ids, use_cache=False).last_hidden_state
-            head = self.get_output_embeddings().weight
-            picked = hidden[:, :-1][mask].to(head.dtype)
-            # Outside autocast: the head's products stay in the dtype it is stored in.
-            with torch.autocast(hidden.device.type, enabled=False):
-                losses = TokenLoss.apply(picked, head, shifted[mask], softcap)  # type: ignore[no-untyped-call]
+            rows = tile_rows(self.get_output_embeddings().weight.shape[0], hidden.device.type)
+            picked, wanted = hidden[:, :-1][mask], shifted[mask]
+            losses = head_losses(self, picked, wanted, softcap, range(0, len(wanted), rows))
         else:
             logits = own_forward(self, input_ids, use_cache=False).logits[:, :-1][mask]
             losses = nn.functional.cross_entropy(logits.float(), shifted[mask], reduction="none")
@@ -135,6 +134,17 @@ def add_token_loss(model: PreTrainedModel) -> bool:
     # TRL has put a forward of its own on the instance; ours takes its place.
     model.forward = types.MethodType(forward, model)
     return tiled
+
+
+def head_losses(
+    model: Any, picked: torch.Tensor, labels: torch.Tensor, softcap: float | None, starts: range
+) -> torch.Tensor:
+    """Losses (N,) of the hidden states (N, D) that predict ``labels`` (N,)."""
+    head = model.get_output_embeddings().weight
+    # Outside autocast: the head's products stay in the dtype it is stored in.
+    with torch.autocast(picked.device.type, enabled=False):
+        losses: torch.Tensor = TokenLoss.apply(picked.to(head.dtype), head, labels, softcap, starts)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def pad_right(

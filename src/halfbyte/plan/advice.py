@@ -1,0 +1,221 @@
+"""Owns the verdict's other half: settings that fit, and what to change when none of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.config.schema import Run
+from halfbyte.plan.catalogue import known_models
+from halfbyte.plan.devices import DEVICES
+from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from halfbyte.plan.devices import Device
+
+SHORTEST = 128  # tokens; below that a row of data is hardly a row
+RANKS = (8, 4)
+SMALLER_BATCH = "same result, more and smaller passes"
+COSTS = {
+    "model.precision": "a base in {}",
+    "model.double_quant": "double quantisation",
+    "train.optimizer": "optimizer states in 8 bits",
+    "adapter.r": "rank {}",
+    "data.max_length": "rows of at most {} tokens (data.on_overlength says what becomes of longer ones)",
+}
+RECOMPUTE = "same result, each step computes its forward pass twice"
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings that fit, as overrides to paste, and what they cost."""
+
+    override: str
+    costs: str
+    plan: TrainPlan
+    margin_bytes: int
+
+
+def choose(planner: Planner, lengths: Lengths) -> TrainPlan:
+    """Resolve ``auto``: the largest micro-batch that fits, with recomputation only where needed.
+
+    Where nothing fits, the least hungry of the allowed settings.
+    """
+    train = planner.run.train
+    sizes = (
+        micro_batches(train.batch_size // planner.world)
+        if train.micro_batch_size == "auto"
+        else [train.micro_batch_size]
+    )
+    recompute = {"on": [True], "off": [False], "auto": [False, True]}[train.checkpointing]
+    if not planner.loads:
+        return planner.train(lengths, sizes[-1], checkpointing=recompute[-1])
+    plan = None
+    for checkpointing in recompute:
+        plan = _largest(planner, lengths, sizes, checkpointing)
+        if planner.fits(plan):
+            return plan
+    assert plan is not None
+    return plan
+
+
+def suggest(
+    run: Run, config: PretrainedConfig, device: Device, lengths: Lengths, planner: Planner
+) -> list[Suggestion]:
+    """Changes that make a run fit which does not, the gentlest first; none if nothing would help."""
+    sizes = micro_batches(run.train.batch_size // planner.world)
+    gentle = []
+    for checkpointing in (False, True) if planner.loads else ():
+        plan = _largest(planner, lengths, sizes, checkpointing)
+        if planner.fits(plan):
+            gentle.append(_suggestion(planner, plan, {}, ""))
+    if gentle:
+        return gentle
+    for step in _harder(run, lengths, device):
+        if _least(run, config, device, planner, lengths, step) is not None:
+            return [_without_needless(run, config, device, planner, lengths, step)]
+    return []
+
+
+def micro_batches(rows: int) -> list[int]:
+    """Sizes that divide the rows of a step, the largest first."""
+    return [size for size in range(rows, 0, -1) if rows % size == 0]
+
+
+def models_that_fit(device: Device, dtype: str) -> list[str]:
+    """Known models that a card can train in NF4, a row of 512 tokens at a time; the largest first."""
+    return [
+        f"{known.names[0]} ({known.parameters / 1e9:.1f} B)"
+        for known in reversed(known_models())
+        if known.training.get(dtype, device.usable_bytes + 1) <= device.usable_bytes
+    ]
+
+
+def cards_that_fit(run: Run, config: PretrainedConfig, lengths: Lengths) -> list[str]:
+    """Cards of the table that could train this in the least hungry settings, the smallest first."""
+    found = []
+    for largest in ("h200", "v100-32gb"):  # with bf16 and flash kernels, and without
+        same = [d for d in DEVICES.values() if d.has_bf16 == DEVICES[largest].has_bf16]
+        planner = Planner(run, config, DEVICES[largest])
+        plan = planner.train(lengths, 1, checkpointing=True)
+        need_bytes = plan.peak_bytes + plan.slack_bytes
+        found += [device for device in same if need_bytes <= device.usable_bytes]
+    return [device.name for device in sorted(found, key=lambda device: device.total_bytes)]
+
+
+def _largest(
+    planner: Planner, lengths: Lengths, sizes: list[int], checkpointing: bool
+) -> TrainPlan:
+    """The plan of the largest size that fits, else that of the smallest; bytes grow with the size."""
+    low, high = 0, len(sizes) - 1  # the largest is tried first: it is what most runs want
+    best = planner.train(lengths, sizes[0], checkpointing=checkpointing)
+    if planner.fits(best) or high == 0:
+        return best
+    low, best = 1, planner.train(lengths, sizes[high], checkpointing=checkpointing)
+    if not planner.fits(best):
+        return best
+    while low < high:
+        middle = (low + high) // 2
+        plan = planner.train(lengths, sizes[middle], checkpointing=checkpointing)
+        if planner.fits(plan):
+            best, high = plan, middle
+        else:
+            low = middle + 1
+    return best
+
+
+def _harder(run: Run, lengths: Lengths, device: Device) -> Iterator[dict[str, Any]]:
+    """Changes that alter the run, each with those before it."""
+    changes: dict[str, Any] = {}
+    if run.model.precision not in ("nf4", "fp4"):
+        changes["model.precision"] = "nf4"
+        yield dict(changes)
+    elif not run.model.double_quant:
+        changes["model.double_quant"] = True
+        yield dict(changes)
+    if "8bit" not in run.train.optimizer and run.train.optimizer not in ("adafactor", "sgd"):
+        eight = "paged_adamw_8bit" if device.kind == "cuda" else "adamw_8bit"
+        changes["train.optimizer"] = eight
+        yield dict(changes)
+    for rank in RANKS:
+        if rank < run.adapter.r:
+            changes["adapter.r"] = rank
+            yield dict(changes)
+    longest = lengths.rows[0][0]
+    while longest // 2 >= SHORTEST:
+        longest //= 2
+        changes["data.max_length"] = longest
+        yield dict(changes)
+
+
+def _least(
+    run: Run,
+    config: PretrainedConfig,
+    device: Device,
+    planner: Planner,
+    lengths: Lengths,
+    changes: dict[str, Any],
+) -> tuple[Planner, TrainPlan] | None:
+    """The plan with these changes, a row at a time and recomputing, if it fits."""
+    changed = _changed(run, changes)
+    same = (changed.model, changed.adapter) == (run.model, run.adapter)
+    other = Planner(changed, config, device, planner.step if same else None)
+    if not other.loads or sum(other.fixed_bytes().values()) > device.usable_bytes:
+        return None
+    longest = changes.get("data.max_length", lengths.rows[0][0])
+    plan = other.train(lengths.at_most(longest), 1, checkpointing=True)
+    return (other, plan) if other.fits(plan) else None
+
+
+def _without_needless(
+    run: Run,
+    config: PretrainedConfig,
+    device: Device,
+    planner: Planner,
+    lengths: Lengths,
+    changes: dict[str, Any],
+) -> Suggestion:
+    """Take back each change that the others make needless, then grow the micro-batch again."""
+    for key in list(changes):
+        fewer = {other: value for other, value in changes.items() if other != key}
+        if _least(run, config, device, planner, lengths, fewer) is not None:
+            changes = fewer
+    found = _least(run, config, device, planner, lengths, changes)
+    assert found is not None
+    longest = changes.get("data.max_length", lengths.rows[0][0])
+    sizes = micro_batches(run.train.batch_size // planner.world)
+    plan = _largest(found[0], lengths.at_most(longest), sizes, checkpointing=True)
+    costs = ", ".join(COSTS[key].format(value) for key, value in changes.items())
+    return _suggestion(found[0], plan, changes, costs)
+
+
+def _changed(run: Run, changes: dict[str, Any]) -> Run:
+    for dotted, value in changes.items():
+        section, key = dotted.split(".")
+        part = getattr(run, section).model_copy(update={key: value})
+        run = run.model_copy(update={section: part})
+    return run
+
+
+def _suggestion(
+    planner: Planner, plan: TrainPlan, changes: dict[str, Any], costs: str
+) -> Suggestion:
+    words = [costs] if costs else []
+    words.append(RECOMPUTE if plan.checkpointing else SMALLER_BATCH)
+    return Suggestion(
+        override_line(plan, changes), "; ".join(words), plan, planner.margin_bytes(plan)
+    )
+
+
+def override_line(plan: TrainPlan, changes: dict[str, Any] | None = None) -> str:
+    """The settings of a plan as overrides to paste."""
+    parts = [
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in (changes or {}).items()
+    ]
+    parts.append(f"train.micro_batch_size={plan.micro_batch_size}")
+    parts.append(f"train.checkpointing={'on' if plan.checkpointing else 'off'}")
+    return " ".join(parts)

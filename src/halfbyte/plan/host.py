@@ -1,0 +1,171 @@
+"""Owns what the computer says of itself: its RAM and the limit on it, its CPU, disk and driver."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+GIB_BYTES = 1 << 30
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+CPU_FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")  # what makes bf16 and int8 quick
+DRIVER_TIMEOUT_S = 5
+
+
+def ram_bytes() -> tuple[int, int]:
+    """RAM in all and RAM available, both within the limit that a container or a job sets."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit = own_limit()
+    if limit is None or limit[0] >= memory.total:
+        return memory.total, memory.available
+    total, used = limit
+    return total, max(0, min(memory.available, total - used))
+
+
+def own_limit() -> tuple[int, int] | None:
+    """The limit of this process's control group in bytes, and what is used of it, if there is one."""
+    return attempt(lambda: cgroup_limit(CGROUP_ROOT, _read(Path("/proc/self/cgroup")) or ""))
+
+
+def cgroup_limit(root: Path, membership: str) -> tuple[int, int] | None:
+    """The narrowest memory limit above a process, and what is used of it.
+
+    Args:
+        root: The folder of the control groups, of version 1 or 2.
+        membership: The text of ``/proc/<pid>/cgroup``. In a container its paths may lead nowhere;
+            the root is the container's own group then.
+    """
+    groups: list[Path] = []
+    for line in membership.splitlines() or ["0::/"]:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            base = root / "memory" if controllers else root
+            own = base / path.strip("/")
+            groups += [own, *(parent for parent in own.parents if parent.is_relative_to(base))]
+    found = [limit for group in groups if (limit := _group_limit(group))]
+    # Of equal limits the outer one is nearer: others are in it too.
+    return min(found, key=lambda limit: (limit[0], -limit[1]), default=None)
+
+
+def _group_limit(group: Path) -> tuple[int, int] | None:
+    """Limit and use of one group; use without the file cache, which gives way when it must."""
+    for limit_file, used_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = _read(group / limit_file)
+        if limit is None or not limit.isdigit():  # "max": no limit here
+            continue
+        stat = dict(line.split() for line in (_read(group / "memory.stat") or "").splitlines())
+        used = int(_read(group / used_file) or 0) - int(stat.get(cache, 0))
+        return int(limit), max(0, used)
+    return None
+
+
+def cpu_model() -> str | None:
+    """The name that the CPU gives itself."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine() or None
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver."""
+    if tool := shutil.which("nvidia-smi"):
+        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        result = attempt(
+            lambda: subprocess.run(
+                query, capture_output=True, text=True, timeout=DRIVER_TIMEOUT_S, check=True
+            )
+        )
+        if result and result.stdout.strip():
+            return result.stdout.splitlines()[0].strip()
+    # NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar 5 ...
+    words = (_read(Path("/proc/driver/nvidia/version")) or "").split()
+    return next((word for word in words if word[0].isdigit() and "." in word), None)
+
+
+def host_facts() -> tuple[str, ...]:
+    """A line for each thing that could be found out about the CPU, the RAM and the disk."""
+    found = (attempt(fact) for fact in (_cpu, _vector_units, _cores, _ram, _limit, _disk))
+    return tuple(line for line in found if line)
+
+
+def gib(num_bytes: int) -> str:
+    """``14.6 GiB``."""
+    return f"{num_bytes / GIB_BYTES:.1f} GiB"
+
+
+def attempt(read: Callable[[], T | None]) -> T | None:
+    """What ``read`` finds, or None where this system does not tell."""
+    try:
+        return read()
+    except Exception:  # systems fail in many ways, and no fact is worth a crash
+        return None
+
+
+def _cpu() -> str | None:
+    model = cpu_model()
+    return f"CPU: {model}" if model else None
+
+
+def _vector_units() -> str:
+    import torch
+
+    known = _cpuinfo().get("flags", "").split()
+    return ", ".join(
+        [
+            f"vector units: {torch.backends.cpu.get_cpu_capability()}",
+            *(flag for flag in CPU_FLAGS if flag in known),
+        ]
+    )
+
+
+def _cores() -> str:
+    import psutil
+
+    logical, physical = psutil.cpu_count(), psutil.cpu_count(logical=False)
+    counts = [f"{physical} physical"] if physical else []
+    counts += [f"{logical} logical"] if logical else []
+    if hasattr(os, "sched_getaffinity"):
+        counts.append(f"{len(os.sched_getaffinity(0))} for this process")
+    return f"cores: {', '.join(counts)}"
+
+
+def _ram() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f"RAM: {gib(memory.total)}, {gib(memory.available)} available"
+
+
+def _limit() -> str | None:
+    import psutil
+
+    limit = own_limit()
+    if limit is None or limit[0] >= psutil.virtual_memory().total:
+        return None
+    return f"memory limit of the control group: {gib(limit[0])}, {gib(limit[1])} in use"
+
+
+def _disk() -> str:
+    return f"disk: {gib(shutil.disk_usage(Path.cwd()).free)} free in the working directory"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entries, where the system has such a file."""
+    first = (_read(Path("/proc/cpuinfo")) or "").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None

@@ -1,0 +1,133 @@
+"""Owns counting live tensor bytes: exactly, operation by operation, on tensors that hold no data."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEQUANTISED = "dequantised"
+
+
+@dataclass
+class Peak:
+    """The largest sum of live bytes in one phase, and what it was made of."""
+
+    total_bytes: int = 0
+    terms: Counter[str] = field(default_factory=Counter)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages of all tensors born inside, from birth to death.
+
+    A storage is counted under the ``term`` that holds when it is born; ``peaks`` keeps, for each
+    ``phase``, the moment with the most live bytes. Tensors given to ``ignore`` (weights, optimizer
+    states) are counted elsewhere. Works on fake tensors, which have sizes but no memory, so that a
+    step of any model is counted in a second.
+
+    Questions about values, which such tensors cannot answer, are answered with 1: models ask
+    whether rows are unpadded and unpacked, and ours are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = self.term = ""
+        self.peaks: dict[str, Peak] = {}
+        self.now: Counter[str] = Counter()
+        self.total_bytes = self.kept_bytes = 0
+        self._ignored: set[int] = set()
+        self._kept: list[Any] = []
+        self._alive: dict[int, list[Any]] = {}
+
+    def enter(self, phase: str, term: str) -> None:
+        """What happens from now on belongs to ``phase``; what is born, to ``term``."""
+        self.phase, self.term = phase, term
+        self.peaks.setdefault(phase, Peak())
+        self._mark()
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Never count this tensor's storage."""
+        storage = tensor.untyped_storage()
+        self._kept.append(storage)  # an address counts only as long as it is taken
+        self._ignored.add(storage._cdata)
+
+    def move(self, tensor: torch.Tensor, term: str) -> None:
+        """Count this tensor's storage under another term from now on."""
+        entry = self._alive.get(tensor.untyped_storage()._cdata)
+        if entry is not None:
+            self.now[entry[1]] -= entry[0]
+            self.now[term] += entry[0]
+            entry[1] = term
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        if func is torch.ops.aten._grouped_mm.default:
+            # Its shape rule accepts bf16 alone, its kernels other dtypes too (torch 2.13).
+            out = args[0].new_empty(_grouped_shape(*args[:3]))
+        else:
+            out = func(*args, **options)
+        term, inside_bytes = self.term, 0
+        name = func.name()
+        if name == "bitsandbytes::dequantize_4bit":
+            term = DEQUANTISED
+        elif name == "bitsandbytes::gemm_4bit":
+            inside_bytes = _gemm_inside_bytes(args, options)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._born(tensor, term)
+        if inside_bytes:
+            self._mark(inside_bytes)
+        return out
+
+    def _born(self, tensor: torch.Tensor, term: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or key in self._ignored:
+            return
+        size = storage.nbytes()
+        died = functools.partial(self._died, key)
+        self._alive[key] = [size, term, weakref.ref(storage, died)]
+        self.now[term] += size
+        self.total_bytes += size
+        self._mark()
+
+    def _died(self, key: int, _: Any) -> None:
+        size, term, _ = self._alive.pop(key)
+        self.now[term] -= size
+        self.total_bytes -= size
+
+    def _mark(self, inside_bytes: int = 0) -> None:
+        peak = self.peaks[self.phase]
+        if self.total_bytes + inside_bytes > peak.total_bytes:
+            peak.total_bytes = self.total_bytes + inside_bytes
+            peak.terms = Counter(self.now)
+            if inside_bytes:
+                peak.terms[DEQUANTISED] += inside_bytes
+
+
+def _gemm_inside_bytes(args: Any, options: dict[str, Any]) -> int:
+    """Bytes that bitsandbytes 0.50 takes inside a 4-bit product: the weight, and its block maxima."""
+    num_weights = args[2][0] * args[2][1]
+    inside = num_weights * args[0].element_size()
+    if options.get("absmax_8bit") is not None:
+        inside += 4 * options["absmax_8bit"].numel()
+    return int(inside)
+
+
+def _grouped_shape(a: torch.Tensor, b: torch.Tensor, groups: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a grouped product: groups of rows with one matrix each, or of columns summed over."""
+    if a.ndim == 2 and b.ndim == 2:
+        return (groups.numel(), a.shape[0], b.shape[1])
+    if a.ndim == 3 and b.ndim == 2:
+        return (a.shape[1], b.shape[1])
+    return (*a.shape[:-1], b.shape[-1])

@@ -1,0 +1,260 @@
+"""Owns the sum: what training takes on a device, each term by name, the peak and when it comes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfbyte.config.schema import Optimizer, Run
+from halfbyte.errors import PlanError
+from halfbyte.model.precision import DTYPES, NAMES, choose_compute
+from halfbyte.plan.devices import Device
+from halfbyte.plan.live import DEQUANTISED
+from halfbyte.plan.skeleton import build
+from halfbyte.plan.step import ACTIVATIONS, GRADIENTS, LOGITS, WORKING, Shape, Step
+from halfbyte.plan.weights import Stored, load_bytes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SLACK_FRAC = 0.10  # reserved beyond allocated in public out-of-memory messages: 1 to 10 %
+OPTIMIZER_STEP = "optimizer step"
+SMALL_STATE = 4096  # bitsandbytes keeps the state of smaller parameters in fp32
+STATE_BLOCK = 256  # and has one fp32 maximum for each so many 8-bit states
+FIXED = ("weights", "constants", "adapter", "optimizer", "workspace")
+MOVING = (GRADIENTS, ACTIVATIONS, LOGITS, DEQUANTISED, WORKING)
+# States for each trainable weight, and whether they take 8 bits.
+STATES: dict[Optimizer, tuple[int, bool]] = {
+    "adamw_torch": (2, False),
+    "adamw_torch_fused": (2, False),
+    "paged_adamw_32bit": (2, False),
+    "adamw_8bit": (2, True),
+    "paged_adamw_8bit": (2, True),
+    "ademamix_8bit": (3, True),
+    "lion_8bit": (1, True),
+    "paged_lion_8bit": (1, True),
+    "sgd": (0, False),
+}
+NUM_MAPS = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "ademamix_8bit": 2}
+MAP_BYTES = 4 * 256
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The longest rows: tokens and labelled tokens of each, the longest first.
+
+    A micro-batch never takes more than that of the longest rows together.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def all_of(cls, length: int, num_rows: int) -> Lengths:
+        """As long as allowed and labelled throughout: where the data is not known."""
+        return cls(tuple((length, length - 1) for _ in range(num_rows)))
+
+    def at_most(self, length: int) -> Lengths:
+        """The same rows, none of them longer than this."""
+        return Lengths(tuple((min(tokens, length), min(n, length - 1)) for tokens, n in self.rows))
+
+    def shape(self, num_rows: int, *, checkpointing: bool, accumulates: bool) -> Shape:
+        """The largest micro-batch of so many rows."""
+        rows = self.rows[:num_rows]
+        # Fewer rows than a micro-batch has: then one never has more.
+        return Shape(
+            len(rows), rows[0][0], max(1, sum(n for _, n in rows)), checkpointing, accumulates
+        )
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What training takes on a device.
+
+    Attributes:
+        terms: bytes at the peak, by name; their sum is ``peak_bytes``.
+        largest: the most that each term comes to in any phase.
+        when: the phase of the step in which the peak comes.
+        phases: the most bytes of each phase.
+        peak_bytes: of all tensors; on CUDA what ``max_memory_allocated`` counts.
+        paged_bytes: optimizer states that may move to the host's memory, in no other figure.
+        context_bytes: what the process takes beside tensors.
+        slack_bytes: what an allocator may hold beyond what is asked of it.
+        needed_bytes: peak, context and slack.
+    """
+
+    micro_batch_size: int
+    accumulation: int
+    length: int
+    num_labels: int
+    checkpointing: bool
+    compute_dtype: str
+    num_trainable: int
+    terms: dict[str, int]
+    largest: dict[str, int]
+    when: str
+    phases: dict[str, int]
+    paged_bytes: int
+    context_bytes: int
+    slack_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of tensors that live at once."""
+        return sum(self.terms.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the device must have."""
+        return self.peak_bytes + self.context_bytes + self.slack_bytes
+
+
+class Planner:
+    """Plans one run's model on one device at any micro-batch; models are built once.
+
+    Args:
+        run: the config.
+        config: the model's configuration.
+        device: where it shall run.
+        step: that of another plan of the same model, precision, adapter and device.
+
+    Raises:
+        ModelError: no model can be built, or its step cannot be traced.
+        PlanError: the device cannot compute in the dtype that the config asks for.
+    """
+
+    def __init__(
+        self, run: Run, config: PretrainedConfig, device: Device, step: Step | None = None
+    ) -> None:
+        self.run, self.config, self.device = run, config, device
+        self.dtype = compute_dtype(run, device)
+        whole = build(config, self.dtype, text_only=True)
+        model = run.model
+        self.stored: Stored = load_bytes(whole, model.precision, model.double_quant, self.dtype)
+        self._given = step
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+
+    @functools.cached_property
+    def step(self) -> Step:
+        """The traced step, made when it is first asked for."""
+        return self._given or Step(
+            self.config,
+            self.run.model,
+            self.run.adapter,
+            self.dtype,
+            self.device.kind,
+            flash=self.device.has_flash,
+        )
+
+    @property
+    def loads(self) -> bool:
+        """Whether there is room for the weights alone."""
+        return self.stored.true_bytes <= self.device.usable_bytes
+
+    def train(self, lengths: Lengths, micro_batch_size: int, *, checkpointing: bool) -> TrainPlan:
+        """What training takes with so many rows in a micro-batch."""
+        accumulation = max(1, self.run.train.batch_size // (micro_batch_size * self.world))
+        shape = lengths.shape(
+            micro_batch_size, checkpointing=checkpointing, accumulates=accumulation > 1
+        )
+        fixed, paged_bytes = self.fixed_bytes(), self.paged_bytes()
+        moving = {phase: dict(peak.terms) for phase, peak in self.step.peaks(shape).items()}
+        moving[OPTIMIZER_STEP] = self._optimizer_step()
+        phases = {phase: sum(terms.values()) for phase, terms in moving.items()}
+        when = max(phases, key=lambda phase: phases[phase])
+        terms = {name: moving[when].get(name, 0) for name in MOVING}
+        largest = {name: max(part.get(name, 0) for part in moving.values()) for name in MOVING}
+        total = sum(fixed.values())
+        return TrainPlan(
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            length=shape.length,
+            num_labels=shape.num_labels,
+            checkpointing=checkpointing,
+            compute_dtype=NAMES[self.dtype],
+            num_trainable=self.step.num_trainable,
+            terms=fixed | terms,
+            largest=fixed | largest,
+            when=when,
+            phases={phase: total + size for phase, size in phases.items()},
+            paged_bytes=paged_bytes,
+            context_bytes=self.device.context_bytes,
+            slack_bytes=int(SLACK_FRAC * phases[when]),
+        )
+
+    def fits(self, plan: TrainPlan) -> bool:
+        """Whether there is room for it on the device, beside what is in use there."""
+        return self.margin_bytes(plan) >= 0
+
+    def margin_bytes(self, plan: TrainPlan) -> int:
+        """Bytes left over; negative where it does not fit."""
+        return self.device.total_bytes - self.device.in_use_bytes - plan.needed_bytes
+
+    def fixed_bytes(self) -> dict[str, int]:
+        """Bytes that are there all the time, by name."""
+        sizes = (
+            self.stored.reported_bytes,
+            self.stored.constants_bytes,
+            4 * self.step.num_trainable,
+            self._states_bytes() - self.paged_bytes(),
+            self.device.workspace_bytes,
+        )
+        return dict(zip(FIXED, sizes, strict=True))
+
+    def paged_bytes(self) -> int:
+        """Optimizer states that CUDA's unified memory may move to the host."""
+        pages = self.run.train.optimizer.startswith("paged") and self.device.kind == "cuda"
+        return self._states_bytes() if pages else 0
+
+    def _states_bytes(self) -> int:
+        name = self.run.train.optimizer
+        states = self.step.over_trainable(lambda p: state_bytes(name, tuple(p.shape)))
+        if STATES.get(name, (0, False))[1]:
+            states += MAP_BYTES * NUM_MAPS.get(name, 1)
+        return states
+
+    def _optimizer_step(self) -> dict[str, int]:
+        gradients = 4 * self.step.num_trainable
+        # torch's multi-tensor AdamW holds a denominator for every weight; the fused one none.
+        listed = self.run.train.optimizer == "adamw_torch" and self.device.kind == "cuda"
+        return {GRADIENTS: gradients, WORKING: gradients if listed else 0}
+
+
+def state_bytes(optimizer: Optimizer, shape: tuple[int, ...]) -> int:
+    """Bytes of an optimizer's states for one trainable matrix, as torch and bitsandbytes 0.50 make them.
+
+    fp32 states take 4 bytes a weight, 8-bit ones 1 and 4 more for each block of 256 (arXiv 2110.02861
+    §2); a matrix of fewer than 4,096 weights keeps fp32. Adafactor keeps a row and a column.
+    """
+    count = math.prod(shape)
+    if optimizer == "adafactor":
+        return 4 * (sum(shape) if len(shape) > 1 else count) + 8  # and two numbers: step and RMS
+    num_states, small = STATES[optimizer]
+    if small and count >= SMALL_STATE:
+        return num_states * (count + 4 * -(-count // STATE_BLOCK))
+    step = 4 if optimizer in ("adamw_torch", "adamw_torch_fused") else 0
+    return num_states * 4 * count + step
+
+
+def compute_dtype(run: Run, device: Device) -> torch.dtype:
+    """The dtype of the matrix products of this run on this device, as ``choose_compute`` has it.
+
+    Raises:
+        PlanError: bf16 on a card that only emulates it.
+    """
+    precision = run.model.precision
+    wanted = precision if precision in DTYPES else run.model.compute_dtype
+    if device.kind == "cpu":
+        return choose_compute(wanted, torch.device("cpu")).dtype  # type: ignore[arg-type]
+    if wanted == "bf16" and not device.has_bf16:
+        raise PlanError(
+            f"{device.title} only emulates bf16 (compute capability 8.0 is needed); set"
+            " model.compute_dtype to auto, fp32 or fp16, and model.precision to a quantised one"
+        )
+    if wanted != "auto":
+        return DTYPES[wanted]
+    return torch.bfloat16 if device.has_bf16 else torch.float32

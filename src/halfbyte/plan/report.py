@@ -1,0 +1,317 @@
+"""Owns what a plan says: one JSON object for programs, tables for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.config.schema import Run
+from halfbyte.plan.advice import (
+    Suggestion,
+    cards_that_fit,
+    choose,
+    models_that_fit,
+    override_line,
+    suggest,
+)
+from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+from halfbyte.plan.weights import Load, load_plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from halfbyte.plan.devices import Device
+
+CONTEXTS = (1024, 4096, 16384)
+BATCHES = (1, 8)
+# What each term is, in words; docs/memory.md has the sources.
+TERMS = {
+    "weights": "packed linear layers, 4 bits a weight, and the rest in the compute dtype",
+    "constants": "a maximum for each 64 weights, in 8 bits and quantised again",
+    "adapter": "4 bytes for each trainable weight: r·(in + out) a layer",
+    "optimizer": "states of the optimizer for each trainable weight",
+    "workspace": "cuBLAS, one block for each of two threads",
+    "gradients": "4 bytes for each trainable weight that has one by then",
+    "activations": "what the forward pass keeps for the backward pass",
+    "logits": "loss head: labelled positions and one tile of logits",
+    "dequantised": "one layer's weight, unpacked for its product",
+    "working_set": "temporaries of the layer at work, recomputed ones too",
+    "context": "the process beside its tensors",
+    "slack": "what an allocator holds beyond what is asked of it",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a plan knows."""
+
+    target: str
+    origin: str
+    run: Run
+    device: Device
+    planner: Planner
+    load: Load
+    load_text: Load | None
+    train: TrainPlan
+    suggestions: list[Suggestion]
+    cards: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether training fits on the device."""
+        return self.planner.fits(self.train)
+
+
+def make_plan(
+    run: Run, config: PretrainedConfig, origin: str, device: Device, lengths: Lengths
+) -> Plan:
+    """Plan a run on a device.
+
+    Raises:
+        ModelError: no model can be built from the configuration, or its step cannot be traced.
+        PlanError: the device cannot compute in the dtype asked for.
+    """
+    multimodal = config.get_text_config() is not config
+    planner = Planner(run, config, device)
+    train = choose(planner, lengths)
+    suggestions = [] if planner.fits(train) else suggest(run, config, device, lengths, planner)
+    lost = not planner.fits(train) and not suggestions
+    return Plan(
+        target=run.model.name,
+        origin=origin,
+        run=run,
+        device=device,
+        planner=planner,
+        load=load_plan(config, text_only=False),
+        load_text=load_plan(config, text_only=True) if multimodal else None,
+        train=train,
+        suggestions=suggestions,
+        cards=cards_that_fit(run, config, lengths) if lost else [],
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values; every size is in bytes."""
+    train, device = plan.train, plan.device
+    return {
+        "target": plan.target,
+        "origin": plan.origin,
+        "load": _load_json(plan.load),
+        "load_text": _load_json(plan.load_text) if plan.load_text else None,
+        "train": {
+            **{f"{name}_bytes": size for name, size in train.terms.items()},
+            "largest": train.largest,
+            "peak_bytes": train.peak_bytes,
+            "when": train.when,
+            "phases": train.phases,
+            "paged_bytes": train.paged_bytes,
+            "context_bytes": train.context_bytes,
+            "slack_bytes": train.slack_bytes,
+            "needed_bytes": train.needed_bytes,
+            "num_trainable": train.num_trainable,
+            "layers": _layers(plan),
+            "settings": _settings(plan),
+        },
+        "infer": _infer(plan),
+        "device": {
+            "name": device.name,
+            "title": device.title,
+            "kind": device.kind,
+            "compute_dtype": train.compute_dtype,
+            "total_bytes": device.total_bytes,
+            "in_use_bytes": device.in_use_bytes,
+            "needed_bytes": train.needed_bytes,
+            "margin_bytes": plan.planner.margin_bytes(train),
+            "fits": plan.fits,
+            "facts": list(device.facts),
+            "cards_that_fit": plan.cards,
+            "models_that_fit": models_that_fit(device, train.compute_dtype),
+        },
+        "suggestions": [
+            {
+                "override": suggestion.override,
+                "costs": suggestion.costs,
+                "peak_bytes": suggestion.plan.peak_bytes,
+                "needed_bytes": suggestion.plan.needed_bytes,
+                "margin_bytes": suggestion.margin_bytes,
+            }
+            for suggestion in plan.suggestions
+        ],
+    }
+
+
+def _load_json(load: Load) -> dict[str, Any]:
+    return {
+        "model_class": load.model_class,
+        "num_parameters": load.num_parameters,
+        "num_packed": load.num_packed,
+        **{
+            name: {
+                "reported_bytes": stored.reported_bytes,
+                "true_bytes": stored.true_bytes,
+                "constants_bytes": stored.constants_bytes,
+                "buffers_bytes": stored.buffers_bytes,
+            }
+            for name, stored in load.stored.items()
+        },
+        "files": load.files,
+        "no_files": load.no_files,
+        "unpacked": [asdict(left) for left in load.left],
+    }
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    train, run = plan.train, plan.run
+    return {
+        "precision": run.model.precision,
+        "compute_dtype": train.compute_dtype,
+        "batch_size": run.train.batch_size,
+        "micro_batch_size": train.micro_batch_size,
+        "accumulation": train.accumulation,
+        "length": train.length,
+        "num_labels": train.num_labels,
+        "checkpointing": train.checkpointing,
+        "optimizer": run.train.optimizer,
+        "r": run.adapter.r,
+        "override": override_line(train),
+    }
+
+
+def _layers(plan: Plan) -> list[dict[str, Any]]:
+    train = plan.train
+    lengths = Lengths.all_of(train.length, train.micro_batch_size)
+    shape = lengths.shape(
+        train.micro_batch_size, checkpointing=train.checkpointing, accumulates=False
+    )
+    tokens = train.micro_batch_size * train.length
+    return [
+        {"kind": kind, "count": count, "kept_bytes": kept, "kept_bytes_per_token": kept / tokens}
+        for kind, count, kept in plan.planner.step.kept_per_layer(shape)
+    ]
+
+
+def _infer(plan: Plan) -> list[dict[str, Any]]:
+    """Weights, keys and values, and the prefill's temporaries, by context and batch."""
+    stored = plan.planner.stored
+    longest = getattr(plan.planner.config.get_text_config(), "max_position_embeddings", None)
+    rows = []
+    for context in [context for context in CONTEXTS if context <= (longest or context)]:
+        cache_bytes, prefill_bytes = plan.planner.step.cache(context)
+        rows += [
+            {
+                "context": context,
+                "batch": batch,
+                "kv_bytes": batch * cache_bytes,
+                "prefill_bytes": batch * prefill_bytes,
+                "total_bytes": stored.true_bytes + batch * (cache_bytes + prefill_bytes),
+            }
+            for batch in BATCHES
+        ]
+    return rows
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as tables for a terminal, from ``as_json``'s object."""
+    load = report["load"]
+    parts = [
+        f"{report['target']}: {load['model_class']}, {load['num_parameters']:,} parameters"
+        f" ({report['origin']})",
+        _load_table("TO LOAD, GB", load),
+    ]
+    if report["load_text"]:
+        text = report["load_text"]
+        parts.append(
+            _load_table(
+                f"its language model alone ({text['num_parameters']:,}), which is what trains", text
+            )
+        )
+    parts += [_train_table(report), _infer_table(report), _verdict(report)]
+    return "\n\n".join(parts)
+
+
+def _load_table(title: str, load: dict[str, Any]) -> str:
+    lines = [f"{title:<52}{'reported':>10}{'true':>10}"]
+    words = {"nf4": "nf4, double quantisation", "nf4_single": "nf4, without it"}
+    for name, stored in load.items():
+        if isinstance(stored, dict) and "true_bytes" in stored:
+            lines.append(
+                f"  {words.get(name, name):<50}{_gb(stored['reported_bytes'])}"
+                f"{_gb(stored['true_bytes'])}"
+            )
+    for name, size in load["files"].items():
+        if name in ("awq", "gguf_f16", "gguf_q8_0", "gguf_q4_k_m"):
+            lines.append(f"  {name.replace('gguf_', 'GGUF '):<50}{'':>10}{_gb(size)}")
+    left = [
+        f"  {entry['what']}: {entry['num_parameters']:,} ({entry['why']})"
+        for entry in load["unpacked"]
+    ]
+    return "\n".join([*lines, "left unquantised by int8, nf4 and fp4:", *left])
+
+
+def _train_table(report: dict[str, Any]) -> str:
+    train, settings = report["train"], report["train"]["settings"]
+    lines = [
+        f"TO TRAIN in {settings['precision']}, computing in {settings['compute_dtype']}, with"
+        f" {settings['micro_batch_size']} × {settings['length']} tokens"
+        f" × {settings['accumulation']} accumulated, checkpointing"
+        f" {'on' if settings['checkpointing'] else 'off'}, {settings['optimizer']}, r={settings['r']}"
+    ]
+    lines.append(f"  {'GB':<14}{'at the peak':>12}{'at most':>10}")
+    for name, words in TERMS.items():
+        size = train[f"{name}_bytes"]
+        most = train["largest"].get(name, size)
+        if name == "context":
+            lines.append(
+                f"  {'tensors':<14}{_gb(train['peak_bytes']):>12}{'':>12}peak: {train['when']}"
+            )
+        if most:
+            lines.append(f"  {name.replace('_', ' '):<14}{_gb(size):>12}{_gb(most)}  {words}")
+    lines.append(f"  {'needed':<14}{_gb(train['needed_bytes']):>12}")
+    if train["paged_bytes"]:
+        lines.append(f"  (and {train['paged_bytes'] / 1e9:.2f} GB of optimizer states, paged)")
+    for layer in train["layers"]:
+        lines.append(
+            f"  each of {layer['count']} {layer['kind']} layers keeps"
+            f" {layer['kept_bytes'] / 1e6:.1f} MB, {layer['kept_bytes_per_token'] / 1e3:.1f} kB a token"
+        )
+    return "\n".join(lines)
+
+
+def _infer_table(report: dict[str, Any]) -> str:
+    lines = [f"TO INFER, GB{'context':>12}{'batch':>8}{'KV cache':>10}{'prefill':>10}{'total':>10}"]
+    lines += [
+        f"{'':>12}{row['context']:>12,}{row['batch']:>8}{_gb(row['kv_bytes'])}"
+        f"{_gb(row['prefill_bytes'])}{_gb(row['total_bytes'])}"
+        for row in report["infer"]
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    device = report["device"]
+    lines = [f"ON {device['title']}: {_gb(device['total_bytes']).strip()} GB"]
+    lines += [f"  {fact}" for fact in device["facts"]]
+    if device["in_use_bytes"]:
+        lines.append(f"  in use by others {_gb(device['in_use_bytes']).strip()} GB")
+    margin = device["margin_bytes"]
+    if device["fits"]:
+        lines.append(f"FITS, with {_gb(margin).strip()} GB to spare")
+        lines.append(f"  {report['train']['settings']['override']}")
+        return "\n".join(lines)
+    lines.append(f"DOES NOT FIT: {_gb(-margin).strip()} GB too large")
+    for suggestion in report["suggestions"]:
+        lines.append(f"  {suggestion['override']}")
+        lines.append(
+            f"    needs {_gb(suggestion['needed_bytes']).strip()} GB; {suggestion['costs']}"
+        )
+    if not report["suggestions"]:
+        fitting = ", ".join(device["models_that_fit"][:5]) or "none of the known models"
+        lines.append("  no setting makes it fit")
+        lines.append(f"  models that this device trains in 4 bits: {fitting}")
+        cards = ", ".join(device["cards_that_fit"]) or "none of the table"
+        lines.append(f"  cards that train it, a row at a time and recomputing: {cards}")
+    return "\n".join(lines)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:>10.3f}"

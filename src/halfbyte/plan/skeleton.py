@@ -1,0 +1,215 @@
+"""Owns models without weights: built on the meta device, quantised in shape, cut to one layer of a kind."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from halfbyte.config.schema import Precision
+from halfbyte.errors import ModelError
+from halfbyte.model.load import language_part, quantisation
+from halfbyte.model.precision import DTYPES
+from halfbyte.model.quantised import Packing, pack_shapes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MAX_KINDS = 6  # a model of more kinds of layers is traced whole
+EXPERTS = "experts are one block for all, and bitsandbytes packs linear layers alone"
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """Weights that quantisation leaves as they are, and why."""
+
+    what: str
+    num_parameters: int
+    why: str
+
+
+def build(
+    config: PretrainedConfig, dtype: torch.dtype, *, text_only: bool, attention: str | None = None
+) -> PreTrainedModel:
+    """The model of a configuration on the meta device, in shapes and dtypes alone.
+
+    ``text_only``: its language model, as halfbyte trains it; else all that the checkpoint holds.
+    ``attention``: transformers' name of the implementation.
+
+    Raises:
+        ModelError: no model can be built from this configuration.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    model_class: Any = AutoModelForCausalLM
+    if text_only:
+        model_class, config = language_part(config)
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        model_class = AutoModelForImageTextToText
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    try:
+        with torch.device("meta"):
+            options = {"attn_implementation": attention} if attention else {}
+            model: PreTrainedModel = make(copy.deepcopy(config), dtype=dtype, **options)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"no model can be built from this {config.model_type} configuration: {error}"
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def packed_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers that transformers hands to bitsandbytes, by name."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    quantizer = AutoHfQuantizer.from_config(quantisation("nf4", torch.bfloat16, True))
+    left = quantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, left)
+    }
+
+
+def unpacked(model: PreTrainedModel) -> list[Unpacked]:
+    """What a quantised load leaves in 16 or 32 bits, the largest first."""
+    packed = {id(layer.weight) for layer in packed_layers(model).values()}
+    head = model.get_output_embeddings()
+    inputs = model.get_input_embeddings()
+    tied = head is not None and head.weight is inputs.weight
+    found: Counter[tuple[str, str]] = Counter()
+    seen = set(packed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(module, nn.Embedding):
+                reason = "a table that is looked up, no matrix product"
+                key = ("embedding and head (one matrix)" if tied else "embedding", reason)
+                key = key if module is inputs else ("other embeddings", reason)
+            elif module is head:
+                key = ("head", "transformers keeps the output layer exact")
+            elif isinstance(module, nn.Linear) and name == "weight":
+                key = ("linear layers that transformers keeps", "listed by the architecture")
+            elif parameter.ndim == 3:
+                key = ("experts", EXPERTS)
+            elif parameter.ndim == 1:
+                key = ("norms and biases", "vectors: too small to matter")
+            else:
+                key = ("other matrices", "no linear layers of PyTorch's")
+            found[key] += parameter.numel()
+    return [Unpacked(what, count, why) for (what, why), count in found.most_common()]
+
+
+def quantise(
+    model: PreTrainedModel, precision: Precision, double_quant: bool, dtype: torch.dtype
+) -> None:
+    """Give a meta model the layers and storage that a quantised load gives it, in place."""
+    if precision in DTYPES:
+        return
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    settings = quantisation(precision, dtype, double_quant)
+    quantizer = AutoHfQuantizer.from_config(settings)
+    left = quantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    if not packed_layers(model):
+        raise ModelError(
+            f"{type(model).__name__}: has no linear layer to quantise; use model.precision=bf16"
+        )
+    replace_with_bnb_linear(model, left, settings)
+    packing = Packing(precision, double_quant)
+    for module in model.modules():
+        pack_shapes(module, packing, dtype)
+    marked: Any = model
+    marked.is_loaded_in_4bit = precision in ("nf4", "fp4")
+    marked.is_loaded_in_8bit = precision == "int8"
+
+
+def layer_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a language model.
+
+    Raises:
+        ModelError: none are found.
+    """
+    wanted = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise ModelError(f"{type(model).__name__}: its {wanted} decoder layers are not found")
+
+
+def layer_kinds(model: PreTrainedModel) -> list[tuple[Any, ...]]:
+    """For each decoder layer a key; layers with equal keys have equal shapes and attention."""
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    kinds = []
+    for index, layer in enumerate(layer_list(model)):
+        shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+        windows = {getattr(part, "sliding_window", None) for part in layer.modules()}
+        window = max((w for w in windows if isinstance(w, int)), default=None)
+        kinds.append((types[index] if types else "layer", window, shapes))
+    return kinds
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which layers stand for all: a base set, and for each kind one layer more and how often.
+
+    ``more[i] = (layer, times)``: a quantity of the whole model is that of ``base`` plus, for each
+    kind, ``times`` times what ``layer`` adds to it.
+    """
+
+    base: tuple[int, ...]
+    more: tuple[tuple[int, int], ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every layer that is needed."""
+        return tuple(sorted({*self.base, *(layer for layer, _ in self.more)}))
+
+
+def cut(kinds: list[tuple[Any, ...]]) -> Cut:
+    """Choose the first and the last layer and one of each kind; a spare for each repeated kind."""
+    if len(set(kinds)) > MAX_KINDS:
+        return Cut(tuple(range(len(kinds))), ())
+    base = {0, len(kinds) - 1}
+    for kind in dict.fromkeys(kinds):
+        if not any(kinds[layer] == kind for layer in base):
+            base.add(kinds.index(kind))
+    more = []
+    for kind in dict.fromkeys(kinds):
+        spare = [i for i, own in enumerate(kinds) if own == kind and i not in base]
+        if spare:
+            more.append((spare[0], len(spare)))
+    return Cut(tuple(sorted(base)), tuple(more))
+
+
+def keep_layers(
+    model: PreTrainedModel, layers: Mapping[int, nn.Module], types: list[str] | None
+) -> None:
+    """Leave only these layers, by their place in the whole model, in place.
+
+    ``types``: the whole model's ``layer_types``, if it has any.
+    """
+    config: Any = model.config.get_text_config()
+    current = layer_list(model)
+    name = next(name for name, module in model.named_modules() if module is current)
+    model.set_submodule(name, nn.ModuleList(layers.values()))
+    config.num_hidden_layers = len(layers)
+    if types:
+        config.layer_types = [types[i] for i in layers]
+    for place, layer in enumerate(layers.values()):
+        part: Any
+        for part in layer.modules():
+            if isinstance(getattr(part, "layer_idx", None), int):
+                part.layer_idx = place  # where its keys and values go in the cache

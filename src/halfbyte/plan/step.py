@@ -1,0 +1,368 @@
+"""Owns the training step without data: a few fake layers run forward and backward, and stand for all.
+
+The step is the real one: transformers' model, bitsandbytes' layers, PEFT's adapter, our loss, run by
+autograd on fake tensors while every byte is counted. Nothing is estimated from a formula that could
+fall behind the libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from halfbyte.config.schema import Adapter, Model
+from halfbyte.errors import ModelError
+from halfbyte.model.adapter import attach_adapter, trainable_parameters
+from halfbyte.model.load import Loaded
+from halfbyte.model.loss import head_losses, tile_rows
+from halfbyte.model.precision import Compute
+from halfbyte.model.quantised import replace_tensors
+from halfbyte.model.resolve import Base
+from halfbyte.plan.live import LiveBytes, Peak
+from halfbyte.plan.skeleton import Cut, build, cut, keep_layers, layer_kinds, layer_list, quantise
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ATTENTION = "halfbyte_plan"
+MATH_ATTENTION = "halfbyte_plan_math"
+FORWARD, HEAD, BACKWARD, BACKWARD_END = PHASES = (
+    "forward pass",
+    "loss head",
+    "start of the backward pass",
+    "end of the backward pass",
+)
+EVALUATION = "evaluation"
+ACTIVATIONS, LOGITS, WORKING, GRADIENTS = "activations", "logits", "working_set", "gradients"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One micro-batch: ``rows`` rows padded to ``length`` tokens, ``num_labels`` of them labelled.
+
+    ``accumulates``: gradients of an earlier micro-batch are there already.
+    """
+
+    rows: int
+    length: int
+    num_labels: int
+    checkpointing: bool
+    accumulates: bool
+
+
+class Step:
+    """A model with its adapter, of fake tensors, that can be traced at any shape.
+
+    Args:
+        config: of the model; its language part is what is trained.
+        model: precision and attention.
+        adapter: where LoRA sits.
+        dtype: of the matrix products.
+        device_type: ``cuda`` or ``cpu``.
+        flash: whether that device has kernels that never hold all attention scores.
+
+    Raises:
+        ModelError: the model or its adapter cannot be built, or its step cannot be traced.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        model: Model,
+        adapter: Adapter,
+        dtype: torch.dtype,
+        device_type: str,
+        flash: bool,
+    ) -> None:
+        _register_attention()
+        text = config.get_text_config()
+        groups = (getattr(text, "num_key_value_heads", None) or 0) != text.num_attention_heads
+        # On CUDA grouped heads go to flash kernels, which need 16 bits and Ampere, or to plain maths.
+        slow = device_type == "cuda" and groups and not (flash and dtype != torch.float32)
+        attention = MATH_ATTENTION if slow else ATTENTION
+        self.model = build(
+            config,
+            dtype,
+            text_only=True,
+            attention="eager" if model.attention == "eager" else attention,
+        )
+        self.kinds = layer_kinds(self.model)
+        self.cut: Cut = cut(self.kinds)
+        self.dtype, self.device_type = dtype, device_type
+        types = getattr(self.model.config.get_text_config(), "layer_types", None)
+        self.types: list[str] | None = list(types) if types else None
+        whole = layer_list(self.model)
+        self.layers = {i: whole[i] for i in self.cut.layers}
+        self._keep(self.cut.layers)
+        quantise(self.model, model.precision, model.double_quant, dtype)
+        loaded = Loaded(
+            self.model,
+            Base("plan", "", None, "", ""),
+            model.precision,
+            Compute(torch.device("cpu"), dtype, ""),
+        )
+        # PiSSA, OLoRA and LoftQ start from other values in the same places.
+        with torch.device("meta"):
+            plain = adapter.model_copy(update={"init": "default"})
+            self.adapted = attach_adapter(loaded, plain, 0, Path())
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake:
+            self.fixed = _materialise(self.adapted)
+        self._traced: dict[tuple[Any, ...], LiveBytes] = {}
+        self.num_trainable = self.over_trainable(lambda parameter: parameter.numel())
+
+    def over_trainable(self, measure: Callable[[torch.Tensor], int]) -> int:
+        """The sum of a measure over the trainable parameters of the whole model."""
+
+        def measured(layers: tuple[int, ...]) -> Counter[str]:
+            self._keep(layers)
+            return Counter(sum=sum(map(measure, trainable_parameters(self.adapted).values())))
+
+        return self._whole({layers: measured(layers) for layers in self._variants()})["sum"]
+
+    def peaks(self, shape: Shape) -> dict[str, Peak]:
+        """The most live bytes of each phase, weights, adapter and optimizer left out."""
+        found = {layers: self._trace(layers, shape, self._step) for layers in self._variants()}
+        return {phase: self._whole_peak(phase, found) for phase in PHASES}
+
+    def evaluation(self, shape: Shape) -> Peak:
+        """The most live bytes while the same rows are scored, without gradients."""
+        found = {layers: self._trace(layers, shape, self._evaluate) for layers in self._variants()}
+        return self._whole_peak(EVALUATION, found)
+
+    def kept(self, shape: Shape) -> int:
+        """Bytes that the forward pass has left behind when the backward pass begins."""
+        found = {layers: self._trace(layers, shape, self._step) for layers in self._variants()}
+        kept = {layers: Counter(kept=live.kept_bytes) for layers, live in found.items()}
+        return self._whole(kept)["kept"]
+
+    def kept_per_layer(self, shape: Shape) -> list[tuple[str, int, int]]:
+        """For each kind of layer: its name, how many there are, bytes one keeps for its backward."""
+        base = self._trace(self.cut.base, shape, self._step).kept_bytes
+        rows = []
+        for kind in dict.fromkeys(self.kinds):
+            count = self.kinds.count(kind)
+            spare = [layer for layer, _ in self.cut.more if self.kinds[layer] == kind]
+            if spare:
+                layers = tuple(sorted((*self.cut.base, spare[0])))
+                kept = self._trace(layers, shape, self._step).kept_bytes
+                rows.append((str(kind[0]), count, kept - base))
+        return rows
+
+    def cache(self, context: int) -> tuple[int, int]:
+        """Bytes that one row's keys and values take, and the most that its prefill takes beside them."""
+        found = {layers: self._prefill(layers, context) for layers in self._variants()}
+        total = self._whole(found)
+        return total["cache"], total["peak"] - total["cache"]
+
+    def _prefill(self, layers: tuple[int, ...], context: int) -> Counter[str]:
+        self._keep(layers)
+        self.adapted.eval()
+        live = LiveBytes()
+        with self.fake, live, torch.no_grad():
+            for tensor in self.fixed:
+                live.ignore(tensor)
+            live.enter(EVALUATION, WORKING)
+            ids = torch.zeros((1, context), dtype=torch.long)
+            with self._autocast():
+                try:
+                    out = self.model(ids, use_cache=True, logits_to_keep=1)
+                except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                    raise ModelError(
+                        f"the prefill of {type(self.model).__name__} cannot be traced: {error}"
+                    ) from error
+            # A sliding window keeps a slice; its storage goes with the next token.
+            cache = sum(
+                tensor.nbytes
+                for layer in out.past_key_values.layers
+                for tensor in vars(layer).values()
+                if isinstance(tensor, torch.Tensor)
+            )
+            peak = live.peaks[EVALUATION].total_bytes
+        return Counter(cache=cache, peak=peak)
+
+    def _variants(self) -> list[tuple[int, ...]]:
+        base = self.cut.base
+        return [base, *(tuple(sorted((*base, layer))) for layer, _ in self.cut.more)]
+
+    def _whole(self, found: dict[tuple[int, ...], Counter[str]]) -> Counter[str]:
+        """A quantity of the whole model from that of the base layers and of each layer more."""
+        base, *more = self._variants()
+        total = Counter(found[base])
+        for layers, (_, times) in zip(more, self.cut.more, strict=True):
+            for term in set(found[layers]) | set(found[base]):
+                total[term] += times * (found[layers][term] - found[base][term])
+        return total
+
+    def _whole_peak(self, phase: str, found: dict[tuple[int, ...], LiveBytes]) -> Peak:
+        terms = self._whole({layers: live.peaks[phase].terms for layers, live in found.items()})
+        return Peak(sum(terms.values()), terms)
+
+    def _keep(self, layers: tuple[int, ...]) -> None:
+        keep_layers(self.model, {i: self.layers[i] for i in layers}, self.types)
+
+    def _trace(
+        self, layers: tuple[int, ...], shape: Shape, work: Callable[[LiveBytes, Shape], None]
+    ) -> LiveBytes:
+        """What is counted while these layers do this work; the same question is traced once."""
+        key = (layers, shape, work.__name__)
+        if key not in self._traced:
+            self._traced[key] = self._count(layers, shape, work)
+        return self._traced[key]
+
+    def _count(
+        self, layers: tuple[int, ...], shape: Shape, work: Callable[[LiveBytes, Shape], None]
+    ) -> LiveBytes:
+        self._keep(layers)
+        if shape.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()  # TRL does so for PEFT models
+        live = LiveBytes()
+        with self.fake, live:
+            for tensor in self.fixed:
+                live.ignore(tensor)
+            try:
+                work(live, shape)
+            except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+                raise ModelError(
+                    f"the training step of {type(self.model).__name__} cannot be traced: {error}"
+                ) from error
+            finally:
+                if shape.checkpointing:
+                    self.model.gradient_checkpointing_disable()
+                    self.model.disable_input_require_grads()
+        return live
+
+    def _step(self, live: LiveBytes, shape: Shape) -> None:
+        parameters = list(trainable_parameters(self.adapted).values())
+        hooks = _gradient_hooks(live, parameters, list(self.layers[0].parameters()))
+        self.adapted.train()
+        live.enter(FORWARD, ACTIVATIONS)
+        if shape.accumulates:
+            live.enter(FORWARD, GRADIENTS)
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+        ids, labels, picked = self._batch(shape)
+        live.enter(FORWARD, ACTIVATIONS)
+        with self._autocast():
+            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+            live.enter(HEAD, LOGITS)
+            total = self._head(hidden, picked, labels)
+        del hidden
+        live.kept_bytes = live.total_bytes
+        live.enter(BACKWARD, WORKING)
+        total.backward()
+        for hook in hooks:
+            hook.remove()
+        for parameter in parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _evaluate(self, live: LiveBytes, shape: Shape) -> None:
+        self.adapted.eval()
+        live.enter(EVALUATION, WORKING)
+        ids, labels, picked = self._batch(shape)
+        with self._autocast():
+            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+            self._head(hidden, picked, labels)
+
+    def _batch(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids (B, T), label ids (B, T) of which N count, and where those N stand."""
+        ids = torch.zeros((shape.rows, shape.length), dtype=torch.long)
+        picked = torch.zeros(shape.num_labels, dtype=torch.long)
+        return ids, torch.zeros_like(ids), picked
+
+    def _head(
+        self, hidden: torch.Tensor, picked: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        head: Any = self.model.get_output_embeddings()
+        rows = tile_rows(head.weight.shape[0], self.device_type)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        wanted = labels.flatten()[picked]
+        states = hidden[:, :-1].flatten(0, 1)[picked]
+        # All tiles are alike, and the second is born when the first has not gone yet.
+        starts = range(0, min(len(picked), 2 * rows), rows)
+        return head_losses(self.model, states, wanted, cap, starts).sum()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", self.dtype)
+
+
+def _gradient_hooks(
+    live: LiveBytes, parameters: list[nn.Parameter], first: list[nn.Parameter]
+) -> list[Any]:
+    """Count a finished gradient as one, and tell the first layer's backward from that of the rest."""
+    missing = {id(p) for p in parameters} - {id(p) for p in first}
+
+    def finished(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        live.move(parameter.grad, GRADIENTS)
+        missing.discard(id(parameter))
+        if not missing:
+            live.enter(BACKWARD_END, WORKING)
+
+    return [p.register_post_accumulate_grad_hook(finished) for p in parameters]
+
+
+def _materialise(model: nn.Module) -> list[torch.Tensor]:
+    """Give a meta model fake tensors in place; returns them."""
+    made: dict[int, Any] = {}
+    kept: list[torch.Tensor] = []
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        kept.append(found)
+        return found
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                twin: Any = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
+                twin.__dict__.update(parameter.__dict__)
+                made[id(parameter)] = (twin, parameter)
+            module._parameters[name] = made[id(parameter)][0]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)
+        replace_tensors(module, fake)
+    return kept
+
+
+def _register_attention() -> None:
+    """Teach transformers two attentions for plans: SDPA as it is, and SDPA without fused kernels.
+
+    Both leave the mask out where SDPA would; asked of fake tensors, transformers would build one.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def plain(*args: Any, **options: Any) -> Any:
+        mask = args[4] if len(args) > 4 else options.get("attention_mask")
+        if mask is not None:
+            return sdpa_attention_forward(*args, **options)
+        with sdpa_kernel(SDPBackend.MATH):
+            return sdpa_attention_forward(*args, **options)
+
+    def mask(
+        batch_size: int, q_length: int, kv_length: int, local_size: int | None = None, **_: Any
+    ) -> torch.Tensor | None:
+        if local_size is None or kv_length < local_size:
+            return None
+        return torch.empty((batch_size, 1, q_length, kv_length), dtype=torch.bool)
+
+    for name, attend in ((ATTENTION, sdpa_attention_forward), (MATH_ATTENTION, plain)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, mask)

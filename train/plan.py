@@ -1,0 +1,69 @@
+"""Say what a model takes to load, to train and to run, before anything is downloaded.
+
+python train/plan.py TARGET [section.key=value …] [--device NAME|auto] [--json]
+TARGET: a config, a Hub id, or a folder that holds a config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from halfbyte.config import load_run, model_run
+from halfbyte.errors import exit_on_user_error
+
+
+def main() -> None:
+    """Config or model → bytes by name → verdict and settings that fit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", help="a .yaml config, a model's Hub id, folder or pypi: name")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--device", default="auto", help="t4, rtx4090, cpu-16, auto …")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--suggest", action="store_true", help="print only overrides that fit")
+    parser.add_argument("--plot", type=Path, metavar="NAME", help="write NAME.png and NAME.html")
+    parser.add_argument("--probe", action="store_true", help="load the model and measure a step")
+    arguments = parser.parse_intermixed_args()
+    is_config = arguments.target.endswith((".yaml", ".yml"))
+    if arguments.probe and not is_config:
+        parser.error("--probe needs a config, which names the rows to measure with")
+    read = load_run if is_config else model_run
+    run = read(Path(arguments.target) if is_config else arguments.target, arguments.overrides)
+
+    from halfbyte.libraries import quiet_libraries
+
+    quiet_libraries()
+    from halfbyte.plan.catalogue import model_config
+    from halfbyte.plan.devices import find_device
+    from halfbyte.plan.memory import Lengths
+    from halfbyte.plan.report import as_json, as_text, make_plan
+
+    device = find_device(arguments.device)
+    config, origin = model_config(run.model.name, run.model.revision)
+    lengths = Lengths.all_of(run.data.max_length, run.train.batch_size)
+    plan = make_plan(run, config, origin, device, lengths)
+    report = as_json(plan)
+    if arguments.json:
+        print(json.dumps(report))
+    elif arguments.suggest:
+        found = [entry["override"] for entry in report["suggestions"]]
+        print("\n".join([report["train"]["settings"]["override"]] if plan.fits else found))
+    else:
+        print(as_text(report))
+    if arguments.plot:
+        from halfbyte.plan.plots import write_plots
+
+        for path in write_plots(plan, report, arguments.plot):
+            print(f"wrote {path}", file=sys.stderr)
+    if arguments.probe:
+        from halfbyte.train.probe import probe_run
+
+        print(probe_run(run))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, exit_code=2)
