@@ -23,8 +23,8 @@ from halfbyte.plan.devices import (
     this_machine,
     workspace_bytes,
 )
-from halfbyte.plan.host import GIB_BYTES as GIB
-from halfbyte.plan.host import attempt, cgroup_limit, own_limit, ram_bytes
+from halfbyte.model.host import GIB_BYTES as GIB
+from halfbyte.model.host import attempt, cgroup_limit, own_limit, ram_bytes
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)

@@ -23,6 +23,7 @@ from halfbyte.model.load import load_model, load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.run_dir import read_jsonl
 from halfbyte.train.order import StepwiseSampler
+from halfbyte.train.arguments import Passes
 from halfbyte.train.preflight import check_first_step
 from halfbyte.train.tracking import Tracker, choose_mode
 from halfbyte.train.trainer import TokenTrainer, build_trainer
@@ -37,8 +38,10 @@ def make_trainer(config: Path, *overrides: str) -> tuple[TokenTrainer, Prepared]
     loaded = load_model(base, run.model.precision, compute_dtype=run.model.compute_dtype)
     model = attach_adapter(loaded, run.adapter, run.seed, config.parent)
     examples = (prepared.train, prepared.validation or prepared.test)
+    size = run.train.micro_batch_size
+    passes = Passes(1 if size == "auto" else size, checkpointing=run.train.checkpointing == "on")
     trainer = build_trainer(
-        run, loaded, model, renderer, examples, config.parent / "checkpoints", None
+        run, loaded, model, renderer, examples, passes, config.parent / "checkpoints", None
     )
     return trainer, prepared
 
@@ -165,7 +168,7 @@ def test_check_before_step_one_changes_nothing(make_config: MakeConfig) -> None:
     trainer, _ = make_trainer(make_config(adapter={"dropout": 0.5}))
     before = {name: p.detach().clone() for name, p in trainable_parameters(trainer.model).items()}
     state = torch.get_rng_state()
-    assert check_first_step(trainer) > 0
+    assert check_first_step(trainer)[0] > 0
     assert torch.equal(torch.get_rng_state(), state)
     after = trainable_parameters(trainer.model)
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -31,8 +31,10 @@ def main() -> None:
     is_config = arguments.target.endswith((".yaml", ".yml"))
     if arguments.probe and not is_config:
         parser.error("--probe needs a config, which names the rows to measure with")
-    read = load_run if is_config else model_run
-    run = read(Path(arguments.target) if is_config else arguments.target, arguments.overrides)
+    if is_config:
+        run = load_run(Path(arguments.target), arguments.overrides)
+    else:
+        run = model_run(arguments.target, arguments.overrides)
 
     from halfbyte.libraries import quiet_libraries
 
@@ -62,7 +64,7 @@ def main() -> None:
     if arguments.probe:
         from halfbyte.train.probe import probe_run
 
-        print(probe_run(run))
+        print(probe_run(run, device))
 
 
 if __name__ == "__main__":

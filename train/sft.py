@@ -30,10 +30,12 @@ def main() -> None:
     from halfbyte.data.preview import show_ledger
     from halfbyte.data.render import Renderer, load_template
     from halfbyte.model.adapter import attach_adapter, describe_model, save_adapter
-    from halfbyte.model.load import load_model, load_tokenizer
+    from halfbyte.model.load import load_config, load_model, load_tokenizer
     from halfbyte.model.resolve import resolve_base
-    from halfbyte.train.arguments import num_steps
-    from halfbyte.train.preflight import check_first_step
+    from halfbyte.plan.devices import this_machine
+    from halfbyte.plan.gate import check_weights, gate
+    from halfbyte.train.arguments import Passes, num_steps
+    from halfbyte.train.probe import longest_rows, probe
     from halfbyte.train.session import check_base, open_session, record_data, write_manifest
     from halfbyte.train.tracking import Tracker
     from halfbyte.train.trainer import build_trainer
@@ -50,6 +52,8 @@ def main() -> None:
         )
         return
 
+    device = this_machine()
+    check_weights(run, device)
     base = resolve_base(run.model.name, run.model.revision)
     check_base(session, base)
     tokenizer = load_tokenizer(base)
@@ -61,6 +65,8 @@ def main() -> None:
     say(show_ledger(prepared))
     say(f"BOS: {'1 per row' if renderer.has_bos else 'none: this tokenizer adds none'}")
 
+    planner, plan = gate(run, load_config(base), device, longest_rows(prepared.train))
+    say(f"plan: {plan.summary()}; {planner.margin_bytes(plan) / 1e9:.2f} GB to spare")
     loaded = load_model(
         base,
         run.model.precision,
@@ -76,11 +82,15 @@ def main() -> None:
     held_out = prepared.validation or prepared.test[:64]
     tracker = Tracker(run, folder, session.resume_step) if session.is_main else None
     try:
+        passes = Passes(plan.micro_batch_size, plan.checkpointing)
+        examples = (prepared.train, held_out)
         trainer = build_trainer(
-            run, loaded, model, renderer, (prepared.train, held_out), folder.checkpoints, tracker
+            run, loaded, model, renderer, examples, passes, folder.checkpoints, tracker
         )
+        probed = probe(trainer, planner, plan)
+        say(f"before step 1: loss {probed.loss:.3f} on the longest rows, gradients finite")
         say(
-            f"before step 1: loss {check_first_step(trainer):.3f} on the longest rows, gradients finite"
+            f"memory: {probed.measured['peak'] / 1e9:.3f} GB measured, {probed.error_frac:+.1%} off plan"
         )
         seconds = trainer.train_to(num_steps(run, len(prepared.train)), session.resume)
         if session.is_main:
@@ -94,6 +104,8 @@ def main() -> None:
     if tracker is not None:
         where = tracker.where
         numbers = trainer.numbers() | {"training_seconds": seconds, "held_out_loss": held_out_loss}
+        numbers["memory"] = plan.as_json() | {"probe": probed.as_json()}
+        tracker.summarise({"memory": numbers["memory"]})
         write_manifest(session, run, loaded, renderer, numbers | {"finished": True, "wandb": where})
         tracker.finish(folder.adapter)
         say(f"trained: {folder.path}\n  adapter  {folder.adapter}\n  numbers  {folder.metrics}")

@@ -14,9 +14,9 @@ from halfbyte.config import Run
 from halfbyte.config.schema import Baseline, Precision
 from halfbyte.data.questions import Question, fewshot_examples, questions
 from halfbyte.data.render import Renderer
-from halfbyte.model.activations import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import weights_bytes
+from halfbyte.model.host import USABLE_FRAC, free_bytes
 from halfbyte.model.load import Loaded, load_model, load_tokenizer
 from halfbyte.model.loss import add_token_loss
 from halfbyte.model.precision import DTYPES, Compute

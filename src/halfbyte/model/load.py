@@ -166,7 +166,7 @@ def language_part(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
 
 
 def quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) -> Any:
-    """transformers' settings for bitsandbytes; None where weights stay as they are."""
+    """Transformers' settings for bitsandbytes; None where weights stay as they are."""
     if precision in DTYPES:
         return None
     from transformers import BitsAndBytesConfig

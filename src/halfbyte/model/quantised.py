@@ -104,9 +104,9 @@ def replace_tensors(module: Any, replace: Any) -> None:
             if isinstance(tensor, torch.Tensor):
                 setattr(state, name, replace(tensor))
         state = getattr(state, "state2", None)
-    state = getattr(module, "state", None)
-    if getattr(state, "SCB", None) is not None:
-        state.CB, state.SCB = module.weight.data, replace(state.SCB)
+    int8_state: Any = getattr(module, "state", None)
+    if getattr(int8_state, "SCB", None) is not None:
+        int8_state.CB, int8_state.SCB = module.weight.data, replace(int8_state.SCB)
 
 
 def dequantised_weight(layer: nn.Module) -> torch.Tensor:

@@ -88,8 +88,9 @@ def configuration(known: Known) -> PretrainedConfig:
 
 
 def training_bytes(known: Known) -> dict[str, int]:
-    """Bytes of NF4 training in the least hungry settings, by compute dtype: one row of 512 tokens at a
-    time, recomputation, rank 16, AdamW in fp32; without the process's own.
+    """Bytes of NF4 training in the least hungry settings, by compute dtype, without the process's own.
+
+    One row of 512 tokens at a time, recomputation, rank 16, AdamW in fp32.
     """
     from halfbyte.config import model_run
     from halfbyte.plan.devices import DEVICES

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from halfbyte.errors import PlanError
-from halfbyte.plan.host import (
+from halfbyte.model.host import (
     GIB_BYTES,
     attempt,
     cpu_model,

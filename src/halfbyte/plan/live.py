@@ -23,7 +23,7 @@ class Peak:
     terms: Counter[str] = field(default_factory=Counter)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages of all tensors born inside, from birth to death.
 
     A storage is counted under the ``term`` that holds when it is born; ``peaks`` keeps, for each
@@ -36,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase = self.term = ""
         self.peaks: dict[str, Peak] = {}
         self.now: Counter[str] = Counter()

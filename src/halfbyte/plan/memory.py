@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -89,9 +89,7 @@ class TrainPlan:
 
     micro_batch_size: int
     accumulation: int
-    length: int
-    num_labels: int
-    checkpointing: bool
+    shape: Shape
     compute_dtype: str
     num_trainable: int
     terms: dict[str, int]
@@ -103,6 +101,16 @@ class TrainPlan:
     slack_bytes: int
 
     @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return self.shape.length
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self.shape.checkpointing
+
+    @property
     def peak_bytes(self) -> int:
         """Most bytes of tensors that live at once."""
         return sum(self.terms.values())
@@ -111,6 +119,24 @@ class TrainPlan:
     def needed_bytes(self) -> int:
         """What the device must have."""
         return self.peak_bytes + self.context_bytes + self.slack_bytes
+
+    def summary(self) -> str:
+        """The plan in a line."""
+        return (
+            f"{self.micro_batch_size} rows × {self.accumulation} passes a step, checkpointing"
+            f" {'on' if self.checkpointing else 'off'}, peak {self.peak_bytes / 1e9:.3f} GB"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "accumulation": self.accumulation,
+            "checkpointing": self.checkpointing,
+            "predicted_peak_bytes": self.peak_bytes,
+            "needed_bytes": self.needed_bytes,
+            "terms": self.terms,
+        }
 
 
 class Planner:
@@ -172,9 +198,7 @@ class Planner:
         return TrainPlan(
             micro_batch_size=micro_batch_size,
             accumulation=accumulation,
-            length=shape.length,
-            num_labels=shape.num_labels,
-            checkpointing=checkpointing,
+            shape=shape,
             compute_dtype=NAMES[self.dtype],
             num_trainable=self.step.num_trainable,
             terms=fixed | terms,
@@ -192,7 +216,9 @@ class Planner:
 
     def margin_bytes(self, plan: TrainPlan) -> int:
         """Bytes left over; negative where it does not fit."""
-        return self.device.total_bytes - self.device.in_use_bytes - plan.needed_bytes
+        # Processes on one machine share its memory, while each has a GPU of its own.
+        sharing = self.world if self.device.kind == "cpu" else 1
+        return self.device.total_bytes - self.device.in_use_bytes - sharing * plan.needed_bytes
 
     def fixed_bytes(self) -> dict[str, int]:
         """Bytes that are there all the time, by name."""
@@ -201,7 +227,8 @@ class Planner:
             self.stored.constants_bytes,
             4 * self.step.num_trainable,
             self._states_bytes() - self.paged_bytes(),
-            self.device.workspace_bytes,
+            # DDP gathers gradients in buckets of their size.
+            self.device.workspace_bytes + (4 * self.step.num_trainable if self.world > 1 else 0),
         )
         return dict(zip(FIXED, sizes, strict=True))
 

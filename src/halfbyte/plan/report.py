@@ -169,7 +169,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "micro_batch_size": train.micro_batch_size,
         "accumulation": train.accumulation,
         "length": train.length,
-        "num_labels": train.num_labels,
+        "num_labels": train.shape.num_labels,
         "checkpointing": train.checkpointing,
         "optimizer": run.train.optimizer,
         "r": run.adapter.r,
@@ -179,14 +179,10 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _layers(plan: Plan) -> list[dict[str, Any]]:
     train = plan.train
-    lengths = Lengths.all_of(train.length, train.micro_batch_size)
-    shape = lengths.shape(
-        train.micro_batch_size, checkpointing=train.checkpointing, accumulates=False
-    )
     tokens = train.micro_batch_size * train.length
     return [
         {"kind": kind, "count": count, "kept_bytes": kept, "kept_bytes_per_token": kept / tokens}
-        for kind, count, kept in plan.planner.step.kept_per_layer(shape)
+        for kind, count, kept in plan.planner.step.kept_per_layer(train.shape)
     ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,10 @@ class Shape:
     num_labels: int
     checkpointing: bool
     accumulates: bool
+
+    def alone(self) -> Shape:
+        """The same micro-batch as the only one of its step."""
+        return replace(self, accumulates=False)
 
 
 class Step:
@@ -260,7 +264,7 @@ class Step:
         del hidden
         live.kept_bytes = live.total_bytes
         live.enter(BACKWARD, WORKING)
-        total.backward()
+        torch.autograd.backward(total)
         for hook in hooks:
             hook.remove()
         for parameter in parameters:
@@ -312,7 +316,7 @@ def _gradient_hooks(
         if not missing:
             live.enter(BACKWARD_END, WORKING)
 
-    return [p.register_post_accumulate_grad_hook(finished) for p in parameters]
+    return [p.register_post_accumulate_grad_hook(finished) for p in parameters]  # type: ignore[no-untyped-call]
 
 
 def _materialise(model: nn.Module) -> list[torch.Tensor]:

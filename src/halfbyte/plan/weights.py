@@ -98,7 +98,11 @@ def load_plan(config: PretrainedConfig, *, text_only: bool) -> Load:
     Raises:
         ModelError: no model can be built from the configuration.
     """
-    models = {dtype: build(config, dtype, text_only=text_only) for dtype in DTYPES.values()}
+    models = {
+        dtype: build(config, dtype, text_only=text_only)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    models[torch.float16] = models[torch.bfloat16]  # of the same size, byte for byte
     stored = {}
     for name, (precision, double) in STORED.items():
         dtype = DTYPES.get(precision, torch.bfloat16)

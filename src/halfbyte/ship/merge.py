@@ -14,9 +14,9 @@ from halfbyte.config import Run
 from halfbyte.data.questions import measuring_rows
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
-from halfbyte.model.activations import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import num_parameters
+from halfbyte.model.host import USABLE_FRAC, free_bytes
 from halfbyte.model.load import Loaded, load_config, load_model
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, NAMES, Compute, default_device

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from halfbyte.config.schema import Run
-from halfbyte.model.activations import needs_checkpointing
 from halfbyte.model.load import Loaded
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a step is cut: rows of one forward pass, and whether activations are recomputed."""
+
+    micro_batch_size: int
+    checkpointing: bool
 
 
 def num_steps(run: Run, num_rows: int) -> int:
@@ -19,23 +27,19 @@ def num_steps(run: Run, num_rows: int) -> int:
     return run.train.max_steps or max(1, math.ceil(an_epoch * run.train.epochs))
 
 
-def trainer_arguments(run: Run, loaded: Loaded, *, num_rows: int, longest: int) -> dict[str, Any]:
+def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -> dict[str, Any]:
     """Keyword arguments of SFTConfig, all but the output folder.
 
     Args:
         run: the config.
         loaded: how the base was loaded.
+        passes: what the plan has made of ``auto``.
         num_rows: training rows.
-        longest: tokens of the longest one.
     """
     train = run.train
     world = int(os.environ.get("WORLD_SIZE", "1"))
     dtype, device = loaded.compute.dtype, loaded.compute.device
-    micro_tokens = train.micro_batch_size * longest
-    recompute = train.checkpointing == "on" or (
-        train.checkpointing == "auto"
-        and needs_checkpointing(loaded.model.config, micro_tokens, dtype, device)
-    )
+    rows, recompute = passes.micro_batch_size, passes.checkpointing
     if train.optimizer.startswith("paged") and device.type == "cpu":
         print(
             f"warning: train.optimizer {train.optimizer} pages nothing on the CPU; use adamw_torch_fused"
@@ -45,9 +49,9 @@ def trainer_arguments(run: Run, loaded: Loaded, *, num_rows: int, longest: int) 
         "learning_rate": train.learning_rate,
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
-        "per_device_train_batch_size": train.micro_batch_size,
-        "per_device_eval_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * world),
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": train.batch_size // (rows * world),
         "optim": train.optimizer,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,

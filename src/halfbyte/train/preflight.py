@@ -9,13 +9,15 @@ import torch
 
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import trainable_parameters
+from halfbyte.train.measure import Measured, measure
 from halfbyte.train.trainer import TokenTrainer
 
 
-def check_first_step(trainer: TokenTrainer) -> float:
+def check_first_step(trainer: TokenTrainer) -> tuple[float, Measured]:
     """One forward and backward on the longest micro-batch, before anything is spent.
 
-    Changes neither weights nor random state. Returns the loss in nats per labelled token.
+    Changes neither weights nor random state. Returns the loss in nats per labelled token, and the
+    memory that the two passes took.
 
     Raises:
         RunError: the loss or a gradient is not finite, or an adapter gets no gradient.
@@ -32,18 +34,24 @@ def check_first_step(trainer: TokenTrainer) -> float:
         model.get_base_model().gradient_checkpointing_enable(
             trainer.args.gradient_checkpointing_kwargs
         )
-    with torch.random.fork_rng():
-        model.train()
-        with trainer.compute_loss_context_manager():
+    value = math.nan
+
+    def forward() -> torch.Tensor:
+        nonlocal value
+        with trainer.accelerator.autocast():  # as in training, where the model is wrapped in it
             total = model(input_ids=batch["input_ids"], labels=batch["labels"], token_loss="sum")
-        loss = total / num_labels
+        loss: torch.Tensor = total / num_labels
         value = float(loss.item())
         if not math.isfinite(value):
             raise RunError(
                 f"before step 1: the loss on the longest rows is {value}: activations overflow in the"
                 " compute dtype; set model.compute_dtype=fp32"
             )
-        loss.backward()
+        return loss
+
+    with torch.random.fork_rng():
+        model.train()
+        measured = measure(trainer.args.device, forward, torch.autograd.backward)
     faults = []
     for name, parameter in trainable_parameters(model).items():
         gradient = parameter.grad
@@ -60,4 +68,4 @@ def check_first_step(trainer: TokenTrainer) -> float:
         raise RunError(
             f"before step 1: {len(faults)} adapter weights cannot learn: {'; '.join(faults[:3])}"
         )
-    return value
+    return value, measured

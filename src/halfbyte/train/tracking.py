@@ -71,6 +71,11 @@ class Tracker:
         if self.wandb is not None:
             self.wandb.log(record)
 
+    def summarise(self, values: dict[str, Any]) -> None:
+        """Figures of the whole run, for W&B's table of runs; the manifest has them too."""
+        if self.wandb is not None:
+            self.wandb.summary.update(values)
+
     def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Write answers to held-out prompts to samples.jsonl, and to W&B as a table."""
         for sample in samples:

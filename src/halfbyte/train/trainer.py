@@ -21,8 +21,9 @@ from halfbyte.errors import RunError
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.model.load import Loaded
 from halfbyte.model.loss import add_token_loss, pad_right, row_losses
-from halfbyte.train.arguments import trainer_arguments
+from halfbyte.train.arguments import Passes, trainer_arguments
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
+from halfbyte.train.measure import resident_bytes
 from halfbyte.train.order import StepwiseSampler
 from halfbyte.train.tracking import Tracker
 
@@ -176,9 +177,7 @@ def memory_bytes(device: torch.device) -> int:
     """Peak bytes so far: allocated on CUDA, resident in this process on CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return resident_bytes()
 
 
 def build_trainer(
@@ -187,6 +186,7 @@ def build_trainer(
     model: PeftModel,
     renderer: Renderer,
     examples: tuple[list[Example], list[Example]],
+    passes: Passes,
     checkpoints: Path,
     tracker: Tracker | None,
 ) -> TokenTrainer:
@@ -198,6 +198,7 @@ def build_trainer(
         model: the base with its adapter.
         renderer: for samples to read along.
         examples: training rows and held-out rows.
+        passes: how a step is cut.
         checkpoints: folder for checkpoints.
         tracker: where numbers go; None on other ranks than 0.
 
@@ -217,8 +218,7 @@ def build_trainer(
         )
         return batch | {"num_tokens": sum(len(row["input_ids"]) for row in rows)}
 
-    longest = max(len(example.encoded.ids) for example in train)
-    arguments = trainer_arguments(run, loaded, num_rows=len(train), longest=longest)
+    arguments = trainer_arguments(run, loaded, passes, len(train))
     data = Dataset.from_dict(
         {
             "input_ids": [example.encoded.ids for example in train],

@@ -8,9 +8,13 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
+USABLE_FRAC = 0.6  # of the free memory, for weights alone; the rest is for what is done with them
 GIB_BYTES = 1 << 30
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CPU_FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")  # what makes bf16 and int8 quick
@@ -169,3 +173,12 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory on the device, or of the machine for the CPU."""
+    if device.type == "cuda":
+        from torch import cuda
+
+        return int(cuda.mem_get_info(device)[0])
+    return ram_bytes()[1]

@@ -1,0 +1,71 @@
+"""Owns the refusal: what cannot fit stops before it costs anything, with the line to paste."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from halfbyte.config.schema import Run
+from halfbyte.errors import PlanError
+from halfbyte.plan.advice import choose, models_that_fit, suggest
+from halfbyte.plan.catalogue import model_config
+from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from halfbyte.plan.devices import Device
+
+
+def check_weights(run: Run, device: Device) -> None:
+    """Stop before a download of weights that the device has no room for.
+
+    Raises:
+        PlanError: they would not fit, whatever the settings of the training.
+    """
+    config, _ = model_config(run.model.name, run.model.revision)
+    planner = Planner(run, config, device)
+    if not planner.loads:
+        _refuse(
+            run,
+            f"the weights of {run.model.name} take {planner.stored.true_bytes / 1e9:.2f} GB in"
+            f" {run.model.precision}, and {device.title} has {device.usable_bytes / 1e9:.2f} GB to"
+            f" give.{_instead(device, planner)}",
+        )
+
+
+def gate(
+    run: Run, config: PretrainedConfig, device: Device, lengths: Lengths
+) -> tuple[Planner, TrainPlan]:
+    """Settle ``auto`` and let through what fits.
+
+    Raises:
+        PlanError: training cannot fit; the message has overrides that make it fit, if any do.
+    """
+    planner = Planner(run, config, device)
+    plan = choose(planner, lengths)
+    if not planner.fits(plan):
+        found = suggest(run, config, device, lengths, planner)
+        lines = "".join(f"\n  {s.override}   ({s.costs})" for s in found)
+        helps = f" Any of these makes it fit:{lines}" if found else _instead(device, planner)
+        _refuse(
+            run,
+            f"training would need {plan.needed_bytes / 1e9:.2f} GB"
+            f" ({plan.micro_batch_size} rows of {plan.length} tokens at a time, checkpointing"
+            f" {'on' if plan.checkpointing else 'off'}), which is"
+            f" {-planner.margin_bytes(plan) / 1e9:.2f} GB more than {device.title} has.{helps}",
+        )
+    return planner, plan
+
+
+def _refuse(run: Run, text: str) -> None:
+    if not run.train.ignore_plan:
+        raise PlanError(f"{text}\ntrain.ignore_plan=true trains in spite of it")
+    print(f"warning: {text}\ntrain.ignore_plan is true: going on", file=sys.stderr)
+
+
+def _instead(device: Device, planner: Planner) -> str:
+    known = models_that_fit(device, "bf16" if planner.dtype.itemsize == 2 else "fp32")
+    if not known:
+        return " No known model trains on it; see python train/plan.py for the terms"
+    return f" Models that it trains in 4 bits: {', '.join(known[:5])}"

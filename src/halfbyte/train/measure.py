@@ -1,0 +1,132 @@
+"""Owns measured memory: live tensor bytes during a forward and a backward pass, counted exactly."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+FORWARD, BACKWARD = "halfbyte.forward", "halfbyte.backward"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of live tensors on one device.
+
+    Attributes:
+        start_bytes: before.
+        forward_bytes: the most during the forward pass.
+        kept_bytes: what it left behind for the backward pass, above ``start_bytes``.
+        backward_bytes: the most during the backward pass.
+        end_bytes: after it.
+    """
+
+    start_bytes: int
+    forward_bytes: int
+    kept_bytes: int
+    backward_bytes: int
+    end_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of live tensors at any time."""
+        return max(self.forward_bytes, self.backward_bytes)
+
+
+def measure(
+    device: torch.device,
+    forward: Callable[[], torch.Tensor],
+    backward: Callable[[torch.Tensor], None] | None = None,
+) -> Measured:
+    """Run a forward pass and, on its result, a backward pass, and count.
+
+    On CUDA the figures are ``torch.cuda``'s. On the CPU every allocation is reported by PyTorch's
+    profiler: sizes of tensors and of the temporaries inside kernels, whatever the C library does with
+    them. What is freed though it was there before counts as live.
+    """
+    work = _on_cuda if device.type == "cuda" else _on_cpu
+    return work(device, forward, backward or (lambda _: None))
+
+
+def live_tensor_bytes(device: torch.device) -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    gc.collect()
+    sizes: dict[int, int] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # asking what something is wakes up deprecated modules
+        found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    for tensor in found:
+        for part in (tensor, tensor.grad if tensor.is_leaf else None):
+            if part is None or part.layout != torch.strided:
+                continue
+            storage = part.untyped_storage()
+            if storage.device.type == "cpu":  # a fake tensor's is of no device
+                sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _on_cuda(
+    device: torch.device,
+    forward: Callable[[], torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+) -> Measured:
+    start = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = forward()
+    torch.cuda.synchronize(device)
+    most, kept = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    backward(result)
+    del result
+    torch.cuda.synchronize(device)
+    return Measured(
+        start,
+        most,
+        kept - start,
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.memory_allocated(device),
+    )
+
+
+def _on_cpu(
+    device: torch.device,
+    forward: Callable[[], torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+) -> Measured:
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells when it starts and stops
+    start = live_tensor_bytes(device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with record_function(FORWARD):
+            result = forward()
+        with record_function(BACKWARD):
+            backward(result)
+        del result
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    border = next(event.start_ns() for event in events if event.name() == BACKWARD)
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    now = most_before = most_after = kept = 0
+    for time_ns, size in changes:
+        now += size
+        if time_ns < border:
+            kept, most_before = now, max(most_before, now)
+        else:
+            most_after = max(most_after, now)
+    return Measured(start, start + most_before, kept, start + max(most_after, kept), start + now)
+
+
+def resident_bytes() -> int:
+    """Peak resident size of this process so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,165 @@
+"""Owns the proof of a plan: one real step, predicted beside measured."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.config.schema import Run
+from halfbyte.data.prepare import Example, prepare
+from halfbyte.data.render import Renderer, load_template
+from halfbyte.errors import PlanError
+from halfbyte.model.adapter import attach_adapter
+from halfbyte.model.load import load_config, load_model, load_tokenizer
+from halfbyte.model.loss import row_losses
+from halfbyte.model.resolve import resolve_base
+from halfbyte.plan.gate import gate
+from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
+from halfbyte.train.arguments import Passes
+from halfbyte.train.measure import Measured, measure, resident_bytes
+from halfbyte.train.preflight import check_first_step
+from halfbyte.train.trainer import TokenTrainer, build_trainer
+
+if TYPE_CHECKING:
+    from halfbyte.plan.devices import Device
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one step and one evaluation batch took, and what the plan had said, in bytes."""
+
+    loss: float
+    predicted: dict[str, int]
+    measured: dict[str, int]
+    rss_bytes: int
+
+    @property
+    def error_frac(self) -> float:
+        """How far the predicted peak is off, as a share of the measured one; above 0 if too high."""
+        return self.predicted["peak"] / self.measured["peak"] - 1
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "predicted_bytes": self.predicted,
+            "measured_bytes": self.measured,
+            "error_frac": self.error_frac,
+            "rss_bytes": self.rss_bytes,
+        }
+
+    def as_text(self) -> str:
+        """A table for a terminal."""
+        lines = [f"{'MB':<34}{'predicted':>12}{'measured':>12}{'off by':>9}"]
+        for name, predicted in self.predicted.items():
+            measured = self.measured[name]
+            off = f"{predicted / measured - 1:+.2%}" if measured else ""
+            lines.append(f"  {name:<32}{predicted / 1e6:>12.2f}{measured / 1e6:>12.2f}{off:>9}")
+        lines.append(f"  {'resident size of the process':<32}{'':>12}{self.rss_bytes / 1e6:>12.2f}")
+        return "\n".join(lines)
+
+
+def longest_rows(examples: list[Example]) -> Lengths:
+    """Tokens and labelled tokens of training rows, the longest first."""
+    rows = [
+        (len(e.encoded.ids), sum(label >= 0 for label in e.encoded.labels[1:])) for e in examples
+    ]
+    return Lengths(tuple(sorted(rows, reverse=True)))
+
+
+def probe(trainer: TokenTrainer, planner: Planner, plan: TrainPlan) -> Probe:
+    """Run the longest micro-batch forward and backward and score an evaluation batch.
+
+    Raises:
+        RunError: as ``check_first_step``.
+        PlanError: with the optimizer's states the measured peak would not fit.
+    """
+    loss, step = check_first_step(trainer)
+    evaluation = _evaluate(trainer, plan.shape.rows)
+    predicted = _predicted(planner, plan)
+    measured = {
+        "weights and adapter": step.start_bytes,
+        "kept for the backward pass": step.kept_bytes,
+        "peak of the forward pass": step.forward_bytes,
+        "peak of the backward pass": step.backward_bytes,
+        "gradients": step.end_bytes - step.start_bytes,
+        "peak of an evaluation batch": evaluation.peak_bytes,
+        "peak": step.peak_bytes,
+    }
+    found = Probe(loss, predicted, measured, resident_bytes())
+    later_bytes = plan.peak_bytes - predicted["peak"]  # optimizer states, gradients kept
+    extra_bytes = step.peak_bytes + later_bytes - plan.peak_bytes
+    if extra_bytes > planner.margin_bytes(plan) and not planner.run.train.ignore_plan:
+        raise PlanError(
+            f"the probe took {step.peak_bytes / 1e9:.2f} GB where {predicted['peak'] / 1e9:.2f} were"
+            f" planned; with the optimizer's states {planner.device.title} has no room for that. Set"
+            " a smaller train.micro_batch_size or train.checkpointing=on; train.ignore_plan=true"
+            " trains in spite of it"
+        )
+    return found
+
+
+def _predicted(planner: Planner, plan: TrainPlan) -> dict[str, int]:
+    """What the plan says of the same two passes: no optimizer yet, no gradients from before."""
+    fixed = planner.fixed_bytes()
+    start = fixed["weights"] + fixed["constants"] + fixed["adapter"]
+    start += fixed["workspace"]
+    shape = plan.shape.alone()
+    peaks = {phase: peak.total_bytes for phase, peak in planner.step.peaks(shape).items()}
+    forward = start + max(peaks[FORWARD], peaks[HEAD])
+    backward = start + max(peaks[BACKWARD], peaks[BACKWARD_END])
+    return {
+        "weights and adapter": start,
+        "kept for the backward pass": planner.step.kept(shape),
+        "peak of the forward pass": forward,
+        "peak of the backward pass": backward,
+        "gradients": fixed["adapter"],
+        "peak of an evaluation batch": start + planner.step.evaluation(shape).total_bytes,
+        "peak": max(forward, backward),
+    }
+
+
+def _evaluate(trainer: TokenTrainer, rows: int) -> Measured:
+    """Score the rows that the training pass has had, as an evaluation would."""
+    data: Any = trainer.train_dataset
+    lengths = [len(ids) for ids in data["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:rows]
+    examples = [(data[row]["input_ids"], data[row]["labels"]) for row in order]
+    tokenizer: Any = trainer.processing_class
+
+    def forward() -> Any:
+        with trainer.accelerator.autocast():
+            return row_losses(trainer.model, examples, tokenizer.pad_token_id, rows)
+
+    return measure(trainer.args.device, forward)
+
+
+def probe_run(run: Run, device: Device) -> str:
+    """Load a run's model and rows, measure one step beside its plan; nothing is trained or kept.
+
+    Raises:
+        UserError: as ``train/sft.py`` would for the same config.
+    """
+    template = load_template(run.data.chat_template) if run.data.chat_template else None
+    base = resolve_base(run.model.name, run.model.revision)
+    renderer = Renderer(load_tokenizer(base), template, run.data.loss_on)
+    prepared = prepare(run.data, renderer)
+    planner, plan = gate(run, load_config(base), device, longest_rows(prepared.train))
+    loaded = load_model(
+        base,
+        run.model.precision,
+        double_quant=run.model.double_quant,
+        compute_dtype=run.model.compute_dtype,
+        attention=run.model.attention,
+    )
+    with tempfile.TemporaryDirectory(prefix="halfbyte-probe-") as scratch:
+        model = attach_adapter(loaded, run.adapter, run.seed, Path(scratch))
+        passes = Passes(plan.micro_batch_size, plan.checkpointing)
+        examples = (prepared.train, prepared.validation)
+        quiet = run.model_copy(update={"train": run.train.model_copy(update={"eval_steps": 0})})
+        trainer = build_trainer(
+            quiet, loaded, model, renderer, examples, passes, Path(scratch), None
+        )
+        return probe(trainer, planner, plan).as_text()
