@@ -203,6 +203,11 @@ def test_missing_key_says_what_it_means_when_it_is_inside_a_list(tmp_path: Path)
         ("adapter", "r: null", "adapter.r is None, which should be a valid integer"),
         ("adapter", "dora: no", "adapter.dora is 'no', which should be a valid boolean"),
         ("adapter", "dora: 1", "adapter.dora is 1, which should be a valid boolean"),
+        (
+            "train",
+            "ignore_plan: yes",
+            "train.ignore_plan is 'yes', which should be a valid boolean",
+        ),
         ("data", "system: 5", "data.system is 5, which should be a valid string"),
         ("data", "columns: [a]", "data.columns is ['a'], which should be a valid dictionary"),
         (
@@ -276,12 +281,80 @@ def test_literal_suggests_nothing_when_nothing_is_near(tmp_path: Path) -> None:
 
 def test_targets_suggest_all_linear_when_misspelt(tmp_path: Path) -> None:
     path = write(tmp_path, adapter="targets: all-liner")
-    faults = faults_of(path)
 
-    assert faults[0] == (
-        f"{path}:{line_of(path, 'targets')}: adapter.targets is 'all-liner'; allowed: all-linear;"
-        " did you mean all-linear?"
-    )
+    assert faults_of(path) == [
+        f"{path}:{line_of(path, 'targets')}: adapter.targets is 'all-liner'; allowed: all-linear, or a"
+        " list of names; did you mean all-linear?"
+    ]
+
+
+def test_targets_name_the_wrong_item_alone_when_it_stands_in_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path, adapter="targets: [q_proj, 5]")
+
+    assert faults_of(path) == [
+        f"{path}:{line_of(path, 'targets')}: adapter.targets.1 is 5, which should be a valid string"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("many", "'many'"),
+        ("'4'", "'4'"),
+        ("0", "0"),
+        ("-1", "-1"),
+        ("1.5", "1.5"),
+        ("true", "True"),
+        ("[1]", "[1]"),
+        ("{a: 1}", "{'a': 1}"),
+        ("null", "None"),
+    ],
+)
+def test_micro_batch_size_names_what_is_allowed_in_one_line_when_wrong(
+    tmp_path: Path, value: str, shown: str
+) -> None:
+    path = write(tmp_path)
+    override = f"train.micro_batch_size={value}"
+
+    assert faults_of(path, override) == [
+        f"override {override!r}: train.micro_batch_size is {shown}; allowed: auto, or a whole number ≥ 1"
+    ]
+
+
+def test_micro_batch_size_suggests_auto_when_misspelt(tmp_path: Path) -> None:
+    path = write(tmp_path, train="micro_batch_size: atuo")
+
+    assert faults_of(path) == [
+        f"{path}:{line_of(path, 'micro_batch_size')}: train.micro_batch_size is 'atuo'; allowed: auto,"
+        " or a whole number ≥ 1; did you mean auto?"
+    ]
+
+
+def test_faults_of_other_keys_are_kept_when_one_key_has_several_kinds_of_value(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, train="micro_batch_size: 0\nepochs: two", adapter="targets: 5\nalpa: 8")
+
+    assert [fault.split(": ", 1)[1].split(" is ")[0] for fault in faults_of(path)] == [
+        "train.micro_batch_size",
+        "train.epochs",
+        "adapter.targets",
+        "unknown key adapter.alpa; did you mean adapter.alpha?",
+    ]
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(None, "auto"), ("auto", "auto"), ("2", 2)])
+def test_micro_batch_size_is_left_to_the_plan_when_auto_or_not_given(
+    tmp_path: Path, value: str | None, wanted: object
+) -> None:
+    path = write(tmp_path, train="" if value is None else f"micro_batch_size: {value}")
+
+    assert load_run(path, [], {}).train.micro_batch_size == wanted
+
+
+@pytest.mark.parametrize(("line", "wanted"), [("", False), ("ignore_plan: true", True)])
+def test_plan_is_obeyed_when_nothing_else_is_said(tmp_path: Path, line: str, wanted: bool) -> None:
+    assert load_run(write(tmp_path, train=line), [], {}).train.ignore_plan is wanted
 
 
 @pytest.mark.parametrize(
@@ -366,7 +439,11 @@ def test_all_faults_come_at_once_in_the_order_of_the_file_when_there_are_several
 
 
 def test_rules_are_checked_together_when_several_are_broken(tmp_path: Path) -> None:
-    path = write(tmp_path, model="compute_dtype: bf16\nprecision: fp32", train="batch_size: 3")
+    path = write(
+        tmp_path,
+        model="compute_dtype: bf16\nprecision: fp32",
+        train="batch_size: 3\nmicro_batch_size: 2",
+    )
 
     assert [fault.split(": ")[1].split()[0] for fault in faults_of(path)] == [
         "model.compute_dtype",
@@ -378,7 +455,11 @@ def test_faults_of_rules_paths_and_environment_come_together_when_all_are_wrong(
     tmp_path: Path,
 ) -> None:
     """As the docstring of load_run promises."""
-    path = write(tmp_path, train="batch_size: 3", eval="baselines: [{name: x, model: a/b/c}]")
+    path = write(
+        tmp_path,
+        train="batch_size: 3\nmicro_batch_size: 2",
+        eval="baselines: [{name: x, model: a/b/c}]",
+    )
     faults = "\n".join(faults_of(path, environ={"ACCELERATE_USE_FSDP": "true"}))
 
     assert "train.batch_size is 3" in faults
@@ -601,6 +682,8 @@ def test_rule_names_line_values_and_way_out_when_broken(
         {"adapter": "dora: true"},
         {"adapter": "targets: [q_proj]"},
         {"train": "batch_size: 12\nmicro_batch_size: 4"},
+        {"train": "batch_size: 7"},
+        {"train": "batch_size: 7\nmicro_batch_size: auto"},
         {"train": "scheduler: constant"},
         {"train": "scheduler: constant\nwarmup_frac: 0"},
         {"train": "scheduler: constant_with_warmup\nwarmup_frac: 0.1"},
@@ -683,16 +766,6 @@ def test_hub_setting_of_data_is_taken_when_only_the_test_rows_are_on_the_hub(
             " train.batch_size and train.micro_batch_size: unset it",
         ),
         (
-            {"WORLD_SIZE": "3"},
-            "3 processes of train.micro_batch_size 4 do not divide train.batch_size 16;"
-            " change one of them",
-        ),
-        (
-            {"WORLD_SIZE": "8"},
-            "8 processes of train.micro_batch_size 4 do not divide train.batch_size 16;"
-            " change one of them",
-        ),
-        (
             {"ACCELERATE_USE_DEEPSPEED": "true"},
             "ACCELERATE_USE_DEEPSPEED is set, but halfbyte trains on one process or with DDP, not"
             " with DeepSpeed; unset it or choose another accelerate config",
@@ -719,9 +792,6 @@ def test_environment_is_refused_with_the_way_out_when_it_contradicts_the_config(
         {"ACCELERATE_MIXED_PRECISION": "no"},
         {"ACCELERATE_MIXED_PRECISION": "BF16"},
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
-        {"WORLD_SIZE": "1"},
-        {"WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "4"},
         {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "False"},
     ],
     ids=str,
@@ -730,6 +800,39 @@ def test_environment_is_silent_when_it_agrees_with_the_config(
     tmp_path: Path, environ: dict[str, str]
 ) -> None:
     load_run(write(tmp_path, model="compute_dtype: bf16"), [], environ)
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "text"),
+    [
+        ("auto", "3", "3 processes do not divide train.batch_size 16; change one of them"),
+        ("auto", "32", "32 processes do not divide train.batch_size 16; change one of them"),
+        *(
+            (
+                "4",
+                world,
+                f"{world} processes of train.micro_batch_size 4 do not divide train.batch_size 16;"
+                " change one of them",
+            )
+            for world in ("3", "8")
+        ),
+    ],
+)
+def test_environment_is_refused_when_its_processes_do_not_divide_the_batch(
+    tmp_path: Path, size: str, world: str, text: str
+) -> None:
+    path = write(tmp_path, train=f"micro_batch_size: {size}")
+
+    assert faults_of(path, environ={"WORLD_SIZE": world}) == [f"environment: {text}"]
+
+
+@pytest.mark.parametrize(
+    ("size", "world"), [("auto", "8"), ("auto", "16"), ("auto", "1"), ("4", "4"), ("4", "2")]
+)
+def test_environment_is_silent_when_its_processes_divide_the_batch(
+    tmp_path: Path, size: str, world: str
+) -> None:
+    load_run(write(tmp_path, train=f"micro_batch_size: {size}"), [], {"WORLD_SIZE": world})
 
 
 def test_all_faults_of_the_environment_come_at_once(tmp_path: Path) -> None:
@@ -823,6 +926,8 @@ def test_commit_is_no_secret_when_it_is_a_folder_of_the_hub_cache(tmp_path: Path
         (["seed=1", "adapter.r=4"], "quickstart+seed=1+adapter.r=4"),
         (["runs_dir=/tmp/runs", "track.wandb=off", "train.existing=replace"], "quickstart"),
         (["track.tags=[a]", "seed=1", "runs_dir=x"], "quickstart+seed=1"),
+        (["train.ignore_plan=true", "seed=1"], "quickstart+seed=1"),
+        (["train.micro_batch_size=2", "train.checkpointing=on"], "quickstart"),
         (["model.name=org/model"], "quickstart+model.name=org_model"),
         (["data.system=a b/(c)!"], "quickstart+data.system=a_b_c_"),
         (["eval.metrics=[chrf,rouge_l]"], "quickstart+eval.metrics=_chrf,rouge_l_"),

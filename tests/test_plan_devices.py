@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from halfbyte.errors import PlanError
+from halfbyte.model.host import GIB_BYTES as GIB
+from halfbyte.model.host import attempt, cgroup_limit, own_limit, ram_bytes
 from halfbyte.plan.devices import (
     CARDS,
     CONTEXT_MIB,
@@ -23,8 +25,6 @@ from halfbyte.plan.devices import (
     this_machine,
     workspace_bytes,
 )
-from halfbyte.model.host import GIB_BYTES as GIB
-from halfbyte.model.host import attempt, cgroup_limit, own_limit, ram_bytes
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)

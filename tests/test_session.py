@@ -14,6 +14,7 @@ from halfbyte.run_dir import RunDir, write_json, write_text
 from halfbyte.train.session import (
     CHECKPOINT_FILES,
     SILENT_TRAIN_KEYS,
+    as_before,
     newest_checkpoint,
     open_session,
 )
@@ -27,6 +28,9 @@ train: {learning_rate: 2e-4}
 """
 SILENT_OVERRIDES = {
     "train.existing": "resume",
+    "train.ignore_plan": "true",
+    "train.micro_batch_size": "2",
+    "train.checkpointing": "on",
     "train.num_samples": "5",
     "train.sample_tokens": "9",
     "train.log_steps": "7",
@@ -185,7 +189,6 @@ def test_open_session_is_refused_when_the_manifest_is_damaged(tmp_path: Path) ->
     [
         ("seed=1", "0", "1"),
         ("train.learning_rate=0.5", "0.0002", "0.5"),
-        ("train.micro_batch_size=2", "4", "2"),
         ("train.max_steps=9", "None", "9"),
         ("model.precision=fp4", "'nf4'", "'fp4'"),
         ("model.name=org/other", "'org/model'", "'org/other'"),
@@ -229,6 +232,31 @@ def test_open_session_begins_anew_with_other_settings_when_nothing_was_learnt_ye
     session = open_session(run_of(tmp_path, "data.train=org/rows"))
     assert session.resume is None
     assert "org/rows" in session.folder.config.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ([], (2, "on")),
+        (["train.micro_batch_size=4"], (4, "on")),
+        (["train.checkpointing=off"], (2, "off")),
+    ],
+)
+def test_resumed_run_cuts_its_steps_as_before_where_auto_leaves_it_open(
+    tmp_path: Path, overrides: list[str], wanted: tuple[int, str]
+) -> None:
+    folder = open_session(run_of(tmp_path)).folder
+    make_checkpoint(folder.checkpoints, 5)
+    memory = {"micro_batch_size": 2, "checkpointing": True}
+    write_json(folder.manifest, {"finished": False, "memory": memory})
+    run = run_of(tmp_path, *overrides)
+    train = as_before(open_session(run), run).train
+    assert (train.micro_batch_size, train.checkpointing) == wanted
+
+
+def test_new_run_leaves_auto_to_the_plan(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    assert as_before(open_session(run), run) == run
 
 
 def test_all_silent_keys_are_keys_of_training() -> None:

@@ -12,6 +12,7 @@ import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file
 from toys import run_script
+from transformers import LlamaConfig
 from wandb_history import history
 
 from halfbyte.config import load_run
@@ -22,8 +23,8 @@ from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import load_model, load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.run_dir import read_jsonl
-from halfbyte.train.order import StepwiseSampler
 from halfbyte.train.arguments import Passes
+from halfbyte.train.order import StepwiseSampler
 from halfbyte.train.preflight import check_first_step
 from halfbyte.train.tracking import Tracker, choose_mode
 from halfbyte.train.trainer import TokenTrainer, build_trainer
@@ -113,10 +114,10 @@ def test_construction_keeps_the_adapters_values(make_config: MakeConfig, compute
 def test_steps_are_the_same_however_the_batch_is_cut(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Loss and gradient norm of four steps for 4x1, 2x2 and 1x4 rows."""
+    """Loss and gradient norm of four steps for 4x1, 2x2 and 1x4 rows, and as the plan cuts it."""
     config = make_config()
     found = []
-    for size in (4, 2, 1):
+    for size in (4, 2, 1, "auto"):
         run_script(
             "train/sft.py",
             config,
@@ -124,7 +125,12 @@ def test_steps_are_the_same_however_the_batch_is_cut(
             f"train.micro_batch_size={size}",
             "track.wandb=off",
         )
-        records = [r for r in metrics(tmp_path / "runs" / f"cut{size}") if "loss" in r]
+        folder = tmp_path / "runs" / f"cut{size}"
+        plan = json.loads((folder / "manifest.json").read_text())["memory"]
+        # There is room for all rows of the step at once.
+        assert plan["micro_batch_size"] == (4 if size == "auto" else size)
+        assert plan["micro_batch_size"] * plan["accumulation"] == 4
+        records = [r for r in metrics(folder) if "loss" in r]
         found.append([(r["loss"], r["grad_norm"]) for r in records])
     assert len(found[0]) == 4
     for other in found[1:]:
@@ -209,6 +215,39 @@ def test_nan_is_never_written_as_a_number(make_config: MakeConfig, tmp_path: Pat
     with pytest.raises(RunError, match=r"step 3: \{'loss': nan\}: training has diverged"):
         tracker.write({"step": 3, "loss": float("nan")})
     assert metrics(tmp_path) == []
+
+
+def test_manifest_has_the_plan_beside_what_was_measured(trained_run: Path) -> None:
+    memory = json.loads((trained_run / "manifest.json").read_text())["memory"]
+    assert memory["checkpointing"] is False
+    assert memory["predicted_peak_bytes"] == sum(memory["terms"].values())
+    probe = memory["probe"]
+    assert probe["predicted_bytes"].keys() == probe["measured_bytes"].keys()
+    # A model of 0.2 MB: what any process holds beside it, such as a random state, is 3 % of that.
+    assert abs(probe["error_frac"]) < 0.05
+
+
+def test_training_stops_before_weights_are_looked_for_when_they_cannot_fit(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with nothing but the config.json of a model of 9 TB."""
+    folder = tmp_path / "huge"
+    LlamaConfig(vocab_size=1 << 24, hidden_size=1 << 16, num_hidden_layers=1).save_pretrained(
+        folder
+    )
+    config = make_config(model={"name": str(folder)})
+    with pytest.raises(SystemExit) as caught:
+        run_script("train/sft.py", config)
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert f"error: the weights of {folder} take 8806" in told
+    assert told.endswith("train.ignore_plan=true trains in spite of it\n")
+    with pytest.raises(SystemExit) as caught:
+        run_script("train/sft.py", config, "train.ignore_plan=true")
+    assert caught.value.code == 1
+    told = capsys.readouterr().err
+    assert f"warning: the weights of {folder} take 8806" in told
+    assert f"error: {folder}: holds no .safetensors file" in told
 
 
 def test_run_folder_holds_what_later_steps_need(trained_run: Path) -> None:

@@ -16,8 +16,10 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """Every row that was logged, without W&B's own columns (those that begin with ``_``)."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # a run ends before W&B's process has written all of it: wait for that
     rows = []
     (path,) = folder.rglob("*.wandb")
     for data in _records(path.read_bytes()):

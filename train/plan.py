@@ -40,7 +40,7 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.plan.catalogue import model_config
-    from halfbyte.plan.devices import find_device
+    from halfbyte.plan.devices import find_device, this_machine
     from halfbyte.plan.memory import Lengths
     from halfbyte.plan.report import as_json, as_text, make_plan
 
@@ -49,22 +49,24 @@ def main() -> None:
     lengths = Lengths.all_of(run.data.max_length, run.train.batch_size)
     plan = make_plan(run, config, origin, device, lengths)
     report = as_json(plan)
+    measured = None
+    if arguments.probe:
+        from halfbyte.train.probe import probe_run
+
+        measured = probe_run(run, this_machine())
+        report["probe"] = measured.as_json()
     if arguments.json:
         print(json.dumps(report))
     elif arguments.suggest:
         found = [entry["override"] for entry in report["suggestions"]]
         print("\n".join([report["train"]["settings"]["override"]] if plan.fits else found))
     else:
-        print(as_text(report))
+        print(as_text(report) + (f"\n\n{measured.as_text()}" if measured else ""))
     if arguments.plot:
         from halfbyte.plan.plots import write_plots
 
         for path in write_plots(plan, report, arguments.plot):
             print(f"wrote {path}", file=sys.stderr)
-    if arguments.probe:
-        from halfbyte.train.probe import probe_run
-
-        print(probe_run(run, device))
 
 
 if __name__ == "__main__":

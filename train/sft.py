@@ -36,7 +36,13 @@ def main() -> None:
     from halfbyte.plan.gate import check_weights, gate
     from halfbyte.train.arguments import Passes, num_steps
     from halfbyte.train.probe import longest_rows, probe
-    from halfbyte.train.session import check_base, open_session, record_data, write_manifest
+    from halfbyte.train.session import (
+        as_before,
+        check_base,
+        open_session,
+        record_data,
+        write_manifest,
+    )
     from halfbyte.train.tracking import Tracker
     from halfbyte.train.trainer import build_trainer
 
@@ -65,6 +71,7 @@ def main() -> None:
     say(show_ledger(prepared))
     say(f"BOS: {'1 per row' if renderer.has_bos else 'none: this tokenizer adds none'}")
 
+    run = as_before(session, run)
     planner, plan = gate(run, load_config(base), device, longest_rows(prepared.train))
     say(f"plan: {plan.summary()}; {planner.margin_bytes(plan) / 1e9:.2f} GB to spare")
     loaded = load_model(
@@ -77,7 +84,8 @@ def main() -> None:
     model = attach_adapter(loaded, run.adapter, run.seed, folder.path, is_main=session.is_main)
     say(describe_model(loaded, model))
     if session.is_main:
-        write_manifest(session, run, loaded, renderer, {"finished": False})
+        begun = {"finished": False, "memory": plan.as_json()}
+        write_manifest(session, run, loaded, renderer, begun)
 
     held_out = prepared.validation or prepared.test[:64]
     tracker = Tracker(run, folder, session.resume_step) if session.is_main else None

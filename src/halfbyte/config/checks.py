@@ -258,9 +258,10 @@ def environment_faults(run: Run, environ: Mapping[str, str]) -> list[str]:
         )
     world, rows = _world_size(environ, faults), run.train.micro_batch_size
     if world > 1 and run.train.batch_size % ((1 if rows == "auto" else rows) * world):
+        size = "" if rows == "auto" else f" of train.micro_batch_size {rows}"
         faults.append(
-            f"environment: {world} processes of train.micro_batch_size {rows} do"
-            f" not divide train.batch_size {run.train.batch_size}; change one of them"
+            f"environment: {world} processes{size} do not divide train.batch_size"
+            f" {run.train.batch_size}; change one of them"
         )
     for variable, what in (
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),

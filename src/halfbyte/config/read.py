@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from halfbyte.config.checks import cross_faults, environment_faults, secret_faults
 from halfbyte.config.paths import resolve_paths
-from halfbyte.config.schema import Run
+from halfbyte.config.schema import Name, Positive, Run
 from halfbyte.config.source import SECRET, KeyPath, Source, read_source, source_of
 from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
 RESOLVED_NAME = "run.yaml"
+# Overrides of `train` that leave the name of the run as it is: what is learnt stays the same.
+UNNAMED = ("existing", "ignore_plan", "micro_batch_size", "checkpointing")
+# What a key may hold beside its fixed words.
+BESIDES = ((Positive, "a whole number ≥ 1"), (list[Name], "a list of names"))
 
 
 def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os.environ) -> Run:
@@ -95,7 +100,7 @@ def run_as_yaml(run: Run) -> str:
 
 def default_name(config: Path, overrides: list[str]) -> str:
     """``quickstart``, or ``quickstart+train.max_steps=5``: one folder for each variation."""
-    silent = ("runs_dir=", "track.", "train.existing=")
+    silent = ("runs_dir=", "track.", *(f"train.{key}=" for key in UNNAMED))
     parts = [config.stem, *(text for text in overrides if not text.startswith(silent))]
     name = re.sub(r"[^\w.=+,-]+", "_", "+".join(parts), flags=re.ASCII)
     if len(name) > MAX_NAME_LENGTH:
@@ -112,7 +117,8 @@ def _validate(
     try:
         run = Run.model_validate(source.values)
     except ValidationError as error:
-        faults += [_fault(dict(item), source) for item in error.errors()]
+        errors = _one_a_value([dict(item) for item in error.errors()])
+        faults += [_fault(item, source) for item in errors]
         raise ConfigError(_in_file_order(faults)) from None
     faults += cross_faults(run, source, resolved=resolved)
     run = resolve_paths(run, source, faults, resolved=resolved)
@@ -129,6 +135,32 @@ def _in_file_order(faults: list[str]) -> list[str]:
         return int(found.group(1)) if found else 1 << 30
 
     return sorted(dict.fromkeys(faults), key=line)
+
+
+def _one_a_value(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The errors, with one for a union of which pydantic tells once for each branch.
+
+    Where the value is a list, its wrong items are told; else the fixed words speak for all branches.
+    """
+    unions = {
+        error["loc"][:-1]
+        for error in errors
+        if error["type"] == "literal_error" and str(error["loc"][-1]).startswith("literal[")
+    }
+    groups: dict[KeyPath, list[dict[str, Any]]] = {}
+    for error in errors:
+        loc = error["loc"]
+        group = next((union for union in unions if loc[: len(union)] == union), loc)
+        groups.setdefault(group, []).append(error)
+    found: list[dict[str, Any]] = []
+    for group, branches in groups.items():
+        inner = [
+            error | {"loc": (*group, *error["loc"][len(group) + 1 :])}
+            for error in branches
+            if len(error["loc"]) > len(group) + 1
+        ]
+        found += inner or branches[:1]
+    return found
 
 
 def _fault(error: dict[str, Any], source: Source) -> str:
@@ -149,7 +181,8 @@ def _fault(error: dict[str, Any], source: Source) -> str:
         options = [text.strip("'") for text in re.findall(r"'[^']*'", context["expected"])]
         close = difflib.get_close_matches(str(came), options, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{place}: {dotted} is {_shown(came)}; allowed: {', '.join(options)}{hint}"
+        allowed = ", or ".join([", ".join(options), *_besides(path)])
+        return f"{place}: {dotted} is {_shown(came)}; allowed: {allowed}{hint}"
     message = error["msg"].replace("Input should", "should")
     return f"{place}: {dotted} is {_shown(error['input'])}, which {message[0].lower()}{message[1:]}"
 
@@ -198,7 +231,18 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _meaning(path: KeyPath) -> str:
+def _field_at(path: KeyPath) -> FieldInfo | None:
     model = _model_at(path[:-1])
-    field = model.model_fields.get(str(path[-1])) if model else None
+    return model.model_fields.get(str(path[-1])) if model else None
+
+
+def _besides(path: KeyPath) -> list[str]:
+    """What the key may hold beside its fixed words, such as a number beside ``auto``."""
+    field = _field_at(path)
+    kinds = get_args(field.annotation) if field is not None else ()
+    return [words for kind, words in BESIDES if kind in kinds]
+
+
+def _meaning(path: KeyPath) -> str:
+    field = _field_at(path)
     return f". {field.description}" if field is not None and field.description else ""

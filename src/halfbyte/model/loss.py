@@ -78,7 +78,9 @@ class TokenLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(
+        ctx: Any, *grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, None, None, None, None]:
         """Scale the gradients that forward computed, one factor for each row."""
         (gradient,) = ctx.saved_tensors
         # In fp32: a factor such as 1/N or a loss scale must not be rounded to 16 bit, or overflow it.

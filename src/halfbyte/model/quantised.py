@@ -61,6 +61,7 @@ def pack_shapes(layer: Any, packing: Packing, dtype: torch.dtype) -> None:
         packed.CB = packed.SCB = None
         layer.weight = packed
         layer.state.CB, layer.state.SCB = packed.data, empty(shape[0])
+        _unpack_for_peft(layer)
         return
     if not isinstance(layer, Linear4bit):
         return
@@ -93,6 +94,24 @@ def pack_shapes(layer: Any, packing: Packing, dtype: torch.dtype) -> None:
     packed.quant_storage = torch.uint8
     layer.weight, layer.quant_state = packed, state
     layer.support_avx512bf16_for_cpu = False  # as load_model sets it
+    _unpack_for_peft(layer)
+
+
+def _unpack_for_peft(layer: Any) -> None:
+    """Let PEFT unpack the layer's weight, which DoRA adds to.
+
+    PEFT goes by the class of the weight, and a plain one is taken as it is; a layer of HQQ, which it
+    tells by ``W_q``, unpacks itself.
+    """
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    def dequantize() -> Any:
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None:
+            return int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
+        return dequantize_4bit(layer.weight.data, state)
+
+    layer.W_q, layer.dequantize = layer.weight.data, dequantize
 
 
 def replace_tensors(module: Any, replace: Any) -> None:

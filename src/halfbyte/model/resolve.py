@@ -141,6 +141,18 @@ def config_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
     return file.parent, f"{name} at {file.parent.name} from the Hugging Face Hub"
 
 
+def cached_config(name: str) -> Path | None:
+    """The folder of a Hub model's config.json in the local cache, if it has been downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None  # the look on the Hub says so
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 

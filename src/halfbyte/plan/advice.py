@@ -71,13 +71,30 @@ def suggest(
     for checkpointing in (False, True) if planner.loads else ():
         plan = _largest(planner, lengths, sizes, checkpointing)
         if planner.fits(plan):
-            gentle.append(_suggestion(planner, plan, {}, ""))
+            gentle.append(_suggestion(planner, plan, {}))
     if gentle:
         return gentle
-    for step in _harder(run, lengths, device):
-        if _least(run, config, device, planner, lengths, step) is not None:
-            return [_without_needless(run, config, device, planner, lengths, step)]
-    return []
+
+    def least(changes: dict[str, Any]) -> tuple[Planner, Lengths] | None:
+        """What plans these changes, if they fit a row at a time and recomputing."""
+        changed = _changed(run, changes)
+        same = (changed.model, changed.adapter) == (run.model, run.adapter)
+        other = Planner(changed, config, device, planner.step if same else None)
+        if not other.loads or sum(other.fixed_bytes().values()) > device.usable_bytes:
+            return None
+        rows = lengths.at_most(changes.get("data.max_length", lengths.rows[0][0]))
+        return (other, rows) if other.fits(other.train(rows, 1, checkpointing=True)) else None
+
+    changes = next((step for step in _harder(run, lengths, device) if least(step)), None)
+    if changes is None:
+        return []
+    for key in list(changes):  # take back what the other changes make needless
+        fewer = {other: value for other, value in changes.items() if other != key}
+        changes = fewer if least(fewer) else changes
+    found = least(changes)
+    assert found is not None
+    best = _largest(*found, sizes, checkpointing=True)
+    return [_suggestion(found[0], best, changes)]
 
 
 def micro_batches(rows: int) -> list[int]:
@@ -151,47 +168,6 @@ def _harder(run: Run, lengths: Lengths, device: Device) -> Iterator[dict[str, An
         yield dict(changes)
 
 
-def _least(
-    run: Run,
-    config: PretrainedConfig,
-    device: Device,
-    planner: Planner,
-    lengths: Lengths,
-    changes: dict[str, Any],
-) -> tuple[Planner, TrainPlan] | None:
-    """The plan with these changes, a row at a time and recomputing, if it fits."""
-    changed = _changed(run, changes)
-    same = (changed.model, changed.adapter) == (run.model, run.adapter)
-    other = Planner(changed, config, device, planner.step if same else None)
-    if not other.loads or sum(other.fixed_bytes().values()) > device.usable_bytes:
-        return None
-    longest = changes.get("data.max_length", lengths.rows[0][0])
-    plan = other.train(lengths.at_most(longest), 1, checkpointing=True)
-    return (other, plan) if other.fits(plan) else None
-
-
-def _without_needless(
-    run: Run,
-    config: PretrainedConfig,
-    device: Device,
-    planner: Planner,
-    lengths: Lengths,
-    changes: dict[str, Any],
-) -> Suggestion:
-    """Take back each change that the others make needless, then grow the micro-batch again."""
-    for key in list(changes):
-        fewer = {other: value for other, value in changes.items() if other != key}
-        if _least(run, config, device, planner, lengths, fewer) is not None:
-            changes = fewer
-    found = _least(run, config, device, planner, lengths, changes)
-    assert found is not None
-    longest = changes.get("data.max_length", lengths.rows[0][0])
-    sizes = micro_batches(run.train.batch_size // planner.world)
-    plan = _largest(found[0], lengths.at_most(longest), sizes, checkpointing=True)
-    costs = ", ".join(COSTS[key].format(value) for key, value in changes.items())
-    return _suggestion(found[0], plan, changes, costs)
-
-
 def _changed(run: Run, changes: dict[str, Any]) -> Run:
     for dotted, value in changes.items():
         section, key = dotted.split(".")
@@ -200,13 +176,11 @@ def _changed(run: Run, changes: dict[str, Any]) -> Run:
     return run
 
 
-def _suggestion(
-    planner: Planner, plan: TrainPlan, changes: dict[str, Any], costs: str
-) -> Suggestion:
-    words = [costs] if costs else []
-    words.append(RECOMPUTE if plan.checkpointing else SMALLER_BATCH)
+def _suggestion(planner: Planner, plan: TrainPlan, changes: dict[str, Any]) -> Suggestion:
+    costs = [COSTS[key].format(value) for key, value in changes.items()]
+    costs.append(RECOMPUTE if plan.checkpointing else SMALLER_BATCH)
     return Suggestion(
-        override_line(plan, changes), "; ".join(words), plan, planner.margin_bytes(plan)
+        override_line(plan, changes), "; ".join(costs), plan, planner.margin_bytes(plan)
     )
 
 

@@ -1,11 +1,13 @@
 """Owns where a model's configuration comes from: this disk, the table of known models, or the Hub.
 
-``python -m halfbyte.plan.catalogue`` works out anew what each known model takes to train.
+``python -m halfbyte.plan.catalogue`` prints the table; with ``--update`` it works out anew what each
+model takes to train.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import ModelError
 from halfbyte.model.load import load_config
-from halfbyte.model.resolve import Base, config_folder
+from halfbyte.model.resolve import Base, cached_config, config_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,9 +70,9 @@ def model_config(name: str, revision: str | None = None) -> tuple[PretrainedConf
     """
     on_disk = Path(name).is_absolute()
     if not on_disk and revision is None:
-        cached = None if name.startswith("pypi:") else _cached_file(name)
+        cached = None if name.startswith("pypi:") else cached_config(name)
         if cached is not None:
-            return _read(name, cached.parent), f"{name} in the local cache"
+            return _read(name, cached), f"{name} in the local cache"
         for known in known_models():
             if name in known.names:
                 return configuration(known), f"{name} in halfbyte's table of known models"
@@ -107,8 +109,22 @@ def training_bytes(known: Known) -> dict[str, int]:
     return found
 
 
-def main() -> None:
-    """Rewrite the table with what each model takes to train."""
+def as_markdown() -> str:
+    """The table of known models for the docs."""
+    lines = [
+        "| model | parameters | trains in, GB (bf16) | (fp32) | published by |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for known in known_models():
+        lines.append(
+            f"| {known.names[0]} | {known.parameters:,} | {known.training['bf16'] / 1e9:.2f} |"
+            f" {known.training['fp32'] / 1e9:.2f} | {known.source} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def update() -> None:
+    """Rewrite the table's file with what each model takes to train."""
     lines = []
     for known in known_models():
         entry = {
@@ -118,21 +134,10 @@ def main() -> None:
             "training": training_bytes(known),
             "config": known.config,
         }
-        print(known.names[0], entry["training"])
+        print(known.names[0], entry["training"], file=sys.stderr)
         lines.append(json.dumps(entry))
     path = Path(str(files("halfbyte.plan").joinpath("catalogue.json")))
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-
-
-def _cached_file(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return None  # the look on the Hub says so
-    return Path(found) if isinstance(found, str) else None
 
 
 def _read(name: str, folder: Path) -> PretrainedConfig:
@@ -165,4 +170,6 @@ def _keys(value: Any) -> set[str]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--update"]:
+        update()
+    print(as_markdown(), end="")

@@ -266,3 +266,23 @@ def _this_cpu() -> Device:
         in_use_bytes=max(0, total - available - private),
         facts=host_facts(),
     )
+
+
+def as_markdown() -> str:
+    """The table of cards for the docs."""
+    lines = [
+        "| name | card | GiB | compute capability | beside tensors, MiB | source |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for card in CARDS:
+        device = DEVICES[card.name]
+        major, minor = card.capability
+        lines.append(
+            f"| {card.name} | {card.title} | {card.total_gib} | {major}.{minor} |"
+            f" {device.context_bytes // MIB_BYTES} | {card.source} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

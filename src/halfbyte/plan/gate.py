@@ -55,7 +55,21 @@ def gate(
             f" {'on' if plan.checkpointing else 'off'}), which is"
             f" {-planner.margin_bytes(plan) / 1e9:.2f} GB more than {device.title} has.{helps}",
         )
-    return planner, plan
+    return planner, agreed(planner, plan, lengths)
+
+
+def agreed(planner: Planner, plan: TrainPlan, lengths: Lengths) -> TrainPlan:
+    """The plan of rank 0, on every rank: what is free may differ between the cards of a machine."""
+    if planner.world == 1:
+        return plan
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=planner.device.kind == "cpu")
+    settings = [(plan.micro_batch_size, plan.checkpointing)]
+    broadcast_object_list(settings)
+    rows, checkpointing = settings[0]
+    return planner.train(lengths, rows, checkpointing=checkpointing)
 
 
 def _refuse(run: Run, text: str) -> None:

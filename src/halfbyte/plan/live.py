@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages of all tensors born inside, from birth to death.
 
     A storage is counted under the ``term`` that holds when it is born; ``peaks`` keeps, for each
-    ``phase``, the moment with the most live bytes. Tensors given to ``ignore`` (weights, optimizer
+    ``phase``, the moment with the most live bytes, ``most`` the largest sum of each term. Tensors given to ``ignore`` (weights, optimizer
     states) are counted elsewhere. Works on fake tensors, which have sizes but no memory, so that a
     step of any model is counted in a second.
 
@@ -40,6 +40,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = self.term = ""
         self.peaks: dict[str, Peak] = {}
         self.now: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()  # of each term by itself, whenever that was
         self.total_bytes = self.kept_bytes = 0
         self._ignored: set[int] = set()
         self._kept: list[Any] = []
@@ -63,6 +64,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if entry is not None:
             self.now[entry[1]] -= entry[0]
             self.now[term] += entry[0]
+            self.most[term] = max(self.most[term], self.now[term])
             entry[1] = term
 
     def __torch_dispatch__(
@@ -71,13 +73,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
+        name = func.name()
         if func is torch.ops.aten._grouped_mm.default:
             # Its shape rule accepts bf16 alone, its kernels other dtypes too (torch 2.13).
             out = args[0].new_empty(_grouped_shape(*args[:3]))
+        elif name == "bitsandbytes::int8_vectorwise_quant":
+            out = func(args[0])  # without outlier columns: how many there are, only data tells
+        elif name == "bitsandbytes::int8_mixed_scaled_mm":
+            out = args[0].new_empty((*args[1].shape[:-1], args[2].shape[0])), None
         else:
             out = func(*args, **options)
         term, inside_bytes = self.term, 0
-        name = func.name()
         if name == "bitsandbytes::dequantize_4bit":
             term = DEQUANTISED
         elif name == "bitsandbytes::gemm_4bit":
@@ -86,6 +92,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, torch.Tensor):
                 self._born(tensor, term)
         if inside_bytes:
+            within = self.now[DEQUANTISED] + inside_bytes
+            self.most[DEQUANTISED] = max(self.most[DEQUANTISED], within)
             self._mark(inside_bytes)
         return out
 
@@ -98,6 +106,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         died = functools.partial(self._died, key)
         self._alive[key] = [size, term, weakref.ref(storage, died)]
         self.now[term] += size
+        self.most[term] = max(self.most[term], self.now[term])
         self.total_bytes += size
         self._mark()
 
@@ -119,8 +128,11 @@ def _gemm_inside_bytes(args: Any, options: dict[str, Any]) -> int:
     """Bytes that bitsandbytes 0.50 takes inside a 4-bit product: the weight, and its block maxima."""
     num_weights = args[2][0] * args[2][1]
     inside = num_weights * args[0].element_size()
-    if options.get("absmax_8bit") is not None:
-        inside += 4 * options["absmax_8bit"].numel()
+    maxima = (
+        args[7] if len(args) > 7 else options.get("absmax_8bit")
+    )  # torch hands them on by place
+    if maxima is not None:
+        inside += 4 * maxima.numel()
     return int(inside)
 
 

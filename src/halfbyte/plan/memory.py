@@ -77,7 +77,7 @@ class TrainPlan:
 
     Attributes:
         terms: bytes at the peak, by name; their sum is ``peak_bytes``.
-        largest: the most that each term comes to in any phase.
+        largest: the most that each term comes to by itself, whenever that is.
         when: the phase of the step in which the peak comes.
         phases: the most bytes of each phase.
         peak_bytes: of all tensors; on CUDA what ``max_memory_allocated`` counts.
@@ -193,7 +193,8 @@ class Planner:
         phases = {phase: sum(terms.values()) for phase, terms in moving.items()}
         when = max(phases, key=lambda phase: phases[phase])
         terms = {name: moving[when].get(name, 0) for name in MOVING}
-        largest = {name: max(part.get(name, 0) for part in moving.values()) for name in MOVING}
+        most = self.step.most(shape)
+        largest = {name: max(most[name], moving[OPTIMIZER_STEP].get(name, 0)) for name in MOVING}
         total = sum(fixed.values())
         return TrainPlan(
             micro_batch_size=micro_batch_size,

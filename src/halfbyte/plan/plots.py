@@ -1,4 +1,4 @@
-"""Owns a plan's pictures: bytes against row length, the sum at the peak, precisions; as PNG and HTML."""
+"""Owns a plan's pictures: bytes by row length, by term and by precision, as one PNG and as a page."""
 
 from __future__ import annotations
 
@@ -18,28 +18,22 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from halfbyte.errors import PlanError
 from halfbyte.plan.advice import micro_batches
-from halfbyte.plan.devices import find_device
+from halfbyte.plan.devices import ASSUMED
 from halfbyte.plan.memory import Lengths
 from halfbyte.plan.report import TERMS, Plan
+from halfbyte.plan.weights import STORED
 from halfbyte.run_dir import write_text
 
-INK, OURS, OTHERS, BAD = "#1f2933", "#0f766e", "#94a3b8", "#b91c1c"
-SHADES = ("#b6c2d1", "#94a3b8", "#64748b", "#475569")  # more rows, darker
-MARKERS = "os^D"
+INK, OURS, BAD = "#1f2933", "#0f766e", "#b91c1c"
+LINES = (("#b6c2d1", "o"), ("#94a3b8", "s"), ("#64748b", "^"), ("#475569", "D"))
+ROWS = (8, 4, 2)  # in a micro-batch, beside 1 and the planned ones; the first are drawn first
 SHORTEST, LONGEST = 128, 2048  # tokens; the longest at least
-ROWS = (1, 2, 4, 8)
-MAX_LENGTHS = 8
-TRACED_LAYERS = 80  # that the lengths and micro-batches may come to: a layer takes about 0.1 s
+TRACED_LAYERS = 80  # that all points may come to together; a layer takes about 0.1 s
 SMALL = 0.02  # of the whole: smaller terms share a bar
-CLIP = 2.5  # times the device: bytes beyond that are drawn no more
-FAR = 3.0  # times what is drawn: a device beyond that is only named
-PNG_SIZE, PNG_DPI = (11, 8), 150
-SVG_WIDTH = 5.6
-WORDS = {"nf4_single": "nf4, constants\nas they are"}
-
-# What a plan depends on, beside the model's name; an empty tuple stands for the whole section.
+CLIP = 2.5  # times the device: what takes more runs off the picture
+FAR = 3.0  # times what is drawn: a larger device is only named
+# What a plan depends on beside the model's name; without keys the whole section.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "model": (),
     "adapter": (),
@@ -48,7 +42,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 
 Curves = dict[int, dict[int, int]]  # rows → length → bytes needed
-Picture = tuple[str, float, Callable[[Any], None]]  # title, height in inches, what draws it
+Pictures = dict[str, Callable[[Any], None]]  # title → what draws it
 
 
 def write_plots(plan: Plan, report: dict[str, Any], name: Path) -> list[Path]:
@@ -57,213 +51,153 @@ def write_plots(plan: Plan, report: dict[str, Any], name: Path) -> list[Path]:
     Args:
         plan: what was planned.
         report: ``as_json`` of it.
-        name: path of both files without their suffixes.
+        name: path of both files; they differ in their suffixes.
 
     Returns:
-        The PNG, then the HTML page that also has the report's tables.
+        The PNG, then the HTML page, which has the report's tables too.
     """
     stem = name.with_suffix("") if name.suffix.lower() in (".png", ".html") else name
-    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".html")]
+    png, html = (stem.with_name(stem.name + suffix) for suffix in (".png", ".html"))
     curves = trace_curves(plan)
-    pictures: list[Picture] = [
-        (_curves_title(plan), 3.6, lambda axes: _draw_curves(axes, plan, curves)),
-        ("Needed at the peak, GB", 3.4, lambda axes: _draw_terms(axes, report)),
-        ("Weights in memory by precision, GB", 3.4, lambda axes: _draw_load(axes, report)),
-    ]
-    _write_bytes(paths[0], _png(report, pictures))
-    write_text(paths[1], _html(plan, report, pictures))
-    return paths
+    pictures: Pictures = {
+        "Needed by row length, GB": lambda axes: _draw_curves(axes, plan, report, curves),
+        "Needed at the peak, GB": lambda axes: _draw_terms(axes, report),
+        "Weights in memory by precision, GB": lambda axes: _draw_load(axes, report),
+    }
+    png.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=png.parent) as folder:
+        _draw_png(report, pictures).savefig(Path(folder, png.name), format="png")
+        os.replace(Path(folder, png.name), png)
+    write_text(html, _html(plan, report, pictures))
+    return [png, html]
 
 
 def trace_curves(plan: Plan) -> Curves:
     """Bytes needed at several row lengths, for several micro-batches that the run could have."""
     planner, train = plan.planner, plan.train
     base, more = planner.step.cut.base, planner.step.cut.more
-    budget = TRACED_LAYERS // (len(base) + len(more) * (len(base) + 1))
+    num_points = TRACED_LAYERS // (len(base) + len(more) * (len(base) + 1))
     possible = micro_batches(plan.run.train.batch_size // planner.world)
-    # The planned micro-batch, then the extremes, then what lies between.
-    others = [n for n in (1, *ROWS[:0:-1]) if n in possible and n != train.micro_batch_size]
-    num_lines = 5 if budget >= 5 * 5 else 4 if budget >= 4 * 4 else 3
-    rows = sorted([train.micro_batch_size, *others[: num_lines - 1]])
-    lengths = _lengths(plan, min(MAX_LENGTHS, max(3, budget // len(rows))))
-    limit, curves = _limit(plan), Curves()
-    for count in rows:
-        curve = curves[count] = {}
-        if count == train.micro_batch_size:
-            curve[train.length] = train.needed_bytes
+    others = [n for n in (1, *ROWS) if n in possible and n != train.micro_batch_size]
+    others = others[: 4 if num_points >= 5 * 5 else 3 if num_points >= 4 * 4 else 2]
+    lengths = _lengths(plan, min(8, max(3, num_points // (1 + len(others)))))
+    limit = plan.device.total_bytes - plan.device.in_use_bytes
+    curves: Curves = {}
+    for rows in sorted([train.micro_batch_size, *others]):
+        curve = {train.length: train.needed_bytes} if rows == train.micro_batch_size else {}
         for length in lengths:
             if length not in curve:
-                curve[length] = planner.train(
-                    Lengths.all_of(length, count), count, checkpointing=train.checkpointing
-                ).needed_bytes
+                batch = Lengths.all_of(length, rows)
+                other = planner.train(batch, rows, checkpointing=train.checkpointing)
+                curve[length] = other.needed_bytes
             if curve[length] > max(CLIP * limit, 1.25 * train.needed_bytes):
-                break  # it runs off the picture, and more tokens never take less
-        curves[count] = dict(sorted(curve.items()))
+                break  # the rest runs off the picture
+        curves[rows] = dict(sorted(curve.items()))
     return curves
 
 
 def _lengths(plan: Plan, most: int) -> list[int]:
     """Powers of two that the model can take: the shortest, and the longest of them."""
-    text = plan.planner.config.get_text_config()
     longest = max(LONGEST, 2 * plan.train.length)
+    text = plan.planner.config.get_text_config()
     longest = min(longest, getattr(text, "max_position_embeddings", None) or longest)
     found = [1 << n for n in range(SHORTEST.bit_length() - 1, longest.bit_length())]
     return [*found[:1], *found[1:][1 - most :]] or [plan.train.length]
 
 
-def _limit(plan: Plan) -> int:
-    return plan.device.total_bytes - plan.device.in_use_bytes
+def _limit(report: dict[str, Any], highest: float) -> tuple[float, bool, str]:
+    """What the device has, in GB, whether that is near enough to be drawn, and words for it."""
+    device = report["device"]
+    limit = (device["total_bytes"] - device["in_use_bytes"]) / 1e9
+    title = device["title"] if len(device["title"]) <= 32 else device["title"][:31] + "…"
+    text = f"{title}: {limit:.3f} GB{' free' if device['in_use_bytes'] else ''}"
+    near = limit <= FAR * highest
+    return limit, near, f"dashed: {text}" if near else f"{text}, beyond the picture"
 
 
-def _curves_title(plan: Plan) -> str:
-    recompute = "on" if plan.train.checkpointing else "off"
-    return f"Needed by row length, GB, checkpointing {recompute}"
-
-
-def _draw_curves(axes: Any, plan: Plan, curves: Curves) -> None:
-    train, limit = plan.train, _limit(plan) / 1e9
-    shades, markers = iter(SHADES), iter(MARKERS)
-    for count, curve in curves.items():
-        planned = count == train.micro_batch_size
-        axes.plot(
-            list(curve),
-            [size / 1e9 for size in curve.values()],
-            color=OURS if planned else next(shades),
-            marker="." if planned else next(markers),
-            linewidth=2.2 if planned else 1.4,
-            markersize=8 if planned else 4,
-            label=f"{count} row{'s' if count > 1 else ''}",
-        )
-    needed = train.needed_bytes / 1e9
-    what = f"planned: {train.micro_batch_size} × {train.length} tokens, {needed:.3f} GB"
-    colour = OURS if plan.fits else BAD
-    axes.plot(train.length, needed, "o", ms=11, mfc="none", mec=colour, mew=2, zorder=5, label=what)
-    highest = max(max(curve.values()) for curve in curves.values()) / 1e9
-    top = 1.08 * max(highest, limit if limit <= FAR * highest else 0)
-    top = min(top, max(CLIP * limit, 1.25 * needed))
-    axes.set_ylim(0, top)
-    longest = max(length for curve in curves.values() for length in curve)
-    axes.set_xlim(0, 1.03 * longest)
-    axes.set_xticks([n for n in sorted({n for c in curves.values() for n in c}) if n > longest / 9])
-    axes.set_xlabel("tokens in a row")
-    axes.set_ylabel("GB")
-    _draw_limit(axes, plan, curves, (longest, top))
-    axes.legend(
-        frameon=False, ncols=len(curves), loc="lower left", bbox_to_anchor=(-0.02, 1.0), fontsize=9
-    )
-
-
-def _draw_limit(axes: Any, plan: Plan, curves: Curves, corner: tuple[float, float]) -> None:
-    """The device as a line, named where no curve runs."""
-    limit, (longest, top) = _limit(plan) / 1e9, corner
-    name = _device(plan.device.title, _limit(plan), plan.device.in_use_bytes)
-    style: dict[str, Any] = {"color": BAD, "fontsize": 9, "parse_math": False}
-    if limit > top:
-        axes.text(0.01 * longest, 0.98 * top, f"↑ {name}", va="top", **style)
-        return
-    axes.axhline(limit, color=BAD, linewidth=1.2, linestyle="--")
-    starts = [size / 1e9 for curve in curves.values() for n, size in curve.items()]
-    crowded = [size for size in starts if limit < size < limit + 0.12 * top]
-    below = bool(crowded) or limit > 0.92 * top
-    axes.text(
-        0.01 * longest,
-        limit - (0.015 if below else -0.01) * top,
-        name,
-        va="top" if below else "bottom",
-        **style,
-    )
-
-
-def _device(title: str, limit: int, in_use: int) -> str:
-    short = title if len(title) <= 32 else title[:31] + "…"
-    return f"{short}: {limit / 1e9:.3f} GB{' free' if in_use else ''}"
+def _draw_curves(axes: Any, plan: Plan, report: dict[str, Any], curves: Curves) -> None:
+    train, needed = plan.train, plan.train.needed_bytes / 1e9
+    lines = iter(LINES)
+    axes.spines[["top", "right"]].set_visible(False)
+    for rows, curve in curves.items():
+        planned = rows == train.micro_batch_size
+        colour, marker = (OURS, ".") if planned else next(lines)
+        sizes = [size / 1e9 for size in curve.values()]
+        label = f"{rows} row{'s' if rows > 1 else ''}"
+        axes.plot(list(curve), sizes, marker + "-", color=colour, lw=1 + planned, ms=5, label=label)
+    ring = OURS if plan.fits else BAD
+    axes.plot(train.length, needed, "o", ms=11, mfc="none", mec=ring, mew=2, zorder=5)
+    lengths = sorted({length for curve in curves.values() for length in curve})
+    highest = max(size for curve in curves.values() for size in curve.values()) / 1e9
+    limit, near, name = _limit(report, highest)
+    top = min(1.08 * max(highest, limit * near), max(CLIP * limit, 1.25 * needed))
+    recompute = f"GB, checkpointing {'on' if train.checkpointing else 'off'}"
+    axes.set(xlim=(0, 1.03 * lengths[-1]), ylim=(0, top), ylabel=recompute)
+    axes.set_xticks([length for length in lengths if length > lengths[-1] / 9])
+    what = f"in the circle: planned {train.micro_batch_size} × {train.length}, {needed:.3f} GB"
+    axes.set_xlabel(f"tokens in a row; {what}\n{name}", fontsize=9, parse_math=False)
+    if near:
+        axes.axhline(limit, color=BAD, lw=1.2, ls="--", zorder=0.5)
+    looks = {"frameon": False, "fontsize": 9, "columnspacing": 1.2, "handlelength": 1.6}
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves), **looks)
 
 
 def _draw_terms(axes: Any, report: dict[str, Any]) -> None:
-    """One bar for each term, the largest first, each beginning where the last one ended."""
+    """Each term's bar begins where the last one ended; the largest comes first."""
     train, needed = report["train"], report["train"]["needed_bytes"]
     terms = {name.replace("_", " "): train[f"{name}_bytes"] for name in TERMS}
-    small = [name for name, size in terms.items() if 0 < size < SMALL * needed]
-    bars = sorted(
-        ((n, s) for n, s in terms.items() if s > 0 and (len(small) < 2 or n not in small)),
-        key=lambda bar: -bar[1],
-    )
-    if len(small) > 1:
-        bars.append((f"{len(small)} others", sum(terms[name] for name in small)))
-    start = 0
-    for row, (_, size) in enumerate(bars):
-        axes.barh(row, size / 1e9, left=start / 1e9, color=OURS, height=0.64)
-        start += size
-        _number(axes, start, row, size)
-    axes.barh(len(bars), needed / 1e9, color=INK, height=0.64)
-    _number(axes, needed, len(bars), needed)
-    _finish_bars(axes, report, [*(name for name, _ in bars), "needed"], needed)
+    found = sorted(((size, name) for name, size in terms.items() if size > 0), reverse=True)
+    small = [size for size, _ in found if size < SMALL * needed]
+    others = [(sum(small), f"{len(small)} others")]
+    bars = [*found[: -len(small)], *others] if len(small) > 1 else found
+    starts = [sum(size for size, _ in bars[:row]) for row in range(len(bars))]
+    _draw_bars(axes, report, [*bars, (needed, "needed")], [*starts, 0])
 
 
 def _draw_load(axes: Any, report: dict[str, Any]) -> None:
-    sizes = {
-        WORDS.get(name, name): stored["true_bytes"]
-        for name, stored in report["load"].items()
-        if isinstance(stored, dict) and "true_bytes" in stored
-    }
-    for row, size in enumerate(sizes.values()):
-        axes.barh(row, size / 1e9, color=OURS, height=0.64)
-        _number(axes, size, row, size)
-    _finish_bars(axes, report, list(sizes), max(sizes.values()))
+    words = {"nf4_single": "nf4, no double\nquantisation"}
+    bars = [(report["load"][name]["true_bytes"], words.get(name, name)) for name in STORED]
+    _draw_bars(axes, report, bars, [0] * len(bars))
 
 
-def _number(axes: Any, end: int, row: int, size: int) -> None:
-    text = axes.annotate(
-        f"{size / 1e9:.3f}",
-        (end / 1e9, row),
-        xytext=(4, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9,
-        zorder=4,
-    )
-    text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
-
-
-def _finish_bars(axes: Any, report: dict[str, Any], names: list[str], highest: int) -> None:
-    """Names, range, and the device as a line where it is near enough to compare with."""
-    device = report["device"]
-    limit = device["total_bytes"] - device["in_use_bytes"]
-    label = _device(device["title"], limit, device["in_use_bytes"])
-    near = limit <= FAR * highest
-    if near:
-        axes.axvline(limit / 1e9, color=BAD, linewidth=1.2, linestyle="--", zorder=0.5)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(1.2 * highest, 1.04 * limit if near else 0) / 1e9)
-    axes.set_xlabel(label if near else f"{label} →", color=BAD, fontsize=9, parse_math=False)
-
-
-def _png(report: dict[str, Any], pictures: list[Picture]) -> bytes:
-    figure = Figure(figsize=PNG_SIZE, dpi=PNG_DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, hspace=0.04)  # type: ignore[union-attr]
-    figure.suptitle(
-        f"{report['target']}\n{_verdict(report)}", fontsize=13, color=INK, parse_math=False
-    )
-    places = figure.subplot_mosaic([[0, 0], [1, 2]], height_ratios=(1.1, 1))
-    for place, (title, _, draw) in enumerate(pictures):
-        axes = places[place]
-        axes.set_title(
-            title, loc="left", fontsize=11, fontweight="bold", pad=22 if not place else 8
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-        draw(axes)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
-
-
-def _svg(picture: Picture) -> str:
-    _, height, draw = picture
-    figure = Figure(figsize=(SVG_WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
+def _draw_bars(
+    axes: Any, report: dict[str, Any], bars: list[tuple[int, str]], starts: list[int]
+) -> None:
+    """Bars with their bytes, and the device as a line where it is near enough to compare with."""
     axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
+    for row, ((size, name), start) in enumerate(zip(bars, starts, strict=True)):
+        colour, end = INK if name == "needed" else OURS, (start + size) / 1e9
+        axes.barh(row, size / 1e9, left=start / 1e9, color=colour, height=0.64)
+        text = axes.annotate(
+            f"{size / 1e9:.3f}", (end, row), (4, 0), textcoords="offset points", va="center"
+        )
+        text.set(fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    highest = max(size for size, _ in bars) / 1e9
+    limit, near, label = _limit(report, highest)
+    if near:
+        axes.axvline(limit, color=BAD, lw=1.2, ls="--", zorder=0.5)
+    axes.set_yticks(range(len(bars)), [name for _, name in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(1.2 * highest, 1.04 * limit * near))
+    axes.set_xlabel(label, color=BAD, fontsize=9, parse_math=False)
+
+
+def _draw_png(report: dict[str, Any], pictures: Pictures) -> Figure:
+    figure = Figure(figsize=(11, 8), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12)
+    title = f"{report['target']}\n{_verdict(report)}"
+    figure.suptitle(title, fontsize=13, parse_math=False)
+    places = figure.subplot_mosaic([[0, 0], [1, 2]], height_ratios=(1.1, 1))
+    for axes, (title, draw) in zip(places.values(), pictures.items(), strict=True):
+        draw(axes)
+        pad = 26 if axes.get_legend() else 8
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=pad)
+    return figure
+
+
+def _svg(draw: Callable[[Any], None]) -> str:
+    figure = Figure(figsize=(4.8, 3.5), layout="constrained")
+    draw(figure.add_subplot())
     stream = io.StringIO()
     # A fixed salt and no date: the same numbers give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "halfbyte"}):
@@ -272,7 +206,7 @@ def _svg(picture: Picture) -> str:
     return text[text.index("<svg") :]
 
 
-def _html(plan: Plan, report: dict[str, Any], pictures: list[Picture]) -> str:
+def _html(plan: Plan, report: dict[str, Any], pictures: Pictures) -> str:
     import jinja2
 
     template = resources.files("halfbyte.plan").joinpath("templates/plan.html.jinja")
@@ -282,17 +216,16 @@ def _html(plan: Plan, report: dict[str, Any], pictures: list[Picture]) -> str:
         report=report,
         verdict=_verdict(report),
         command=_command(plan),
-        pictures=[(picture[0], _svg(picture)) for picture in pictures],
+        pictures=[(title, _svg(draw)) for title, draw in pictures.items()],
         terms=TERMS,
     )
 
 
 def _verdict(report: dict[str, Any]) -> str:
-    device = report["device"]
-    name, margin = device["title"], device["margin_bytes"] / 1e9
+    device, margin = report["device"], report["device"]["margin_bytes"] / 1e9
     if device["fits"]:
-        return f"Fits on {name}, with {margin:.3f} GB to spare"
-    return f"Does not fit on {name}: {-margin:.3f} GB too large"
+        return f"Fits on {device['title']}, with {margin:.3f} GB to spare"
+    return f"Does not fit on {device['title']}: {-margin:.3f} GB too large"
 
 
 def _command(plan: Plan) -> str:
@@ -300,26 +233,10 @@ def _command(plan: Plan) -> str:
     parts = ["python", "train/plan.py", plan.target]
     for section, keys in SETTINGS.items():
         values = getattr(plan.run, section)
-        for key in keys or [key for key in type(values).model_fields if key != "name"]:
+        for key, field in type(values).model_fields.items():
             value = getattr(values, key)
-            if value != type(values).model_fields[key].get_default(call_default_factory=True):
+            if not field.is_required() and key in (keys or [key]) and value != field.default:
                 plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w-]*", value)
                 parts.append(f"{section}.{key}={value if plain else json.dumps(value)}")
-    try:
-        known = find_device(plan.device.name).title == plan.device.title
-    except PlanError:
-        known = False
-    return shlex.join([*parts, "--device", plan.device.name if known else "auto"])
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    named = plan.device.kind == "cpu" or plan.device.facts in ((), (ASSUMED,))
+    return shlex.join([*parts, "--device", plan.device.name if named else "auto"])

@@ -26,8 +26,8 @@ CONTEXTS = (1024, 4096, 16384)
 BATCHES = (1, 8)
 # What each term is, in words; docs/memory.md has the sources.
 TERMS = {
-    "weights": "packed linear layers, 4 bits a weight, and the rest in the compute dtype",
-    "constants": "a maximum for each 64 weights, in 8 bits and quantised again",
+    "weights": "the base; what is not packed lies in the compute dtype",
+    "constants": "maxima and scales of the packed weights",
     "adapter": "4 bytes for each trainable weight: r·(in + out) a layer",
     "optimizer": "states of the optimizer for each trainable weight",
     "workspace": "cuBLAS, one block for each of two threads",
@@ -101,6 +101,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "train": {
             **{f"{name}_bytes": size for name, size in train.terms.items()},
             "largest": train.largest,
+            "all_logits_bytes": _all_logits_bytes(plan),
             "peak_bytes": train.peak_bytes,
             "when": train.when,
             "phases": train.phases,
@@ -155,9 +156,17 @@ def _load_json(load: Load) -> dict[str, Any]:
             for name, stored in load.stored.items()
         },
         "files": load.files,
+        "gguf_layer_bytes": load.gguf_layer_bytes,
         "no_files": load.no_files,
         "unpacked": [asdict(left) for left in load.left],
     }
+
+
+def _all_logits_bytes(plan: Plan) -> int:
+    """One fp32 copy of the logits of every position, which other losses hold several times."""
+    shape = plan.train.shape
+    vocabulary: int = plan.planner.config.get_text_config().vocab_size
+    return 4 * shape.rows * shape.length * vocabulary
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -237,6 +246,8 @@ def _load_table(title: str, load: dict[str, Any]) -> str:
     for name, size in load["files"].items():
         if name in ("awq", "gguf_f16", "gguf_q8_0", "gguf_q4_k_m"):
             lines.append(f"  {name.replace('gguf_', 'GGUF '):<50}{'':>10}{_gb(size)}")
+    lines.append(f"  {'one layer of GGUF q4_k_m':<50}{'':>10}{_gb(load['gguf_layer_bytes'])}")
+    lines += [f"  {name}: none. {why}" for name, why in load["no_files"].items()]
     left = [
         f"  {entry['what']}: {entry['num_parameters']:,} ({entry['why']})"
         for entry in load["unpacked"]
@@ -265,9 +276,12 @@ def _train_table(report: dict[str, Any]) -> str:
     lines.append(f"  {'needed':<14}{_gb(train['needed_bytes']):>12}")
     if train["paged_bytes"]:
         lines.append(f"  (and {train['paged_bytes'] / 1e9:.2f} GB of optimizer states, paged)")
+    lines.append(
+        f"  logits of every position at once would take {_gb(train['all_logits_bytes']).strip()} a copy"
+    )
     for layer in train["layers"]:
         lines.append(
-            f"  each of {layer['count']} {layer['kind']} layers keeps"
+            f"  each of {layer['count']} {layer['kind'].replace('_', ' ')}s keeps"
             f" {layer['kept_bytes'] / 1e6:.1f} MB, {layer['kept_bytes_per_token'] / 1e3:.1f} kB a token"
         )
     return "\n".join(lines)

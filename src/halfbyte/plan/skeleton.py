@@ -157,7 +157,7 @@ def layer_kinds(model: PreTrainedModel) -> list[tuple[Any, ...]]:
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
         windows = {getattr(part, "sliding_window", None) for part in layer.modules()}
         window = max((w for w in windows if isinstance(w, int)), default=None)
-        kinds.append((types[index] if types else "layer", window, shapes))
+        kinds.append((f"{types[index]} layer" if types else "layer", window, shapes))
     return kinds
 
 
@@ -179,13 +179,14 @@ class Cut:
 
 
 def cut(kinds: list[tuple[Any, ...]]) -> Cut:
-    """Choose the first and the last layer and one of each kind; a spare for each repeated kind."""
+    """Choose the first layer and the last of each kind; a spare for each repeated kind.
+
+    The peaks of a pass come at its first layers or at its last ones; only what is added between
+    them adds the same each time.
+    """
     if len(set(kinds)) > MAX_KINDS:
         return Cut(tuple(range(len(kinds))), ())
-    base = {0, len(kinds) - 1}
-    for kind in dict.fromkeys(kinds):
-        if not any(kinds[layer] == kind for layer in base):
-            base.add(kinds.index(kind))
+    base = {0} | {max(i for i, own in enumerate(kinds) if own == kind) for kind in set(kinds)}
     more = []
     for kind in dict.fromkeys(kinds):
         spare = [i for i, own in enumerate(kinds) if own == kind and i not in base]
@@ -206,8 +207,9 @@ def keep_layers(
     name = next(name for name, module in model.named_modules() if module is current)
     model.set_submodule(name, nn.ModuleList(layers.values()))
     config.num_hidden_layers = len(layers)
-    if types:
-        config.layer_types = [types[i] for i in layers]
+    kept = [types[i] for i in layers] if types else None
+    if kept and kept != config.layer_types:  # some configurations work it out from the number
+        config.layer_types = kept
     for place, layer in enumerate(layers.values()):
         part: Any
         for part in layer.modules():

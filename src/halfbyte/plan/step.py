@@ -42,6 +42,9 @@ FORWARD, HEAD, BACKWARD, BACKWARD_END = PHASES = (
     "end of the backward pass",
 )
 EVALUATION = "evaluation"
+# What models raise that ask for data, for a mask, or for an attention of their own; NotImplementedError
+# is a RuntimeError.
+UNTRACEABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 ACTIVATIONS, LOGITS, WORKING, GRADIENTS = "activations", "logits", "working_set", "gradients"
 
 
@@ -89,7 +92,8 @@ class Step:
     ) -> None:
         _register_attention()
         text = config.get_text_config()
-        groups = (getattr(text, "num_key_value_heads", None) or 0) != text.num_attention_heads
+        heads = getattr(text, "num_attention_heads", None)
+        groups = getattr(text, "num_key_value_heads", None) not in (None, heads)
         # On CUDA grouped heads go to flash kernels, which need 16 bits and Ampere, or to plain maths.
         slow = device_type == "cuda" and groups and not (flash and dtype != torch.float32)
         attention = MATH_ATTENTION if slow else ATTENTION
@@ -143,6 +147,11 @@ class Step:
         found = {layers: self._trace(layers, shape, self._evaluate) for layers in self._variants()}
         return self._whole_peak(EVALUATION, found)
 
+    def most(self, shape: Shape) -> Counter[str]:
+        """The most bytes of each term by itself, whenever in the step that is."""
+        found = {layers: self._trace(layers, shape, self._step) for layers in self._variants()}
+        return self._whole({layers: live.most for layers, live in found.items()})
+
     def kept(self, shape: Shape) -> int:
         """Bytes that the forward pass has left behind when the backward pass begins."""
         found = {layers: self._trace(layers, shape, self._step) for layers in self._variants()}
@@ -180,14 +189,15 @@ class Step:
             with self._autocast():
                 try:
                     out = self.model(ids, use_cache=True, logits_to_keep=1)
-                except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                    cached = out.past_key_values.layers
+                except UNTRACEABLE as error:
                     raise ModelError(
                         f"the prefill of {type(self.model).__name__} cannot be traced: {error}"
                     ) from error
             # A sliding window keeps a slice; its storage goes with the next token.
             cache = sum(
                 tensor.nbytes
-                for layer in out.past_key_values.layers
+                for layer in cached
                 for tensor in vars(layer).values()
                 if isinstance(tensor, torch.Tensor)
             )
@@ -229,14 +239,16 @@ class Step:
         self._keep(layers)
         if shape.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.enable_input_require_grads()  # TRL does so for PEFT models
+            # So that TRL's own call leaves one hook, which goes away again with the last line.
+            self.model.disable_input_require_grads()
+            self.model.enable_input_require_grads()
         live = LiveBytes()
         with self.fake, live:
             for tensor in self.fixed:
                 live.ignore(tensor)
             try:
                 work(live, shape)
-            except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+            except UNTRACEABLE as error:
                 raise ModelError(
                     f"the training step of {type(self.model).__name__} cannot be traced: {error}"
                 ) from error
@@ -255,14 +267,14 @@ class Step:
             live.enter(FORWARD, GRADIENTS)
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-        ids, labels, picked = self._batch(shape)
         live.enter(FORWARD, ACTIVATIONS)
+        ids, labels, picked = self._batch(shape)
         with self._autocast():
             hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
             live.enter(HEAD, LOGITS)
             total = self._head(hidden, picked, labels)
         del hidden
-        live.kept_bytes = live.total_bytes
+        live.kept_bytes = live.total_bytes - live.now[GRADIENTS]
         live.enter(BACKWARD, WORKING)
         torch.autograd.backward(total)
         for hook in hooks:

@@ -13,7 +13,14 @@ from halfbyte.model.footprint import num_parameters
 from halfbyte.model.precision import DTYPES
 from halfbyte.model.quantised import Packing
 from halfbyte.plan.formats import GGUF_TYPES, awq_bytes, gguf_bytes
-from halfbyte.plan.skeleton import Unpacked, build, packed_layers, unpacked
+from halfbyte.plan.skeleton import (
+    Unpacked,
+    build,
+    keep_layers,
+    layer_list,
+    packed_layers,
+    unpacked,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -60,6 +67,7 @@ class Load:
         num_packed: how many of them int8 and 4-bit loading pack.
         stored: by precision, in memory.
         files: by file type, bytes of tensors in a GGUF or AWQ file of the language model.
+        gguf_layer_bytes: an average layer of the q4_k_m file, for placing layers on a GPU or off it.
         no_files: file types that this model cannot take, and why.
         left: what packing leaves as it is, and why.
     """
@@ -69,6 +77,7 @@ class Load:
     num_packed: int
     stored: dict[str, Stored]
     files: dict[str, int]
+    gguf_layer_bytes: int
     no_files: dict[str, str]
     left: list[Unpacked]
 
@@ -116,12 +125,18 @@ def load_plan(config: PretrainedConfig, *, text_only: bool) -> Load:
     except ModelError as error:
         no_files["awq"] = str(error)
     files |= {f"gguf_{kind}": gguf_bytes(text, text.config, kind) for kind in GGUF_TYPES}
+    # The rest of the file: embeddings and head, once more without layers.
+    num_layers = len(layer_list(text))
+    bare = build(config, torch.bfloat16, text_only=True)
+    keep_layers(bare, {}, None)
+    layers_bytes = files["gguf_q4_k_m"] - gguf_bytes(bare, text.config, "q4_k_m")
     return Load(
         model_class=type(model).__name__,
         num_parameters=num_parameters(model),
         num_packed=sum(layer.weight.numel() for layer in packed_layers(model).values()),
         stored=stored,
         files=files,
+        gguf_layer_bytes=layers_bytes // num_layers,
         no_files=no_files,
         left=unpacked(model),
     )

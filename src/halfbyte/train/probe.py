@@ -136,7 +136,7 @@ def _evaluate(trainer: TokenTrainer, rows: int) -> Measured:
     return measure(trainer.args.device, forward)
 
 
-def probe_run(run: Run, device: Device) -> str:
+def probe_run(run: Run, device: Device) -> Probe:
     """Load a run's model and rows, measure one step beside its plan; nothing is trained or kept.
 
     Raises:
@@ -162,4 +162,4 @@ def probe_run(run: Run, device: Device) -> str:
         trainer = build_trainer(
             quiet, loaded, model, renderer, examples, passes, Path(scratch), None
         )
-        return probe(trainer, planner, plan).as_text()
+        return probe(trainer, planner, plan)

@@ -29,6 +29,9 @@ from halfbyte.run_dir import (
 # Settings of `train` that change what is shown or kept, not what is learnt.
 SILENT_TRAIN_KEYS = {
     "existing",
+    "ignore_plan",
+    "micro_batch_size",
+    "checkpointing",
     "num_samples",
     "sample_tokens",
     "log_steps",
@@ -104,6 +107,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
             f"warning: {path} is not whole (missing: {', '.join(missing) or 'valid JSON'}); passed over"
         )
     return None
+
+
+def as_before(session: Session, run: Run) -> Run:
+    """The run with its steps cut as the attempt before has cut them, where ``auto`` leaves it open.
+
+    So that a resumed run repeats the one that was stopped, whatever memory is free by now.
+    """
+    if session.resume is None or not session.folder.manifest.is_file():
+        return run
+    told = read_json(session.folder.manifest).get("memory")
+    if told is None:
+        return run
+    settled: dict[str, Any] = {}
+    if run.train.micro_batch_size == "auto":
+        settled["micro_batch_size"] = told["micro_batch_size"]
+    if run.train.checkpointing == "auto":
+        settled["checkpointing"] = "on" if told["checkpointing"] else "off"
+    return run.model_copy(update={"train": run.train.model_copy(update=settled)})
 
 
 def check_base(session: Session, base: Base) -> None:
