@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,18 @@ from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
-from halfbyte.plan import skeleton
-from halfbyte.plan.step import ACTIVATIONS, FORWARD, GRADIENTS, HEAD, LOGITS, PHASES, Shape, Step
+from halfbyte.plan.skeleton import Cut
+from halfbyte.plan.step import (
+    ACTIVATIONS,
+    BACKWARD_END,
+    FORWARD,
+    GRADIENTS,
+    HEAD,
+    LOGITS,
+    PHASES,
+    Shape,
+    Step,
+)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 480,
@@ -73,33 +82,40 @@ def sizes(step: Step, one: Shape) -> dict[str, int]:
     return {phase: peak.total_bytes for phase, peak in step.peaks(one).items()}
 
 
+@pytest.fixture(scope="module")
+def llama() -> Step:
+    return make_step(configuration(LLAMA))
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Step:
+    return make_step(configuration(GEMMA))
+
+
 @pytest.mark.parametrize(
     ("fields", "options"),
     [
         (LLAMA, {}),
-        (LLAMA, {"precision": "fp32", "device": "cuda"}),
-        (GEMMA, {}),
-        (GEMMA, {"dtype": torch.bfloat16, "device": "cuda", "flash": True}),
-        (QWEN_MOE | {"mlp_only_layers": [0]}, {}),
+        (GEMMA, {"device": "cuda"}),
     ],
-    ids=["llama", "llama-t4", "gemma", "gemma-bf16", "moe"],
+    ids=["llama", "gemma-t4"],
 )
 def test_cut_model_counts_as_the_whole_one(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], options: dict[str, Any]
 ) -> None:
     config = configuration(fields)
     step = make_step(config, **options)
-    monkeypatch.setattr(skeleton, "MAX_KINDS", 0)
+    monkeypatch.setattr("halfbyte.plan.step.cut", lambda kinds: Cut(tuple(range(len(kinds))), ()))
     whole = make_step(config, **options)
     assert len(step.cut.layers) < 6 == len(whole.cut.base)
     assert step.num_trainable == whole.num_trainable
-    for checkpointing, accumulates in itertools.product((False, True), repeat=2):
-        one = shape(checkpointing=checkpointing, accumulates=accumulates)
+    for checkpointing, accumulates in ((True, False), (False, True)):
+        one = shape(8, checkpointing=checkpointing, accumulates=accumulates)
         ours, theirs = step.peaks(one), whole.peaks(one)
+        assert sizes(step, one) == sizes(whole, one)
         assert {p: +peak.terms for p, peak in ours.items()} == {
             p: +peak.terms for p, peak in theirs.items()
         }
-        assert {p: peak.total_bytes for p, peak in ours.items()} == sizes(whole, one)
         assert step.kept(one) == whole.kept(one)
     assert step.evaluation(one).total_bytes == whole.evaluation(one).total_bytes
     assert step.cache(LENGTH) == whole.cache(LENGTH)
@@ -107,103 +123,96 @@ def test_cut_model_counts_as_the_whole_one(
 
 def test_trace_leaves_nothing_behind_for_the_next_one() -> None:
     """Hooks, gradients, recomputation and the evaluation mode are gone when a trace ends."""
-    shapes = [
-        shape(checkpointing=checkpointing, accumulates=accumulates)
-        for checkpointing, accumulates in itertools.product((True, False), repeat=2)
-    ]
-    step = make_step(configuration(LLAMA), Adapter(r=4, dropout=0.1))
-    step.evaluation(shapes[0])
+    shapes = [shape(checkpointing=True, accumulates=True), shape()]
+    dropping = Adapter(r=4, dropout=0.1)
+    step = make_step(configuration(LLAMA), dropping)
     step.cache(LENGTH)
+    step.evaluation(shapes[1])
     found = [sizes(step, one) for one in shapes]
-    fresh = [sizes(make_step(configuration(LLAMA), Adapter(r=4, dropout=0.1)), s) for s in shapes]
-    assert found == fresh
+    assert found == [sizes(make_step(configuration(LLAMA), dropping), one) for one in shapes]
     assert [sizes(step, one) for one in shapes] == found
     assert all(p.grad is None for p in step.adapted.parameters())
 
 
-def test_gradients_of_an_earlier_pass_are_there_from_the_start() -> None:
-    step = make_step(configuration(LLAMA))
-    gradients = 4 * step.num_trainable
+def test_gradients_of_an_earlier_pass_are_there_from_the_start(llama: Step) -> None:
+    gradients = 4 * llama.num_trainable
     for checkpointing in (False, True):
-        later = step.peaks(shape(checkpointing=checkpointing, accumulates=True))
-        first = step.peaks(shape(checkpointing=checkpointing))
+        later = llama.peaks(shape(checkpointing=checkpointing, accumulates=True))
+        first = llama.peaks(shape(checkpointing=checkpointing))
         assert {peak.terms[GRADIENTS] for peak in later.values()} == {gradients}
         assert first[FORWARD].terms[GRADIENTS] == first[HEAD].terms[GRADIENTS] == 0
         for phase in (FORWARD, HEAD):
             assert later[phase].total_bytes == first[phase].total_bytes + gradients
-        kept = step.kept(shape(checkpointing=checkpointing))
-        assert step.kept(shape(checkpointing=checkpointing, accumulates=True)) == kept
+        kept = llama.kept(shape(checkpointing=checkpointing))
+        assert llama.kept(shape(checkpointing=checkpointing, accumulates=True)) == kept
+        # What ends the backward pass has all gradients but those of the first layer.
+        share = first[BACKWARD_END].terms[GRADIENTS] / gradients
+        assert 5 / 6 <= share < 1 if checkpointing else share == 5 / 6
 
 
-def test_recomputation_keeps_one_state_a_layer() -> None:
-    step = make_step(configuration(GEMMA))
+def test_recomputation_keeps_one_state_a_layer(gemma: Step) -> None:
     state = 2 * LENGTH * 64 * 4
-    layers = step.kept_per_layer(shape(checkpointing=True))
+    layers = gemma.kept_per_layer(shape(checkpointing=True))
     assert [(name.split("_")[0], count, kept) for name, count, kept in layers] == [
         ("sliding", 4, state),
         ("full", 2, state),
     ]
-    everything = step.kept_per_layer(shape())
+    everything = gemma.kept_per_layer(shape())
     assert all(kept > 10 * state for _, _, kept in everything)
-    off, on = sizes(step, shape()), sizes(step, shape(checkpointing=True))
+    off, on = sizes(gemma, shape()), sizes(gemma, shape(checkpointing=True))
     assert max(on.values()) < max(off.values())
 
 
-def test_dropout_of_the_adapter_keeps_its_masks() -> None:
-    """For each adapted layer the dropped-out input, and the mask that says where."""
-    plain = make_step(configuration(LLAMA)).kept(shape())
+def test_dropout_of_the_adapter_keeps_its_masks(llama: Step) -> None:
+    """For each adapted layer the dropped-out input, and a mask of a byte for each number of it."""
     dropping = make_step(configuration(LLAMA), Adapter(r=4, dropout=0.1)).kept(shape())
     inputs = 2 * LENGTH * (64 * 6 + 128) * 6  # q, k, v, o, gate, up; down; layers
-    assert dropping - plain == pytest.approx(inputs * (4 + 1), rel=0.2)
+    assert dropping - llama.kept(shape()) == pytest.approx(inputs * (4 + 1), rel=0.2)
 
 
-def test_loss_head_holds_labelled_positions_and_two_tiles_at_most() -> None:
-    step = make_step(configuration(LLAMA))
-    peaks = [
-        step.peaks(Shape(64, LENGTH, num, False, False))[HEAD].terms[LOGITS] for num in (32, 64)
+def test_loss_head_holds_a_few_tiles_of_logits_however_many_are_labelled() -> None:
+    step = make_step(configuration(LLAMA | {"vocab_size": 1 << 17}))
+    tile = 48 * (1 << 17) * 4  # 24 MiB on the CPU
+    found = [
+        step.peaks(Shape(4, LENGTH, num, False, False))[HEAD].terms[LOGITS] for num in (48, 96, 480)
     ]
-    # fp32: positions picked from the states, and their gradients; logits, and their softmax
-    assert peaks[1] - peaks[0] == pytest.approx(32 * 4 * (64 * 2 + 480 * 2), rel=0.3)
-    big = make_step(configuration(LLAMA | {"vocab_size": 1 << 17}))
-    tile = 48 * (1 << 17) * 4  # 24 MiB
-    for num in (48, 96, 480):
-        most = big.peaks(Shape(64, LENGTH, num, False, False))[HEAD].terms[LOGITS]
-        assert tile < most < 3 * tile
+    assert all(tile < most < 3.1 * tile for most in found)
+    assert found[2] - found[1] < tile / 10
+    assert (
+        make_step(configuration(LLAMA | {"vocab_size": 1 << 17}), device="cuda")
+        .peaks(Shape(4, LENGTH, 480, False, False))[HEAD]
+        .terms[LOGITS]
+        > 5 * tile
+    )
 
 
 @pytest.mark.parametrize("fields", [LLAMA, GEMMA], ids=["llama", "gemma"])
-@pytest.mark.parametrize("context", [12, LENGTH])
-def test_cache_is_what_transformers_keeps(fields: dict[str, Any], context: int) -> None:
+def test_cache_is_what_transformers_keeps(fields: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
     config = configuration(fields)
-    cached = AutoModelForCausalLM.from_config(config)(
-        torch.zeros((1, context), dtype=torch.long), use_cache=True
-    ).past_key_values
-    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cached.layers)
-    found, beside = make_step(config, precision="fp32").cache(context)
-    assert found == pytest.approx(real, abs=64)  # and where a window stands
-    assert beside > 0
+    model, step = AutoModelForCausalLM.from_config(config), make_step(config, precision="fp32")
+    for context in (12, LENGTH):
+        ids = torch.zeros((1, context), dtype=torch.long)
+        layers = model(ids, use_cache=True).past_key_values.layers
+        real = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        found, beside = step.cache(context)
+        assert found == pytest.approx(real, abs=64)  # and where a window stands
+        assert beside > 0
 
 
-def test_attention_without_flash_kernels_holds_all_scores() -> None:
+def test_attention_without_flash_kernels_holds_all_scores(llama: Step) -> None:
     """Grouped heads in fp32 on CUDA; on the CPU and in 16 bits on Ampere nobody holds them."""
-    scores = 2 * 4 * LENGTH * LENGTH * 4  # rows, heads, fp32
-    config = configuration(LLAMA)
-    kept = {
-        "t4": make_step(config, device="cuda").kept(shape()),
-        "cpu": make_step(config).kept(shape()),
-        "eager": make_step(config, attention="eager").kept(shape()),
-    }
-    assert kept["t4"] - kept["cpu"] >= 6 * scores
-    assert kept["eager"] - kept["cpu"] >= 6 * scores
-    half = {"dtype": torch.bfloat16, "device": "cuda"}
+    scores = 6 * 2 * 4 * LENGTH * LENGTH  # layers, rows, heads
+    config, half = configuration(LLAMA), {"dtype": torch.bfloat16, "device": "cuda"}
+    on_cpu = llama.kept(shape())
+    assert make_step(config, device="cuda").kept(shape()) - on_cpu >= 4 * scores
+    assert make_step(config, attention="eager").kept(shape()) - on_cpu >= 4 * scores
     turing = make_step(config, **half).kept(shape())
     ampere = make_step(config, **half, flash=True).kept(shape())
-    assert turing - ampere >= 6 * scores // 2
+    assert turing - ampere >= 2 * scores
     alone = configuration(LLAMA | {"num_key_value_heads": 4})
-    cards = [make_step(alone, **half, flash=flash).kept(shape()) for flash in (False, True)]
-    assert cards[0] == cards[1]
+    assert make_step(alone, **half).kept(shape()) < ampere + scores
 
 
 @pytest.mark.parametrize(
@@ -233,9 +242,8 @@ def test_trainable_weights_are_those_of_a_real_adapter(
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("fields", [QWEN_MOE, MIXTRAL], ids=["qwen3", "mixtral"])
-@pytest.mark.parametrize("precision", ["nf4", "bf16"])
-def test_mixture_of_experts_is_traced(fields: dict[str, Any], precision: str) -> None:
-    step = make_step(configuration(fields), precision=precision, dtype=torch.bfloat16)
+def test_mixture_of_experts_is_traced(fields: dict[str, Any]) -> None:
+    step = make_step(configuration(fields), dtype=torch.bfloat16)
     for checkpointing in (False, True):
         peaks = step.peaks(shape(checkpointing=checkpointing))
         assert list(peaks) == list(PHASES)
@@ -259,12 +267,11 @@ def test_model_that_cannot_be_traced_is_a_user_error() -> None:
         step.cache(LENGTH)
 
 
-def test_longer_rows_and_more_of_them_take_more() -> None:
-    step = make_step(configuration(GEMMA))
+def test_longer_rows_and_more_of_them_take_more(llama: Step) -> None:
     for checkpointing in (False, True):
         peaks = [
-            max(sizes(step, Shape(rows, length, rows, checkpointing, False)).values())
-            for rows, length in ((1, 10), (1, LENGTH), (2, LENGTH), (4, LENGTH))
+            max(sizes(llama, Shape(rows, length, rows, checkpointing, False)).values())
+            for rows, length in ((2, LENGTH // 2), (2, LENGTH), (4, LENGTH))
         ]
         assert peaks == sorted(peaks)
-        assert len(set(peaks)) == 4
+        assert len(set(peaks)) == 3

