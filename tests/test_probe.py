@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import MakeConfig
 
 from halfbyte.config import load_run
@@ -47,8 +48,9 @@ def test_longest_rows_come_first_with_the_labels_that_are_predicted() -> None:
 )
 def test_probe_measures_what_was_planned(make_config: MakeConfig, overrides: list[str]) -> None:
     found = probe_run(load_run(make_config(), overrides), this_machine())
-    # Random state, step counters, losses; under bf16 the buffers inside CPU kernels.
-    slack = 64_000 if "model.compute_dtype=bf16" in overrides else 16_000
+    slack = 16_000  # random state, step counters, losses
+    if "model.compute_dtype=bf16" in overrides:
+        slack += 64_000 * torch.get_num_threads()  # buffers inside the CPU's kernels
     for name, predicted in found.predicted.items():
         measured = found.measured[name]
         assert abs(predicted - measured) <= 0.01 * measured + slack, (name, predicted, measured)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Run
+from halfbyte.errors import PlanError
 from halfbyte.plan.catalogue import known_models
 from halfbyte.plan.devices import DEVICES
 from halfbyte.plan.memory import Lengths, Planner, TrainPlan
@@ -116,7 +117,10 @@ def cards_that_fit(run: Run, config: PretrainedConfig, lengths: Lengths) -> list
     found = []
     for largest in ("h200", "v100-32gb"):  # with bf16 and flash kernels, and without
         same = [d for d in DEVICES.values() if d.has_bf16 == DEVICES[largest].has_bf16]
-        planner = Planner(run, config, DEVICES[largest])
+        try:
+            planner = Planner(run, config, DEVICES[largest])
+        except PlanError:  # bf16 is asked for
+            continue
         plan = planner.train(lengths, 1, checkpointing=True)
         need_bytes = plan.peak_bytes + plan.slack_bytes
         found += [device for device in same if need_bytes <= device.usable_bytes]
