@@ -51,14 +51,14 @@ def config() -> PretrainedConfig:
         vocab_size=480,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
     )
     return found
 
 
 @pytest.fixture(scope="module")
-def planners(config: PretrainedConfig) -> "Planners":
+def planners(config: PretrainedConfig) -> Planners:
     return Planners(config)
 
 
@@ -70,6 +70,7 @@ class Planners:
         self.known: dict[str, Planner] = {}
 
     def of(self, run: Run, device: Device) -> Planner:
+        """A planner of this run on this device."""
         key = f"{run.model} {run.adapter}"
         if key not in self.known:
             self.known[key] = Planner(run, self.config, ROOMY)
@@ -81,6 +82,7 @@ class Planners:
         return plan.needed_bytes
 
     def suggest(self, run: Run, device: Device) -> list[Suggestion]:
+        """What is suggested for this run on this device."""
         return suggest(run, self.config, device, LENGTHS, self.of(run, device))
 
     def applied(self, run_overrides: tuple[str, ...], line: str, device: Device) -> bool:
@@ -112,7 +114,6 @@ def test_choose_takes_the_largest_micro_batch_that_fits(planners: Planners, rows
         assert settings(tight) == (rows // 2, False)
     else:  # recomputation comes last, and then with as many rows as it allows
         assert tight.checkpointing
-        assert tight.micro_batch_size > 1
         assert planners.need(run, tight.micro_batch_size, True) < room
         assert planners.need(run, 2 * tight.micro_batch_size, True) > room - 1
 
@@ -142,9 +143,11 @@ def test_choose_takes_the_least_hungry_where_nothing_fits(planners: Planners) ->
 
 def test_suggest_changes_only_how_the_step_is_cut_where_that_is_enough(planners: Planners) -> None:
     run = tiny_run(*HUNGRY)
-    device = device_with(planners.need(run, 4, False))
+    room = max(planners.need(run, 4, False), planners.need(run, 8, True))
+    assert room < min(planners.need(run, 8, False), planners.need(run, 16, True))
+    device = device_with(room)
     found = planners.suggest(run, device)
-    assert [settings(one.plan) for one in found] == [(4, False), (16, True)]
+    assert [settings(one.plan) for one in found] == [(4, False), (8, True)]
     assert [one.costs for one in found] == [SMALLER_BATCH, RECOMPUTE]
     for one in found:
         assert one.override == override_line(one.plan)
@@ -209,7 +212,9 @@ def test_suggest_pages_the_optimizer_on_a_card(planners: Planners) -> None:
 def test_suggest_says_nothing_where_nothing_helps(planners: Planners) -> None:
     least = tiny_run("adapter.r=4", "train.optimizer=adamw_8bit")
     room = planners.need(least, 1, True, 128)
-    assert planners.suggest(tiny_run(*HUNGRY), device_with(room))
+    (one,) = planners.suggest(tiny_run(*HUNGRY), device_with(room))
+    # So small an adapter has no states in 8 bits.
+    assert one.override.startswith("adapter.r=4 data.max_length=128 train.micro_batch_size=1 ")
     assert planners.suggest(tiny_run(*HUNGRY), device_with(room - 1)) == []
     assert planners.suggest(tiny_run(*HUNGRY), device_with(1000)) == []
 

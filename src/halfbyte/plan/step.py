@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from halfbyte.config.schema import Adapter, Model
 from halfbyte.errors import ModelError
@@ -25,16 +24,14 @@ from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import Loaded
 from halfbyte.model.loss import head_losses, tile_rows
 from halfbyte.model.precision import Compute
-from halfbyte.model.quantised import replace_tensors
 from halfbyte.model.resolve import Base
+from halfbyte.plan.fake import ATTENTION, MATH_ATTENTION, materialise, register_attention
 from halfbyte.plan.live import LiveBytes, Peak
 from halfbyte.plan.skeleton import Cut, build, cut, keep_layers, layer_kinds, layer_list, quantise
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-ATTENTION = "halfbyte_plan"
-MATH_ATTENTION = "halfbyte_plan_math"
 FORWARD, HEAD, BACKWARD, BACKWARD_END = PHASES = (
     "forward pass",
     "loss head",
@@ -90,7 +87,7 @@ class Step:
         device_type: str,
         flash: bool,
     ) -> None:
-        _register_attention()
+        register_attention()
         text = config.get_text_config()
         heads = getattr(text, "num_attention_heads", None)
         groups = getattr(text, "num_key_value_heads", None) not in (None, heads)
@@ -124,7 +121,8 @@ class Step:
             self.adapted = attach_adapter(loaded, plain, 0, Path())
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
-            self.fixed = _materialise(self.adapted)
+            self.fixed = materialise(self.adapted)
+            self.tiled = self._has_plain_head()
         self._traced: dict[tuple[Any, ...], LiveBytes] = {}
         self.num_trainable = self.over_trainable(lambda parameter: parameter.numel())
 
@@ -270,10 +268,7 @@ class Step:
         live.enter(FORWARD, ACTIVATIONS)
         ids, labels, picked = self._batch(shape)
         with self._autocast():
-            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
-            live.enter(HEAD, LOGITS)
-            total = self._head(hidden, picked, labels)
-        del hidden
+            total = self._loss(live, HEAD, (ids, labels, picked))
         live.kept_bytes = live.total_bytes - live.now[GRADIENTS]
         live.enter(BACKWARD, WORKING)
         torch.autograd.backward(total)
@@ -286,10 +281,9 @@ class Step:
     def _evaluate(self, live: LiveBytes, shape: Shape) -> None:
         self.adapted.eval()
         live.enter(EVALUATION, WORKING)
-        ids, labels, picked = self._batch(shape)
+        batch = self._batch(shape)
         with self._autocast():
-            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
-            self._head(hidden, picked, labels)
+            self._loss(live, EVALUATION, batch)
 
     def _batch(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids (B, T), label ids (B, T) of which N count, and where those N stand."""
@@ -297,17 +291,61 @@ class Step:
         picked = torch.zeros(shape.num_labels, dtype=torch.long)
         return ids, torch.zeros_like(ids), picked
 
-    def _head(
-        self, hidden: torch.Tensor, picked: torch.Tensor, labels: torch.Tensor
+    def _loss(
+        self, live: LiveBytes, phase: str, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
+        """The summed loss, as ``add_token_loss`` computes it; the head's part belongs to ``phase``."""
+        ids, labels, picked = batch
+        wanted = labels[picked, picked]
+        term = LOGITS if phase == HEAD else WORKING
+        if not self.tiled:
+            hook = self.model.base_model.register_forward_hook(lambda *_: live.enter(phase, term))
+            logits = self.model(ids, use_cache=False).logits[:, :-1][picked, picked]
+            hook.remove()
+            return nn.functional.cross_entropy(logits.float(), wanted, reduction="none").sum()
+        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+        live.enter(phase, term)
         head: Any = self.model.get_output_embeddings()
         rows = tile_rows(head.weight.shape[0], self.device_type)
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        wanted = labels.flatten()[picked]
-        states = hidden[:, :-1].flatten(0, 1)[picked]
+        states = hidden[:, :-1][picked, picked]
         # All tiles are alike, and the second is born when the first has not gone yet.
         starts = range(0, min(len(picked), 2 * rows), rows)
         return head_losses(self.model, states, wanted, cap, starts).sum()
+
+    @torch.no_grad()
+    def _has_plain_head(self) -> bool:
+        """Whether the logits are the head's product of the last hidden states, at most capped.
+
+        Where they are not (Granite and Cohere scale them), ``add_token_loss`` takes the model's own.
+        """
+        head: Any = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
+            return False
+        seen: dict[str, Any] = {}
+
+        def storage(tensor: torch.Tensor) -> int:
+            address: int = tensor.untyped_storage()._cdata
+            return address
+
+        def base_hook(_: Any, __: Any, out: Any) -> None:
+            seen["hidden"] = out.last_hidden_state
+
+        def head_hook(_: Any, inputs: Any, out: Any) -> None:
+            seen["input"], seen["product"] = inputs[0], out
+
+        hooks = [
+            self.model.base_model.register_forward_hook(base_hook),
+            head.register_forward_hook(head_hook),
+        ]
+        with LiveBytes() as live:
+            live.enter(EVALUATION, WORKING)
+            logits = self.model(torch.zeros((1, 8), dtype=torch.long), use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+        capped = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        same_input = storage(seen["input"]) == storage(seen["hidden"])
+        return same_input and (capped is not None or storage(logits) == storage(seen["product"]))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -329,56 +367,3 @@ def _gradient_hooks(
             live.enter(BACKWARD_END, WORKING)
 
     return [p.register_post_accumulate_grad_hook(finished) for p in parameters]  # type: ignore[no-untyped-call]
-
-
-def _materialise(model: nn.Module) -> list[torch.Tensor]:
-    """Give a meta model fake tensors in place; returns them."""
-    made: dict[int, Any] = {}
-    kept: list[torch.Tensor] = []
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        kept.append(found)
-        return found
-
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                twin: Any = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
-                twin.__dict__.update(parameter.__dict__)
-                made[id(parameter)] = (twin, parameter)
-            module._parameters[name] = made[id(parameter)][0]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = fake(buffer)
-        replace_tensors(module, fake)
-    return kept
-
-
-def _register_attention() -> None:
-    """Teach transformers two attentions for plans: SDPA as it is, and SDPA without fused kernels.
-
-    Both leave the mask out where SDPA would; asked of fake tensors, transformers would build one.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    def plain(*args: Any, **options: Any) -> Any:
-        mask = args[4] if len(args) > 4 else options.get("attention_mask")
-        if mask is not None:
-            return sdpa_attention_forward(*args, **options)
-        with sdpa_kernel(SDPBackend.MATH):
-            return sdpa_attention_forward(*args, **options)
-
-    def mask(
-        batch_size: int, q_length: int, kv_length: int, local_size: int | None = None, **_: Any
-    ) -> torch.Tensor | None:
-        if local_size is None or kv_length < local_size:
-            return None
-        return torch.empty((batch_size, 1, q_length, kv_length), dtype=torch.bool)
-
-    for name, attend in ((ATTENTION, sdpa_attention_forward), (MATH_ATTENTION, plain)):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, mask)
