@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeConfig
+from toys import run_script
 
 from halfbyte.config import Run, load_run, model_run
 from halfbyte.errors import PlanError
@@ -93,3 +94,41 @@ def test_weights_of_a_local_folder_are_checked_by_its_config(tmp_path: Path) -> 
     LlamaConfig(hidden_size=16384, num_hidden_layers=200).save_pretrained(tmp_path)
     with pytest.raises(PlanError, match="the weights of "):
         check_weights(model_run(str(tmp_path), []), find_device("rtx3060"))
+
+
+def test_weights_that_do_not_fit_are_only_a_warning_when_the_plan_is_to_be_ignored(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check_weights(
+        model_run("meta-llama/Llama-3.1-70B", ["train.ignore_plan=true"]), find_device("t4")
+    )
+    told = capsys.readouterr().err
+    assert told.startswith("warning: the weights of meta-llama/Llama-3.1-70B take 43.72 GB in nf4")
+    assert told.endswith("train.ignore_plan is true: going on\n")
+
+
+def test_training_stops_before_it_looks_for_weights_that_cannot_fit(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of a giant's config alone: without the check, its missing weights would be told."""
+    from transformers import LlamaConfig
+
+    giant = tmp_path / "giant"
+    LlamaConfig(
+        hidden_size=1 << 17, num_hidden_layers=100, intermediate_size=1 << 19,
+        num_attention_heads=128, vocab_size=1000,
+    ).save_pretrained(giant)  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        run_script("train/sft.py", make_config(model={"name": str(giant)}))
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert error.startswith(f"error: the weights of {giant} take ")
+    assert "train.ignore_plan=true trains in spite of it" in error
+    assert ".safetensors" not in error
+    assert "rows" not in out
+    with pytest.raises(SystemExit) as stop:
+        run_script(
+            "train/sft.py", make_config(model={"name": str(giant)}), "train.ignore_plan=true"
+        )
+    assert stop.value.code == 1
+    assert "holds no .safetensors file" in capsys.readouterr().err

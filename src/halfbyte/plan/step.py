@@ -8,6 +8,7 @@ fall behind the libraries.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -122,7 +123,6 @@ class Step:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             self.fixed = materialise(self.adapted)
-            self.tiled = self._has_plain_head()
         self._traced: dict[tuple[Any, ...], LiveBytes] = {}
         self.num_trainable = self.over_trainable(lambda parameter: parameter.numel())
 
@@ -241,19 +241,20 @@ class Step:
             self.model.disable_input_require_grads()
             self.model.enable_input_require_grads()
         live = LiveBytes()
-        with self.fake, live:
-            for tensor in self.fixed:
-                live.ignore(tensor)
-            try:
+        try:
+            _ = self.tiled  # asked for before anything is counted: it runs the model too
+            with self.fake, live:
+                for tensor in self.fixed:
+                    live.ignore(tensor)
                 work(live, shape)
-            except UNTRACEABLE as error:
-                raise ModelError(
-                    f"the training step of {type(self.model).__name__} cannot be traced: {error}"
-                ) from error
-            finally:
-                if shape.checkpointing:
-                    self.model.gradient_checkpointing_disable()
-                    self.model.disable_input_require_grads()
+        except UNTRACEABLE as error:
+            raise ModelError(
+                f"the training step of {type(self.model).__name__} cannot be traced: {error}"
+            ) from error
+        finally:
+            if shape.checkpointing:
+                self.model.gradient_checkpointing_disable()
+                self.model.disable_input_require_grads()
         return live
 
     def _step(self, live: LiveBytes, shape: Shape) -> None:
@@ -313,8 +314,8 @@ class Step:
         starts = range(0, min(len(picked), 2 * rows), rows)
         return head_losses(self.model, states, wanted, cap, starts).sum()
 
-    @torch.no_grad()
-    def _has_plain_head(self) -> bool:
+    @functools.cached_property
+    def tiled(self) -> bool:
         """Whether the logits are the head's product of the last hidden states, at most capped.
 
         Where they are not (Granite and Cohere scale them), ``add_token_loss`` takes the model's own.
@@ -338,7 +339,7 @@ class Step:
             self.model.base_model.register_forward_hook(base_hook),
             head.register_forward_hook(head_hook),
         ]
-        with LiveBytes() as live:
+        with self.fake, LiveBytes() as live, torch.no_grad():
             live.enter(EVALUATION, WORKING)
             logits = self.model(torch.zeros((1, 8), dtype=torch.long), use_cache=False).logits
         for hook in hooks:
