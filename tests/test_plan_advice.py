@@ -29,12 +29,12 @@ from halfbyte.plan.devices import DEVICES, Device, find_device
 from halfbyte.plan.memory import Lengths, Planner, TrainPlan
 
 LENGTHS = Lengths.all_of(512, 16)
-FIXED = "model.compute_dtype=fp32"
+FIXED = ("model.compute_dtype=fp32", "adapter.targets=[up_proj, down_proj]")
 HUNGRY = ("train.micro_batch_size=16", "train.checkpointing=off")
 
 
 def tiny_run(*overrides: str) -> Run:
-    return model_run("org/tiny", [FIXED, *overrides])
+    return model_run("org/tiny", [*FIXED, *overrides])
 
 
 def device_with(total_bytes: int) -> Device:
@@ -87,11 +87,16 @@ class Planners:
 
     def applied(self, run_overrides: tuple[str, ...], line: str, device: Device) -> bool:
         """Whether a run with these overrides pasted behind its own fits, planned anew."""
-        overrides = dict(item.split("=") for item in (*run_overrides, *line.split()))
+        overrides = parsed(" ".join((*run_overrides, line)))
         run = tiny_run(*(f"{key}={value}" for key, value in overrides.items()))
         planner = self.of(run, device)
         plan = choose(planner, LENGTHS.at_most(run.data.max_length))
         return planner.loads and planner.fits(plan)
+
+
+def parsed(line: str) -> dict[str, str]:
+    """Overrides by key."""
+    return dict(part.split("=") for part in line.split())
 
 
 def settings(plan: TrainPlan) -> tuple[int, bool]:
@@ -160,19 +165,19 @@ def test_suggest_changes_only_how_the_step_is_cut_where_that_is_enough(planners:
     assert planners.applied(HUNGRY, one.override, tighter)
 
 
-def rooms(planners: Planners) -> Iterator[tuple[str, int, set[str]]]:
+def rooms(planners: Planners) -> Iterator[tuple[str, int, str]]:
     """What a run asks for, a room that is just enough for some changes, and those."""
     eight = "train.optimizer=adamw_8bit"
     plain, small = tiny_run(eight), tiny_run(eight, "adapter.r=8")
     whole = tiny_run("model.precision=fp32")
     assert planners.need(tiny_run(), 1, True) < planners.need(whole, 1, True)
-    yield "model.precision=fp32", planners.need(tiny_run(), 1, True), {"model.precision"}
-    yield "model.precision=nf4", planners.need(plain, 1, True), {"train.optimizer"}
+    yield "model.precision=fp32", planners.need(tiny_run(), 1, True), "model.precision"
+    yield "model.precision=nf4", planners.need(plain, 1, True), "train.optimizer"
     single = tiny_run("model.double_quant=false")
     assert planners.need(tiny_run(), 1, True) < planners.need(single, 1, True)
-    yield "model.double_quant=false", planners.need(tiny_run(), 1, True), {"model.double_quant"}
-    yield "adapter.r=64", planners.need(tiny_run("adapter.r=8"), 1, True), {"adapter.r"}
-    yield "adapter.r=8", planners.need(small, 1, True, 256), {"data.max_length"}
+    yield "model.double_quant=false", planners.need(tiny_run(), 1, True), "model.double_quant"
+    yield "adapter.r=64", planners.need(tiny_run("adapter.r=8"), 1, True), "adapter.r"
+    yield "adapter.r=8", planners.need(small, 1, True, 256), "data.max_length"
 
 
 @pytest.mark.parametrize("index", range(5))
@@ -183,15 +188,18 @@ def test_suggest_finds_what_is_needed_and_leaves_out_the_rest(
     overrides = (*HUNGRY, asked)
     device = device_with(room)
     (one,) = planners.suggest(tiny_run(*overrides), device)
-    changes = [part for part in one.override.split() if not part.startswith("train.mic")]
-    changes.remove("train.checkpointing=on")
+    asked_for = parsed(one.override)
+    assert asked_for.pop("train.checkpointing") == "on"
+    assert asked_for.pop("train.micro_batch_size") == str(one.plan.micro_batch_size)
+    scale = asked_for.pop("adapter.alpha", None)  # goes with the rank
+    assert (scale is not None) == ("adapter.r" in asked_for)
     assert planners.applied(overrides, one.override, device)
-    assert wanted & {change.split("=")[0] for change in changes}
+    assert wanted in asked_for
     assert one.costs.endswith(RECOMPUTE)
-    assert len(one.costs.split("; ")) == len(changes) + 1
+    assert len(one.costs.split("; ")) == len(asked_for) + 1
     least = "train.micro_batch_size=1 train.checkpointing=on"
-    for change in changes:
-        fewer = " ".join(other for other in changes if other != change)
+    for change in asked_for:
+        fewer = " ".join(f"{key}={value}" for key, value in asked_for.items() if key != change)
         assert not planners.applied(overrides, f"{fewer} {least}", device), change
     more = one.override.replace(
         f"micro_batch_size={one.plan.micro_batch_size}",
@@ -213,8 +221,9 @@ def test_suggest_says_nothing_where_nothing_helps(planners: Planners) -> None:
     least = tiny_run("adapter.r=4", "train.optimizer=adamw_8bit")
     room = planners.need(least, 1, True, 128)
     (one,) = planners.suggest(tiny_run(*HUNGRY), device_with(room))
-    # So small an adapter has no states in 8 bits.
-    assert one.override.startswith("adapter.r=4 data.max_length=128 train.micro_batch_size=1 ")
+    found = parsed(one.override)
+    assert (found["adapter.r"], found["data.max_length"]) == ("4", "128")
+    assert "train.optimizer" not in found  # so small an adapter has no states in 8 bits
     assert planners.suggest(tiny_run(*HUNGRY), device_with(room - 1)) == []
     assert planners.suggest(tiny_run(*HUNGRY), device_with(1000)) == []
 
@@ -230,8 +239,18 @@ def test_models_that_fit_are_those_of_the_table_the_largest_first() -> None:
     assert "google/gemma-3-12b-it (12.2 B)" in names
     assert "meta-llama/Llama-3.1-70B" not in " ".join(names)
     assert models_that_fit(device_with(1000), "fp32") == []
-    # A dtype in which the table was never worked out promises nothing.
-    assert models_that_fit(find_device("h200"), "fp16") == []
+    h200 = find_device("h200")
+    assert len(models_that_fit(h200, "fp32")) < len(models_that_fit(h200, "bf16"))
+
+
+def test_suggested_rank_keeps_the_adapter_s_scale(planners: Planners) -> None:
+    """alpha/r is what the learning rate was chosen for."""
+    room = planners.need(tiny_run("adapter.r=8"), 1, True)
+    run = tiny_run(*HUNGRY, "adapter.r=64", "adapter.alpha=128")
+    (one,) = planners.suggest(run, device_with(room))
+    changed = tiny_run(*one.override.split()).adapter
+    assert changed.r < 64
+    assert changed.alpha / changed.r == 2
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.compute_dtype=bf16"]], ids=["auto", "bf16"])

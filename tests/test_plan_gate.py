@@ -10,7 +10,7 @@ from conftest import MakeConfig
 from toys import run_script
 
 from halfbyte.config import Run, load_run, model_run
-from halfbyte.errors import PlanError
+from halfbyte.errors import PlanError, UntraceableError
 from halfbyte.plan.catalogue import model_config
 from halfbyte.plan.devices import Device, find_device
 from halfbyte.plan.gate import check_weights, gate
@@ -132,3 +132,27 @@ def test_training_stops_before_it_looks_for_weights_that_cannot_fit(
         )
     assert stop.value.code == 1
     assert "holds no .safetensors file" in capsys.readouterr().err
+
+
+def test_model_that_cannot_be_planned_trains_only_when_told_to(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma-2 caps attention scores, which SDPA cannot."""
+    config = model_config("google/gemma-2-9b-it")[0]
+    with pytest.raises(UntraceableError, match=r"softcap(.|\n)*ignore_plan=true trains without"):
+        gate(run, config, find_device("h100"), LENGTHS)
+    ignoring = run.model_copy(update={"train": run.train.model_copy(update={"ignore_plan": True})})
+    _, plan = gate(ignoring, config, find_device("h100"), LENGTHS)
+    assert plan is None
+    assert "training without a plan" in capsys.readouterr().err
+
+
+def test_scoring_long_held_out_rows_counts(run: Run) -> None:
+    config = model_config(run.model.name)[0]
+    short, long = Lengths.all_of(16, 16), Lengths.all_of(512, 16)
+    alone = gate(run, config, find_device("t4"), short)[1]
+    scored = gate(run, config, find_device("t4"), short, long)[1]
+    assert alone is not None
+    assert scored is not None
+    assert scored.when == "evaluation"
+    assert scored.peak_bytes > alone.peak_bytes

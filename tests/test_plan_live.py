@@ -104,6 +104,18 @@ def test_live_never_counts_what_is_ignored_or_was_there_before() -> None:
     assert outside.nbytes == 12
 
 
+def test_live_counts_what_comes_after_an_ignored_tensor_is_gone(live: LiveBytes) -> None:
+    with FakeTensorMode():
+        gone = [torch.empty(5) for _ in range(50)]
+        with live:
+            for tensor in gone:
+                live.ignore(tensor)
+            del tensor
+            gone.clear()
+            kept = [torch.empty(5) for _ in range(50)]
+    assert live.total_bytes == 20 * len(kept)
+
+
 def test_live_counts_a_reused_address_anew(live: LiveBytes) -> None:
     with FakeTensorMode(), live:
         for size in (3, 1, 2):

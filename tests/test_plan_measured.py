@@ -33,8 +33,8 @@ SMALL: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": SMALL | {"model_type": "llama", "num_hidden_layers": 2},
     "gemma": SMALL | {
-        "model_type": "gemma3_text", "num_hidden_layers": 4, "head_dim": 64, "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "model_type": "gemma3_text", "num_hidden_layers": 2, "head_dim": 64, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
     },
 }  # fmt: skip
 

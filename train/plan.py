@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from halfbyte.config import load_run, model_run
-from halfbyte.errors import exit_on_user_error
+from halfbyte.errors import UntraceableError, exit_on_user_error
 
 
 def main() -> None:
@@ -31,6 +31,8 @@ def main() -> None:
     is_config = arguments.target.endswith((".yaml", ".yml"))
     if arguments.probe and not is_config:
         parser.error("--probe needs a config, which names the rows to measure with")
+    if arguments.probe and arguments.device != "auto":
+        parser.error("--probe measures on this machine; leave --device out")
     if is_config:
         run = load_run(Path(arguments.target), arguments.overrides)
     else:
@@ -42,12 +44,16 @@ def main() -> None:
     from halfbyte.plan.catalogue import model_config
     from halfbyte.plan.devices import find_device, this_machine
     from halfbyte.plan.memory import Lengths
-    from halfbyte.plan.report import as_json, as_text, make_plan
+    from halfbyte.plan.report import as_json, as_text, load_text, make_plan
 
     device = find_device(arguments.device)
     config, origin = model_config(run.model.name, run.model.revision)
-    lengths = Lengths.all_of(run.data.max_length, run.train.batch_size)
-    plan = make_plan(run, config, origin, device, lengths)
+    lengths = Lengths.up_to(run.data.max_length, run.train.batch_size, config)
+    try:
+        plan = make_plan(run, config, origin, device, lengths)
+    except UntraceableError:
+        print(load_text(config))  # what is known; the error says what is not
+        raise
     report = as_json(plan)
     measured = None
     if arguments.probe:
@@ -58,8 +64,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(report))
     elif arguments.suggest:
-        found = [entry["override"] for entry in report["suggestions"]]
-        print("\n".join([report["train"]["settings"]["override"]] if plan.fits else found))
+        print("\n".join(plan.overrides()))
     else:
         print(as_text(report) + (f"\n\n{measured.as_text()}" if measured else ""))
     if arguments.plot:

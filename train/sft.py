@@ -35,7 +35,7 @@ def main() -> None:
     from halfbyte.plan.devices import this_machine
     from halfbyte.plan.gate import check_weights, gate
     from halfbyte.train.arguments import Passes, num_steps
-    from halfbyte.train.probe import longest_rows, probe
+    from halfbyte.train.probe import first_look, longest_rows
     from halfbyte.train.session import (
         as_before,
         check_base,
@@ -46,6 +46,8 @@ def main() -> None:
     from halfbyte.train.tracking import Tracker
     from halfbyte.train.trainer import build_trainer
 
+    device = this_machine()
+    check_weights(run, device)
     session = open_session(run)
     folder = session.folder
     say = print if session.is_main else (lambda *_: None)
@@ -58,8 +60,6 @@ def main() -> None:
         )
         return
 
-    device = this_machine()
-    check_weights(run, device)
     base = resolve_base(run.model.name, run.model.revision)
     check_base(session, base)
     tokenizer = load_tokenizer(base)
@@ -72,8 +72,12 @@ def main() -> None:
     say(f"BOS: {'1 per row' if renderer.has_bos else 'none: this tokenizer adds none'}")
 
     run = as_before(session, run)
-    planner, plan = gate(run, load_config(base), device, longest_rows(prepared.train))
-    say(f"plan: {plan.summary()}; {planner.margin_bytes(plan) / 1e9:.2f} GB to spare")
+    held_out = prepared.validation or prepared.test[:64]
+    lengths = longest_rows(prepared.train), longest_rows(held_out)
+    planner, plan = gate(run, load_config(base), device, *lengths)
+    passes = Passes.of(run, plan)
+    if plan is not None:
+        say(f"plan: {plan.summary()}; {planner.margin_bytes(plan) / 1e9:.2f} GB to spare")
     loaded = load_model(
         base,
         run.model.precision,
@@ -84,22 +88,17 @@ def main() -> None:
     model = attach_adapter(loaded, run.adapter, run.seed, folder.path, is_main=session.is_main)
     say(describe_model(loaded, model))
     if session.is_main:
-        begun = {"finished": False, "memory": plan.as_json()}
+        begun = {"finished": False} | ({"memory": plan.as_json()} if plan else {})
         write_manifest(session, run, loaded, renderer, begun)
 
-    held_out = prepared.validation or prepared.test[:64]
     tracker = Tracker(run, folder, session.resume_step) if session.is_main else None
     try:
-        passes = Passes(plan.micro_batch_size, plan.checkpointing)
         examples = (prepared.train, held_out)
         trainer = build_trainer(
             run, loaded, model, renderer, examples, passes, folder.checkpoints, tracker
         )
-        probed = probe(trainer, planner, plan)
-        say(f"before step 1: loss {probed.loss:.3f} on the longest rows, gradients finite")
-        say(
-            f"memory: {probed.measured['peak'] / 1e9:.3f} GB measured, {probed.error_frac:+.1%} off plan"
-        )
+        told, memory = first_look(trainer, planner, plan)
+        say(told)
         seconds = trainer.train_to(num_steps(run, len(prepared.train)), session.resume)
         if session.is_main:
             save_adapter(model, loaded, folder.adapter, folder.path)
@@ -112,8 +111,9 @@ def main() -> None:
     if tracker is not None:
         where = tracker.where
         numbers = trainer.numbers() | {"training_seconds": seconds, "held_out_loss": held_out_loss}
-        numbers["memory"] = plan.as_json() | {"probe": probed.as_json()}
-        tracker.summarise({"memory": numbers["memory"]})
+        if memory:
+            numbers["memory"] = memory
+            tracker.summarise({"memory": memory})
         write_manifest(session, run, loaded, renderer, numbers | {"finished": True, "wandb": where})
         tracker.finish(folder.adapter)
         say(f"trained: {folder.path}\n  adapter  {folder.adapter}\n  numbers  {folder.metrics}")

@@ -4,6 +4,7 @@
     ├── ConfigError   a config file, an override or the environment is wrong
     ├── DataError     a dataset, a row, a chat template or a split is wrong
     ├── ModelError    a model cannot be found, read, loaded or adapted as asked
+    │   └── UntraceableError  its step cannot be planned
     ├── PlanError     what is asked for cannot be planned, or cannot fit
     └── RunError      a run folder lacks something, or a run cannot go on
 
@@ -39,6 +40,10 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model cannot be found, read, loaded or adapted as asked."""
+
+
+class UntraceableError(ModelError):
+    """A model whose training step cannot be run without data, and so not be planned."""
 
 
 class PlanError(UserError):

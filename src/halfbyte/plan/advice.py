@@ -80,7 +80,8 @@ def suggest(
         """What plans these changes, if they fit a row at a time and recomputing."""
         changed = _changed(run, changes)
         same = (changed.model, changed.adapter) == (run.model, run.adapter)
-        other = Planner(changed, config, device, planner.step if same else None)
+        step = planner.step if same else None
+        other = Planner(changed, config, device, step, planner.held_out)
         if not other.loads or sum(other.fixed_bytes().values()) > device.usable_bytes:
             return None
         rows = lengths.at_most(changes.get("data.max_length", lengths.rows[0][0]))
@@ -89,8 +90,9 @@ def suggest(
     changes = next((step for step in _harder(run, lengths, device) if least(step)), None)
     if changes is None:
         return []
-    for key in list(changes):  # take back what the other changes make needless
-        fewer = {other: value for other, value in changes.items() if other != key}
+    for key in [key for key in changes if key in COSTS]:  # take back what the others make needless
+        gone = {key, "adapter.alpha"} if key == "adapter.r" else {key}
+        fewer = {other: value for other, value in changes.items() if other not in gone}
         changes = fewer if least(fewer) else changes
     found = least(changes)
     assert found is not None
@@ -103,12 +105,15 @@ def micro_batches(rows: int) -> list[int]:
     return [size for size in range(rows, 0, -1) if rows % size == 0]
 
 
-def models_that_fit(device: Device, dtype: str) -> list[str]:
+def models_that_fit(device: Device, compute_dtype: str) -> list[str]:
     """Known models that a card can train in NF4, a row of 512 tokens at a time; the largest first."""
     return [
         f"{known.names[0]} ({known.parameters / 1e9:.1f} B)"
         for known in reversed(known_models())
-        if known.training.get(dtype, device.usable_bytes + 1) <= device.usable_bytes
+        if known.training.get(
+            "fp32" if compute_dtype == "fp32" else "bf16", device.usable_bytes + 1
+        )
+        <= device.usable_bytes
     ]
 
 
@@ -151,7 +156,9 @@ def _largest(
 def _harder(run: Run, lengths: Lengths, device: Device) -> Iterator[dict[str, Any]]:
     """Changes that alter the run, each with those before it."""
     changes: dict[str, Any] = {}
-    if run.model.precision not in ("nf4", "fp4"):
+    if run.adapter.init in ("pissa", "olora"):
+        pass  # these rewrite the base, which must be fp32 for that
+    elif run.model.precision not in ("nf4", "fp4"):
         changes["model.precision"] = "nf4"
         yield dict(changes)
     elif not run.model.double_quant:
@@ -164,6 +171,7 @@ def _harder(run: Run, lengths: Lengths, device: Device) -> Iterator[dict[str, An
     for rank in RANKS:
         if rank < run.adapter.r:
             changes["adapter.r"] = rank
+            changes["adapter.alpha"] = run.adapter.alpha * rank / run.adapter.r  # the same scale
             yield dict(changes)
     longest = lengths.rows[0][0]
     while longest // 2 >= SHORTEST:
@@ -181,7 +189,7 @@ def _changed(run: Run, changes: dict[str, Any]) -> Run:
 
 
 def _suggestion(planner: Planner, plan: TrainPlan, changes: dict[str, Any]) -> Suggestion:
-    costs = [COSTS[key].format(value) for key, value in changes.items()]
+    costs = [COSTS[key].format(value) for key, value in changes.items() if key in COSTS]
     costs.append(RECOMPUTE if plan.checkpointing else SMALLER_BATCH)
     return Suggestion(
         override_line(plan, changes), "; ".join(costs), plan, planner.margin_bytes(plan)

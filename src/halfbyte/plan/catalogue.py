@@ -153,7 +153,7 @@ def _read(name: str, folder: Path) -> PretrainedConfig:
         )
     config = load_config(Base(name, str(folder), None, "", ""))
     other = getattr(type(config.get_text_config()), "attribute_map", {})
-    written = _keys(told)
+    written = _text_fields(told, config.get_text_config().model_type)
     missing = [key for key in NEEDED if not {key, other.get(key, key)} & written]
     if missing:
         raise ModelError(
@@ -163,10 +163,11 @@ def _read(name: str, folder: Path) -> PretrainedConfig:
     return config
 
 
-def _keys(value: Any) -> set[str]:
-    if isinstance(value, dict):
-        return set(value) | {key for inner in value.values() for key in _keys(inner)}
-    return set()
+def _text_fields(told: dict[str, Any], model_type: str) -> set[str]:
+    """Keys of the part that describes the language model: the whole, or a section of its type."""
+    sections = [value for value in told.values() if isinstance(value, dict)]
+    own = [section for section in sections if section.get("model_type") == model_type]
+    return set(own[0] if own and told["model_type"] != model_type else told)
 
 
 if __name__ == "__main__":

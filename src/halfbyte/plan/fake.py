@@ -60,8 +60,24 @@ def register_attention() -> None:
     ) -> torch.Tensor | None:
         if local_size is None or kv_length < local_size:
             return None
-        return torch.empty((batch_size, 1, q_length, kv_length), dtype=torch.bool)
+        one = torch.empty((1, 1, q_length, kv_length), dtype=torch.bool)
+        return one.expand(batch_size, -1, -1, -1)  # rows share it, as transformers' own
 
     for name, attend in ((ATTENTION, sdpa_attention_forward), (MATH_ATTENTION, plain)):
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, mask)
+
+
+class Picked(torch.autograd.Function):
+    """Shapes of picking N of (B, T, V) by a mask, whose N only data would tell."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, count: int) -> torch.Tensor:
+        """N rows of logits (N, V)."""
+        ctx.shape = logits.shape
+        return logits.new_empty((count, logits.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """As indexing does: zeros of the whole shape, filled in place."""
+        return gradient[0].new_zeros(ctx.shape), None

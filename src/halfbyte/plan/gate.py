@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from halfbyte.config.schema import Run
-from halfbyte.errors import PlanError
+from halfbyte.errors import PlanError, UntraceableError
+from halfbyte.model.precision import NAMES
 from halfbyte.plan.advice import choose, models_that_fit, suggest
 from halfbyte.plan.catalogue import model_config
 from halfbyte.plan.memory import Lengths, Planner, TrainPlan
@@ -35,15 +36,28 @@ def check_weights(run: Run, device: Device) -> None:
 
 
 def gate(
-    run: Run, config: PretrainedConfig, device: Device, lengths: Lengths
-) -> tuple[Planner, TrainPlan]:
-    """Settle ``auto`` and let through what fits.
+    run: Run,
+    config: PretrainedConfig,
+    device: Device,
+    lengths: Lengths,
+    held_out: Lengths | None = None,
+) -> tuple[Planner, TrainPlan | None]:
+    """Settle ``auto`` and let through what fits; no plan if there is none and it is to be ignored.
 
     Raises:
         PlanError: training cannot fit; the message has overrides that make it fit, if any do.
+        UntraceableError: the model's step cannot be planned.
     """
-    planner = Planner(run, config, device)
-    plan = choose(planner, lengths)
+    planner = Planner(run, config, device, held_out=held_out)
+    try:
+        plan = _agreed(planner, choose(planner, lengths), lengths)
+    except UntraceableError as error:
+        if not run.train.ignore_plan:
+            raise UntraceableError(
+                f"{error}\ntrain.ignore_plan=true trains without a plan"
+            ) from error
+        print(f"warning: {error}; training without a plan", file=sys.stderr)
+        return planner, None
     if not planner.fits(plan):
         found = suggest(run, config, device, lengths, planner)
         lines = "".join(f"\n  {s.override}   ({s.costs})" for s in found)
@@ -55,10 +69,10 @@ def gate(
             f" {'on' if plan.checkpointing else 'off'}), which is"
             f" {-planner.margin_bytes(plan) / 1e9:.2f} GB more than {device.title} has.{helps}",
         )
-    return planner, agreed(planner, plan, lengths)
+    return planner, plan
 
 
-def agreed(planner: Planner, plan: TrainPlan, lengths: Lengths) -> TrainPlan:
+def _agreed(planner: Planner, plan: TrainPlan, lengths: Lengths) -> TrainPlan:
     """The plan of rank 0, on every rank: what is free may differ between the cards of a machine."""
     if planner.world == 1:
         return plan
@@ -79,7 +93,7 @@ def _refuse(run: Run, text: str) -> None:
 
 
 def _instead(device: Device, planner: Planner) -> str:
-    known = models_that_fit(device, "bf16" if planner.dtype.itemsize == 2 else "fp32")
+    known = models_that_fit(device, NAMES[planner.dtype])
     if not known:
         return " No known model trains on it; see python train/plan.py for the terms"
     return f" Models that it trains in 4 bits: {', '.join(known[:5])}"

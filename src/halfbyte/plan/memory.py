@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from halfbyte.model.precision import DTYPES, NAMES, choose_compute
 from halfbyte.plan.devices import Device
 from halfbyte.plan.live import DEQUANTISED
 from halfbyte.plan.skeleton import build
-from halfbyte.plan.step import ACTIVATIONS, GRADIENTS, LOGITS, WORKING, Shape, Step
+from halfbyte.plan.step import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING, Shape, Step
 from halfbyte.plan.weights import Stored, load_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ SLACK_FRAC = {"cuda": 0.1, "cpu": 0.9}
 OPTIMIZER_STEP = "optimizer step"
 SMALL_STATE = 4096  # bitsandbytes keeps the state of smaller parameters in fp32
 STATE_BLOCK = 256  # and has one fp32 maximum for each so many 8-bit states
-FIXED = ("weights", "constants", "adapter", "optimizer", "workspace")
+FIXED = ("weights", "constants", "adapter", "optimizer", "workspace", "buckets")
 MOVING = (GRADIENTS, ACTIVATIONS, LOGITS, DEQUANTISED, WORKING)
 # States for each trainable weight, and whether they take 8 bits.
 STATES: dict[Optimizer, tuple[int, bool]] = {
@@ -60,6 +61,18 @@ class Lengths:
     def all_of(cls, length: int, num_rows: int) -> Lengths:
         """As long as allowed and labelled throughout: where the data is not known."""
         return cls(tuple((length, length - 1) for _ in range(num_rows)))
+
+    @classmethod
+    def up_to(cls, length: int, num_rows: int, config: PretrainedConfig) -> Lengths:
+        """As ``all_of``, within the positions that the model has; says so where that cuts."""
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
+        if length > longest:
+            print(
+                f"warning: data.max_length is {length}, but the model has {longest} positions;"
+                f" planned with {longest}",
+                file=sys.stderr,
+            )
+        return cls.all_of(min(length, longest), num_rows)
 
     def at_most(self, length: int) -> Lengths:
         """The same rows, none of them longer than this."""
@@ -150,6 +163,7 @@ class Planner:
         config: the model's configuration.
         device: where it shall run.
         step: that of another plan of the same model, precision, adapter and device.
+        held_out: rows that are scored during training, if any.
 
     Raises:
         ModelError: no model can be built, or its step cannot be traced.
@@ -157,13 +171,24 @@ class Planner:
     """
 
     def __init__(
-        self, run: Run, config: PretrainedConfig, device: Device, step: Step | None = None
+        self,
+        run: Run,
+        config: PretrainedConfig,
+        device: Device,
+        step: Step | None = None,
+        held_out: Lengths | None = None,
     ) -> None:
         self.run, self.config, self.device = run, config, device
         self.dtype = compute_dtype(run, device)
         whole = build(config, self.dtype, text_only=True)
         model = run.model
         self.stored: Stored = load_bytes(whole, model.precision, model.double_quant, self.dtype)
+        if run.model.attention == "flash_attention_2" and not device.has_flash:
+            raise PlanError(
+                f"{device.title} has no flash attention (compute capability 8.0 is needed); set"
+                " model.attention=sdpa"
+            )
+        self.held_out = held_out
         self._given = step
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -186,13 +211,18 @@ class Planner:
 
     def train(self, lengths: Lengths, micro_batch_size: int, *, checkpointing: bool) -> TrainPlan:
         """What training takes with so many rows in a micro-batch."""
-        accumulation = max(1, self.run.train.batch_size // (micro_batch_size * self.world))
+        accumulation = self.run.train.batch_size // (micro_batch_size * self.world)
         shape = lengths.shape(
             micro_batch_size, checkpointing=checkpointing, accumulates=accumulation > 1
         )
         fixed, paged_bytes = self.fixed_bytes(), self.paged_bytes()
         moving = {phase: dict(peak.terms) for phase, peak in self.step.peaks(shape).items()}
         moving[OPTIMIZER_STEP] = self._optimizer_step()
+        if self.held_out is not None and self.held_out.rows:
+            scored = self.held_out.shape(
+                micro_batch_size, checkpointing=checkpointing, accumulates=False
+            )
+            moving[EVALUATION] = dict(self.step.evaluation(scored).terms)
         phases = {phase: sum(terms.values()) for phase, terms in moving.items()}
         when = max(phases, key=lambda phase: phases[phase])
         terms = {name: moving[when].get(name, 0) for name in MOVING}
@@ -220,9 +250,14 @@ class Planner:
 
     def margin_bytes(self, plan: TrainPlan) -> int:
         """Bytes left over; negative where it does not fit."""
-        # Processes on one machine share its memory, while each has a GPU of its own.
-        sharing = self.world if self.device.kind == "cpu" else 1
-        return self.device.total_bytes - self.device.in_use_bytes - sharing * plan.needed_bytes
+        needed_bytes = self.sharing * plan.needed_bytes
+        return self.device.total_bytes - self.device.in_use_bytes - needed_bytes
+
+    @property
+    def sharing(self) -> int:
+        """Processes that share the device's memory: those of a machine its RAM, while GPUs are many."""
+        on_cpu = self.device.kind == "cpu"
+        return int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world))) if on_cpu else 1
 
     def fixed_bytes(self) -> dict[str, int]:
         """Bytes that are there all the time, by name."""
@@ -231,8 +266,8 @@ class Planner:
             self.stored.constants_bytes,
             4 * self.step.num_trainable,
             self._states_bytes() - self.paged_bytes(),
-            # DDP gathers gradients in buckets of their size.
-            self.device.workspace_bytes + (4 * self.step.num_trainable if self.world > 1 else 0),
+            self.device.workspace_bytes,
+            4 * self.step.num_trainable if self.world > 1 else 0,
         )
         return dict(zip(FIXED, sizes, strict=True))
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Run
+from halfbyte.errors import PlanError
 from halfbyte.plan.advice import (
     Suggestion,
     cards_that_fit,
@@ -31,6 +32,7 @@ TERMS = {
     "adapter": "4 bytes for each trainable weight: r·(in + out) a layer",
     "optimizer": "states of the optimizer for each trainable weight",
     "workspace": "cuBLAS, one block for each of two threads",
+    "buckets": "in which DDP gathers the gradients of several processes",
     "gradients": "4 bytes for each trainable weight that has one by then",
     "activations": "what the forward pass keeps for the backward pass",
     "logits": "loss head: labelled positions and one tile of logits",
@@ -60,6 +62,20 @@ class Plan:
     def fits(self) -> bool:
         """Whether training fits on the device."""
         return self.planner.fits(self.train)
+
+    def overrides(self) -> list[str]:
+        """Lines to paste: the settings that fit.
+
+        Raises:
+            PlanError: none do.
+        """
+        if self.fits:
+            return [override_line(self.train)]
+        if not self.suggestions:
+            raise PlanError(
+                f"none of the settings tried makes {self.target} fit on {self.device.title}"
+            )
+        return [suggestion.override for suggestion in self.suggestions]
 
 
 def make_plan(
@@ -234,6 +250,11 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def load_text(config: PretrainedConfig) -> str:
+    """What a model takes to load, for one whose training cannot be planned."""
+    return _load_table("TO LOAD, GB", _load_json(load_plan(config, text_only=False)))
+
+
 def _load_table(title: str, load: dict[str, Any]) -> str:
     lines = [f"{title:<52}{'reported':>10}{'true':>10}"]
     words = {"nf4": "nf4, double quantisation", "nf4_single": "nf4, without it"}
@@ -316,7 +337,7 @@ def _verdict(report: dict[str, Any]) -> str:
         )
     if not report["suggestions"]:
         fitting = ", ".join(device["models_that_fit"][:5]) or "none of the known models"
-        lines.append("  no setting makes it fit")
+        lines.append("  none of the settings tried makes it fit")
         lines.append(f"  models that this device trains in 4 bits: {fitting}")
         cards = ", ".join(device["cards_that_fit"]) or "none of the table"
         lines.append(f"  cards that train it, a row at a time and recomputing: {cards}")

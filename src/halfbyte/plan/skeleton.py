@@ -57,12 +57,44 @@ def build(
         with torch.device("meta"):
             options = {"attn_implementation": attention} if attention else {}
             model: PreTrainedModel = make(copy.deepcopy(config), dtype=dtype, **options)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ModelError(
             f"no model can be built from this {config.model_type} configuration: {error}"
         ) from error
     model.tie_weights()
     return model
+
+
+def build_for_step(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The language model with the plan's attention, or its own where it has a table of its own."""
+    try:
+        return build(config, dtype, text_only=True, attention=attention)
+    except ModelError as error:
+        if not isinstance(error.__cause__, KeyError):
+            raise
+    return build(config, dtype, text_only=True, attention="eager")
+
+
+def check_attention(model: PreTrainedModel, attention: str) -> None:
+    """Stop where transformers would, but before a download.
+
+    Raises:
+        ModelError: the architecture has no such attention.
+    """
+    known = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    if attention in known and not getattr(model, known[attention], True):
+        raise ModelError(
+            f"{type(model).__name__} has no {attention} attention in transformers; set"
+            " model.attention=eager"
+        )
 
 
 def packed_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:

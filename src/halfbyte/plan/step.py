@@ -20,15 +20,30 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from halfbyte.config.schema import Adapter, Model
-from halfbyte.errors import ModelError
+from halfbyte.errors import UntraceableError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import Loaded
 from halfbyte.model.loss import head_losses, tile_rows
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import Base
-from halfbyte.plan.fake import ATTENTION, MATH_ATTENTION, materialise, register_attention
+from halfbyte.plan.fake import (
+    ATTENTION,
+    MATH_ATTENTION,
+    Picked,
+    materialise,
+    register_attention,
+)
 from halfbyte.plan.live import LiveBytes, Peak
-from halfbyte.plan.skeleton import Cut, build, cut, keep_layers, layer_kinds, layer_list, quantise
+from halfbyte.plan.skeleton import (
+    Cut,
+    build_for_step,
+    check_attention,
+    cut,
+    keep_layers,
+    layer_kinds,
+    layer_list,
+    quantise,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -95,12 +110,10 @@ class Step:
         # On CUDA grouped heads go to flash kernels, which need 16 bits and Ampere, or to plain maths.
         slow = device_type == "cuda" and groups and not (flash and dtype != torch.float32)
         attention = MATH_ATTENTION if slow else ATTENTION
-        self.model = build(
-            config,
-            dtype,
-            text_only=True,
-            attention="eager" if model.attention == "eager" else attention,
+        self.model = build_for_step(
+            config, dtype, "eager" if model.attention == "eager" else attention
         )
+        check_attention(self.model, model.attention)
         self.kinds = layer_kinds(self.model)
         self.cut: Cut = cut(self.kinds)
         self.dtype, self.device_type = dtype, device_type
@@ -108,7 +121,12 @@ class Step:
         self.types: list[str] | None = list(types) if types else None
         whole = layer_list(self.model)
         self.layers = {i: whole[i] for i in self.cut.layers}
-        self._keep(self.cut.layers)
+        try:
+            self._keep(self.cut.layers)
+        except UNTRACEABLE as error:
+            raise UntraceableError(
+                f"{type(self.model).__name__}: its layers cannot be cut: {error}"
+            ) from error
         quantise(self.model, model.precision, model.double_quant, dtype)
         loaded = Loaded(
             self.model,
@@ -189,7 +207,7 @@ class Step:
                     out = self.model(ids, use_cache=True, logits_to_keep=1)
                     cached = out.past_key_values.layers
                 except UNTRACEABLE as error:
-                    raise ModelError(
+                    raise UntraceableError(
                         f"the prefill of {type(self.model).__name__} cannot be traced: {error}"
                     ) from error
             # A sliding window keeps a slice; its storage goes with the next token.
@@ -248,7 +266,7 @@ class Step:
                     live.ignore(tensor)
                 work(live, shape)
         except UNTRACEABLE as error:
-            raise ModelError(
+            raise UntraceableError(
                 f"the training step of {type(self.model).__name__} cannot be traced: {error}"
             ) from error
         finally:
@@ -301,8 +319,9 @@ class Step:
         term = LOGITS if phase == HEAD else WORKING
         if not self.tiled:
             hook = self.model.base_model.register_forward_hook(lambda *_: live.enter(phase, term))
-            logits = self.model(ids, use_cache=False).logits[:, :-1][picked, picked]
+            logits = Picked.apply(self.model(ids, use_cache=False).logits[:, :-1], len(picked))  # type: ignore[no-untyped-call]
             hook.remove()
+            live.enter(phase, term)  # where the model goes round its own base
             return nn.functional.cross_entropy(logits.float(), wanted, reduction="none").sum()
         hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
         live.enter(phase, term)
@@ -330,7 +349,7 @@ class Step:
             return address
 
         def base_hook(_: Any, __: Any, out: Any) -> None:
-            seen["hidden"] = out.last_hidden_state
+            seen["hidden"] = getattr(out, "last_hidden_state", None)
 
         def head_hook(_: Any, inputs: Any, out: Any) -> None:
             seen["input"], seen["product"] = inputs[0], out
@@ -345,6 +364,8 @@ class Step:
         for hook in hooks:
             hook.remove()
         capped = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        if seen.get("hidden") is None or "input" not in seen:
+            return False  # the model goes round its own base
         same_input = storage(seen["input"]) == storage(seen["hidden"])
         return same_input and (capped is not None or storage(logits) == storage(seen["product"]))
 

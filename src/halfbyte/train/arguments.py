@@ -11,6 +11,7 @@ import torch
 
 from halfbyte.config.schema import Run
 from halfbyte.model.load import Loaded
+from halfbyte.plan.memory import TrainPlan
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,14 @@ class Passes:
 
     micro_batch_size: int
     checkpointing: bool
+
+    @classmethod
+    def of(cls, run: Run, plan: TrainPlan | None) -> Passes:
+        """As planned; without a plan as configured, ``auto`` being the least hungry."""
+        if plan is not None:
+            return cls(plan.micro_batch_size, plan.checkpointing)
+        rows = run.train.micro_batch_size
+        return cls(1 if rows == "auto" else rows, run.train.checkpointing != "off")
 
 
 def num_steps(run: Run, num_rows: int) -> int:

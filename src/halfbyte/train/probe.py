@@ -69,6 +69,25 @@ def longest_rows(examples: list[Example]) -> Lengths:
     return Lengths(tuple(sorted(rows, reverse=True)))
 
 
+def first_look(
+    trainer: TokenTrainer, planner: Planner, plan: TrainPlan | None
+) -> tuple[str, dict[str, Any]]:
+    """The look before step 1: lines to say, and figures for the manifest.
+
+    Raises:
+        RunError, PlanError: as ``probe``.
+    """
+    if plan is None:
+        loss, _ = check_first_step(trainer)
+        return f"before step 1: loss {loss:.3f} on the longest rows, gradients finite", {}
+    found = probe(trainer, planner, plan)
+    lines = (
+        f"before step 1: loss {found.loss:.3f} on the longest rows, gradients finite\n"
+        f"memory: {found.measured['peak'] / 1e9:.3f} GB measured, {found.error_frac:+.1%} off plan"
+    )
+    return lines, plan.as_json() | {"probe": found.as_json()}
+
+
 def probe(trainer: TokenTrainer, planner: Planner, plan: TrainPlan) -> Probe:
     """Run the longest micro-batch forward and backward and score an evaluation batch.
 
@@ -77,7 +96,7 @@ def probe(trainer: TokenTrainer, planner: Planner, plan: TrainPlan) -> Probe:
         PlanError: with the optimizer's states the measured peak would not fit.
     """
     loss, step = check_first_step(trainer)
-    evaluation = _evaluate(trainer, plan.shape.rows)
+    evaluation = _evaluate(trainer, plan.micro_batch_size)
     predicted = _predicted(planner, plan)
     measured = {
         "weights and adapter": step.start_bytes,
@@ -89,8 +108,8 @@ def probe(trainer: TokenTrainer, planner: Planner, plan: TrainPlan) -> Probe:
         "peak": step.peak_bytes,
     }
     found = Probe(loss, predicted, measured, resident_bytes())
-    later_bytes = plan.peak_bytes - predicted["peak"]  # optimizer states, gradients kept
-    extra_bytes = step.peak_bytes + later_bytes - plan.peak_bytes
+    # What the plan has beyond the probe comes on top: optimizer states, gradients kept, DDP's buckets.
+    extra_bytes = planner.sharing * (step.peak_bytes - predicted["peak"])
     if extra_bytes > planner.margin_bytes(plan) and not planner.run.train.ignore_plan:
         raise PlanError(
             f"the probe took {step.peak_bytes / 1e9:.2f} GB where {predicted['peak'] / 1e9:.2f} were"
@@ -104,9 +123,13 @@ def probe(trainer: TokenTrainer, planner: Planner, plan: TrainPlan) -> Probe:
 def _predicted(planner: Planner, plan: TrainPlan) -> dict[str, int]:
     """What the plan says of the same two passes: no optimizer yet, no gradients from before."""
     fixed = planner.fixed_bytes()
-    start = fixed["weights"] + fixed["constants"] + fixed["adapter"]
-    start += fixed["workspace"]
+    start = sum(fixed[name] for name in ("weights", "constants", "adapter", "workspace"))
     shape = plan.shape.alone()
+    scored = shape
+    if planner.held_out is not None and planner.held_out.rows:
+        scored = planner.held_out.shape(
+            plan.micro_batch_size, checkpointing=shape.checkpointing, accumulates=False
+        )
     peaks = {phase: peak.total_bytes for phase, peak in planner.step.peaks(shape).items()}
     forward = start + max(peaks[FORWARD], peaks[HEAD])
     backward = start + max(peaks[BACKWARD], peaks[BACKWARD_END])
@@ -116,22 +139,21 @@ def _predicted(planner: Planner, plan: TrainPlan) -> dict[str, int]:
         "peak of the forward pass": forward,
         "peak of the backward pass": backward,
         "gradients": fixed["adapter"],
-        "peak of an evaluation batch": start + planner.step.evaluation(shape).total_bytes,
+        "peak of an evaluation batch": start + planner.step.evaluation(scored).total_bytes,
         "peak": max(forward, backward),
     }
 
 
-def _evaluate(trainer: TokenTrainer, rows: int) -> Measured:
-    """Score the rows that the training pass has had, as an evaluation would."""
+def _evaluate(trainer: TokenTrainer, size: int) -> Measured:
+    """Score the longest held-out rows, or training rows if none are held out."""
     data: Any = trainer.train_dataset
-    lengths = [len(ids) for ids in data["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:rows]
-    examples = [(data[row]["input_ids"], data[row]["labels"]) for row in order]
+    rows = trainer.held_out or [(row["input_ids"], row["labels"]) for row in data]
+    examples = sorted(rows, key=lambda row: -len(row[0]))[:size]
     tokenizer: Any = trainer.processing_class
 
     def forward() -> Any:
         with trainer.accelerator.autocast():
-            return row_losses(trainer.model, examples, tokenizer.pad_token_id, rows)
+            return row_losses(trainer.model, examples, tokenizer.pad_token_id, size)
 
     return measure(trainer.args.device, forward)
 
@@ -146,7 +168,10 @@ def probe_run(run: Run, device: Device) -> Probe:
     base = resolve_base(run.model.name, run.model.revision)
     renderer = Renderer(load_tokenizer(base), template, run.data.loss_on)
     prepared = prepare(run.data, renderer)
-    planner, plan = gate(run, load_config(base), device, longest_rows(prepared.train))
+    lengths, held_out = longest_rows(prepared.train), longest_rows(prepared.validation)
+    planner, plan = gate(run, load_config(base), device, lengths, held_out)
+    if plan is None:
+        raise PlanError("there is no plan to compare a probe with")
     loaded = load_model(
         base,
         run.model.precision,
@@ -156,7 +181,7 @@ def probe_run(run: Run, device: Device) -> Probe:
     )
     with tempfile.TemporaryDirectory(prefix="halfbyte-probe-") as scratch:
         model = attach_adapter(loaded, run.adapter, run.seed, Path(scratch))
-        passes = Passes(plan.micro_batch_size, plan.checkpointing)
+        passes = Passes.of(run, plan)
         examples = (prepared.train, prepared.validation)
         quiet = run.model_copy(update={"train": run.train.model_copy(update={"eval_steps": 0})})
         trainer = build_trainer(

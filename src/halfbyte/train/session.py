@@ -117,8 +117,9 @@ def as_before(session: Session, run: Run) -> Run:
     if session.resume is None or not session.folder.manifest.is_file():
         return run
     told = read_json(session.folder.manifest).get("memory")
-    if told is None:
-        return run
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if told is None or run.train.batch_size % (told["micro_batch_size"] * world):
+        return run  # another number of processes: the plan settles it anew
     settled: dict[str, Any] = {}
     if run.train.micro_batch_size == "auto":
         settled["micro_batch_size"] = told["micro_batch_size"]
