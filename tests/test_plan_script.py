@@ -11,6 +11,8 @@ from conftest import MakeConfig
 from toys import run_script
 from transformers import LlamaConfig
 
+from halfbyte.plan.memory import FIXED, MOVING
+
 ROOT = Path(__file__).resolve().parents[1]
 GEMMA_4B = ROOT / "configs" / "gemma3_qlora.yaml"
 
@@ -44,9 +46,7 @@ def test_plan_of_gemma_4b_fits_on_a_t4_and_shows_its_margin(
     assert load["int8"]["true_bytes"] > load["int8"]["reported_bytes"]
     assert report["load_text"]["num_parameters"] == 3_880_263_168
     train, device = report["train"], report["device"]
-    names = ("weights", "constants", "adapter", "optimizer", "workspace")
-    names += ("gradients", "activations", "logits", "dequantised", "working_set")
-    assert sum(train[f"{name}_bytes"] for name in names) == train["peak_bytes"]
+    assert sum(train[f"{name}_bytes"] for name in (*FIXED, *MOVING)) == train["peak_bytes"]
     # In fp32 on a T4: the language model's packed layers, and an embedding of four bytes.
     assert train["weights_bytes"] > report["load_text"]["nf4"]["reported_bytes"]
     assert device["name"] == "t4"
