@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,12 +52,21 @@ def test_probe_measures_what_was_planned(make_config: MakeConfig, overrides: lis
     found = probe_run(load_run(make_config(), overrides), this_machine())
     slack = 16_000  # random state, step counters, losses
     if "model.compute_dtype=bf16" in overrides:
-        slack += 64_000 * torch.get_num_threads()  # buffers inside the CPU's kernels
+        slack += 64_000  # the buffer inside the CPU's kernels, one for each thread
     for name, predicted in found.predicted.items():
         measured = found.measured[name]
         assert abs(predicted - measured) <= 0.01 * measured + slack, (name, predicted, measured)
     assert found.loss > 0
     assert found.predicted["peak"] > 5 * slack
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Kernels take buffers for each thread, and small ones lose more than they win by many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.real

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,9 @@ def _harder(run: Run, lengths: Lengths, device: Device) -> Iterator[dict[str, An
     for rank in RANKS:
         if rank < run.adapter.r:
             changes["adapter.r"] = rank
-            changes["adapter.alpha"] = run.adapter.alpha * rank / run.adapter.r  # the same scale
+            share = rank / run.adapter.r
+            scale = math.sqrt(share) if run.adapter.rslora else share
+            changes["adapter.alpha"] = run.adapter.alpha * scale  # so that the scale stays the same
             yield dict(changes)
     longest = lengths.rows[0][0]
     while longest // 2 >= SHORTEST:
