@@ -30,13 +30,12 @@ def main() -> None:
     quiet_libraries()
     from halfbyte.data.prepare import prepare
     from halfbyte.data.preview import show_preview
-    from halfbyte.data.render import Renderer, load_template
+    from halfbyte.data.render import renderer_of
     from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
 
     base = resolve_base(run.model.name, run.model.revision)
-    template = load_template(run.data.chat_template) if run.data.chat_template else None
-    renderer = Renderer(load_tokenizer(base), template, run.data.loss_on)
+    renderer = renderer_of(run.data, load_tokenizer(base))
     # Every row is shown at its full length; what max_length would cut is told beside the histogram.
     whole = run.data.model_copy(update={"max_length": sys.maxsize})
     prepared = prepare(whole, renderer)

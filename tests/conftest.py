@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -111,3 +111,12 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> P
         "train/sft.py", write_config(folder, tiny_llama, train={"eval_steps": 2, "save_steps": 2})
     )
     return folder / "runs" / "tiny"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Kernels take buffers for each thread, and small ones lose more than they win by many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from halfbyte.plan.memory import Lengths, Planner
 from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.measure import measure
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 ROWS, LENGTH, NUM_LABELS = 2, 192, 100
 SMALL: dict[str, Any] = {
@@ -38,15 +39,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Kernels take buffers for each thread, and small ones lose more than they win by many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

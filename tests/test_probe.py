@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import MakeConfig
 
 from halfbyte.config import load_run
@@ -17,6 +15,8 @@ from halfbyte.data.rows import Row
 from halfbyte.errors import PlanError
 from halfbyte.plan.devices import find_device, this_machine
 from halfbyte.train.probe import longest_rows, probe_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Wide enough that activations outweigh what any process holds beside them.
 ROWS = {"max_length": 512}
@@ -58,15 +58,6 @@ def test_probe_measures_what_was_planned(make_config: MakeConfig, overrides: lis
         assert abs(predicted - measured) <= 0.01 * measured + slack, (name, predicted, measured)
     assert found.loss > 0
     assert found.predicted["peak"] > 5 * slack
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Kernels take buffers for each thread, and small ones lose more than they win by many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.real

@@ -42,7 +42,7 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.plan.catalogue import model_config
-    from halfbyte.plan.devices import find_device, this_machine
+    from halfbyte.plan.devices import find_device
     from halfbyte.plan.memory import Lengths
     from halfbyte.plan.report import as_json, as_text, load_text, make_plan
 
@@ -59,7 +59,7 @@ def main() -> None:
     if arguments.probe:
         from halfbyte.train.probe import probe_run
 
-        measured = probe_run(run, this_machine())
+        measured = probe_run(run, device)
         report["probe"] = measured.as_json()
     if arguments.json:
         print(json.dumps(report))

@@ -28,9 +28,9 @@ def main() -> None:
     quiet_libraries()
     from halfbyte.data.prepare import prepare
     from halfbyte.data.preview import show_ledger
-    from halfbyte.data.render import Renderer, load_template
+    from halfbyte.data.render import renderer_of
     from halfbyte.model.adapter import attach_adapter, describe_model, save_adapter
-    from halfbyte.model.load import load_config, load_model, load_tokenizer
+    from halfbyte.model.load import load_base, load_config, load_tokenizer
     from halfbyte.model.resolve import resolve_base
     from halfbyte.plan.devices import this_machine
     from halfbyte.plan.gate import check_weights, gate
@@ -63,8 +63,7 @@ def main() -> None:
     base = resolve_base(run.model.name, run.model.revision)
     check_base(session, base)
     tokenizer = load_tokenizer(base)
-    template = load_template(run.data.chat_template) if run.data.chat_template else None
-    renderer = Renderer(tokenizer, template, run.data.loss_on)
+    renderer = renderer_of(run.data, tokenizer)
     prepared = prepare(run.data, renderer)
     if session.is_main:
         record_data(session, prepared)
@@ -78,13 +77,7 @@ def main() -> None:
     passes = Passes.of(run, plan)
     if plan is not None:
         say(f"plan: {plan.summary()}; {planner.margin_bytes(plan) / 1e9:.2f} GB to spare")
-    loaded = load_model(
-        base,
-        run.model.precision,
-        double_quant=run.model.double_quant,
-        compute_dtype=run.model.compute_dtype,
-        attention=run.model.attention,
-    )
+    loaded = load_base(base, run.model)
     model = attach_adapter(loaded, run.adapter, run.seed, folder.path, is_main=session.is_main)
     say(describe_model(loaded, model))
     if session.is_main:

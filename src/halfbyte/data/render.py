@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.paths import TEMPLATE_NAMES
+from halfbyte.config.schema import Data
 from halfbyte.data.rows import Message, Row
 from halfbyte.errors import DataError
 
@@ -55,6 +56,16 @@ class Encoded:
     def num_supervised(self) -> int:
         """Number of labelled tokens."""
         return sum(label != IGNORED for label in self.labels)
+
+
+def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """The renderer that a config's ``data`` section asks for.
+
+    Raises:
+        DataError: as ``load_template`` and ``Renderer``.
+    """
+    template = load_template(data.chat_template) if data.chat_template else None
+    return Renderer(tokenizer, template, data.loss_on)
 
 
 def load_template(name: str) -> str:

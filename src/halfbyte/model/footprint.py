@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from halfbyte.model.quantised import int8_codes
+from halfbyte.model.quantised import constant_places, int8_codes
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _constants(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:  # nested: the constants of the constants
-        for name in ("absmax", "code", "offset"):
-            tensor = getattr(state, name, None)
-            if isinstance(tensor, torch.Tensor):
-                yield tensor
-        state = getattr(state, "state2", None)
+    return (getattr(state, name) for state, name in constant_places(parameter))
 
 
 def _int8_scales(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halfbyte.config.schema import ComputeDtype, Precision
+from halfbyte.config.schema import ComputeDtype, Model, Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.precision import DTYPES, Compute, choose_compute
 from halfbyte.model.resolve import Base
@@ -113,6 +113,22 @@ def load_model(
             f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}"
         )
     return Loaded(model, base, precision, compute, text_only)
+
+
+def load_base(base: Base, settings: Model, compute: Compute | None = None) -> Loaded:
+    """The base as a config's ``model`` section asks for it; ``compute`` where that is settled already.
+
+    Raises:
+        ModelError: as ``load_model``.
+    """
+    return load_model(
+        base,
+        settings.precision,
+        double_quant=settings.double_quant,
+        compute_dtype=settings.compute_dtype,
+        attention=settings.attention,
+        compute=compute,
+    )
 
 
 def load_multimodal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -86,6 +87,7 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+@functools.cache  # measured once: the plan and the load must agree
 def gemm_seconds(dtype: torch.dtype) -> float:
     """Seconds of one linear layer's forward and input gradient on the CPU; the best of three."""
     x = torch.randn(GEMM_TOKENS, GEMM_IN).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,15 +115,20 @@ def _unpack_for_peft(layer: Any) -> None:
     layer.W_q, layer.dequantize = layer.weight.data, dequantize
 
 
-def replace_tensors(module: Any, replace: Any) -> None:
-    """Put ``replace(tensor)`` in the place of each constant that a packed layer holds, in place."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
+def constant_places(weight: Any) -> Iterator[tuple[Any, str]]:
+    """Where a 4-bit weight keeps its constants: state and attribute, nested ones too."""
+    state = getattr(weight, "quant_state", None)
     while state is not None:
         for name in ("absmax", "code", "offset"):
-            tensor = getattr(state, name, None)
-            if isinstance(tensor, torch.Tensor):
-                setattr(state, name, replace(tensor))
+            if isinstance(getattr(state, name, None), torch.Tensor):
+                yield state, name
         state = getattr(state, "state2", None)
+
+
+def replace_tensors(module: Any, replace: Any) -> None:
+    """Put ``replace(tensor)`` in the place of each constant that a packed layer holds, in place."""
+    for state, name in constant_places(getattr(module, "weight", None)):
+        setattr(state, name, replace(getattr(state, name)))
     int8_state: Any = getattr(module, "state", None)
     if getattr(int8_state, "SCB", None) is not None:
         int8_state.CB, int8_state.SCB = module.weight.data, replace(int8_state.SCB)

@@ -10,7 +10,7 @@ from halfbyte.config import Run, read_run_folder
 from halfbyte.data.render import Renderer
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.load import Loaded, load_model, load_tokenizer
+from halfbyte.model.load import Loaded, load_base, load_tokenizer
 from halfbyte.model.precision import Compute, choose_compute, default_device
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.run_dir import RunDir, read_json
@@ -57,13 +57,7 @@ def load_trained(path: Path) -> tuple[Loaded, Renderer]:
     """The quantised base with the run's adapter on it, as it was trained, and its renderer."""
     folder, run = RunDir(path.resolve()), read_run_folder(path)
     base = trained_base(folder, run)
-    loaded = load_model(
-        base,
-        run.model.precision,
-        double_quant=run.model.double_quant,
-        compute=same_compute(folder),
-        attention=run.model.attention,
-    )
+    loaded = load_base(base, run.model, same_compute(folder))
     adapted = load_adapter(loaded, folder.adapter)
     loaded.model = adapted.get_base_model()
     return loaded, saved_renderer(folder, run, base)

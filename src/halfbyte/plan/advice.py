@@ -88,15 +88,16 @@ def suggest(
         rows = lengths.at_most(changes.get("data.max_length", lengths.rows[0][0]))
         return (other, rows) if other.fits(other.train(rows, 1, checkpointing=True)) else None
 
-    changes = next((step for step in _harder(run, lengths, device) if least(step)), None)
-    if changes is None:
+    tried = ((step, least(step)) for step in _harder(run, lengths, device))
+    changes, found = next((one for one in tried if one[1] is not None), ({}, None))
+    if found is None:
         return []
     for key in [key for key in changes if key in COSTS]:  # take back what the others make needless
         gone = {key, "adapter.alpha"} if key == "adapter.r" else {key}
         fewer = {other: value for other, value in changes.items() if other not in gone}
-        changes = fewer if least(fewer) else changes
-    found = least(changes)
-    assert found is not None
+        without = least(fewer)
+        if without is not None:
+            changes, found = fewer, without
     best = _largest(*found, sizes, checkpointing=True)
     return [_suggestion(found[0], best, changes)]
 
@@ -128,8 +129,7 @@ def cards_that_fit(run: Run, config: PretrainedConfig, lengths: Lengths) -> list
         except PlanError:  # bf16 is asked for
             continue
         plan = planner.train(lengths, 1, checkpointing=True)
-        need_bytes = plan.peak_bytes + plan.slack_bytes
-        found += [device for device in same if need_bytes <= device.usable_bytes]
+        found += [device for device in same if plan.held_bytes <= device.usable_bytes]
     return [device.name for device in sorted(found, key=lambda device: device.total_bytes)]
 
 

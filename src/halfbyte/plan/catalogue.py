@@ -105,7 +105,7 @@ def training_bytes(known: Known) -> dict[str, int]:
     for dtype, card in (("bf16", "h100"), ("fp32", "v100")):
         planner = Planner(run, configuration(known), DEVICES[card])
         plan = planner.train(Lengths.all_of(LENGTH, 1), 1, checkpointing=True)
-        found[dtype] = plan.peak_bytes + plan.slack_bytes
+        found[dtype] = plan.held_bytes
     return found
 
 

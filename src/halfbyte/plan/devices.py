@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,10 +17,10 @@ from halfbyte.model.host import (
     host_facts,
     ram_bytes,
 )
+from halfbyte.model.precision import FIRST_BF16_CAPABILITY, default_device
 
 MIB_BYTES = 1 << 20
 PROCESS_BYTES = 1_100_000_000  # resident size of train/sft.py before the weights are loaded
-FIRST_BF16_CAPABILITY = (8, 0)  # Ampere; older cards emulate bf16, and have no flash attention
 
 # What a process takes on a card beside PyTorch's tensors: the context and the kernels it has
 # loaded. At or just above the larger readings of "in use" less "allocated" less "reserved but
@@ -206,18 +205,14 @@ def _keys(plain: str) -> list[str]:
 
 def this_machine() -> Device:
     """This process's CUDA device where there is one, else the CPU and its RAM."""
+    device = default_device()
+    return _this_card(device.index) if device.type == "cuda" else _this_cpu()
+
+
+def _this_card(index: int) -> Device:
     import torch
 
-    # Accelerate trains on the CPU then, whatever else is there.
-    to_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    return _this_cpu() if to_cpu or not torch.cuda.is_available() else _this_card()
-
-
-def _this_card() -> Device:
-    import torch
-
-    count, rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "0")
-    index = int(rank) if rank.isdigit() and int(rank) < count else 0
+    count = torch.cuda.device_count()
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
     total, in_use = properties.total_memory, 0

@@ -27,9 +27,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages of all tensors born inside, from birth to death.
 
     A storage is counted under the ``term`` that holds when it is born; ``peaks`` keeps, for each
-    ``phase``, the moment with the most live bytes, ``most`` the largest sum of each term. Tensors given to ``ignore`` (weights, optimizer
-    states) are counted elsewhere. Works on fake tensors, which have sizes but no memory, so that a
-    step of any model is counted in a second.
+    ``phase``, the moment with the most live bytes, ``most`` the largest sum of each term. Tensors
+    given to ``ignore`` (weights, optimizer states) are counted elsewhere. Works on fake tensors, which
+    have sizes but no memory, so that a step of any model is counted in a second.
 
     Questions about values, which such tensors cannot answer, are answered with 1: models ask
     whether rows are unpadded and unpacked, and ours are.
@@ -128,9 +128,8 @@ def _gemm_inside_bytes(args: Any, options: dict[str, Any]) -> int:
     """Bytes that bitsandbytes 0.50 takes inside a 4-bit product: the weight, and its block maxima."""
     num_weights = args[2][0] * args[2][1]
     inside = num_weights * args[0].element_size()
-    maxima = (
-        args[7] if len(args) > 7 else options.get("absmax_8bit")
-    )  # torch hands them on by place
+    # torch hands them on by place, whatever the caller did.
+    maxima = args[7] if len(args) > 7 else options.get("absmax_8bit")
     if maxima is not None:
         inside += 4 * maxima.numel()
     return int(inside)

@@ -132,9 +132,14 @@ class TrainPlan:
         return sum(self.terms.values())
 
     @property
+    def held_bytes(self) -> int:
+        """What the allocator holds at most."""
+        return self.peak_bytes + self.slack_bytes
+
+    @property
     def needed_bytes(self) -> int:
         """What the device must have."""
-        return self.peak_bytes + self.context_bytes + self.slack_bytes
+        return self.held_bytes + self.context_bytes
 
     def summary(self) -> str:
         """The plan in a line."""
@@ -218,10 +223,8 @@ class Planner:
         fixed, paged_bytes = self.fixed_bytes(), self.paged_bytes()
         moving = {phase: dict(peak.terms) for phase, peak in self.step.peaks(shape).items()}
         moving[OPTIMIZER_STEP] = self._optimizer_step()
-        if self.held_out is not None and self.held_out.rows:
-            scored = self.held_out.shape(
-                micro_batch_size, checkpointing=checkpointing, accumulates=False
-            )
+        scored = self.scored(micro_batch_size, checkpointing=checkpointing)
+        if scored is not None:
             moving[EVALUATION] = dict(self.step.evaluation(scored).terms)
         phases = {phase: sum(terms.values()) for phase, terms in moving.items()}
         when = max(phases, key=lambda phase: phases[phase])
@@ -244,6 +247,12 @@ class Planner:
             slack_bytes=int(SLACK_FRAC[self.device.kind] * phases[when]),
         )
 
+    def scored(self, micro_batch_size: int, *, checkpointing: bool) -> Shape | None:
+        """The largest batch of held-out rows that is scored at once, if any are."""
+        if self.held_out is None or not self.held_out.rows:
+            return None
+        return self.held_out.shape(micro_batch_size, checkpointing=checkpointing, accumulates=False)
+
     def fits(self, plan: TrainPlan) -> bool:
         """Whether there is room for it on the device, beside what is in use there."""
         return self.margin_bytes(plan) >= 0
@@ -265,7 +274,7 @@ class Planner:
             self.stored.reported_bytes,
             self.stored.constants_bytes,
             4 * self.step.num_trainable,
-            self._states_bytes() - self.paged_bytes(),
+            self._states_bytes - self.paged_bytes(),
             self.device.workspace_bytes,
             4 * self.step.num_trainable if self.world > 1 else 0,
         )
@@ -274,8 +283,9 @@ class Planner:
     def paged_bytes(self) -> int:
         """Optimizer states that CUDA's unified memory may move to the host."""
         pages = self.run.train.optimizer.startswith("paged") and self.device.kind == "cuda"
-        return self._states_bytes() if pages else 0
+        return self._states_bytes if pages else 0
 
+    @functools.cached_property
     def _states_bytes(self) -> int:
         name = self.run.train.optimizer
         states = self.step.over_trainable(lambda p: state_bytes(name, tuple(p.shape)))

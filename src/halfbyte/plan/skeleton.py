@@ -97,14 +97,22 @@ def check_attention(model: PreTrainedModel, attention: str) -> None:
         )
 
 
+def _left_alone(model: PreTrainedModel) -> list[str]:
+    """Names of modules that transformers keeps from bitsandbytes, the head among them."""
+    from transformers.quantizers.base import HfQuantizer
+
+    left: list[str] = HfQuantizer.get_modules_to_not_convert(
+        model, None, model._keep_in_fp32_modules
+    )
+    return left
+
+
 def packed_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The linear layers that transformers hands to bitsandbytes, by name."""
     from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    quantizer = AutoHfQuantizer.from_config(quantisation("nf4", torch.bfloat16, True))
-    left = quantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    left = _left_alone(model)
     return {
         name: module
         for name, module in model.named_modules()
@@ -150,16 +158,13 @@ def quantise(
     if precision in DTYPES:
         return
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.auto import AutoHfQuantizer
 
-    settings = quantisation(precision, dtype, double_quant)
-    quantizer = AutoHfQuantizer.from_config(settings)
-    left = quantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     if not packed_layers(model):
         raise ModelError(
             f"{type(model).__name__}: has no linear layer to quantise; use model.precision=bf16"
         )
-    replace_with_bnb_linear(model, left, settings)
+    settings = quantisation(precision, dtype, double_quant)
+    replace_with_bnb_linear(model, _left_alone(model), settings)
     packing = Packing(precision, double_quant)
     for module in model.modules():
         pack_shapes(module, packing, dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,22 +155,21 @@ class Step:
 
     def peaks(self, shape: Shape) -> dict[str, Peak]:
         """The most live bytes of each phase, weights, adapter and optimizer left out."""
-        found = {layers: self._trace(layers, shape, self._step) for layers in self._variants()}
+        found = self._traces(shape, self._step)
         return {phase: self._whole_peak(phase, found) for phase in PHASES}
 
     def evaluation(self, shape: Shape) -> Peak:
         """The most live bytes while the same rows are scored, without gradients."""
-        found = {layers: self._trace(layers, shape, self._evaluate) for layers in self._variants()}
-        return self._whole_peak(EVALUATION, found)
+        return self._whole_peak(EVALUATION, self._traces(shape, self._evaluate))
 
     def most(self, shape: Shape) -> Counter[str]:
         """The most bytes of each term by itself, whenever in the step that is."""
-        found = {layers: self._trace(layers, shape, self._step) for layers in self._variants()}
+        found = self._traces(shape, self._step)
         return self._whole({layers: live.most for layers, live in found.items()})
 
     def kept(self, shape: Shape) -> int:
         """Bytes that the forward pass has left behind when the backward pass begins."""
-        found = {layers: self._trace(layers, shape, self._step) for layers in self._variants()}
+        found = self._traces(shape, self._step)
         kept = {layers: Counter(kept=live.kept_bytes) for layers, live in found.items()}
         return self._whole(kept)["kept"]
 
@@ -196,24 +195,15 @@ class Step:
     def _prefill(self, layers: tuple[int, ...], context: int) -> Counter[str]:
         self._keep(layers)
         self.adapted.eval()
-        live = LiveBytes()
-        with self.fake, live, torch.no_grad():
-            for tensor in self.fixed:
-                live.ignore(tensor)
+        with self._counting("prefill") as live, torch.no_grad():
             live.enter(EVALUATION, WORKING)
             ids = torch.zeros((1, context), dtype=torch.long)
             with self._autocast():
-                try:
-                    out = self.model(ids, use_cache=True, logits_to_keep=1)
-                    cached = out.past_key_values.layers
-                except UNTRACEABLE as error:
-                    raise UntraceableError(
-                        f"the prefill of {type(self.model).__name__} cannot be traced: {error}"
-                    ) from error
+                out = self.model(ids, use_cache=True, logits_to_keep=1)
             # A sliding window keeps a slice; its storage goes with the next token.
             cache = sum(
                 tensor.nbytes
-                for layer in cached
+                for layer in out.past_key_values.layers
                 for tensor in vars(layer).values()
                 if isinstance(tensor, torch.Tensor)
             )
@@ -240,6 +230,11 @@ class Step:
     def _keep(self, layers: tuple[int, ...]) -> None:
         keep_layers(self.model, {i: self.layers[i] for i in layers}, self.types)
 
+    def _traces(
+        self, shape: Shape, work: Callable[[LiveBytes, Shape], None]
+    ) -> dict[tuple[int, ...], LiveBytes]:
+        return {layers: self._trace(layers, shape, work) for layers in self._variants()}
+
     def _trace(
         self, layers: tuple[int, ...], shape: Shape, work: Callable[[LiveBytes, Shape], None]
     ) -> LiveBytes:
@@ -258,28 +253,38 @@ class Step:
             # So that TRL's own call leaves one hook, which goes away again with the last line.
             self.model.disable_input_require_grads()
             self.model.enable_input_require_grads()
-        live = LiveBytes()
         try:
             _ = self.tiled  # asked for before anything is counted: it runs the model too
-            with self.fake, live:
-                for tensor in self.fixed:
-                    live.ignore(tensor)
+            with self._counting("training step") as live:
                 work(live, shape)
-        except UNTRACEABLE as error:
-            raise UntraceableError(
-                f"the training step of {type(self.model).__name__} cannot be traced: {error}"
-            ) from error
         finally:
             if shape.checkpointing:
                 self.model.gradient_checkpointing_disable()
                 self.model.disable_input_require_grads()
         return live
 
+    @contextlib.contextmanager
+    def _counting(self, what: str) -> Iterator[LiveBytes]:
+        """Count what is born on fake tensors from here on, weights and adapter left out.
+
+        Raises:
+            UntraceableError: the model asks for what only data can tell.
+        """
+        live = LiveBytes()
+        try:
+            with self.fake, live:
+                for tensor in self.fixed:
+                    live.ignore(tensor)
+                yield live
+        except UNTRACEABLE as error:
+            raise UntraceableError(
+                f"the {what} of {type(self.model).__name__} cannot be traced: {error}"
+            ) from error
+
     def _step(self, live: LiveBytes, shape: Shape) -> None:
         parameters = list(trainable_parameters(self.adapted).values())
         hooks = _gradient_hooks(live, parameters, list(self.layers[0].parameters()))
         self.adapted.train()
-        live.enter(FORWARD, ACTIVATIONS)
         if shape.accumulates:
             live.enter(FORWARD, GRADIENTS)
             for parameter in parameters:
@@ -358,7 +363,7 @@ class Step:
             self.model.base_model.register_forward_hook(base_hook),
             head.register_forward_hook(head_hook),
         ]
-        with self.fake, LiveBytes() as live, torch.no_grad():
+        with self._counting("training step") as live, torch.no_grad():
             live.enter(EVALUATION, WORKING)
             logits = self.model(torch.zeros((1, 8), dtype=torch.long), use_cache=False).logits
         for hook in hooks:

@@ -17,7 +17,7 @@ from halfbyte.errors import RunError
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.host import USABLE_FRAC, free_bytes
-from halfbyte.model.load import Loaded, load_config, load_model
+from halfbyte.model.load import Loaded, load_base, load_config, load_model
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, NAMES, Compute, default_device
 from halfbyte.model.quantised import compute_in
@@ -108,13 +108,8 @@ def merge(folder: RunDir, run: Run) -> dict[str, Any]:
 
 def _load_trained(work: _Work) -> Loaded:
     # The same dtype as in training: codes quantised from fp32 weights are not those from bf16 ones.
-    return load_model(
-        work.base,
-        work.run.model.precision,
-        double_quant=work.run.model.double_quant,
-        compute=Compute(default_device(), DTYPES[work.told["compute_dtype"]["name"]], "as trained"),
-        attention=work.run.model.attention,
-    )
+    dtype = DTYPES[work.told["compute_dtype"]["name"]]
+    return load_base(work.base, work.run.model, Compute(default_device(), dtype, "as trained"))
 
 
 def _arithmetic(num_weights: int) -> Compute:

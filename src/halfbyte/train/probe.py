@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Run
 from halfbyte.data.prepare import Example, prepare
-from halfbyte.data.render import Renderer, load_template
+from halfbyte.data.render import renderer_of
 from halfbyte.errors import PlanError
 from halfbyte.model.adapter import attach_adapter
-from halfbyte.model.load import load_config, load_model, load_tokenizer
+from halfbyte.model.load import load_base, load_config, load_tokenizer
 from halfbyte.model.loss import row_losses
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.gate import gate
@@ -125,11 +125,7 @@ def _predicted(planner: Planner, plan: TrainPlan) -> dict[str, int]:
     fixed = planner.fixed_bytes()
     start = sum(fixed[name] for name in ("weights", "constants", "adapter", "workspace"))
     shape = plan.shape.alone()
-    scored = shape
-    if planner.held_out is not None and planner.held_out.rows:
-        scored = planner.held_out.shape(
-            plan.micro_batch_size, checkpointing=shape.checkpointing, accumulates=False
-        )
+    scored = planner.scored(plan.micro_batch_size, checkpointing=shape.checkpointing) or shape
     peaks = {phase: peak.total_bytes for phase, peak in planner.step.peaks(shape).items()}
     forward = start + max(peaks[FORWARD], peaks[HEAD])
     backward = start + max(peaks[BACKWARD], peaks[BACKWARD_END])
@@ -164,21 +160,14 @@ def probe_run(run: Run, device: Device) -> Probe:
     Raises:
         UserError: as ``train/sft.py`` would for the same config.
     """
-    template = load_template(run.data.chat_template) if run.data.chat_template else None
     base = resolve_base(run.model.name, run.model.revision)
-    renderer = Renderer(load_tokenizer(base), template, run.data.loss_on)
+    renderer = renderer_of(run.data, load_tokenizer(base))
     prepared = prepare(run.data, renderer)
     lengths, held_out = longest_rows(prepared.train), longest_rows(prepared.validation)
     planner, plan = gate(run, load_config(base), device, lengths, held_out)
     if plan is None:
         raise PlanError("there is no plan to compare a probe with")
-    loaded = load_model(
-        base,
-        run.model.precision,
-        double_quant=run.model.double_quant,
-        compute_dtype=run.model.compute_dtype,
-        attention=run.model.attention,
-    )
+    loaded = load_base(base, run.model)
     with tempfile.TemporaryDirectory(prefix="halfbyte-probe-") as scratch:
         model = attach_adapter(loaded, run.adapter, run.seed, Path(scratch))
         passes = Passes.of(run, plan)

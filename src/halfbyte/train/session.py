@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.config import Run, read_run_folder, run_as_yaml
+from halfbyte.config.read import UNNAMED
 from halfbyte.data.prepare import Prepared, hash_fraction
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
@@ -28,10 +29,7 @@ from halfbyte.run_dir import (
 
 # Settings of `train` that change what is shown or kept, not what is learnt.
 SILENT_TRAIN_KEYS = {
-    "existing",
-    "ignore_plan",
-    "micro_batch_size",
-    "checkpointing",
+    *UNNAMED,
     "num_samples",
     "sample_tokens",
     "log_steps",
