@@ -97,6 +97,13 @@ def _train_rules(run: Run, written: Written) -> list[Rule]:
     train = run.train
     return [
         (
+            written("speed.share_prefixes")
+            and run.speed.share_prefixes
+            and not run.speed.no_padding,
+            "speed.share_prefixes",
+            "has no effect with speed.no_padding false: padded rows share nothing",
+        ),
+        (
             train.micro_batch_size != "auto" and train.batch_size % train.micro_batch_size != 0,
             "train.batch_size",
             f"is {train.batch_size}, no multiple of train.micro_batch_size {train.micro_batch_size}",

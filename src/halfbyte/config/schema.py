@@ -165,9 +165,9 @@ class Train(Section):
     batch_size: Positive = Field(16, description="Rows in one optimizer step, over all processes.")
     micro_batch_size: Literal["auto"] | Positive = Field(
         "auto",
-        description="Rows in one forward pass; `batch_size` must be a multiple of it times the number"
-        " of processes. `auto`: as many as the plan says will fit. Changes memory and speed, not the"
-        " result.",
+        description="Rows in one forward pass, counted as the longest rows: a pass takes as many tokens as"
+        " these have, of however many rows. `batch_size` must be a multiple of it times the number of"
+        " processes. `auto`: as many as the plan says will fit. Changes memory and speed, not the result.",
     )
     optimizer: Optimizer = Field(
         "adamw_torch_fused", description="Optimizer, by its transformers name."
@@ -204,6 +204,36 @@ class Train(Section):
         "resume",
         description="When the run folder is there already: go on from its newest whole checkpoint, or"
         " move it aside and start anew.",
+    )
+
+
+class Speed(Section):
+    """Savings of time and memory that compute the same sums; each can be switched off to compare."""
+
+    share_prefixes: bool = Field(
+        True,
+        description="Compute the common beginning of rows (template, system prompt, instruction) once for"
+        " all rows of a pass.",
+    )
+    no_padding: bool = Field(
+        True,
+        description="Lay the rows of a pass one behind the other, none seeing another. Off: rows are"
+        " padded to the longest, and nothing is shared.",
+    )
+    labelled_head: bool = Field(
+        True,
+        description="Compute the loss of labelled tokens alone, from blocks of the vocabulary. Off: all"
+        " logits of all tokens.",
+    )
+    fused_lora: bool = Field(
+        True,
+        description="One function for a frozen linear layer and its LoRA, for all that read the same"
+        " input. Off: PEFT's own.",
+    )
+    fused_layers: bool = Field(
+        True,
+        description="Norms and gated MLPs that keep less for the backward pass and make fewer passes over"
+        " memory. Off: transformers' own.",
     )
 
 
@@ -298,6 +328,7 @@ class Run(Section):
     adapter: Adapter = Adapter()
     data: Data
     train: Train
+    speed: Speed = Speed()
     eval: Eval = Eval()
     merge: Merge = Merge()
     track: Track = Track()

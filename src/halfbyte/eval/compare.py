@@ -11,6 +11,7 @@ from typing import Any
 from halfbyte.config import Run
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
 from halfbyte.data.rows import Row
+from halfbyte.data.tree import pass_tokens
 from halfbyte.errors import RunError
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
@@ -25,7 +26,7 @@ from halfbyte.eval.variants import (
     contenders,
 )
 from halfbyte.model.generate import generate
-from halfbyte.model.loss import row_losses
+from halfbyte.model.passes import row_losses
 from halfbyte.model.resolve import resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
@@ -144,14 +145,13 @@ def check_answers(rows: list[Row], run: Run) -> None:
 def measure(contender: Contender, run: Run) -> Variant:
     """Answers, scores, held-out loss and speed of one model on its questions."""
     variant = Variant(contender.name, contender.what, weights_bytes=contender.num_bytes)
-    asked, renderer = contender.asked, contender.renderer
+    asked, _renderer = contender.asked, contender.renderer
     start = time.perf_counter()
     if not any(question.row.text for question in asked):
         _answer(variant, contender, run)
     rows = [(question.ids, question.labels) for question in asked]
-    variant.losses = row_losses(
-        contender.model, rows, renderer.pad_id, max(1, run.eval.batch_size // 4)
-    )
+    most = pass_tokens(rows, max(1, run.eval.batch_size // 4), share=True)
+    variant.losses = row_losses(contender.model, rows, most)
     variant.seconds = time.perf_counter() - start
     return variant
 

@@ -18,7 +18,7 @@ from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.host import USABLE_FRAC, free_bytes
 from halfbyte.model.load import Loaded, load_model, load_tokenizer
-from halfbyte.model.loss import add_token_loss
+from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
 from halfbyte.run_dir import RunDir, read_json

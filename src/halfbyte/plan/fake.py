@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from halfbyte.model.attention import Part, Tree, attend
 from halfbyte.model.quantised import replace_tensors
 
 ATTENTION = "halfbyte_plan"
@@ -46,14 +47,13 @@ def register_attention() -> None:
     Both leave the mask out where SDPA would; asked of fake tensors, transformers would build one.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def plain(*args: Any, **options: Any) -> Any:
         mask = args[4] if len(args) > 4 else options.get("attention_mask")
         if mask is not None:
-            return sdpa_attention_forward(*args, **options)
+            return attend(*args, **options)
         with sdpa_kernel(SDPBackend.MATH):
-            return sdpa_attention_forward(*args, **options)
+            return attend(*args, **options)
 
     def mask(
         batch_size: int, q_length: int, kv_length: int, local_size: int | None = None, **_: Any
@@ -63,21 +63,15 @@ def register_attention() -> None:
         one = torch.empty((1, 1, q_length, kv_length), dtype=torch.bool)
         return one.expand(batch_size, -1, -1, -1)  # rows share it, as transformers' own
 
-    for name, attend in ((ATTENTION, sdpa_attention_forward), (MATH_ATTENTION, plain)):
-        AttentionInterface.register(name, attend)
+    for name, function in ((ATTENTION, attend), (MATH_ATTENTION, plain)):
+        AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask)
 
 
-class Picked(torch.autograd.Function):
-    """Shapes of picking N of (B, T, V) by a mask, whose N only data would tell."""
+class FewParts(Tree):
+    """A tree whose parts stand for all: what a part takes goes with it, so that the largest counts."""
 
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, count: int) -> torch.Tensor:
-        """N rows of logits (N, V)."""
-        ctx.shape = logits.shape
-        return logits.new_empty((count, logits.shape[-1]))
-
-    @staticmethod
-    def backward(ctx: Any, *gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """As indexing does: zeros of the whole shape, filled in place."""
-        return gradient[0].new_zeros(ctx.shape), None
+    def parts(self, window: int | None) -> tuple[list[Part], list[Part]]:
+        """The first two of each kind; the longest row is the first."""
+        own, above = super().parts(window)
+        return own[:2], above[:2]

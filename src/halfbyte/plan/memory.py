@@ -6,12 +6,14 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from halfbyte.config.schema import Optimizer, Run
+from halfbyte.data.tree import Tokens, common_prefix
 from halfbyte.errors import PlanError
 from halfbyte.model.precision import DTYPES, NAMES, choose_compute
 from halfbyte.plan.devices import Device
@@ -52,10 +54,18 @@ MAP_BYTES = 4 * 256
 class Lengths:
     """The longest rows: tokens and labelled tokens of each, the longest first.
 
-    A micro-batch never takes more than that of the longest rows together.
+    A micro-batch never takes more than that of the longest rows together. ``shared``: tokens that all
+    rows begin with.
     """
 
     rows: tuple[tuple[int, int], ...]
+    shared: int = 0
+
+    @classmethod
+    def of(cls, rows: Sequence[Tokens]) -> Lengths:
+        """Those of real rows."""
+        sizes = [(len(ids), sum(label >= 0 for label in labels[1:])) for ids, labels in rows]
+        return cls(tuple(sorted(sizes, reverse=True)), common_prefix([ids for ids, _ in rows]))
 
     @classmethod
     def all_of(cls, length: int, num_rows: int) -> Lengths:
@@ -76,14 +86,18 @@ class Lengths:
 
     def at_most(self, length: int) -> Lengths:
         """The same rows, none of them longer than this."""
-        return Lengths(tuple((min(tokens, length), min(n, length - 1)) for tokens, n in self.rows))
+        rows = tuple((min(tokens, length), min(n, length - 1)) for tokens, n in self.rows)
+        return Lengths(rows, min(self.shared, length))
 
-    def shape(self, num_rows: int, *, checkpointing: bool, accumulates: bool) -> Shape:
+    def shape(self, num_rows: int, *, checkpointing: bool, accumulates: bool, share: bool) -> Shape:
         """The largest micro-batch of so many rows."""
-        rows = self.rows[:num_rows]
-        # Fewer rows than a micro-batch has: then one never has more.
+        rows = self.rows[:num_rows]  # fewer than a micro-batch has: then one never has more
         return Shape(
-            len(rows), rows[0][0], max(1, sum(n for _, n in rows)), checkpointing, accumulates
+            tuple(tokens for tokens, _ in rows),
+            self.shared if share else 0,
+            max(1, sum(n for _, n in rows)),
+            checkpointing,
+            accumulates,
         )
 
 
@@ -119,7 +133,7 @@ class TrainPlan:
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
-        return self.shape.length
+        return self.shape.lengths[0]
 
     @property
     def checkpointing(self) -> bool:
@@ -204,6 +218,7 @@ class Planner:
             self.config,
             self.run.model,
             self.run.adapter,
+            self.run.speed,
             self.dtype,
             self.device.kind,
             flash=self.device.has_flash,
@@ -218,7 +233,10 @@ class Planner:
         """What training takes with so many rows in a micro-batch."""
         accumulation = self.run.train.batch_size // (micro_batch_size * self.world)
         shape = lengths.shape(
-            micro_batch_size, checkpointing=checkpointing, accumulates=accumulation > 1
+            micro_batch_size,
+            checkpointing=checkpointing,
+            accumulates=accumulation > 1,
+            share=self.step.shares,
         )
         fixed, paged_bytes = self.fixed_bytes(), self.paged_bytes()
         moving = {phase: dict(peak.terms) for phase, peak in self.step.peaks(shape).items()}
@@ -251,7 +269,12 @@ class Planner:
         """The largest batch of held-out rows that is scored at once, if any are."""
         if self.held_out is None or not self.held_out.rows:
             return None
-        return self.held_out.shape(micro_batch_size, checkpointing=checkpointing, accumulates=False)
+        return self.held_out.shape(
+            micro_batch_size,
+            checkpointing=checkpointing,
+            accumulates=False,
+            share=self.step.shares,
+        )
 
     def fits(self, plan: TrainPlan) -> bool:
         """Whether there is room for it on the device, beside what is in use there."""

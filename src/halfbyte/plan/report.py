@@ -182,7 +182,7 @@ def _all_logits_bytes(plan: Plan) -> int:
     """One fp32 copy of the logits of every position, which other losses hold several times."""
     shape = plan.train.shape
     vocabulary: int = plan.planner.config.get_text_config().vocab_size
-    return 4 * shape.rows * shape.length * vocabulary
+    return 4 * sum(shape.lengths) * vocabulary
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -19,17 +19,19 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from halfbyte.config.schema import Adapter, Model
+from halfbyte.config.schema import Adapter, Model, Speed
+from halfbyte.data.tree import lay_out
 from halfbyte.errors import UntraceableError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import Loaded
-from halfbyte.model.loss import head_losses, tile_rows
+from halfbyte.model.loss import head_losses, tile_starts
+from halfbyte.model.passes import tree_inputs, tree_refusal
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import Base
 from halfbyte.plan.fake import (
     ATTENTION,
     MATH_ATTENTION,
-    Picked,
+    FewParts,
     materialise,
     register_attention,
 )
@@ -58,18 +60,20 @@ EVALUATION = "evaluation"
 # What models raise that ask for data, for a mask, or for an attention of their own; NotImplementedError
 # is a RuntimeError.
 UNTRACEABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+Batch = tuple[dict[str, Any], torch.Tensor, torch.Tensor]
 ACTIVATIONS, LOGITS, WORKING, GRADIENTS = "activations", "logits", "working_set", "gradients"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One micro-batch: ``rows`` rows padded to ``length`` tokens, ``num_labels`` of them labelled.
+    """One micro-batch of rows with ``lengths`` tokens, the longest first.
 
-    ``accumulates``: gradients of an earlier micro-batch are there already.
+    ``shared``: tokens that all of them begin with and that are computed once. ``num_labels``: labelled
+    tokens of all. ``accumulates``: gradients of an earlier micro-batch are there already.
     """
 
-    rows: int
-    length: int
+    lengths: tuple[int, ...]
+    shared: int
     num_labels: int
     checkpointing: bool
     accumulates: bool
@@ -86,6 +90,7 @@ class Step:
         config: of the model; its language part is what is trained.
         model: precision and attention.
         adapter: where LoRA sits.
+        speed: what is shared, left out or fused.
         dtype: of the matrix products.
         device_type: ``cuda`` or ``cpu``.
         flash: whether that device has kernels that never hold all attention scores.
@@ -99,6 +104,7 @@ class Step:
         config: PretrainedConfig,
         model: Model,
         adapter: Adapter,
+        speed: Speed,
         dtype: torch.dtype,
         device_type: str,
         flash: bool,
@@ -114,6 +120,9 @@ class Step:
             config, dtype, "eager" if model.attention == "eager" else attention
         )
         check_attention(self.model, model.attention)
+        self.speed = speed
+        self.padded = not speed.no_padding or bool(tree_refusal(self.model, model.attention))
+        self.shares = speed.share_prefixes and not self.padded
         self.kinds = layer_kinds(self.model)
         self.cut: Cut = cut(self.kinds)
         self.dtype, self.device_type = dtype, device_type
@@ -290,9 +299,9 @@ class Step:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
         live.enter(FORWARD, ACTIVATIONS)
-        ids, labels, picked = self._batch(shape)
+        batch = self._batch(shape)
         with self._autocast():
-            total = self._loss(live, HEAD, (ids, labels, picked))
+            total = self._loss(live, HEAD, batch)
         live.kept_bytes = live.total_bytes - live.now[GRADIENTS]
         live.enter(BACKWARD, WORKING)
         torch.autograd.backward(total)
@@ -309,34 +318,38 @@ class Step:
         with self._autocast():
             self._loss(live, EVALUATION, batch)
 
-    def _batch(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids (B, T), label ids (B, T) of which N count, and where those N stand."""
-        ids = torch.zeros((shape.rows, shape.length), dtype=torch.long)
-        picked = torch.zeros(shape.num_labels, dtype=torch.long)
-        return ids, torch.zeros_like(ids), picked
+    def _batch(self, shape: Shape) -> Batch:
+        """Arguments of the pass, and the places (N,) and ids (N,) of its predictions."""
+        places = torch.zeros(shape.num_labels, dtype=torch.long)
+        if self.padded:
+            ids = torch.zeros((len(shape.lengths), shape.lengths[0]), dtype=torch.long)
+            return {"input_ids": ids}, places, torch.zeros_like(places)
+        rows = [
+            [0] * shape.shared + [1 + row] * (length - shape.shared)
+            for row, length in enumerate(shape.lengths)
+        ]
+        layout = lay_out([(ids, ids) for ids in rows], share=self.shares)
+        tree = FewParts(layout.nodes, torch.device("cpu"), gathered=self.device_type == "cuda")
+        inputs, _ = tree_inputs(layout, torch.device("cpu"), tree)
+        return inputs, places, torch.zeros_like(places)
 
-    def _loss(
-        self, live: LiveBytes, phase: str, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def _loss(self, live: LiveBytes, phase: str, batch: Batch) -> torch.Tensor:
         """The summed loss, as ``add_token_loss`` computes it; the head's part belongs to ``phase``."""
-        ids, labels, picked = batch
-        wanted = labels[picked, picked]
+        inputs, sources, targets = batch
         term = LOGITS if phase == HEAD else WORKING
-        if not self.tiled:
+        if not (self.tiled and self.speed.labelled_head):
             hook = self.model.base_model.register_forward_hook(lambda *_: live.enter(phase, term))
-            logits = Picked.apply(self.model(ids, use_cache=False).logits[:, :-1], len(picked))  # type: ignore[no-untyped-call]
+            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)[sources]
             hook.remove()
             live.enter(phase, term)  # where the model goes round its own base
-            return nn.functional.cross_entropy(logits.float(), wanted, reduction="none").sum()
-        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="none").sum()
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         live.enter(phase, term)
-        head: Any = self.model.get_output_embeddings()
-        rows = tile_rows(head.weight.shape[0], self.device_type)
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        states = hidden[:, :-1][picked, picked]
+        states = hidden.flatten(0, 1)[sources]
         # All tiles are alike, and the second is born when the first has not gone yet.
-        starts = range(0, min(len(picked), 2 * rows), rows)
-        return head_losses(self.model, states, wanted, cap, starts).sum()
+        starts = tile_starts(len(targets))[:2]
+        return head_losses(self.model, states, targets, cap, starts).sum()
 
     @functools.cached_property
     def tiled(self) -> bool:

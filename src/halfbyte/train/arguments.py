@@ -48,7 +48,7 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
     train = run.train
     world = int(os.environ.get("WORLD_SIZE", "1"))
     dtype, device = loaded.compute.dtype, loaded.compute.device
-    rows, recompute = passes.micro_batch_size, passes.checkpointing
+    recompute = passes.checkpointing
     if train.optimizer.startswith("paged") and device.type == "cpu":
         print(
             f"warning: train.optimizer {train.optimizer} pages nothing on the CPU; use adamw_torch_fused"
@@ -58,9 +58,10 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         "learning_rate": train.learning_rate,
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
-        "per_device_train_batch_size": rows,
-        "per_device_eval_batch_size": rows,
-        "gradient_accumulation_steps": train.batch_size // (rows * world),
+        # A batch of the loader is a whole step, which the trainer cuts into passes.
+        "per_device_train_batch_size": train.batch_size // world,
+        "per_device_eval_batch_size": passes.micro_batch_size,
+        "gradient_accumulation_steps": 1,
         "optim": train.optimizer,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,

@@ -1,30 +1,83 @@
-"""Owns the order of training rows: shuffled, and grouped by length inside each optimizer step."""
+"""Owns which rows go together: the order of training rows, and the cut of a step into passes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.data import Sampler
+
+from halfbyte.config.schema import Speed
+from halfbyte.data.tree import Layout, Tokens, cut_step, lay_out, pass_tokens
+from halfbyte.model.passes import row_losses
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How the rows of a step become passes.
+
+    Attributes:
+        micro_batch_size: a pass takes at most the tokens of so many of the longest rows.
+        share: compute common prefixes once.
+        padded: pad the rows of a pass to the longest.
+        max_tokens: what that comes to for the training rows.
+    """
+
+    micro_batch_size: int
+    share: bool
+    padded: bool
+    max_tokens: int
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Tokens], micro_batch_size: int, speed: Speed, refusal: str
+    ) -> Cutting:
+        """For these training rows; ``refusal``: why the model takes padded rows alone, if it does."""
+        padded = not speed.no_padding or bool(refusal)
+        share = speed.share_prefixes and not padded
+        tokens = pass_tokens(rows, micro_batch_size, share=share, padded=padded)
+        return cls(micro_batch_size, share, padded, tokens)
+
+    def layout(self, rows: Sequence[Tokens]) -> Layout:
+        """One pass over these rows."""
+        return lay_out(rows, share=self.share, padded=self.padded)
+
+    def step(self, rows: Sequence[Tokens]) -> list[Layout]:
+        """The passes of an optimizer step."""
+        cut = cut_step(rows, self.max_tokens, share=self.share, padded=self.padded)
+        return [self.layout([rows[number] for number in numbers]) for numbers in cut]
+
+    def losses(self, model: nn.Module, rows: Sequence[Tokens]) -> list[tuple[float, int]]:
+        """``row_losses`` in passes of the same kind."""
+        if not rows:
+            return []
+        most = pass_tokens(rows, self.micro_batch_size, share=self.share, padded=self.padded)
+        return row_losses(model, rows, most, share=self.share, padded=self.padded)
 
 
 class StepwiseSampler(Sampler[int]):
-    """Row numbers in the order of a seeded shuffle, sorted by length within each optimizer step.
+    """Row numbers in the order of a seeded shuffle, dealt to processes by length within each step.
 
     The loss of a step is a sum over its tokens, so that the order of rows inside a step changes
-    nothing but the padding of its micro-batches. Each epoch has a shuffle of its own, which depends
-    on seed and epoch alone.
+    nothing but which process has how much to do. Each epoch has a shuffle of its own, which depends on
+    seed and epoch alone.
 
     Args:
         lengths: tokens of each row.
         step_rows: rows in one optimizer step, over all processes.
         seed: of the shuffle.
+        num_processes: each takes a batch of a step in turn.
     """
 
-    def __init__(self, lengths: list[int], step_rows: int, seed: int) -> None:
+    def __init__(
+        self, lengths: list[int], step_rows: int, seed: int, num_processes: int = 1
+    ) -> None:
         self.lengths = lengths
         self.step_rows = step_rows
         self.seed = seed
+        self.num_processes = num_processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -41,4 +94,6 @@ class StepwiseSampler(Sampler[int]):
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
         for start in range(0, len(shuffled), self.step_rows):
             step = shuffled[start : start + self.step_rows]
-            yield from sorted(step, key=lambda row: self.lengths[row])
+            step.sort(key=lambda row: self.lengths[row])
+            for first in range(self.num_processes):
+                yield from step[first :: self.num_processes]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -22,12 +21,8 @@ def check_first_step(trainer: TokenTrainer) -> tuple[float, Measured]:
     Raises:
         RunError: the loss or a gradient is not finite, or an adapter gets no gradient.
     """
-    data: Any = trainer.train_dataset
-    lengths = [len(ids) for ids in data["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    rows = [data[row] for row in order[: trainer.args.per_device_train_batch_size]]
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    num_labels = int((batch["labels"][:, 1:] >= 0).sum())
+    longest = sorted(trainer.rows, key=lambda row: -len(row[0]))
+    layout = trainer.cutting.layout(longest[: trainer.cutting.micro_batch_size])
     model = trainer.model
     if trainer.args.gradient_checkpointing:
         # transformers turns it on in train(); the look before must not need more memory than that.
@@ -39,8 +34,8 @@ def check_first_step(trainer: TokenTrainer) -> tuple[float, Measured]:
     def forward() -> torch.Tensor:
         nonlocal value
         with trainer.accelerator.autocast():  # as in training, where the model is wrapped in it
-            total = model(input_ids=batch["input_ids"], labels=batch["labels"], token_loss="sum")
-        loss: torch.Tensor = total / num_labels
+            total = model(layout=layout)
+        loss: torch.Tensor = total / sum(layout.counts)
         value = float(loss.item())
         if not math.isfinite(value):
             raise RunError(

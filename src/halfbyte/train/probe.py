@@ -13,7 +13,6 @@ from halfbyte.data.render import renderer_of
 from halfbyte.errors import PlanError
 from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.load import load_base, load_config, load_tokenizer
-from halfbyte.model.loss import row_losses
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.gate import gate
 from halfbyte.plan.memory import Lengths, Planner, TrainPlan
@@ -63,10 +62,7 @@ class Probe:
 
 def longest_rows(examples: list[Example]) -> Lengths:
     """Tokens and labelled tokens of training rows, the longest first."""
-    rows = [
-        (len(e.encoded.ids), sum(label >= 0 for label in e.encoded.labels[1:])) for e in examples
-    ]
-    return Lengths(tuple(sorted(rows, reverse=True)))
+    return Lengths.of([(e.encoded.ids, e.encoded.labels) for e in examples])
 
 
 def first_look(
@@ -141,15 +137,13 @@ def _predicted(planner: Planner, plan: TrainPlan) -> dict[str, int]:
 
 
 def _evaluate(trainer: TokenTrainer, size: int) -> Measured:
-    """Score the longest held-out rows, or training rows if none are held out."""
-    data: Any = trainer.train_dataset
-    rows = trainer.held_out or [(row["input_ids"], row["labels"]) for row in data]
+    """Score the longest held-out rows, or training rows if none are held out, in one pass."""
+    rows = trainer.held_out or trainer.rows
     examples = sorted(rows, key=lambda row: -len(row[0]))[:size]
-    tokenizer: Any = trainer.processing_class
 
     def forward() -> Any:
         with trainer.accelerator.autocast():
-            return row_losses(trainer.model, examples, tokenizer.pad_token_id, size)
+            return trainer.cutting.losses(trainer.model, examples)
 
     return measure(trainer.args.device, forward)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -17,14 +18,15 @@ from trl import SFTConfig, SFTTrainer
 from halfbyte.config.schema import Run
 from halfbyte.data.prepare import Example
 from halfbyte.data.render import Renderer
+from halfbyte.data.tree import Tokens
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.model.load import Loaded
-from halfbyte.model.loss import add_token_loss, pad_right, row_losses
+from halfbyte.model.passes import add_token_loss
 from halfbyte.train.arguments import Passes, trainer_arguments
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
 from halfbyte.train.measure import resident_bytes
-from halfbyte.train.order import StepwiseSampler
+from halfbyte.train.order import Cutting, StepwiseSampler
 from halfbyte.train.tracking import Tracker
 
 
@@ -35,21 +37,18 @@ class TokenTrainer(SFTTrainer):
     batch means: here both are sums over labelled tokens divided by their number.
     """
 
-    # Tells transformers that compute_loss divides by the tokens of the whole accumulation window.
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         *args: Any,
         tracker: Tracker | None,
-        step_rows: int,
-        held_out: list[tuple[list[int], list[int]]],
+        rows: list[Tokens],
+        held_out: list[Tokens],
         **options: Any,
     ) -> None:
         self.control: TrainerControl
         self.tracker = tracker
-        self.step_rows = step_rows
-        self.held_out = held_out
+        self.cutting: Cutting
+        self.rows, self.held_out = rows, held_out
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
         self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
         self.saved_step = -1
@@ -58,9 +57,10 @@ class TokenTrainer(SFTTrainer):
         super().__init__(*args, **options)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        data: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(ids) for ids in data["input_ids"]]
-        self.sampler = StepwiseSampler(lengths, self.step_rows, self.args.seed)
+        lengths = [len(ids) for ids, _ in self.rows]
+        world = self.accelerator.num_processes
+        step_rows = self.args.per_device_train_batch_size * world
+        self.sampler = StepwiseSampler(lengths, step_rows, self.args.seed, world)
         return self.sampler
 
     def train_to(self, steps: int, resume: Path | None) -> float:
@@ -77,24 +77,38 @@ class TokenTrainer(SFTTrainer):
         self.train(resume_from_checkpoint=str(resume) if resume else None)
         return time.perf_counter() - start
 
-    def compute_loss(
+    def training_step(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Any],
-        return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Summed loss of a micro-batch over the labelled tokens of the optimizer step, in nats."""
+        """Forward and backward over the passes of a step; its mean loss in nats per labelled token.
+
+        transformers' own takes one pass of a fixed number of rows; ours are as few as fit.
+        """
         assert num_items_in_batch is not None, "transformers counted no labelled tokens"
-        total: torch.Tensor = model(
-            input_ids=inputs["input_ids"], labels=inputs["labels"], token_loss="sum"
-        )
-        finite = torch.isfinite(total.detach())
+        model.train()
+        total: torch.Tensor | None = None
+        last = len(inputs["layouts"]) - 1
+        for number, layout in enumerate(inputs["layouts"]):
+            alone = contextlib.nullcontext() if number == last else self.accelerator.no_sync(model)
+            with alone:
+                with self.compute_loss_context_manager():
+                    loss = model(layout=layout) / num_items_in_batch
+                # DDP averages gradients over processes, while the divisor counts the tokens of all.
+                loss = loss * self.accelerator.num_processes
+                self.accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        finite = torch.isfinite(total)
         self.finite = finite if self.finite is None else self.finite & finite
         self.num_tokens += inputs["num_tokens"] * self.accelerator.num_processes
-        # DDP averages gradients over processes, while the divisor counts the tokens of all.
-        loss: torch.Tensor = total / num_items_in_batch * self.accelerator.num_processes
-        return loss
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None: transformers walks all parameters for a figure that nobody is shown."""
+        return 0
 
     def evaluate(
         self,
@@ -105,10 +119,8 @@ class TokenTrainer(SFTTrainer):
         """Held-out loss in nats per labelled token, over all processes."""
         state = self.accelerator
         mine = self.held_out[state.process_index :: state.num_processes]
-        pad_id: int = self.processing_class.pad_token_id
-        batch_rows = self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
-            losses = row_losses(self.model, mine, pad_id, batch_rows)
+            losses = self.cutting.losses(self.model, mine)
         total, count = sum(loss for loss, _ in losses), sum(count for _, count in losses)
         sums = torch.tensor([total, count], dtype=torch.float64, device=state.device)
         sums = state.reduce(sums)
@@ -211,20 +223,19 @@ def build_trainer(
             f"train.eval_steps is {run.train.eval_steps}, but of {len(train)} rows none fell into the"
             " held-out part; raise data.validation_frac or set train.eval_steps=0"
         )
+    rows, held = ([(e.encoded.ids, e.encoded.labels) for e in part] for part in examples)
 
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-        batch: dict[str, Any] = pad_right(
-            [(row["input_ids"], row["labels"]) for row in rows], renderer.pad_id
-        )
-        return batch | {"num_tokens": sum(len(row["input_ids"]) for row in rows)}
+    def collate(numbers: list[dict[str, int]]) -> dict[str, Any]:
+        step = [rows[number["row"]] for number in numbers]
+        return {
+            "layouts": trainer.cutting.step(step),
+            "labels": torch.tensor([[label for _, labels in step for label in labels]]),
+            "num_tokens": sum(len(ids) for ids, _ in step),
+        }
 
     arguments = trainer_arguments(run, loaded, passes, len(train))
-    data = Dataset.from_dict(
-        {
-            "input_ids": [example.encoded.ids for example in train],
-            "labels": [example.encoded.labels for example in train],
-        }
-    )
+    # Rows stay where they are; the loader deals out their numbers.
+    data = Dataset.from_dict({"row": range(len(rows))})
     settings = SFTConfig(output_dir=str(checkpoints), **arguments)
     # With several GPUs and one process transformers multiplies the batch by their number.
     if settings.n_gpu > 1:
@@ -242,10 +253,14 @@ def build_trainer(
             processing_class=renderer.tokenizer,
             callbacks=[Progress(), guard, order, samples],
             tracker=tracker,
-            step_rows=run.train.batch_size,
-            held_out=[(e.encoded.ids, e.encoded.labels) for e in held_out],
+            rows=rows,
+            held_out=held,
         )
     guard.trainer = order.trainer = samples.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    add_token_loss(model.get_base_model())
+    # TRL has put a forward of its own on the model; ours takes its place.
+    refusal = add_token_loss(model.get_base_model(), labelled_head=run.speed.labelled_head)
+    trainer.cutting = Cutting.of(rows, passes.micro_batch_size, run.speed, refusal)
+    if refusal and run.speed.no_padding and tracker is not None:
+        print(f"rows are padded, and what they share is computed for each: {refusal}")
     return trainer

@@ -1,0 +1,234 @@
+"""Owns how the rows of an optimizer step lie in its passes: no padding, each common prefix once.
+
+Rows of one domain begin alike: template, system prompt, instruction. In a causal model equal beginnings
+have equal states, so that a prefix computed once serves every row that begins with it. The rows of a
+pass form a prefix tree; its nodes lie one behind the other, each before its descendants. A token attends
+to its node up to itself and to the nodes above. The loss of a step is a sum over labelled tokens, so
+that rows may be put together in any way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from halfbyte.data.render import IGNORED
+
+MIN_SAVED_TOKENS = (
+    8  # what a node of its own must save; it costs every layer another attention call
+)
+
+Tokens = tuple[list[int], list[int]]  # ids and labels of a row, equally many
+
+
+@dataclass(frozen=True)
+class Node:
+    """A run of tokens that the same rows share.
+
+    Attributes:
+        start: its first token's place in the pass.
+        end: behind its last token.
+        below: behind the last token of its last descendant.
+        position: of its first token in every row that runs through it.
+        parent: number of the node above, -1 for a root.
+    """
+
+    start: int
+    end: int
+    below: int
+    position: int
+    parent: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One pass over some rows.
+
+    Attributes:
+        rows: ids and labels, in the order of the caller.
+        ids: the T tokens of the pass.
+        positions: of each in its rows.
+        nodes: the tree, each before its descendants.
+        paths: for each row the places of its tokens in the pass.
+        sources: for each of N predictions the place of the token that makes it.
+        targets: the token that it is to predict.
+        counts: in how many rows it is labelled.
+        predictions: for each row the numbers of its predictions, in reading order.
+        padded: compute as a plain padded batch of the rows instead.
+    """
+
+    rows: Sequence[Tokens]
+    ids: list[int]
+    positions: list[int]
+    nodes: tuple[Node, ...]
+    paths: list[list[int]]
+    sources: list[int]
+    targets: list[int]
+    counts: list[int]
+    predictions: list[list[int]]
+    padded: bool = False
+    num_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Count the tokens of the rows, shared ones as often as they occur."""
+        object.__setattr__(self, "num_tokens", sum(len(ids) for ids, _ in self.rows))
+
+
+def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Layout:
+    """The pass over ``rows``; ``share`` computes common prefixes once."""
+    order = sorted(range(len(rows)), key=lambda row: rows[row][0]) if share else range(len(rows))
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[tuple[int, int, int, int]] = []  # start, end, position, parent
+    paths: list[list[int]] = [[] for _ in rows]
+
+    def place(members: Sequence[int], begin: int, end: int, parent: int) -> int:
+        """Lay down tokens begin … end of these rows; returns the node's number."""
+        if begin == end:
+            return parent
+        start = len(ids)
+        ids.extend(rows[members[0]][0][begin:end])
+        positions.extend(range(begin, end))
+        spans.append((start, len(ids), begin, parent))
+        for row in members:
+            paths[row].extend(range(start, len(ids)))
+        return len(spans) - 1
+
+    if share:
+        common = [0, *(_common(rows[a][0], rows[b][0]) for a, b in itertools.pairwise(order))]
+        waiting = [(0, len(rows), 0, -1)]
+        while waiting:
+            first, last, depth, parent = waiting.pop()
+            members = order[first:last]
+            if len(members) == 1:
+                place(members, depth, len(rows[members[0]][0]), parent)
+                continue
+            shared = min(common[first + 1 : last])
+            if _saved_tokens(len(members), shared - depth):
+                parent, depth = place(members, depth, shared, parent), shared
+            cuts = [first, *(i for i in range(first + 1, last) if common[i] == shared), last]
+            waiting += [(a, b, depth, parent) for a, b in reversed([*itertools.pairwise(cuts)])]
+    else:
+        for row in order:
+            place([row], 0, len(rows[row][0]), -1)
+    return _score(rows, ids, positions, _nodes(spans), paths, padded)
+
+
+def _nodes(spans: list[tuple[int, int, int, int]]) -> tuple[Node, ...]:
+    below = [end for _, end, _, _ in spans]
+    for number in range(len(spans) - 1, -1, -1):
+        parent = spans[number][3]
+        if parent >= 0:
+            below[parent] = max(below[parent], below[number])
+    return tuple(
+        Node(start, end, last, position, parent)
+        for (start, end, position, parent), last in zip(spans, below, strict=True)
+    )
+
+
+def _score(
+    rows: Sequence[Tokens],
+    ids: list[int],
+    positions: list[int],
+    nodes: tuple[Node, ...],
+    paths: list[list[int]],
+    padded: bool,
+) -> Layout:
+    known: dict[tuple[int, int], int] = {}
+    counts: list[int] = []
+    predictions: list[list[int]] = []
+    for (_, labels), places in zip(rows, paths, strict=True):
+        mine = []
+        for i in range(1, len(labels)):
+            if labels[i] == IGNORED:
+                continue
+            # What rows share up to here and go on with alike is one prediction, counted twice.
+            number = known.setdefault((places[i - 1], labels[i]), len(known))
+            if number == len(counts):
+                counts.append(0)
+            counts[number] += 1
+            mine.append(number)
+        predictions.append(mine)
+    sources, targets = [source for source, _ in known], [target for _, target in known]
+    return Layout(rows, ids, positions, nodes, paths, sources, targets, counts, predictions, padded)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    for i, (x, y) in enumerate(zip(a, b)):  # noqa: B905  as far as the shorter one goes
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _saved_tokens(num_rows: int, shared: int) -> int:
+    """What so many rows save by sharing so many tokens; nothing if it does not pay."""
+    saved = (num_rows - 1) * shared
+    return saved if saved >= MIN_SAVED_TOKENS else 0
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows begin with."""
+    return _common(list(min(rows)), list(max(rows))) if rows else 0
+
+
+def pass_tokens(rows: Sequence[Tokens], num_rows: int, *, share: bool, padded: bool = False) -> int:
+    """The most tokens that a pass over any ``num_rows`` of these rows can have."""
+    longest = sorted((len(ids) for ids, _ in rows), reverse=True)[:num_rows]
+    if padded:
+        return longest[0] * len(longest)
+    shared = common_prefix([ids for ids, _ in rows]) if share else 0
+    return sum(longest) - _saved_tokens(len(longest), shared)
+
+
+def cut_step(
+    rows: Sequence[Tokens], max_tokens: int, *, share: bool, padded: bool = False
+) -> list[list[int]]:
+    """Row numbers of each pass: as few passes as ``max_tokens`` in each allow, of about equal size.
+
+    A row longer than ``max_tokens`` has a pass of its own.
+    """
+    if padded:
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    elif share:
+        order = sorted(range(len(rows)), key=lambda row: rows[row][0])
+    else:
+        order = list(range(len(rows)))
+    lengths = [len(rows[row][0]) for row in order]
+    common = [0] * len(order)
+    if share and not padded:
+        common[1:] = [_common(rows[a][0], rows[b][0]) for a, b in itertools.pairwise(order)]
+
+    def passes(limit: int) -> list[list[int]]:
+        cut: list[list[int]] = []
+        total = shared = 0
+        for row, length, same in zip(order, lengths, common, strict=True):
+            if cut:
+                size, prefix = len(cut[-1]) + 1, min(shared, same)
+                if padded:  # sorted: this row is the longest so far
+                    tokens = size * length
+                else:
+                    tokens = total + length - _saved_tokens(size, prefix)
+                if tokens <= limit:
+                    cut[-1].append(row)
+                    total, shared = total + length, prefix
+                    continue
+            cut.append([row])
+            total, shared = length, length
+        return cut
+
+    best = passes(max_tokens)
+    low, high = 1, max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(passes(middle)) <= len(best):
+            high = middle
+        else:
+            low = middle + 1
+    return passes(high)

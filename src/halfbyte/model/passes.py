@@ -1,0 +1,229 @@
+"""Owns the pass over a layout of rows: hidden states of its tokens, then the loss of its predictions."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from halfbyte.data.render import IGNORED
+from halfbyte.data.tree import Layout, Tokens, cut_step, lay_out
+from halfbyte.model import attention
+from halfbyte.model.loss import head_losses, tile_starts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = 1e-3
+# Norm of the difference by the norm: rounding is far below, rows that see each other far above.
+TREE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str:
+    """Teach ``model`` the call ``model(layout=…, token_loss="sum")``.
+
+    It returns the summed loss of a pass in nats, or with ``"each"`` the loss of each of its
+    predictions. Other calls give what they gave.
+
+    The head is computed block by block where a probe shows that to be exact; where a model scales its
+    logits its own are taken.
+
+    Args:
+        model: any causal language model; its attention becomes ``halfbyte``, which is SDPA for
+            other calls.
+        labelled_head: score labelled tokens alone; else take all of the model's own logits.
+
+    Returns:
+        why rows are padded instead of laid out as a tree, or "".
+    """
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    blocks = labelled_head and _head_is_plain(model, softcap)
+    refusal = _use_tree_attention(model)
+    own_forward = type(model).forward
+
+    # The signature stays the model's own: generate() and the Trainer read it.
+    @functools.wraps(own_forward)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        layout: Layout | None = None,
+        token_loss: Literal["sum", "each"] = "sum",
+        **options: Any,
+    ) -> Any:
+        if layout is None:
+            return own_forward(self, *args, **options)
+        device = self.get_input_embeddings().weight.device
+        counts, targets = (
+            torch.tensor(numbers, device=device) for numbers in (layout.counts, layout.targets)
+        )
+        if layout.padded or refusal:
+            inputs, sources = _padded(layout, device)
+        else:
+            inputs, sources = tree_inputs(layout, device)
+        if blocks:
+            hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
+            losses = head_losses(
+                self, hidden.flatten(0, 1)[sources], targets, softcap, tile_starts(len(targets))
+            )
+        else:
+            logits = own_forward(self, **inputs, use_cache=False).logits.flatten(0, 1)[sources]
+            losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return (losses * counts).sum() if token_loss == "sum" else losses
+
+    model.forward = types.MethodType(forward, model)
+    return refusal
+
+
+def tree_inputs(
+    layout: Layout, device: torch.device, tree: attention.Tree | None = None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Arguments of a pass over the tree, and the places (N,) of the predictions."""
+    return {
+        "input_ids": torch.tensor([layout.ids], device=device),
+        "position_ids": torch.tensor([layout.positions], device=device),
+        # A mask of four dimensions keeps transformers from making one; ours is in the tree.
+        "attention_mask": torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device),
+        "tree": tree or attention.Tree(layout.nodes, device),
+    }, torch.tensor(layout.sources, device=device)
+
+
+def _padded(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
+    """Arguments of the plain padded pass; the pad is any id, since nothing looks at it."""
+    batch = pad_right(layout.rows, pad_id=0, device=device)
+    length = batch["input_ids"].shape[1]
+    places = [0] * len(layout.targets)
+    for row, (mine, (_, labels)) in enumerate(zip(layout.predictions, layout.rows, strict=True)):
+        before = [i - 1 for i in range(1, len(labels)) if labels[i] != IGNORED]
+        for number, place in zip(mine, before, strict=True):
+            places[number] = row * length + place
+    return {"input_ids": batch["input_ids"]}, torch.tensor(places, device=device)
+
+
+def pad_right(
+    rows: Sequence[Tokens], pad_id: int, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``labels`` (B, T) of rows of (ids, labels).
+
+    Padding stands on the right and carries label -100. In a causal model no real token sees it, so
+    that no attention mask is needed.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    ids = [ids + [pad_id] * (longest - len(ids)) for ids, _ in rows]
+    labels = [labels + [IGNORED] * (longest - len(labels)) for _, labels in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "labels": torch.tensor(labels, device=device),
+    }
+
+
+@torch.no_grad()
+def row_losses(
+    model: nn.Module,
+    rows: Sequence[Tokens],
+    max_tokens: int,
+    *,
+    share: bool = True,
+    padded: bool = False,
+) -> list[tuple[float, int]]:
+    """For each row its summed loss in nats and the number of labelled tokens.
+
+    ``model`` knows ``token_loss``; a pass takes at most ``max_tokens`` tokens, or one row. The result
+    does not depend on how rows are put together but for rounding.
+    """
+    found: dict[int, tuple[float, int]] = {}
+    training = model.training
+    model.eval()
+    for numbers in cut_step(rows, max_tokens, share=share, padded=padded):
+        members = [rows[number] for number in numbers]
+        layout = lay_out(members, share=share, padded=padded)
+        losses = model(layout=layout, token_loss="each").double().tolist()
+        for number, mine in zip(numbers, layout.predictions, strict=True):
+            found[number] = (sum(losses[i] for i in mine), len(mine))
+    model.train(training)
+    return [found[row] for row in range(len(rows))]
+
+
+@torch.no_grad()
+def _head_is_plain(model: Any, softcap: float | None) -> bool:
+    """Whether head(hidden), capped, gives the model's own logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
+        return False
+    training = model.training
+    model.eval()
+    ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
+    wanted = type(model).forward(model, ids, use_cache=False).logits.float()
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    logits = (hidden.to(head.weight.dtype) @ head.weight.T).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    model.train(training)
+    error = (logits - wanted).abs().max()
+    return bool(error <= PROBE_TOLERANCE * wanted.abs().max().clamp(min=1))
+
+
+def tree_refusal(model: Any, own_attention: str) -> str:
+    """Why a model's configuration alone rules a tree out, or ""."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if own_attention != "sdpa":
+        return f"attention is {own_attention}; only sdpa can be laid out as a tree"
+    kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if kinds:
+        return f"{name} has {', '.join(sorted(kinds))} layers"
+    return f"{name} drops attention weights out" if getattr(config, "attention_dropout", 0) else ""
+
+
+@torch.no_grad()
+def _use_tree_attention(model: Any) -> str:
+    """Give the model our attention; returns why it cannot have it, or "" if it has.
+
+    A probe lays rows out as a tree, two of them with a common beginning, and compares their hidden
+    states with those of the padded rows.
+    """
+    name = type(model).__name__
+    own = getattr(model.config.get_text_config(), "_attn_implementation", "eager")
+    if own == attention.NAME:
+        return ""
+    refusal = tree_refusal(model, own)
+    if refusal:
+        return refusal
+    attention.register()
+    training = model.training
+    model.eval()
+    try:
+        refusal = _probe_tree(model, name)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        refusal = f"{name} cannot be laid out as a tree: {error}"
+    finally:
+        model.train(training)
+    if refusal:
+        model.set_attn_implementation(own)
+    return refusal
+
+
+def _probe_tree(model: Any, name: str) -> str:
+    stem = list(range(3, 3 + PROBE_TOKENS))
+    ids = [[*stem, 20, 21, 22, 23], [*stem, 23, 20], [22, 21, 20, 23, 20]]
+    limit = int(model.config.get_text_config().vocab_size)
+    rows = [([i % limit for i in row], [IGNORED] * len(row)) for row in ids]
+    layout = lay_out(rows, share=True)
+    device = model.get_input_embeddings().weight.device
+    wanted = model.base_model(_padded(layout, device)[0]["input_ids"], use_cache=False)
+    model.set_attn_implementation(attention.NAME)
+    inputs, _ = tree_inputs(layout, device)
+    found = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    for row, path in enumerate(layout.paths):
+        theirs = wanted.last_hidden_state[row, : len(path)].float()
+        error = float((found[path].float() - theirs).norm() / theirs.norm())
+        if not error <= TREE_TOLERANCE[found.dtype]:
+            return f"{name}: hidden states differ by {error:.1g} from those of padded rows"
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if "sliding_attention" in kinds and inputs["tree"].windows == {None}:
+        return f"{name} does not tell its attention the sliding window"
+    return ""
