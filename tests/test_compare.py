@@ -19,7 +19,7 @@ from halfbyte.eval.report import as_markdown, build_report, write_report
 from halfbyte.eval.variants import Contender
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_model
-from halfbyte.model.loss import add_token_loss
+from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
 from halfbyte.model.trained import load_trained, saved_renderer, trained_base
 from halfbyte.run_dir import RunDir, read_jsonl

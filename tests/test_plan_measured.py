@@ -10,9 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.config import model_run
+from halfbyte.data.tree import lay_out
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
+from halfbyte.model.layers import fuse
 from halfbyte.model.load import load_config, load_model
-from halfbyte.model.loss import add_token_loss
+from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.devices import find_device
@@ -76,6 +78,7 @@ def test_step_takes_what_is_planned(
     )  # fmt: skip
     model = attach_adapter(loaded, run.adapter, 0, tmp_path)
     add_token_loss(loaded.model)
+    fuse(model, run.speed)
     if checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -83,8 +86,12 @@ def test_step_takes_what_is_planned(
     labels = ids.clone()
     labels[:, : -NUM_LABELS // ROWS] = -100
 
+    padded = run.model.attention == "eager"
+    rows = list(zip(ids.tolist(), labels.tolist(), strict=True))
+    layout = lay_out(rows, share=not padded, padded=padded)
+
     def forward() -> torch.Tensor:
-        loss: torch.Tensor = model(input_ids=ids, labels=labels, token_loss="sum") / NUM_LABELS
+        loss: torch.Tensor = model(layout=layout) / NUM_LABELS
         return loss
 
     planner = Planner(run, load_config(base), find_device("cpu-16"))
@@ -94,7 +101,9 @@ def test_step_takes_what_is_planned(
     if run.model.precision == "int8":
         measure(CPU, forward)  # the first call moves the scales
     for accumulates in (False, True):
-        shape = lengths.shape(ROWS, checkpointing=checkpointing, accumulates=accumulates)
+        shape = lengths.shape(
+            ROWS, checkpointing=checkpointing, accumulates=accumulates, share=planner.step.shares
+        )
         peaks = {phase: peak.total_bytes for phase, peak in planner.step.peaks(shape).items()}
         found = measure(CPU, forward, torch.autograd.backward)
         gradients = fixed["adapter"] if accumulates else 0

@@ -215,10 +215,13 @@ def test_processes_share_the_ram_but_not_the_cards(
 
 def test_lengths_give_the_largest_micro_batch() -> None:
     lengths = Lengths(((50, 10), (40, 30), (30, 5)))
-    assert lengths.shape(2, checkpointing=True, accumulates=False) == Shape(2, 50, 40, True, False)
+    first = lengths.shape(2, checkpointing=True, accumulates=False, share=True)
+    assert first == Shape((50, 40), 0, 40, True, False)
     # Never more rows than there are, and a label at least.
-    assert lengths.shape(8, checkpointing=False, accumulates=True) == Shape(3, 50, 45, False, True)
-    assert Lengths(((9, 0),)).shape(1, checkpointing=False, accumulates=False).num_labels == 1
+    every = lengths.shape(8, checkpointing=False, accumulates=True, share=True)
+    assert every == Shape((50, 40, 30), 0, 45, False, True)
+    unlabelled = Lengths(((9, 0),)).shape(1, checkpointing=False, accumulates=False, share=True)
+    assert unlabelled.num_labels == 1
     assert lengths.at_most(35).rows == ((35, 10), (35, 30), (30, 5))
     assert lengths.at_most(8).rows == ((8, 7), (8, 7), (8, 5))
     assert Lengths.all_of(7, 2).rows == ((7, 6), (7, 6))

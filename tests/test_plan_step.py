@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from halfbyte.config.schema import Adapter, Model
+from halfbyte.config.schema import Adapter, Model, Speed
 from halfbyte.errors import ModelError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import load_config, load_model
@@ -72,11 +72,11 @@ def make_step(
     attention: Any = "sdpa",
 ) -> Step:
     model = Model(name="x", precision=precision, attention=attention)
-    return Step(config, model, adapter or Adapter(r=4), dtype, device, flash)
+    return Step(config, model, adapter or Adapter(r=4), Speed(), dtype, device, flash)
 
 
 def shape(rows: int = 2, *, checkpointing: bool = False, accumulates: bool = False) -> Shape:
-    return Shape(rows, LENGTH, rows * 10, checkpointing, accumulates)
+    return Shape((LENGTH,) * rows, 0, rows * 10, checkpointing, accumulates)
 
 
 def sizes(step: Step, one: Shape) -> dict[str, int]:
@@ -175,13 +175,14 @@ def test_loss_head_holds_a_few_tiles_of_logits_however_many_are_labelled() -> No
     step = make_step(configuration(LLAMA | {"vocab_size": 1 << 17}))
     tile = 48 * (1 << 17) * 4  # 24 MiB on the CPU
     found = [
-        step.peaks(Shape(4, LENGTH, num, False, False))[HEAD].terms[LOGITS] for num in (48, 96, 480)
+        step.peaks(Shape((LENGTH,) * 4, 0, num, False, False))[HEAD].terms[LOGITS]
+        for num in (48, 96, 480)
     ]
     assert all(tile < most < 3.1 * tile for most in found)
     assert found[2] - found[1] < tile / 10
     assert (
         make_step(configuration(LLAMA | {"vocab_size": 1 << 17}), device="cuda")
-        .peaks(Shape(4, LENGTH, 480, False, False))[HEAD]
+        .peaks(Shape((LENGTH,) * 4, 0, 480, False, False))[HEAD]
         .terms[LOGITS]
         > 5 * tile
     )
@@ -268,7 +269,7 @@ def test_model_that_cannot_be_traced_is_a_user_error() -> None:
 def test_longer_rows_and_more_of_them_take_more(llama: Step) -> None:
     for checkpointing in (False, True):
         peaks = [
-            max(sizes(llama, Shape(rows, length, rows, checkpointing, False)).values())
+            max(sizes(llama, Shape((length,) * rows, 0, rows, checkpointing, False)).values())
             for rows, length in ((2, LENGTH // 2), (2, LENGTH), (4, LENGTH))
         ]
         assert peaks == sorted(peaks)

@@ -11,7 +11,7 @@ from halfbyte.data.render import IGNORED
 from halfbyte.data.tree import MIN_SAVED_TOKENS, Node, Tokens, common_prefix, cut_step, lay_out
 from halfbyte.model.attention import Tree, gathered_attention, tree_attention
 
-PREFIXES = ([], [1] * 20, [1] * 20 + [2] * 9, [1] * 20 + [3] * 12, [4])
+PREFIXES: tuple[list[int], ...] = ([], [1] * 20, [1] * 20 + [2] * 9, [1] * 20 + [3] * 12, [4])
 
 
 @st.composite
@@ -52,7 +52,8 @@ def test_layout_spells_every_row_and_scores_every_label(rows: list[Tokens], shar
 def _above(nodes: tuple[Node, ...], place: int) -> list[int]:
     """Places of the tokens up to ``place`` in its node and of the nodes above it."""
     number = next(n for n, node in enumerate(nodes) if node.start <= place < node.end)
-    found, end = [], place + 1
+    found: list[int] = []
+    end = place + 1
     while number >= 0:
         found = [*range(nodes[number].start, end), *found]
         number = nodes[number].parent

@@ -173,9 +173,9 @@ def _saved_tokens(num_rows: int, shared: int) -> int:
     return saved if saved >= MIN_SAVED_TOKENS else 0
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+def common_prefix(rows: Sequence[list[int]]) -> int:
     """Tokens that all rows begin with."""
-    return _common(list(min(rows)), list(max(rows))) if rows else 0
+    return _common(min(rows), max(rows)) if rows else 0
 
 
 def pass_tokens(rows: Sequence[Tokens], num_rows: int, *, share: bool, padded: bool = False) -> int:
@@ -194,33 +194,30 @@ def cut_step(
 
     A row longer than ``max_tokens`` has a pass of its own.
     """
-    if padded:
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
-    elif share:
-        order = sorted(range(len(rows)), key=lambda row: rows[row][0])
-    else:
-        order = list(range(len(rows)))
+    order = list(range(len(rows)))
+    if padded or share:
+        order.sort(key=lambda row: len(rows[row][0]) if padded else rows[row][0])
     lengths = [len(rows[row][0]) for row in order]
     common = [0] * len(order)
     if share and not padded:
         common[1:] = [_common(rows[a][0], rows[b][0]) for a, b in itertools.pairwise(order)]
 
+    def tokens(num_rows: int, total: int, shared: int, last: int) -> int:
+        if padded:  # sorted: the last row is the longest
+            return num_rows * last
+        return total - _saved_tokens(num_rows, shared)
+
     def passes(limit: int) -> list[list[int]]:
         cut: list[list[int]] = []
         total = shared = 0
         for row, length, same in zip(order, lengths, common, strict=True):
-            if cut:
-                size, prefix = len(cut[-1]) + 1, min(shared, same)
-                if padded:  # sorted: this row is the longest so far
-                    tokens = size * length
-                else:
-                    tokens = total + length - _saved_tokens(size, prefix)
-                if tokens <= limit:
-                    cut[-1].append(row)
-                    total, shared = total + length, prefix
-                    continue
-            cut.append([row])
-            total, shared = length, length
+            both = total + length, min(shared, same)
+            if cut and tokens(len(cut[-1]) + 1, *both, length) <= limit:
+                cut[-1].append(row)
+                total, shared = both
+            else:
+                cut.append([row])
+                total = shared = length
         return cut
 
     best = passes(max_tokens)

@@ -267,7 +267,7 @@ def _grouped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries (G, H/G, T, D), keys and values expanded to them without a copy."""
-    q = query.unflatten(0, (key.shape[0], -1))
+    q = query.view(key.shape[0], -1, *query.shape[1:])
     shape = (-1, q.shape[1], -1, -1)
     return q, key[:, None].expand(shape), value[:, None].expand(shape)
 

@@ -45,10 +45,9 @@ class TokenLoss(torch.autograd.Function):
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         for start in starts:
             part = slice(start, start + starts.step)
-            losses[part], found = _tile(
-                hidden[part].detach(), head, labels[part], softcap, needs_gradient
-            )
-            if gradient is not None:
+            rows = hidden[part].detach()
+            losses[part], found = _tile(rows, head, labels[part], softcap, needs_gradient)
+            if gradient is not None and found is not None:
                 gradient[part] = found
         if gradient is not None:
             ctx.save_for_backward(gradient)

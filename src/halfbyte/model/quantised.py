@@ -134,24 +134,29 @@ def replace_tensors(module: Any, replace: Any) -> None:
         int8_state.CB, int8_state.SCB = module.weight.data, replace(int8_state.SCB)
 
 
-def dequantised_weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight (out, in) in fp32: exactly what its stored codes and constants stand for."""
+def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (out, in) of a 4-bit or plain linear layer, unpacked to ``dtype``."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
+    if state is None:
+        stored: torch.Tensor = weight.detach().to(dtype)
+        return stored
+    from bitsandbytes.functional import dequantize_4bit
 
-        # The state's dtype is the compute dtype; a bf16 one would round the result.
-        exact = copy.copy(state)
-        exact.dtype = torch.float32
-        restored: torch.Tensor = dequantize_4bit(weight.data, exact)
-        return restored.reshape(state.shape).float()
+    # The state's dtype is the compute dtype, which may be another one.
+    wanted = copy.copy(state)
+    wanted.dtype = dtype
+    unpacked: torch.Tensor = dequantize_4bit(weight.data, wanted)
+    return unpacked.reshape(state.shape)
+
+
+def dequantised_weight(layer: nn.Module) -> torch.Tensor:
+    """The layer's weight (out, in) in fp32: exactly what its stored codes and constants stand for."""
     codes, scales = int8_codes(layer)
     if codes is not None and scales is not None:
         plain: torch.Tensor = codes.float() * scales.float()[:, None] / 127.0
         return plain
-    plain = weight.detach().float()
-    return plain
+    return plain_weight(layer, torch.float32)
 
 
 def int8_codes(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:

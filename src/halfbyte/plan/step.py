@@ -23,6 +23,7 @@ from halfbyte.config.schema import Adapter, Model, Speed
 from halfbyte.data.tree import lay_out
 from halfbyte.errors import UntraceableError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
+from halfbyte.model.layers import fuse
 from halfbyte.model.load import Loaded
 from halfbyte.model.loss import head_losses, tile_starts
 from halfbyte.model.passes import tree_inputs, tree_refusal
@@ -147,6 +148,7 @@ class Step:
         with torch.device("meta"):
             plain = adapter.model_copy(update={"init": "default"})
             self.adapted = attach_adapter(loaded, plain, 0, Path())
+        fuse(self.adapted, speed, probe=False)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             self.fixed = materialise(self.adapted)

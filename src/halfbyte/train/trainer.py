@@ -21,6 +21,7 @@ from halfbyte.data.render import Renderer
 from halfbyte.data.tree import Tokens
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
+from halfbyte.model.layers import fuse
 from halfbyte.model.load import Loaded
 from halfbyte.model.passes import add_token_loss
 from halfbyte.train.arguments import Passes, trainer_arguments
@@ -260,6 +261,7 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     # TRL has put a forward of its own on the model; ours takes its place.
     refusal = add_token_loss(model.get_base_model(), labelled_head=run.speed.labelled_head)
+    fuse(model, run.speed)
     trainer.cutting = Cutting.of(rows, passes.micro_batch_size, run.speed, refusal)
     if refusal and run.speed.no_padding and tracker is not None:
         print(f"rows are padded, and what they share is computed for each: {refusal}")

@@ -1,0 +1,240 @@
+"""The pass over a layout: equal to the plain padded computation, lever by lever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from test_tree import row_sets
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from halfbyte.config.schema import Adapter, Speed
+from halfbyte.data.render import IGNORED
+from halfbyte.data.tree import Layout, Tokens, lay_out
+from halfbyte.model.adapter import attach_adapter, trainable_parameters
+from halfbyte.model.layers import fuse, fuse_layers
+from halfbyte.model.load import Loaded, load_model
+from halfbyte.model.passes import add_token_loss, pad_right, row_losses
+from halfbyte.model.precision import Compute
+from halfbyte.model.resolve import resolve_base
+
+CPU = Compute(torch.device("cpu"), torch.float32, "test")
+NONE = Speed(
+    share_prefixes=False,
+    no_padding=False,
+    labelled_head=False,
+    fused_lora=False,
+    fused_layers=False,
+)
+LEVERS = ("share_prefixes", "no_padding", "labelled_head", "fused_lora", "fused_layers")
+ROWS = [
+    ([*range(5, 40), *tail], [IGNORED] * (35 + len(tail) - 4) + tail[-4:])
+    for tail in ([41, 42, 43, 44, 45], [41, 42, 50, 51, 52, 53, 54, 55, 56], [60, 61, 62, 63])
+] + [([70, 71, 72, 73, 74, 75], [IGNORED, IGNORED, 72, 73, 74, 75])]
+
+
+def build(folder: Path, speed: Speed, scratch: Path, precision: Any = "nf4") -> Any:
+    """A base in NF4 with a LoRA adapter that already does something."""
+    loaded: Loaded = load_model(resolve_base(str(folder)), precision, compute=CPU)
+    model = attach_adapter(loaded, Adapter(r=4), 0, scratch)
+    torch.manual_seed(1)
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    refusal = add_token_loss(loaded.model, labelled_head=speed.labelled_head)
+    assert refusal == ""
+    fuse(model, speed)
+    return model
+
+
+def layout_of(rows: list[Tokens], speed: Speed) -> Layout:
+    return lay_out(rows, share=speed.share_prefixes, padded=not speed.no_padding)
+
+
+def outcome(model: Any, rows: list[Tokens], speed: Speed) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(layout=layout_of(rows, speed))
+    loss.backward()
+    gradients = {name: p.grad for name, p in trainable_parameters(model).items()}
+    return float(loss.detach()), {n: g.clone() for n, g in gradients.items() if g is not None}
+
+
+def assert_same(
+    found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, dict[str, torch.Tensor]]
+) -> None:
+    """Loss within 1e-5 and each gradient within 1e-4, relative."""
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert len(found[1]) == len(wanted[1]) > 0
+    largest = max(float(gradient.norm()) for gradient in wanted[1].values())
+    for name, gradient in wanted[1].items():
+        error = float((found[1][name] - gradient).norm())
+        assert error <= 1e-4 * max(float(gradient.norm()), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("model_name", ["tiny_llama", "tiny_gemma_vision"])
+@pytest.mark.parametrize("lever", [*LEVERS, "all"])
+def test_lever_changes_neither_loss_nor_gradients(
+    model_name: str, lever: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Ragged rows with nested prefixes; Gemma's sliding window of 16 is shorter than they are."""
+    folder = request.getfixturevalue(model_name)
+    on = {name: lever in (name, "all") for name in LEVERS}
+    on["no_padding"] |= on["share_prefixes"]
+    speed = Speed(**on)
+    wanted = outcome(build(folder, NONE, tmp_path), ROWS, NONE)
+    assert_same(outcome(build(folder, speed, tmp_path), ROWS, speed), wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_levers_hold_for_other_bases(tiny_llama: Path, precision: str, tmp_path: Path) -> None:
+    wanted = outcome(build(tiny_llama, NONE, tmp_path, precision), ROWS, NONE)
+    found = outcome(build(tiny_llama, Speed(), tmp_path, precision), ROWS, Speed())
+    if (
+        precision == "int8"
+    ):  # LLM.int8 rounds by the row of activations, which padding does not change
+        assert found[0] == pytest.approx(wanted[0], rel=1e-2)
+    else:
+        assert_same(found, wanted)
+
+
+@pytest.fixture(scope="module")
+def gemma_pair(
+    tiny_gemma_vision: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any]:
+    scratch = tmp_path_factory.mktemp("pair")
+    return build(tiny_gemma_vision, NONE, scratch), build(tiny_gemma_vision, Speed(), scratch)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(rows=row_sets())
+def test_all_levers_on_random_rows(gemma_pair: tuple[Any, Any], rows: list[Tokens]) -> None:
+    if not any(label != IGNORED for _, labels in rows for label in labels):
+        return
+    plain, fast = gemma_pair
+    assert_same(outcome(fast, rows, Speed()), outcome(plain, rows, NONE))
+
+
+def test_fused_layers_are_found(tiny_llama: Path, tiny_gemma_vision: Path) -> None:
+    for folder, norms, mlps in ((tiny_llama, 5, 2), (tiny_gemma_vision, 43, 7)):
+        model = load_model(resolve_base(str(folder)), "fp32", compute=CPU).model.requires_grad_(
+            False
+        )
+        assert fuse_layers(model) == (norms, mlps)
+
+
+def test_norm_of_another_kind_keeps_its_own(tiny_llama: Path) -> None:
+    model = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU).model.requires_grad_(
+        False
+    )
+    norm: Any = model.model.norm
+    kind = type(norm)
+
+    class ThriceRMSNorm(kind):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            thrice: torch.Tensor = 3 * super().forward(x)
+            return thrice
+
+    norm.__class__ = ThriceRMSNorm
+    x = torch.randn(3, 64)
+    wanted = norm(x)
+    assert fuse_layers(model) == (4, 2)
+    assert torch.equal(norm(x), wanted)
+
+
+def test_adapter_switched_off_gives_the_base_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    model = build(tiny_llama, Speed(), tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    base = load_model(resolve_base(str(tiny_llama)), "nf4", compute=CPU).model
+    with torch.no_grad():
+        assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-3)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(ids).logits, base(ids).logits)
+
+
+def test_attention_that_cannot_see_a_tree_is_named(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager")
+    assert "eager" in add_token_loss(model)
+    layout = lay_out(ROWS, share=True)
+    other = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert add_token_loss(other) == ""
+    torch.testing.assert_close(model(layout=layout), other(layout=layout), rtol=1e-5, atol=1e-5)
+
+
+def test_model_whose_rows_see_each_other_in_a_tree_is_padded(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    attention = model.model.layers[1].self_attn
+    own = attention.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        options.pop("tree", None)  # as an attention that does not hand on what it does not know
+        return own(*args, **options)
+
+    attention.forward = forward
+    assert "differ" in add_token_loss(model) or "cannot" in add_token_loss(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_model_loss_equals_transformers_own(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    rows = [([5, 6, 7, 8, 9], [IGNORED, IGNORED, 7, 8, 9]), ([5, 6, 7], [IGNORED, 6, 7])]
+    batch = pad_right(rows, pad_id=2)
+    layout = lay_out(rows, share=True)
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    wanted = model(**batch, attention_mask=mask).loss * 5
+    wanted.backward()
+    gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    assert add_token_loss(model) == ""
+    found = model(layout=layout)
+    found.backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.model.layers[0].mlp.up_proj.weight.grad, gradient, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_other_calls_are_untouched(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids, labels=ids)
+    add_token_loss(model)
+    after = model(ids, labels=ids)
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.loss, after.loss)
+
+
+def test_head_that_scales_its_logits_falls_back_to_the_model_s_own(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+
+    class Scaled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: object, **options: object) -> object:
+            out = super().forward(*args, **options)
+            out.logits = out.logits * 3.0
+            return out
+
+    model.__class__ = Scaled
+    add_token_loss(model)
+    rows = [([5, 6, 7, 8], [IGNORED, 6, 7, 8])]
+    batch = pad_right(rows, pad_id=2)
+    logits = Scaled.forward(model, batch["input_ids"]).logits  # type: ignore[attr-defined]
+    wanted = nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum")
+    torch.testing.assert_close(model(layout=lay_out(rows, share=True)), wanted)
+
+
+def test_row_losses_do_not_depend_on_batching(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    add_token_loss(model)
+    model.train()
+    rows = [(list(range(5, 5 + n)), [IGNORED, *range(6, 5 + n)]) for n in (3, 9, 4, 7, 5)]
+    alone, pairs, together = (row_losses(model, rows, size) for size in (1, 12, 40))
+    assert [count for _, count in alone] == [len(ids) - 1 for ids, _ in rows]
+    for other in (pairs, together):
+        assert [count for _, count in other] == [count for _, count in alone]
+        torch.testing.assert_close(
+            torch.tensor([loss for loss, _ in other]), torch.tensor([loss for loss, _ in alone])
+        )
+    assert model.training
