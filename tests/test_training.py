@@ -79,7 +79,7 @@ def test_epochs_are_shuffled_differently_through_accelerate(make_config: MakeCon
     orders = []
     for epoch in (0, 1, 0):
         loader.set_epoch(epoch)
-        orders.append([batch["input_ids"].tolist() for batch in loader])
+        orders.append([layout.rows for batch in loader for layout in batch["layouts"]])
     assert orders[0] == orders[2] != orders[1]
 
 

@@ -332,3 +332,10 @@ class Run(Section):
     eval: Eval = Eval()
     merge: Merge = Merge()
     track: Track = Track()
+
+    @property
+    def allowed_speed(self) -> Speed:
+        """``speed`` less what another key rules out: NEFTune's noise goes by the length of padded rows."""
+        if self.train.neftune_alpha is None:
+            return self.speed
+        return self.speed.model_copy(update={"no_padding": False, "share_prefixes": False})

@@ -120,6 +120,18 @@ def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Lay
     return _score(rows, ids, positions, _nodes(spans), paths, padded)
 
 
+def one_stem(lengths: Sequence[int], shared: int) -> tuple[Node, ...]:
+    """The tree of rows that begin with the same ``shared`` tokens and go on each by itself."""
+    pays = _saved_tokens(len(lengths), shared)
+    spans = [(0, shared, 0, -1)] if pays else []
+    start, depth = (shared, shared) if pays else (0, 0)
+    for length in lengths:
+        if length > depth:
+            spans.append((start, start + length - depth, depth, 0 if pays else -1))
+            start += length - depth
+    return _nodes(spans)
+
+
 def _nodes(spans: list[tuple[int, int, int, int]]) -> tuple[Node, ...]:
     below = [end for _, end, _, _ in spans]
     for number in range(len(spans) - 1, -1, -1):

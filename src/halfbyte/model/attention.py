@@ -142,44 +142,51 @@ class Tree:
         nodes = [self.nodes[number] for number in group]
         paths = [self._path(number) for number in group]
         num_queries, num_keys = max(n.length for n in nodes), max(map(len, paths))
-        queries = torch.zeros((len(group), num_queries), dtype=torch.long)
-        keys = torch.zeros((len(group), num_keys), dtype=torch.long)
-        valid = torch.zeros((len(group), num_queries), dtype=torch.bool)
-        first = torch.tensor([node.position for node in nodes])
+        queries: list[list[int]] = []
+        keys: list[list[int]] = []
+        places: list[int] = []
+        picked: list[int] = []
         for i, (node, path) in enumerate(zip(nodes, paths, strict=True)):
-            queries[i, : node.length] = torch.arange(node.start, node.end)
-            valid[i, : node.length] = True
-            keys[i, : len(path)] = torch.tensor(path)
+            own = range(node.start, node.end)
+            queries.append([*own, *[0] * (num_queries - node.length)])
+            keys.append(path + [0] * (num_keys - len(path)))
+            places += own
+            picked += range(i * num_queries, i * num_queries + node.length)
         # Padding stands on the right, where no real query looks.
         is_causal = all(n.parent < 0 for n in nodes) and (window is None or num_keys <= window)
         mask = None
         if not is_causal:
-            far = first[:, None, None] + torch.arange(num_queries)[:, None] - torch.arange(num_keys)
+            first, length = self._tensor([[n.position, n.length] for n in nodes])[
+                ..., None, None
+            ].unbind(1)
+            query = torch.arange(num_queries, device=self.device)[:, None]
+            far = first + query - torch.arange(num_keys, device=self.device)
             seen = far >= 0 if window is None else (far >= 0) & (far < window)
             # A padded query may have left the window of all keys; what it sees does not matter.
-            seen |= ~valid[:, :, None]
-            mask = seen[:, None].to(self.device)
-        places = queries[valid]
-        return Batch(
-            queries.to(self.device),
-            keys.to(self.device),
-            valid.to(self.device),
-            places.to(self.device),
-            mask,
-        )
+            mask = (seen | (query >= length))[:, None]
+        made = [self._tensor(numbers) for numbers in (queries, keys, places, picked)]
+        return Batch(made[0], made[1], made[2], made[3], mask)
+
+    def _tensor(self, numbers: Any) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.device)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B nodes: places of their queries (B, Q) and keys (B, K), which queries are none, and the mask.
+    """B nodes, padded to Q queries and K keys.
 
-    ``mask`` (B, 1, Q, K): None where each query sees the keys up to its own number.
+    Attributes:
+        queries: (B, Q), their places in the pass.
+        keys: (B, K), those of the keys.
+        places: (N,), the places of all that are no padding.
+        picked: (N,), their numbers among the B·Q queries.
+        mask: (B, 1, Q, K), who is seen; None where each query sees the keys up to its own number.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
-    valid: torch.Tensor
     places: torch.Tensor
+    picked: torch.Tensor
     mask: torch.Tensor | None
 
 
@@ -319,7 +326,7 @@ def gathered_attention(
             is_causal=batch.mask is None,
             scale=scale,
         )
-        found.append(attended.transpose(1, 2)[batch.valid])
+        found.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, batch.picked))
     return torch.cat(found)[inverse]
 
 

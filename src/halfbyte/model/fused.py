@@ -140,7 +140,7 @@ def _fuse(layers: list[Any]) -> None:
 
 def _is_fusable(layer: Any) -> bool:
     base = layer.get_base_layer()
-    plain = type(base) is nn.Linear or hasattr(base.weight, "quant_state")
+    plain = type(base) is nn.Linear or hasattr(getattr(base, "weight", None), "quant_state")
     return (
         plain
         and list(layer.lora_A) == [ADAPTER]

@@ -97,7 +97,9 @@ def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
     Returns:
         how many norms and MLPs were replaced.
     """
-    norms: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _eps(m)]
+    norms: list[Any] = [
+        m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _eps(m)
+    ]
     mlps: list[Any] = [m for m in model.modules() if _gated_activation(m)]
     offsets = {kind: _norm_offset(norms, kind) if probe else 0.0 for kind in set(map(type, norms))}
     count = 0

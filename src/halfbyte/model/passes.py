@@ -60,19 +60,19 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
             return own_forward(self, *args, **options)
         device = self.get_input_embeddings().weight.device
         counts, targets = (
-            torch.tensor(numbers, device=device) for numbers in (layout.counts, layout.targets)
+            torch.tensor(numbers, dtype=torch.long, device=device)
+            for numbers in (layout.counts, layout.targets)
         )
         if layout.padded or refusal:
             inputs, sources = _padded(layout, device)
         else:
-            inputs, sources = tree_inputs(layout, device)
+            inputs, sources = _laid_out(layout, device)
         if blocks:
             hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
-            losses = head_losses(
-                self, hidden.flatten(0, 1)[sources], targets, softcap, tile_starts(len(targets))
-            )
+            states = pick(hidden, sources)
+            losses = head_losses(self, states, targets, softcap, tile_starts(len(targets)))
         else:
-            logits = own_forward(self, **inputs, use_cache=False).logits.flatten(0, 1)[sources]
+            logits = pick(own_forward(self, **inputs, use_cache=False).logits, sources)
             losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         return (losses * counts).sum() if token_loss == "sum" else losses
 
@@ -80,17 +80,47 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
     return refusal
 
 
-def tree_inputs(
-    layout: Layout, device: torch.device, tree: attention.Tree | None = None
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Arguments of a pass over the tree, and the places (N,) of the predictions."""
+class Picked(torch.autograd.Function):
+    """Rows of a matrix, some of them more than once; its gradient is added up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Rows (N, D) at ``places`` (N,) of (T, D)."""
+        ctx.save_for_backward(places)
+        ctx.shape = rows.shape
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Zeros (T, D) with each row's gradient added at its place."""
+        (places,) = ctx.saved_tensors
+        return gradients[0].new_zeros(ctx.shape).index_add_(0, places, gradients[0]), None
+
+
+def pick(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows (N, D) of states (B, T, D) by their place among all B·T."""
+    picked: torch.Tensor = Picked.apply(states.flatten(0, 1), places)  # type: ignore[no-untyped-call]
+    return picked
+
+
+def tree_inputs(ids: torch.Tensor, positions: torch.Tensor, tree: attention.Tree) -> dict[str, Any]:
+    """Arguments of a pass over the tree of tokens (1, T)."""
     return {
-        "input_ids": torch.tensor([layout.ids], device=device),
-        "position_ids": torch.tensor([layout.positions], device=device),
+        "input_ids": ids,
+        "position_ids": positions,
         # A mask of four dimensions keeps transformers from making one; ours is in the tree.
-        "attention_mask": torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=device),
-        "tree": tree or attention.Tree(layout.nodes, device),
-    }, torch.tensor(layout.sources, device=device)
+        "attention_mask": torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids.device),
+        "tree": tree,
+    }
+
+
+def _laid_out(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
+    """Arguments of a pass over the tree, and the places (N,) of the predictions."""
+    ids, positions = (
+        torch.tensor([numbers], device=device) for numbers in (layout.ids, layout.positions)
+    )
+    inputs = tree_inputs(ids, positions, attention.Tree(layout.nodes, device))
+    return inputs, torch.tensor(layout.sources, dtype=torch.long, device=device)
 
 
 def _padded(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
@@ -102,7 +132,7 @@ def _padded(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch
         before = [i - 1 for i in range(1, len(labels)) if labels[i] != IGNORED]
         for number, place in zip(mine, before, strict=True):
             places[number] = row * length + place
-    return {"input_ids": batch["input_ids"]}, torch.tensor(places, device=device)
+    return {"input_ids": batch["input_ids"]}, torch.tensor(places, dtype=torch.long, device=device)
 
 
 def pad_right(
@@ -216,7 +246,7 @@ def _probe_tree(model: Any, name: str) -> str:
     device = model.get_input_embeddings().weight.device
     wanted = model.base_model(_padded(layout, device)[0]["input_ids"], use_cache=False)
     model.set_attn_implementation(attention.NAME)
-    inputs, _ = tree_inputs(layout, device)
+    inputs, _ = _laid_out(layout, device)
     found = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
     for row, path in enumerate(layout.paths):
         theirs = wanted.last_hidden_state[row, : len(path)].float()

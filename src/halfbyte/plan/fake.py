@@ -72,6 +72,10 @@ class FewParts(Tree):
     """A tree whose parts stand for all: what a part takes goes with it, so that the largest counts."""
 
     def parts(self, window: int | None) -> tuple[list[Part], list[Part]]:
-        """The first two of each kind; the longest row is the first."""
+        """The two largest of each kind."""
         own, above = super().parts(window)
-        return own[:2], above[:2]
+        return _largest(own), _largest(above)
+
+
+def _largest(parts: list[Part]) -> list[Part]:
+    return sorted(parts, key=lambda part: part.queries.start - part.queries.stop)[:2]

@@ -218,7 +218,7 @@ class Planner:
             self.config,
             self.run.model,
             self.run.adapter,
-            self.run.speed,
+            self.run.allowed_speed,
             self.dtype,
             self.device.kind,
             flash=self.device.has_flash,

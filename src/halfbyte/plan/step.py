@@ -20,13 +20,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from halfbyte.config.schema import Adapter, Model, Speed
-from halfbyte.data.tree import lay_out
+from halfbyte.data.tree import Layout, Node, one_stem
 from halfbyte.errors import UntraceableError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.layers import fuse
 from halfbyte.model.load import Loaded
 from halfbyte.model.loss import head_losses, tile_starts
-from halfbyte.model.passes import tree_inputs, tree_refusal
+from halfbyte.model.passes import pick, tree_inputs, tree_refusal
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import Base
 from halfbyte.plan.fake import (
@@ -70,7 +70,8 @@ class Shape:
     """One micro-batch of rows with ``lengths`` tokens, the longest first.
 
     ``shared``: tokens that all of them begin with and that are computed once. ``num_labels``: labelled
-    tokens of all. ``accumulates``: gradients of an earlier micro-batch are there already.
+    tokens of all. ``accumulates``: gradients of an earlier micro-batch are there already. ``nodes``: how
+    real rows lie, which may share more than their common beginning.
     """
 
     lengths: tuple[int, ...]
@@ -78,6 +79,12 @@ class Shape:
     num_labels: int
     checkpointing: bool
     accumulates: bool
+    nodes: tuple[Node, ...] | None = None
+
+    def of(self, layout: Layout) -> Shape:
+        """The same with real rows in it."""
+        nodes = None if layout.padded else layout.nodes
+        return replace(self, num_labels=len(layout.targets), nodes=nodes)
 
     def alone(self) -> Shape:
         """The same micro-batch as the only one of its step."""
@@ -326,14 +333,10 @@ class Step:
         if self.padded:
             ids = torch.zeros((len(shape.lengths), shape.lengths[0]), dtype=torch.long)
             return {"input_ids": ids}, places, torch.zeros_like(places)
-        rows = [
-            [0] * shape.shared + [1 + row] * (length - shape.shared)
-            for row, length in enumerate(shape.lengths)
-        ]
-        layout = lay_out([(ids, ids) for ids in rows], share=self.shares)
-        tree = FewParts(layout.nodes, torch.device("cpu"), gathered=self.device_type == "cuda")
-        inputs, _ = tree_inputs(layout, torch.device("cpu"), tree)
-        return inputs, places, torch.zeros_like(places)
+        nodes = shape.nodes or one_stem(shape.lengths, shape.shared)
+        ids = torch.zeros((1, max(node.end for node in nodes)), dtype=torch.long)
+        tree = FewParts(nodes, torch.device("cpu"), gathered=self.device_type == "cuda")
+        return tree_inputs(ids, torch.zeros_like(ids), tree), places, torch.zeros_like(places)
 
     def _loss(self, live: LiveBytes, phase: str, batch: Batch) -> torch.Tensor:
         """The summed loss, as ``add_token_loss`` computes it; the head's part belongs to ``phase``."""
@@ -341,14 +344,14 @@ class Step:
         term = LOGITS if phase == HEAD else WORKING
         if not (self.tiled and self.speed.labelled_head):
             hook = self.model.base_model.register_forward_hook(lambda *_: live.enter(phase, term))
-            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)[sources]
+            logits = pick(self.model(**inputs, use_cache=False).logits, sources)
             hook.remove()
             live.enter(phase, term)  # where the model goes round its own base
             return nn.functional.cross_entropy(logits.float(), targets, reduction="none").sum()
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         live.enter(phase, term)
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        states = hidden.flatten(0, 1)[sources]
+        states = pick(hidden, sources)
         # All tiles are alike, and the second is born when the first has not gone yet.
         starts = tile_starts(len(targets))[:2]
         return head_losses(self.model, states, targets, cap, starts).sum()

@@ -21,8 +21,7 @@ def check_first_step(trainer: TokenTrainer) -> tuple[float, Measured]:
     Raises:
         RunError: the loss or a gradient is not finite, or an adapter gets no gradient.
     """
-    longest = sorted(trainer.rows, key=lambda row: -len(row[0]))
-    layout = trainer.cutting.layout(longest[: trainer.cutting.micro_batch_size])
+    layout = trainer.cutting.layout(trainer.longest(trainer.rows))
     model = trainer.model
     if trainer.args.gradient_checkpointing:
         # transformers turns it on in train(); the look before must not need more memory than that.

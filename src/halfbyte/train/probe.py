@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.config.schema import Run
 from halfbyte.data.prepare import Example, prepare
 from halfbyte.data.render import renderer_of
+from halfbyte.data.tree import Layout
 from halfbyte.errors import PlanError
 from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.load import load_base, load_config, load_tokenizer
@@ -18,7 +19,7 @@ from halfbyte.plan.gate import gate
 from halfbyte.plan.memory import Lengths, Planner, TrainPlan
 from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.arguments import Passes
-from halfbyte.train.measure import Measured, measure, resident_bytes
+from halfbyte.train.measure import measure, resident_bytes
 from halfbyte.train.preflight import check_first_step
 from halfbyte.train.trainer import TokenTrainer, build_trainer
 
@@ -92,8 +93,15 @@ def probe(trainer: TokenTrainer, planner: Planner, plan: TrainPlan) -> Probe:
         PlanError: with the optimizer's states the measured peak would not fit.
     """
     loss, step = check_first_step(trainer)
-    evaluation = _evaluate(trainer, plan.micro_batch_size)
-    predicted = _predicted(planner, plan)
+    scored = trainer.longest(trainer.held_out or trainer.rows)
+
+    def score() -> Any:
+        with trainer.accelerator.autocast():
+            return trainer.cutting.losses(trainer.model, scored)
+
+    evaluation = measure(trainer.args.device, score)
+    trained = trainer.cutting.layout(trainer.longest(trainer.rows))
+    predicted = _predicted(planner, plan, trained, trainer.cutting.layout(scored))
     measured = {
         "weights and adapter": step.start_bytes,
         "kept for the backward pass": step.kept_bytes,
@@ -116,12 +124,14 @@ def probe(trainer: TokenTrainer, planner: Planner, plan: TrainPlan) -> Probe:
     return found
 
 
-def _predicted(planner: Planner, plan: TrainPlan) -> dict[str, int]:
+def _predicted(
+    planner: Planner, plan: TrainPlan, trained: Layout, evaluated: Layout
+) -> dict[str, int]:
     """What the plan says of the same two passes: no optimizer yet, no gradients from before."""
     fixed = planner.fixed_bytes()
     start = sum(fixed[name] for name in ("weights", "constants", "adapter", "workspace"))
-    shape = plan.shape.alone()
-    scored = planner.scored(plan.micro_batch_size, checkpointing=shape.checkpointing) or shape
+    shape = plan.shape.alone().of(trained)
+    scored = shape.of(evaluated)
     peaks = {phase: peak.total_bytes for phase, peak in planner.step.peaks(shape).items()}
     forward = start + max(peaks[FORWARD], peaks[HEAD])
     backward = start + max(peaks[BACKWARD], peaks[BACKWARD_END])
@@ -134,18 +144,6 @@ def _predicted(planner: Planner, plan: TrainPlan) -> dict[str, int]:
         "peak of an evaluation batch": start + planner.step.evaluation(scored).total_bytes,
         "peak": max(forward, backward),
     }
-
-
-def _evaluate(trainer: TokenTrainer, size: int) -> Measured:
-    """Score the longest held-out rows, or training rows if none are held out, in one pass."""
-    rows = trainer.held_out or trainer.rows
-    examples = sorted(rows, key=lambda row: -len(row[0]))[:size]
-
-    def forward() -> Any:
-        with trainer.accelerator.autocast():
-            return trainer.cutting.losses(trainer.model, examples)
-
-    return measure(trainer.args.device, forward)
 
 
 def probe_run(run: Run, device: Device) -> Probe:

@@ -64,6 +64,10 @@ class TokenTrainer(SFTTrainer):
         self.sampler = StepwiseSampler(lengths, step_rows, self.args.seed, world)
         return self.sampler
 
+    def longest(self, rows: list[Tokens]) -> list[Tokens]:
+        """As many of the longest of these rows as a pass takes."""
+        return sorted(rows, key=lambda row: -len(row[0]))[: self.cutting.micro_batch_size]
+
     def train_to(self, steps: int, resume: Path | None) -> float:
         """Train until ``steps`` are done, from a checkpoint if there is one; returns seconds."""
         start = time.perf_counter()
@@ -260,9 +264,21 @@ def build_trainer(
     guard.trainer = order.trainer = samples.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     # TRL has put a forward of its own on the model; ours takes its place.
-    refusal = add_token_loss(model.get_base_model(), labelled_head=run.speed.labelled_head)
-    fuse(model, run.speed)
-    trainer.cutting = Cutting.of(rows, passes.micro_batch_size, run.speed, refusal)
-    if refusal and run.speed.no_padding and tracker is not None:
-        print(f"rows are padded, and what they share is computed for each: {refusal}")
+    speed = run.allowed_speed
+    refusal = add_token_loss(model.get_base_model(), labelled_head=speed.labelled_head)
+    fuse(model, speed)
+    trainer.cutting = Cutting.of(rows, passes.micro_batch_size, speed, refusal)
+    if tracker is not None:
+        _tell(run, trainer.cutting, refusal)
     return trainer
+
+
+def _tell(run: Run, cutting: Cutting, refusal: str) -> None:
+    """Say where a saving was not taken, or where it is not the same to the last bit of chance."""
+    if run.speed.no_padding and cutting.padded:
+        why = refusal or "train.neftune_alpha makes noise by the length of padded rows"
+        print(f"rows are padded, and what they share is computed for each: {why}")
+    elif cutting.share and run.adapter.dropout > 0:
+        print(
+            "adapter.dropout: what rows share is computed once, so that it drops out alike in all"
+        )
