@@ -1,0 +1,128 @@
+"""Owns one run of one tool: a process of its own, its log, its result; and the common evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.models import ROOT
+from benchmarks.harness.rows import STEP_ROWS
+from benchmarks.harness.tools import TOOLS, Tool, python_of
+
+RANK, ALPHA, LEARNING_RATE = 16, 16, 2e-4
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs of a benchmark share.
+
+    Attributes:
+        folder: for environments, drawn models and runs.
+        checkpointing: on for every tool; else tuned tools have it off and the others their default.
+        threads: of each process on the CPU.
+    """
+
+    folder: Path
+    device: str
+    steps: int
+    seed: int
+    checkpointing: bool
+    threads: int
+
+    @property
+    def dtype(self) -> str:
+        """What matrix products compute in."""
+        return "bf16" if self.device == "cuda" else "fp32"
+
+    def run(
+        self, name: str, model: Path, rows: Path, micro_batch: int | None, steps: int
+    ) -> Result:
+        """Train with a tool; a process that dies leaves ``failed``, which the report shows."""
+        tool = TOOLS[name]
+        out = _empty(rows.parent / name)
+        job = self._job(tool, model, rows, out, micro_batch, steps)
+        result: Result = {"tool": name, "load": os.getloadavg()[0]}
+        code = self._spawn(tool, tool.driver, job, out)
+        if code:
+            print(f"{name} ended with {code}; the end of its log:", file=sys.stderr)
+            print((out / "log").read_text(errors="replace")[-1500:], file=sys.stderr, flush=True)
+            return result | {"failed": f"exit {code}", "micro_batch": micro_batch}
+        left: Result = json.loads((out / "result.json").read_text())
+        return result | left
+
+    def held_out(self, names: list[str], model: Path, rows: Path) -> dict[str, float]:
+        """Held-out loss of the adapters that the latest runs of these tools have left."""
+        out = _empty(rows.parent / "evaluation")
+        adapters = {name: str(rows.parent / name / "adapter") for name in names}
+        (out / "adapters.json").write_text(json.dumps(adapters))
+        ours = TOOLS["halfbyte"]
+        job = self._job(ours, model, rows, out, None, 0)
+        if self._spawn(ours, "evaluate", job, out):
+            raise SystemExit(f"the evaluation failed:\n{(out / 'log').read_text()[-3000:]}")
+        losses: dict[str, float] = json.loads((out / "losses.json").read_text())
+        return losses
+
+    def gemm_flops(self) -> float:
+        """Measured peak of a matrix product, in FLOP/s."""
+        command = [sys.executable, "-m", "benchmarks.peers.gemm", self.device, self.dtype]
+        environment = self._environment()
+        return float(
+            subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+        )
+
+    def _job(
+        self, tool: Tool, model: Path, rows: Path, out: Path, micro_batch: int | None, steps: int
+    ) -> dict[str, Any]:
+        return {
+            "model": str(model),
+            "rows": str(rows),
+            "out": str(out),
+            "device": self.device,
+            "dtype": self.dtype,
+            "steps": steps,
+            "step_rows": STEP_ROWS,
+            "micro_batch": micro_batch,
+            "checkpointing": True if self.checkpointing else False if tool.tuned else None,
+            "tuned": tool.tuned,
+            "liger": tool.liger,
+            "rank": RANK,
+            "alpha": ALPHA,
+            "learning_rate": LEARNING_RATE,
+            "seed": self.seed,
+        }
+
+    def _spawn(self, tool: Tool, module: str, job: dict[str, Any], out: Path) -> int:
+        python = python_of(tool, self.device, self.folder)
+        path = out / "job.json"
+        path.write_text(json.dumps(job | {"spawned_at": time.time()}))
+        command = [python, "-m", f"benchmarks.peers.{module}", str(path)]
+        with (out / "log").open("w") as log:
+            return subprocess.run(
+                command, cwd=out, env=self._environment(), stdout=log, stderr=log, check=False
+            ).returncode
+
+    def _environment(self) -> dict[str, str]:
+        told = {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
+            "OMP_NUM_THREADS": str(self.threads),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if self.device == "cpu":
+            told["CUDA_VISIBLE_DEVICES"] = ""
+        return os.environ | told
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

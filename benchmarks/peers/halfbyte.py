@@ -1,0 +1,74 @@
+"""Owns the run with halfbyte: the steps of train/sft.py on given rows, its own plan included.
+
+The rows come as they were drawn: halfbyte's own sampler puts them into the order that the others get.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.peers.job import Job, Watch, read_job, start_adapter
+from halfbyte.config import Run, model_run
+from halfbyte.data.prepare import Example
+from halfbyte.data.render import Encoded, Renderer
+from halfbyte.data.rows import Row
+from halfbyte.libraries import quiet_libraries
+
+
+def main() -> None:
+    """Base → plan → trainer → adapter and result."""
+    job = read_job()
+    quiet_libraries()
+    from halfbyte.model.adapter import attach_adapter, save_adapter
+    from halfbyte.model.load import load_config, load_model, load_tokenizer
+    from halfbyte.model.resolve import resolve_base
+    from halfbyte.plan.devices import this_machine
+    from halfbyte.plan.gate import gate
+    from halfbyte.train.arguments import Passes
+    from halfbyte.train.probe import first_look, longest_rows
+    from halfbyte.train.trainer import build_trainer
+
+    run, out = _run(job), Path(job.out)
+    rows = [
+        Example(Row(f"row {n}", text=" "), Encoded(f"row {n}", ids, labels))
+        for n, (ids, labels) in enumerate(job.read_rows("drawn"))
+    ]
+    base = resolve_base(run.model.name)
+    renderer = Renderer(load_tokenizer(base))
+    planner, plan = gate(run, load_config(base), this_machine(), longest_rows(rows))
+    loaded = load_model(base, "nf4", compute_dtype=run.model.compute_dtype)
+    model = attach_adapter(loaded, run.adapter, run.seed, out)
+    start_adapter(model, job.seed)
+    passes = Passes.of(run, plan)
+    trainer = build_trainer(run, loaded, model, renderer, (rows, []), passes, out, None)
+    watch = Watch(job)
+    trainer.add_callback(watch)
+    first_look(trainer, planner, plan)
+    trainer.train_to(job.steps, None)
+    watch.write()
+    save_adapter(model, loaded, out / "adapter", out)
+
+
+def _run(job: Job) -> Run:
+    overrides = [
+        f"seed={job.seed}",
+        f"model.compute_dtype={job.dtype}",
+        f"adapter.r={job.rank}",
+        f"adapter.alpha={job.alpha}",
+        f"train.learning_rate={job.learning_rate}",
+        f"train.batch_size={job.step_rows}",
+        f"train.max_steps={job.steps}",
+        "train.scheduler=constant",
+        "train.log_steps=1",
+        "train.save_steps=0",
+        "train.num_samples=0",
+    ]
+    if job.micro_batch is not None:
+        overrides.append(f"train.micro_batch_size={job.micro_batch}")
+    if job.checkpointing is not None:
+        overrides.append(f"train.checkpointing={'on' if job.checkpointing else 'off'}")
+    return model_run(job.model, overrides)
+
+
+if __name__ == "__main__":
+    main()
