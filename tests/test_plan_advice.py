@@ -26,7 +26,8 @@ from halfbyte.plan.advice import (
 )
 from halfbyte.plan.catalogue import known_models, model_config
 from halfbyte.plan.devices import DEVICES, Device, find_device
-from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.shape import Lengths
 
 LENGTHS = Lengths.all_of(512, 16)
 FIXED = ("model.compute_dtype=fp32", "adapter.targets=[up_proj, down_proj]")

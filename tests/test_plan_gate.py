@@ -15,7 +15,8 @@ from halfbyte.errors import PlanError, UntraceableError
 from halfbyte.plan.catalogue import model_config
 from halfbyte.plan.devices import Device, find_device
 from halfbyte.plan.gate import check_weights, gate
-from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.shape import Lengths
 
 LENGTHS = Lengths.all_of(512, 16)
 

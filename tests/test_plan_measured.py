@@ -18,7 +18,8 @@ from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.devices import find_device
-from halfbyte.plan.memory import Lengths, Planner
+from halfbyte.plan.memory import Planner
+from halfbyte.plan.shape import Lengths
 from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.measure import measure
 

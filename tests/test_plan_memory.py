@@ -27,12 +27,12 @@ from halfbyte.plan.memory import (
     OPTIMIZER_STEP,
     SLACK_FRAC,
     SMALL_STATE,
-    Lengths,
     Planner,
     compute_dtype,
     state_bytes,
 )
-from halfbyte.plan.step import PHASES, Shape
+from halfbyte.plan.shape import Lengths, Shape
+from halfbyte.plan.step import PHASES
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 LENGTHS = Lengths.all_of(40, 16)

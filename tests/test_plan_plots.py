@@ -14,9 +14,9 @@ from transformers import LlamaConfig
 
 from halfbyte.config import model_run
 from halfbyte.plan.devices import find_device
-from halfbyte.plan.memory import Lengths
 from halfbyte.plan.plots import trace_curves, write_plots
 from halfbyte.plan.report import TERMS, Plan, as_json, make_plan
+from halfbyte.plan.shape import Lengths
 
 EVIL = "--></title><script>alert('$x$')</script>"
 SIZES = {

@@ -15,6 +15,7 @@ from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
+from halfbyte.plan.shape import Shape
 from halfbyte.plan.skeleton import Cut
 from halfbyte.plan.step import (
     ACTIVATIONS,
@@ -24,7 +25,6 @@ from halfbyte.plan.step import (
     HEAD,
     LOGITS,
     PHASES,
-    Shape,
     Step,
 )
 

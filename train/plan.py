@@ -43,8 +43,8 @@ def main() -> None:
     quiet_libraries()
     from halfbyte.plan.catalogue import model_config
     from halfbyte.plan.devices import find_device
-    from halfbyte.plan.memory import Lengths
     from halfbyte.plan.report import as_json, as_text, load_text, make_plan
+    from halfbyte.plan.shape import Lengths
 
     device = find_device(arguments.device)
     config, origin = model_config(run.model.name, run.model.revision)

@@ -11,7 +11,8 @@ from halfbyte.config.schema import Run
 from halfbyte.errors import PlanError
 from halfbyte.plan.catalogue import known_models
 from halfbyte.plan.devices import DEVICES
-from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.shape import Lengths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -96,7 +96,8 @@ def training_bytes(known: Known) -> dict[str, int]:
     """
     from halfbyte.config import model_run
     from halfbyte.plan.devices import DEVICES
-    from halfbyte.plan.memory import Lengths, Planner
+    from halfbyte.plan.memory import Planner
+    from halfbyte.plan.shape import Lengths
 
     # SDPA has no kernel for capped scores (Gemma-2).
     capped = known.config.get("attn_logit_softcapping") is not None

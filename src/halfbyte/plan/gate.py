@@ -10,7 +10,8 @@ from halfbyte.errors import PlanError, UntraceableError
 from halfbyte.model.precision import NAMES
 from halfbyte.plan.advice import choose, models_that_fit, suggest
 from halfbyte.plan.catalogue import model_config
-from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.shape import Lengths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -5,21 +5,19 @@ from __future__ import annotations
 import functools
 import math
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from halfbyte.config.schema import Optimizer, Run
-from halfbyte.data.tree import Tokens, common_prefix
 from halfbyte.errors import PlanError
 from halfbyte.model.precision import DTYPES, NAMES, choose_compute
 from halfbyte.plan.devices import Device
 from halfbyte.plan.live import DEQUANTISED
+from halfbyte.plan.shape import Lengths, Shape
 from halfbyte.plan.skeleton import build
-from halfbyte.plan.step import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING, Shape, Step
+from halfbyte.plan.step import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING, Step
 from halfbyte.plan.weights import Stored, load_bytes
 
 if TYPE_CHECKING:
@@ -48,57 +46,6 @@ STATES: dict[Optimizer, tuple[int, bool]] = {
 }
 NUM_MAPS = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "ademamix_8bit": 2}
 MAP_BYTES = 4 * 256
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """The longest rows: tokens and labelled tokens of each, the longest first.
-
-    A micro-batch never takes more than that of the longest rows together. ``shared``: tokens that all
-    rows begin with.
-    """
-
-    rows: tuple[tuple[int, int], ...]
-    shared: int = 0
-
-    @classmethod
-    def of(cls, rows: Sequence[Tokens]) -> Lengths:
-        """Those of real rows."""
-        sizes = [(len(ids), sum(label >= 0 for label in labels[1:])) for ids, labels in rows]
-        return cls(tuple(sorted(sizes, reverse=True)), common_prefix([ids for ids, _ in rows]))
-
-    @classmethod
-    def all_of(cls, length: int, num_rows: int) -> Lengths:
-        """As long as allowed and labelled throughout: where the data is not known."""
-        return cls(tuple((length, length - 1) for _ in range(num_rows)))
-
-    @classmethod
-    def up_to(cls, length: int, num_rows: int, config: PretrainedConfig) -> Lengths:
-        """As ``all_of``, within the positions that the model has; says so where that cuts."""
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
-        if length > longest:
-            print(
-                f"warning: data.max_length is {length}, but the model has {longest} positions;"
-                f" planned with {longest}",
-                file=sys.stderr,
-            )
-        return cls.all_of(min(length, longest), num_rows)
-
-    def at_most(self, length: int) -> Lengths:
-        """The same rows, none of them longer than this."""
-        rows = tuple((min(tokens, length), min(n, length - 1)) for tokens, n in self.rows)
-        return Lengths(rows, min(self.shared, length))
-
-    def shape(self, num_rows: int, *, checkpointing: bool, accumulates: bool, share: bool) -> Shape:
-        """The largest micro-batch of so many rows."""
-        rows = self.rows[:num_rows]  # fewer than a micro-batch has: then one never has more
-        return Shape(
-            tuple(tokens for tokens, _ in rows),
-            self.shared if share else 0,
-            max(1, sum(n for _, n in rows)),
-            checkpointing,
-            accumulates,
-        )
 
 
 @dataclass(frozen=True)

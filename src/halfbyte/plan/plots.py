@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from halfbyte.plan.advice import micro_batches
 from halfbyte.plan.devices import ASSUMED
-from halfbyte.plan.memory import Lengths
 from halfbyte.plan.report import TERMS, Plan
+from halfbyte.plan.shape import Lengths
 from halfbyte.plan.weights import STORED
 from halfbyte.run_dir import write_text
 

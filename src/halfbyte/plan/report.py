@@ -15,7 +15,8 @@ from halfbyte.plan.advice import (
     override_line,
     suggest,
 )
-from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.shape import Lengths
 from halfbyte.plan.weights import Load, load_plan
 
 if TYPE_CHECKING:

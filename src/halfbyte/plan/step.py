@@ -11,7 +11,6 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from halfbyte.config.schema import Adapter, Model, Speed
-from halfbyte.data.tree import Layout, Node, one_stem
+from halfbyte.data.tree import one_stem
 from halfbyte.errors import UntraceableError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.layers import fuse
@@ -37,6 +36,7 @@ from halfbyte.plan.fake import (
     register_attention,
 )
 from halfbyte.plan.live import LiveBytes, Peak
+from halfbyte.plan.shape import Shape
 from halfbyte.plan.skeleton import (
     Cut,
     build_for_step,
@@ -63,32 +63,6 @@ EVALUATION = "evaluation"
 UNTRACEABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 Batch = tuple[dict[str, Any], torch.Tensor, torch.Tensor]
 ACTIVATIONS, LOGITS, WORKING, GRADIENTS = "activations", "logits", "working_set", "gradients"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One micro-batch of rows with ``lengths`` tokens, the longest first.
-
-    ``shared``: tokens that all of them begin with and that are computed once. ``num_labels``: labelled
-    tokens of all. ``accumulates``: gradients of an earlier micro-batch are there already. ``nodes``: how
-    real rows lie, which may share more than their common beginning.
-    """
-
-    lengths: tuple[int, ...]
-    shared: int
-    num_labels: int
-    checkpointing: bool
-    accumulates: bool
-    nodes: tuple[Node, ...] | None = None
-
-    def of(self, layout: Layout) -> Shape:
-        """The same with real rows in it."""
-        nodes = None if layout.padded else layout.nodes
-        return replace(self, num_labels=len(layout.targets), nodes=nodes)
-
-    def alone(self) -> Shape:
-        """The same micro-batch as the only one of its step."""
-        return replace(self, accumulates=False)
 
 
 class Step:

@@ -16,7 +16,8 @@ from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.load import load_base, load_config, load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.gate import gate
-from halfbyte.plan.memory import Lengths, Planner, TrainPlan
+from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.shape import Lengths
 from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.arguments import Passes
 from halfbyte.train.measure import measure, resident_bytes
