@@ -20,6 +20,15 @@ from toys import chatml_tokenizer, gemma_tokenizer, run_script, write_config
 from transformers import PreTrainedTokenizerFast
 
 
+@pytest.fixture(autouse=True, scope="session")
+def prepared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Rows that tests prepare stay out of the cache of whoever runs them."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("halfbyte.data.cache.folder", lambda: folder)
+        yield folder
+
+
 @pytest.fixture
 def chatml() -> PreTrainedTokenizerFast:
     return chatml_tokenizer()

@@ -925,6 +925,7 @@ def test_commit_is_no_secret_when_it_is_a_folder_of_the_hub_cache(tmp_path: Path
         (["train.max_steps=5"], "quickstart+train.max_steps=5"),
         (["seed=1", "adapter.r=4"], "quickstart+seed=1+adapter.r=4"),
         (["runs_dir=/tmp/runs", "track.wandb=off", "train.existing=replace"], "quickstart"),
+        (["data.cache=false"], "quickstart"),
         (["track.tags=[a]", "seed=1", "runs_dir=x"], "quickstart+seed=1"),
         (["train.ignore_plan=true", "seed=1"], "quickstart+seed=1"),
         (["train.micro_batch_size=2", "train.checkpointing=on"], "quickstart"),

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from halfbyte.libraries import use_all_cores
+from halfbyte.libraries import parallel_tokenisers, use_all_cores
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,15 @@ def test_threads_set_by_accelerate_are_raised_to_the_share_of_cores(
         monkeypatch.setenv(name, value)
     use_all_cores()
     assert os.environ["OMP_NUM_THREADS"] == wanted
+
+
+@pytest.mark.parametrize("before", ["false", "true", None])
+def test_parallel_tokenisers_leave_the_setting_as_they_found_it(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    with parallel_tokenisers():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before

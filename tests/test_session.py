@@ -13,6 +13,7 @@ from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, write_json, write_text
 from halfbyte.train.session import (
     CHECKPOINT_FILES,
+    SILENT_DATA_KEYS,
     SILENT_TRAIN_KEYS,
     as_before,
     newest_checkpoint,
@@ -37,6 +38,7 @@ SILENT_OVERRIDES = {
     "train.keep_checkpoints": "9",
     "train.save_steps": "3",
     "train.eval_steps": "4",
+    "data.cache": "false",
 }
 
 
@@ -272,10 +274,13 @@ def test_new_run_leaves_auto_to_the_plan(tmp_path: Path) -> None:
     assert as_before(open_session(run), run) == run
 
 
-def test_all_silent_keys_are_keys_of_training() -> None:
-    assert SILENT_TRAIN_KEYS
-    assert set(keys_of(("train",))) >= SILENT_TRAIN_KEYS
-    assert {key.partition(".")[2] for key in SILENT_OVERRIDES} == SILENT_TRAIN_KEYS
+def test_all_silent_keys_are_keys_of_their_section() -> None:
+    silent = {"train": SILENT_TRAIN_KEYS, "data": SILENT_DATA_KEYS}
+    for section, keys in silent.items():
+        assert keys
+        assert set(keys_of((section,))) >= keys
+    named = {f"{section}.{key}" for section, keys in silent.items() for key in keys}
+    assert set(SILENT_OVERRIDES) == named
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def quiet_libraries() -> None:
@@ -36,3 +38,20 @@ def use_all_cores() -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+
+
+@contextmanager
+def parallel_tokenisers() -> Iterator[None]:
+    """Within it, Rust tokenizers take a batch on every core.
+
+    Elsewhere they keep to one, as ``quiet_libraries`` asks, so that processes may be forked.
+    """
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

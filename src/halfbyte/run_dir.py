@@ -1,4 +1,4 @@
-"""Owns a run folder: the names and meaning of everything in it, atomic writes, provenance.
+"""Owns a run folder: the names and meaning of everything in it, atomic writes, provenance, the cache.
 
 run.yaml           the fully resolved config
 manifest.json      where the base, the data and the code came from, and what the run cost
@@ -84,13 +84,23 @@ class RunDir:
         return self.manifest.is_file() and bool(read_json(self.manifest).get("finished"))
 
 
+def cache_dir() -> Path:
+    """What any run can make again: ``$HALFBYTE_CACHE``, else ``~/.cache/halfbyte``."""
+    return Path(os.environ.get("HALFBYTE_CACHE") or Path.home() / ".cache" / "halfbyte")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` is either the old file or the whole new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` so that ``path`` is either the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)

@@ -100,7 +100,7 @@ def run_as_yaml(run: Run) -> str:
 
 def default_name(config: Path, overrides: list[str]) -> str:
     """``quickstart``, or ``quickstart+train.max_steps=5``: one folder for each variation."""
-    silent = ("runs_dir=", "track.", "speed.", *(f"train.{key}=" for key in UNNAMED))
+    silent = ("runs_dir=", "track.", "speed.", "data.cache=", *(f"train.{key}=" for key in UNNAMED))
     parts = [config.stem, *(text for text in overrides if not text.startswith(silent))]
     name = re.sub(r"[^\w.=+,-]+", "_", "+".join(parts), flags=re.ASCII)
     if len(name) > MAX_NAME_LENGTH:

@@ -129,6 +129,11 @@ class Data(Section):
     test_frac: Fraction = Field(
         0.0, description="Share of rows held out for the comparison where `test` names none."
     )
+    cache: bool = Field(
+        True,
+        description="Keep prepared rows in `~/.cache/halfbyte` (or `$HALFBYTE_CACHE`), and start from them"
+        " while rows, settings, tokenizer, template and code are the same. Changes speed, not the result.",
+    )
 
 
 Optimizer = Literal[

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import json
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Data
+from halfbyte.data import cache
 from halfbyte.data.leaks import near_duplicates
 from halfbyte.data.render import IGNORED, Encoded, Renderer
-from halfbyte.data.rows import Row, detect_format, parse_rows
-from halfbyte.data.sources import Table, read_table
+from halfbyte.data.rows import Message, Row, detect_format, parse_rows
+from halfbyte.data.sources import Table, files_sha256, read_table
 from halfbyte.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 NEAR_DUPLICATE = 0.9
 MAX_NAMED_ROWS = 10
@@ -45,7 +53,7 @@ class Prepared:
 
 
 def prepare(data: Data, renderer: Renderer) -> Prepared:
-    """Read, parse, split, check and encode the rows of a config.
+    """Read, parse, split, check and encode the rows of a config, or find them in the cache.
 
     The held-out split goes by a hash of the prompt: it does not depend on the order of the rows,
     and equal prompts fall on the same side.
@@ -54,10 +62,62 @@ def prepare(data: Data, renderer: Renderer) -> Prepared:
         DataError: rows are malformed, too long (``on_overlength: error``), leak from the held-out
             part into training (``on_leak: error``), or nothing is left to train on.
     """
-    main = _read(data, data.train, data.train_split)
-    tables = {"train": main}
-    if data.test is not None:
-        tables["test"] = _read(data, data.test, data.test_split)
+    with _paused_collector():
+        if not data.cache:
+            return _prepare_anew(data, renderer, {})
+        tables: dict[str, Table] = {}
+        digests = _digests(data, tables)
+        key = cache.key_of(data, renderer, digests)
+        found = cache.read(key) if key is not None else None
+        if found is not None:
+            return unpack(found)
+        prepared = _prepare_anew(data, renderer, tables)
+        # Files that were written to meanwhile are not the ones that the key speaks of.
+        if key is not None and digests == _digests(data, tables):
+            cache.write(key, pack(prepared))
+        return prepared
+
+
+@contextmanager
+def _paused_collector() -> Iterator[None]:
+    """Rows are many small objects that stay; Python would look through them time and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _sources(data: Data) -> dict[str, tuple[str, str]]:
+    """Each source and its split."""
+    sources = {"train": (data.train, data.train_split)}
+    return sources if data.test is None else {**sources, "test": (data.test, data.test_split)}
+
+
+def _read(data: Data, source: str, split: str) -> Table:
+    return read_table(source, split=split, subset=data.subset, revision=data.revision)
+
+
+def _digests(data: Data, tables: dict[str, Table]) -> dict[str, str]:
+    """A digest of the rows of each source; ``tables`` gains those that had to be read for it."""
+    digests = {}
+    for name, (source, split) in _sources(data).items():
+        digest = files_sha256(source)
+        if digest is None:
+            if name not in tables:
+                tables[name] = _read(data, source, split)
+            digest = tables[name].fingerprint
+        digests[name] = digest
+    return digests
+
+
+def _prepare_anew(data: Data, renderer: Renderer, known: dict[str, Table]) -> Prepared:
+    tables = {
+        name: known[name] if name in known else _read(data, source, split)
+        for name, (source, split) in _sources(data).items()
+    }
     formats = {
         name: detect_format(table, data.columns) if data.format == "auto" else data.format
         for name, table in tables.items()
@@ -128,10 +188,6 @@ def hash_fraction(prompt: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _read(data: Data, source: str, split: str) -> Table:
-    return read_table(source, split=split, subset=data.subset, revision=data.revision)
-
-
 def _part_of(row: Row, data: Data) -> str:
     point = hash_fraction(row.prompt)
     if point < data.test_frac:
@@ -165,16 +221,8 @@ def _encode_all(
     overlong: list[tuple[Row, int]] = []
     truncated: list[str] = []
     faults: list[str] = []
-    in_training = set(parts["train"])
 
-    def fit(row: Row) -> Encoded | None:
-        try:
-            encoded = renderer.encode_row(row)
-        except DataError as error:
-            faults.append(str(error))
-            return None
-        if row in in_training:
-            full_lengths.append(len(encoded.ids))
+    def fit(row: Row, encoded: Encoded) -> Encoded | None:
         if len(encoded.ids) <= data.max_length:
             return encoded
         if data.on_overlength == "truncate":
@@ -183,7 +231,7 @@ def _encode_all(
                 ids=encoded.ids[: data.max_length],
                 labels=encoded.labels[: data.max_length],
             )
-            if any(label != IGNORED for label in cut.labels):
+            if cut.num_supervised:
                 truncated.append(row.place)
                 return cut
             dropped["no labelled token within max_length"] += 1
@@ -191,7 +239,25 @@ def _encode_all(
         overlong.append((row, len(encoded.ids)))
         return None
 
-    encoded = {name: _examples(rows, fit) for name, rows in parts.items()}
+    # One list, so that texts are tokenised in as few batches as there can be.
+    every = [(name, row) for name, rows in parts.items() for row in rows]
+    examples: dict[str, list[Example]] = {name: [] for name in parts}
+    for (name, row), encoded in zip(every, renderer.try_rows([r for _, r in every]), strict=True):
+        if isinstance(encoded, DataError):
+            faults.append(str(encoded))
+            continue
+        if name == "train":
+            full_lengths.append(len(encoded.ids))
+        fitted = fit(row, encoded)
+        if fitted is not None:
+            examples[name].append(Example(row, fitted))
+    _refuse(faults, overlong, data)
+    if overlong:
+        dropped["longer than max_length"] += len(overlong)
+    return examples, truncated, full_lengths
+
+
+def _refuse(faults: list[str], overlong: list[tuple[Row, int]], data: Data) -> None:
     if faults:
         more = f"\n… and {len(faults) - MAX_NAMED_ROWS} more rows"
         raise DataError(
@@ -204,14 +270,6 @@ def _encode_all(
             f"{len(overlong)} rows are longer than data.max_length {data.max_length}: {named}. Set"
             f" data.max_length={longest}, or data.on_overlength to drop or truncate"
         )
-    if overlong:
-        dropped["longer than max_length"] += len(overlong)
-    return encoded, truncated, full_lengths
-
-
-def _examples(rows: list[Row], fit: Callable[[Row], Encoded | None]) -> list[Example]:
-    fitted = ((row, fit(row)) for row in rows)
-    return [Example(row, encoded) for row, encoded in fitted if encoded is not None]
 
 
 def _close_ledger(
@@ -233,3 +291,71 @@ def _close_ledger(
 def _count_duplicates(examples: list[Example]) -> int:
     counts = Counter(normalised(example.row.prompt) for example in examples)
     return sum(count - 1 for count in counts.values())
+
+
+# --- the form in the cache ---
+
+PARTS = ("train", "validation", "test")
+
+
+def pack(prepared: Prepared) -> dict[str, NDArray[Any]]:
+    """Prepared rows as a few arrays; ``unpack`` gives equal ones back."""
+    import numpy as np
+
+    examples = [example for part in PARTS for example in getattr(prepared, part)]
+    messages: dict[Message, int] = {}
+    rows = [
+        [e.row.place, e.row.text, [messages.setdefault(m, len(messages)) for m in e.row.messages]]
+        for e in examples
+    ]
+    meta = {
+        "counts": [len(getattr(prepared, part)) for part in PARTS],
+        "ledger": prepared.ledger,
+        "formats": prepared.formats,
+        "messages": [[message.role, message.content] for message in messages],
+        "rows": rows,
+    }
+    encoded = [example.encoded for example in examples]
+    ids = np.array(list(chain.from_iterable(e.ids for e in encoded)), dtype=np.uint32)
+    labels = np.array(list(chain.from_iterable(e.labels for e in encoded)), dtype=np.int64)
+    assert np.array_equal(np.where(labels == IGNORED, ids, labels), ids)
+    return {
+        "meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
+        "ids": ids.astype(np.uint16) if ids.max(initial=0) < 1 << 16 else ids,
+        "learnt": np.packbits(labels != IGNORED),
+        "lengths": np.array([len(e.ids) for e in encoded], dtype=np.int64),
+        "changed": np.array([e.changed for e in encoded], dtype=np.uint8),
+        "escaped": np.array([e.escaped for e in encoded], dtype=np.uint8),
+        "full_lengths": np.array(prepared.full_lengths, dtype=np.int64),
+    }
+
+
+def unpack(arrays: dict[str, NDArray[Any]]) -> Prepared:
+    """The prepared rows that ``pack`` was given."""
+    import numpy as np
+
+    meta = json.loads(arrays["meta"].tobytes())
+    messages = [Message(role, content) for role, content in meta["messages"]]
+    learnt = np.unpackbits(arrays["learnt"], count=len(arrays["ids"])).astype(bool)
+    # One object for each token of the vocabulary, as numbers beyond 256 would else be one each.
+    ids = np.arange(int(arrays["ids"].max(initial=0)) + 1).astype(object)[arrays["ids"]]
+    labels = np.where(learnt, ids, IGNORED).tolist()
+    ids = ids.tolist()
+    ends = pairwise([0, *np.cumsum(arrays["lengths"]).tolist()])
+    flags = zip(arrays["changed"].astype(bool), arrays["escaped"].astype(bool), strict=True)
+    examples = []
+    for (place, text, numbers), (start, end), (changed, escaped) in zip(
+        meta["rows"], ends, flags, strict=True
+    ):
+        row = Row(place, tuple([messages[number] for number in numbers]), text)
+        encoded = Encoded(place, ids[start:end], labels[start:end], bool(changed), bool(escaped))
+        examples.append(Example(row, encoded))
+    first, second, _ = np.cumsum(meta["counts"]).tolist()
+    return Prepared(
+        examples[:first],
+        examples[first:second],
+        examples[second:],
+        meta["ledger"],
+        meta["formats"],
+        arrays["full_lengths"].tolist(),
+    )

@@ -9,26 +9,26 @@ are tokenised as plain text (issue 2; transformers issue 29279).
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.paths import TEMPLATE_NAMES
 from halfbyte.config.schema import Data
+from halfbyte.data.controls import Controls
+from halfbyte.data.pieces import Pieces, plain_ids
 from halfbyte.data.rows import Message, Row
+from halfbyte.data.shapes import Shapes
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-# Supplementary private use area A: stands in for control strings while the template runs.
-SENTINEL_START = 0xF0000
-SENTINELS = re.compile("[\U000f0000-\U000ffffd]")
+BATCH_ROWS = 8192  # rows whose texts are tokenised together
 PROBE = (
     Message("user", "alpha"),
     Message("assistant", "beta"),
@@ -55,7 +55,17 @@ class Encoded:
     @property
     def num_supervised(self) -> int:
         """Number of labelled tokens."""
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row cut into numbered pieces: stretches of them, and whether each is learnt."""
+
+    place: str
+    parts: list[tuple[list[int], bool]]
+    changed: bool = False
+    escaped: bool = False
 
 
 def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -109,18 +119,22 @@ class Renderer:
         self.loss_on = loss_on
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        self._tokenise = lru_cache(maxsize=65536)(self._tokenise_piece)
         specials = [
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
         specials += [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
-        self._set_controls(specials)
+        self._controls = Controls(specials, tokenizer)
         self.stop_id: int | None = None
         self.eos_id: int | None = tokenizer.eos_token_id
+        plain = tokenizer("x").input_ids
+        bos = tokenizer.bos_token_id
+        self._adds_bos = bos is not None and plain[:1] == [bos]
         if tokenizer.chat_template is not None:
             self._learn_template()
-        plain = tokenizer("x").input_ids
-        self.has_bos = self._has_single_bos(plain)
+        self._shapes = Shapes(
+            tokenizer.chat_template, lambda messages: list(self._texts(messages, "chat template"))
+        )
+        self.has_bos = self._has_single_bos()
 
     @property
     def stop_ids(self) -> list[int]:
@@ -146,41 +160,128 @@ class Renderer:
         Raises:
             DataError: the row cannot be rendered so that it teaches what it says.
         """
-        if row.text is not None:
-            return self._encode_text(row)
-        self._need_template(row.place)
-        messages, table = self._neutralise(row.messages, row.place)
-        text = self._render(messages, row.place)
-        answers = self._answers(messages, text, row.place)
-        ids: list[int] = []
-        labels: list[int] = []
-        for new, supervised in self._parts(text[: answers[-1][1]], answers, table):
-            ids += new
-            labels += new if supervised or self.loss_on == "all" else [IGNORED] * len(new)
-        labels[0] = IGNORED
-        self._check(ids, labels, row.place)
-        changed = any(m.content not in text for m in messages)
-        escaped = any(written in self._controls for written in table.values())
-        return Encoded(row.place, ids, labels, changed=changed, escaped=escaped)
+        return self.encode_rows([row])[0]
+
+    def encode_rows(self, rows: list[Row]) -> list[Encoded]:
+        """``encode_row`` of each row, many times faster: pieces of text are tokenised in batches.
+
+        Raises:
+            DataError: as ``encode_row``, of the first row that cannot be rendered.
+        """
+        encoded = []
+        for found in self.try_rows(rows):
+            if isinstance(found, DataError):
+                raise found
+            encoded.append(found)
+        return encoded
+
+    def try_rows(self, rows: list[Row]) -> Iterator[Encoded | DataError]:
+        """``encode_row`` of each row in turn, or the error that it raises."""
+        for at in range(0, len(rows), BATCH_ROWS):
+            drafts, pieces = self._draft(rows[at : at + BATCH_ROWS])
+            yield from self._finish(drafts, pieces.ids(self.tokenizer))
 
     def encode_prompt(self, messages: tuple[Message, ...], place: str = "prompt") -> list[int]:
         """Ids up to where the assistant's answer begins: the ids that precede it in training."""
         self._need_template(place)
-        neutral, table = self._neutralise(messages, place)
+        neutral, table = self._controls.neutralise(messages, place)
         text = self._render(neutral, place, prompt=True)
-        answers = self._answers(neutral, text, place)
-        return [index for new, _ in self._parts(text, answers, table) for index in new]
+        answers = self._answers(neutral, text, self._prompts(neutral, place), place)
+        pieces = Pieces(self._controls)
+        parts = self._parts(text, answers, table, pieces)
+        ids = pieces.ids(self.tokenizer)
+        return [index for numbers, _ in parts for number in numbers for index in ids[number]]
+
+    # --- rows to pieces, and pieces to ids and labels ---
+
+    def _draft(self, rows: list[Row]) -> tuple[list[_Draft | DataError], Pieces]:
+        pieces = Pieces(self._controls)
+        drafts: list[_Draft | DataError] = []
+        for row in rows:
+            try:
+                draft = self._draft_text if row.text is not None else self._draft_conversation
+                drafts.append(draft(row, pieces))
+            except DataError as error:
+                drafts.append(error)
+        return drafts, pieces
+
+    def _draft_conversation(self, row: Row, pieces: Pieces) -> _Draft:
+        self._need_template(row.place)
+        messages, table = self._controls.neutralise(row.messages, row.place)
+        texts = self._shapes.texts(messages) or self._texts(messages, row.place)
+        text = next(texts)
+        answers = self._answers(messages, text, texts, row.place)
+        parts = self._parts(text[: answers[-1][1]], answers, table, pieces)
+        changed = any(m.content not in text for m in messages)
+        escaped = bool(table) and any(s in self._controls.strings for s in table.values())
+        return _Draft(row.place, parts, changed=changed, escaped=escaped)
+
+    def _draft_text(self, row: Row, pieces: Pieces) -> _Draft:
+        assert row.text is not None
+        found = self._controls.pattern.search(row.text)
+        if found:
+            raise DataError(
+                f"{row.place}: raw text holds the control token {found.group()!r}, as if it were"
+                " already rendered. Use the format messages and let the chat template write it"
+            )
+        bos = [pieces.control(self.tokenizer.bos_token)] if self._adds_bos else []
+        eos = [pieces.control(self.tokenizer.eos_token)] if self.eos_id is not None else []
+        return _Draft(row.place, [([*bos, pieces.text(None, row.text), *eos], True)])
 
     def _parts(
-        self, text: str, answers: list[tuple[int, int]], table: dict[str, str]
-    ) -> Iterator[tuple[list[int], bool]]:
-        """Ids of each stretch of ``text`` and whether it is an answer; cut the same way everywhere."""
+        self,
+        text: str,
+        answers: list[tuple[int, int]],
+        table: dict[str, str],
+        pieces: Pieces,
+    ) -> list[tuple[list[int], bool]]:
+        """Pieces of each stretch of ``text`` and whether it is an answer; cut the same way everywhere."""
+        parts = []
         at = 0
         for start, end in answers:
-            yield self._encode(text[at:start], table, first=at == 0), False
-            yield self._encode(text[start:end], table, first=False), True
+            parts.append((self._cut(text[at:start], table, pieces, first=at == 0), False))
+            parts.append((self._cut(text[start:end], table, pieces, first=False), True))
             at = end
-        yield self._encode(text[at:], table, first=at == 0), False
+        parts.append((self._cut(text[at:], table, pieces, first=at == 0), False))
+        return parts
+
+    def _cut(self, text: str, table: dict[str, str], pieces: Pieces, *, first: bool) -> list[int]:
+        """Numbers of the pieces of ``text``.
+
+        ``first`` marks the beginning of a row, where BOS belongs if the tokenizer adds one.
+        """
+        if first and self._adds_bos and not text.startswith(str(self.tokenizer.bos_token)):
+            text = str(self.tokenizer.bos_token) + text
+        return pieces.cut(text, table, None if first else self._stop)
+
+    def _finish(
+        self, drafts: list[_Draft | DataError], piece_ids: list[list[int]]
+    ) -> Iterator[Encoded | DataError]:
+        for draft in drafts:
+            if isinstance(draft, DataError):
+                yield draft
+                continue
+            ids: list[int] = []
+            labels: list[int] = []
+            for numbers, supervised in draft.parts:
+                new = list(chain.from_iterable([piece_ids[number] for number in numbers]))
+                ids += new
+                labels += new if supervised or self.loss_on == "all" else [IGNORED] * len(new)
+            labels[:1] = [IGNORED]
+            fault = self._fault(ids, labels, draft.place)
+            yield fault or Encoded(
+                draft.place, ids, labels, changed=draft.changed, escaped=draft.escaped
+            )
+
+    def _fault(self, ids: list[int], labels: list[int], place: str) -> DataError | None:
+        if self.has_bos and (ids[0] != self.tokenizer.bos_token_id or ids.count(ids[0]) != 1):
+            return DataError(
+                f"{place}: {ids.count(self.tokenizer.bos_token_id)} BOS tokens; exactly one is right,"
+                " at the start"
+            )
+        if labels.count(IGNORED) == len(labels):
+            return DataError(f"{place}: no token carries a label: there is nothing to learn")
+        return None
 
     def decode(self, ids: list[int]) -> str:
         """Text of generated ids, control tokens left out."""
@@ -205,9 +306,10 @@ class Renderer:
             # Gemma lists runs of newlines among its added tokens; they are text all the same.
             if str(token).strip() and str(token) in text and index in self._plain_ids(text)
         }
-        self._set_controls([*self._controls, *(str(token) for token in used)])
+        strings = [*self._controls.strings, *(str(token) for token in used)]
+        self._controls = Controls(strings, self.tokenizer)
         after = text[text.index("epsilon zeta") + len("epsilon zeta") :]
-        stop = self._pattern.match(after.lstrip())
+        stop = self._controls.pattern.match(after.lstrip())
         if stop is None:
             raise DataError(
                 f"chat template: an assistant turn ends with {after!r}, which holds no control token"
@@ -216,16 +318,40 @@ class Renderer:
             )
         self._stop = stop.group()
         self.stop_id = self.tokenizer.convert_tokens_to_ids(self._stop)
-        self._answers(PROBE, text, "chat template")
-        if self._encode(text, {}, first=True)[-8:] != self._plain_ids(text)[-8:]:
+        self._answers(PROBE, text, self._prompts(PROBE, "chat template"), "chat template")
+        if self._ids(text)[-8:] != self._plain_ids(text)[-8:]:
             raise DataError(
                 "chat template: this tokenizer splits text differently beside control tokens, so rows"
                 " cannot be put together from parts; it is not supported"
             )
 
     def _plain_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        return plain_ids(self.tokenizer, [text])[0]
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a whole text that the template wrote."""
+        pieces = Pieces(self._controls)
+        numbers = self._cut(text, {}, pieces, first=True)
+        ids = pieces.ids(self.tokenizer)
+        return [index for number in numbers for index in ids[number]]
+
+    def _has_single_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        if bos is None or self.tokenizer.chat_template is None:
+            return self._adds_bos
+        ids = self._ids(self._render(PROBE, "chat template"))
+        return ids[0] == bos and (self._adds_bos or ids.count(bos) == 1)
+
+    def _prompts(self, messages: tuple[Message, ...], place: str) -> Iterator[str]:
+        """The text of the prompt of each answer, rendered as generation would."""
+        for number, message in enumerate(messages):
+            if message.role == "assistant":
+                yield self._render(messages[:number], place, prompt=True)
+
+    def _texts(self, messages: tuple[Message, ...], place: str) -> Iterator[str]:
+        """The text of a conversation, then of the prompt of each of its answers."""
+        yield self._render(messages, place)
+        yield from self._prompts(messages, place)
 
     def _render(self, messages: tuple[Message, ...], place: str, *, prompt: bool = False) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -238,14 +364,12 @@ class Renderer:
         return str(text)
 
     def _answers(
-        self, messages: tuple[Message, ...], text: str, place: str
+        self, messages: tuple[Message, ...], text: str, prompts: Iterator[str], place: str
     ) -> list[tuple[int, int]]:
         """Half-open character spans of the answers in ``text``, each with its stop token."""
         spans = []
-        for number, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            prompt = self._render(messages[:number], place, prompt=True)
+        numbers = (n for n, message in enumerate(messages) if message.role == "assistant")
+        for number, prompt in zip(numbers, prompts, strict=True):
             if not text.startswith(prompt):
                 raise DataError(
                     f"{place}: the chat template renders the conversation differently from the prompt"
@@ -259,125 +383,3 @@ class Renderer:
                 )
             spans.append((len(prompt), stop + len(self._stop)))
         return spans
-
-    # --- control tokens ---
-
-    def _set_controls(self, controls: list[str]) -> None:
-        self._controls = frozenset(controls)
-        longest_first = sorted(self._controls, key=lambda token: (-len(token), token))
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._starts = {token[:size] for token in controls for size in range(1, len(token))}
-        self._ends = {token[size:] for token in controls for size in range(1, len(token))}
-
-    def _neutralise(
-        self, messages: tuple[Message, ...], place: str
-    ) -> tuple[tuple[Message, ...], dict[str, str]]:
-        """Messages with a sentinel for each control string, and what each sentinel stands for.
-
-        The ends of a message are guarded too, where they could complete a control string together
-        with what the template writes next to them.
-        """
-        table: dict[str, str] = {}
-
-        def sentinel(text: str) -> str:
-            for char, known in table.items():
-                if known == text:
-                    return char
-            char = chr(SENTINEL_START + len(table))
-            table[char] = text
-            return char
-
-        neutral = []
-        for message in messages:
-            content = message.content
-            if SENTINELS.search(content):
-                raise DataError(
-                    f"{place}: a {message.role} message holds a private-use character"
-                    " (U+F0000 to U+FFFFD), which halfbyte reserves; remove it"
-                )
-            content = self._pattern.sub(lambda found: sentinel(found.group()), content)
-            size = len(content.rstrip())
-            tail = next((n for n in range(size) if content[n:size] in self._starts), size)
-            if tail < size:
-                content = content[:tail] + sentinel(content[tail:size]) + content[size:]
-            lead = len(content) - len(content.lstrip())
-            head = next(
-                (n for n in range(len(content), lead, -1) if content[lead:n] in self._ends), lead
-            )
-            if head > lead:
-                content = content[:lead] + sentinel(content[lead:head]) + content[head:]
-            neutral.append(Message(message.role, content))
-        return tuple(neutral), table
-
-    # --- text to ids ---
-
-    def _encode(self, text: str, table: dict[str, str], *, first: bool) -> list[int]:
-        """Ids of template text: control tokens as themselves, everything else as plain text.
-
-        ``first`` marks the beginning of a row, where BOS belongs if the tokenizer adds one.
-        """
-        ids: list[int] = []
-        if first and self._adds_bos() and not text.startswith(str(self.tokenizer.bos_token)):
-            text = str(self.tokenizer.bos_token) + text
-        at = 0
-        anchor = None if first else self._stop
-        for found in self._pattern.finditer(text):
-            ids += self._encode_plain(text[at : found.start()], table, anchor)
-            ids.append(self.tokenizer.convert_tokens_to_ids(found.group()))
-            anchor = found.group()
-            at = found.end()
-        return ids + self._encode_plain(text[at:], table, anchor)
-
-    def _encode_plain(self, text: str, table: dict[str, str], anchor: str | None) -> list[int]:
-        """Ids of text without control tokens; ``anchor`` is the control token before it."""
-        if not text:
-            return []
-        if table:
-            text = SENTINELS.sub(lambda found: table[found.group()], text)
-        ids: list[int] = []
-        at = 0
-        # Cut each control string behind its first character: no part of it is one any more.
-        for found in self._pattern.finditer(text):
-            ids += self._tokenise(anchor, text[at : found.start() + 1])
-            at = found.start() + 1
-        return ids + list(self._tokenise(anchor, text[at:]))
-
-    def _tokenise_piece(self, anchor: str | None, text: str) -> tuple[int, ...]:
-        # Behind an anchor, tokenizers that mark the beginning of a text do not mark this one.
-        ids = self._plain_ids((anchor or "") + text)
-        return tuple(ids[1:] if anchor else ids)
-
-    def _adds_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer("x").input_ids[:1] == [bos]
-
-    def _has_single_bos(self, plain: list[int]) -> bool:
-        bos = self.tokenizer.bos_token_id
-        if bos is None or self.tokenizer.chat_template is None:
-            return bos is not None and plain[:1] == [bos]
-        ids = self._encode(self._render(PROBE, "chat template"), {}, first=True)
-        return ids[0] == bos and (self._adds_bos() or ids.count(bos) == 1)
-
-    def _encode_text(self, row: Row) -> Encoded:
-        assert row.text is not None
-        found = self._pattern.search(row.text)
-        if found:
-            raise DataError(
-                f"{row.place}: raw text holds the control token {found.group()!r}, as if it were"
-                " already rendered. Use the format messages and let the chat template write it"
-            )
-        bos = [self.tokenizer.bos_token_id] if self._adds_bos() else []
-        eos = [self.eos_id] if self.eos_id is not None else []
-        ids = bos + list(self._tokenise(None, row.text)) + eos
-        labels = [IGNORED, *ids[1:]]
-        self._check(ids, labels, row.place)
-        return Encoded(row.place, ids, labels)
-
-    def _check(self, ids: list[int], labels: list[int], place: str) -> None:
-        if self.has_bos and (ids[0] != self.tokenizer.bos_token_id or ids.count(ids[0]) != 1):
-            raise DataError(
-                f"{place}: {ids.count(self.tokenizer.bos_token_id)} BOS tokens; exactly one is right,"
-                " at the start"
-            )
-        if all(label == IGNORED for label in labels):
-            raise DataError(f"{place}: no token carries a label: there is nothing to learn")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from halfbyte.data.sources import Table
 from halfbyte.errors import DataError
+
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def _text_of(place: str, column: str, value: Any) -> str:
         raise DataError(f"{place}: {column} is {came}; text is expected")
     if not value.strip():
         raise DataError(f"{place}: {column} is blank; text is expected")
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if SURROGATES.search(value):
         raise DataError(f"{place}: {column} holds half a surrogate pair, which is no Unicode text")
     return value
 

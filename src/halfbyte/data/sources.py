@@ -52,9 +52,26 @@ def read_table(
     if not rows:
         raise DataError(f"{source}: holds no rows")
     digest = hashlib.sha256()
+    encode = json.JSONEncoder(sort_keys=True, default=str).encode
     for row in rows:
-        digest.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
+        digest.update(encode(row.values).encode() + b"\n")
     return Table(source, rows, digest.hexdigest())
+
+
+def files_sha256(source: str) -> str | None:
+    """Sha256 of the names and bytes of a local source's files; None for a Hub dataset.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    if not Path(source).is_absolute():
+        return None
+    digest = hashlib.sha256()
+    for file in _files(Path(source)):
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file}\n{found}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _files(path: Path) -> list[Path]:

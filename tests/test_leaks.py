@@ -1,0 +1,62 @@
+"""Near duplicates: buckets are crc32 of shingles, and nothing that is similar is passed over."""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+import pytest
+
+from halfbyte.data.leaks import COMMON_FRAC, NUM_BUCKETS, SHINGLE, near_duplicates
+
+WORDS = ["chest", "pain", "exertion", "fever", "night", "left", "right", "since", "no", "arm", "of"]
+CHARS = ["a", "b", "c", "x", "é", "東", "😀", "\ud800", " ", "I", "ß", "İ"]
+
+
+def buckets(text: str) -> set[int]:
+    padded = f" {' '.join(text.casefold().split())} "
+    shingles = {padded[k : k + SHINGLE] for k in range(max(1, len(padded) - SHINGLE + 1))}
+    return {zlib.crc32(s.encode("utf-8", "replace")) % NUM_BUCKETS for s in shingles}
+
+
+def every_pair(
+    train: list[str], held_out: list[str], threshold: float
+) -> list[tuple[int, int, float]]:
+    """The definition: each pair by itself, the most similar first."""
+    sets = [buckets(text) for text in (*train, *held_out)]
+    if len(sets) >= 20:
+        rare = {b for b in set.union(*sets) if sum(b in s for s in sets) / len(sets) <= COMMON_FRAC}
+        sets = [found & rare for found in sets]
+    pairs = []
+    for i, one in enumerate(sets[: len(train)]):
+        for j, other in enumerate(sets[len(train) :]):
+            if one & other:
+                pairs.append((i, j, len(one & other) / len(one | other)))
+    return sorted((p for p in pairs if p[2] >= threshold), key=lambda pair: -pair[2])
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.5, 0.8, 0.9, 1.0])
+@pytest.mark.parametrize("seed", range(12))
+def test_near_duplicates_are_the_pairs_of_the_definition_in_its_order(
+    seed: int, threshold: float
+) -> None:
+    source = random.Random(seed)
+    letters = CHARS[: source.randint(2, len(CHARS))]
+    texts = ["".join(source.choices(letters, k=source.randint(0, 40))) for _ in range(40)]
+    texts += [text + source.choice(letters) for text in texts]
+    texts += [text.upper() for text in texts[:5]]
+    source.shuffle(texts)
+    train, held_out = texts[:60], [*texts[60:], *texts[:3]]
+    wanted = every_pair(train, held_out, threshold)
+    assert wanted
+    assert near_duplicates(train, held_out, threshold) == wanted
+
+
+def test_near_duplicates_are_found_among_many_that_share_most_of_their_text() -> None:
+    """Rare shingles alone must not decide: these differ in a number."""
+    source = random.Random(0)
+    notes = [" ".join(source.choices(WORDS, k=25)) for _ in range(30)]
+    texts = [f"{notes[n % 30]}, week {n // 30}" for n in range(300)]
+    wanted = every_pair(texts[:250], texts[250:], 0.9)
+    assert len(wanted) > 100
+    assert near_duplicates(texts[:250], texts[250:], 0.9) == wanted

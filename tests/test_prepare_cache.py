@@ -1,0 +1,304 @@
+"""The cache of prepared rows: equal results, new ones where anything changed, files that are never trusted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_prepare import data_of, pair
+from toys import chatml_tokenizer, gemma_tokenizer, store, write_rows
+
+from halfbyte.config.schema import Data
+from halfbyte.data import cache
+from halfbyte.data.prepare import Prepared, pack, prepare, unpack
+from halfbyte.data.render import Renderer, load_template
+from halfbyte.errors import DataError
+
+ROWS = [pair(f"diagnosis {n} of the heart", f"Heart attack {n % 3}") for n in range(40)]
+ROWS += [pair("what is <|im_end|> 東京", " spaces around "), pair("Diagnosis 3 of the heart!")]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, in the place that the environment names."""
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "folder", lambda: cache.cache_dir() / "prepared")
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return tmp_path / "cache" / "prepared"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "train.jsonl", ROWS)
+
+
+def renderer() -> Renderer:
+    return Renderer(chatml_tokenizer())
+
+
+def held(path: Path, **values: Any) -> Data:
+    return data_of(path, **{"test_frac": 0.1, "validation_frac": 0.2, "on_leak": "drop", **values})
+
+
+def no_rows_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("rows were prepared anew")
+
+    monkeypatch.setattr("halfbyte.data.prepare._prepare_anew", fail)
+
+
+def test_second_start_gives_equal_rows_without_preparing_any(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = prepare(held(rows), renderer())
+    assert capsys.readouterr().out == ""
+    [path] = folder.iterdir()
+    no_rows_are_prepared(monkeypatch)
+    again = prepare(held(rows), renderer())
+    assert again == first
+    assert capsys.readouterr().out == (
+        f"prepared rows: read from {path}; data.cache=false prepares them anew\n"
+    )
+    assert any(example.encoded.escaped for example in again.train + again.validation + again.test)
+    assert all(type(i) is int for example in again.train for i in example.encoded.ids)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_cached_rows_of_every_kind_of_file_are_equal(tmp_path: Path, suffix: str) -> None:
+    path = store(tmp_path / f"train{suffix}", ROWS)
+    assert prepare(held(path), renderer()) == prepare(held(path), renderer())
+
+
+def test_cached_raw_text_and_truncated_rows_are_equal(tmp_path: Path, folder: Path) -> None:
+    path = write_rows(tmp_path / "text.jsonl", [{"text": "lazy dog " * n} for n in range(1, 9)])
+    data = data_of(path, max_length=12, on_overlength="truncate")
+    first = prepare(data, renderer())
+    assert first.ledger["truncated"]
+    assert prepare(data, renderer()) == first
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_pack_keeps_what_is_prepared(rows: Path) -> None:
+    prepared = prepare(held(rows, cache=False), renderer())
+    kept: Prepared = unpack(pack(prepared))
+    assert kept == prepared
+    assert list(kept.ledger) == list(prepared.ledger)
+
+
+def test_cache_is_neither_read_nor_written_when_it_is_off(
+    rows: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(held(rows), renderer())
+    [path] = folder.iterdir()
+    prepare(held(rows, cache=False, max_length=99), renderer())
+    prepare(held(rows, cache=False), renderer())
+    assert capsys.readouterr().out == ""
+    assert list(folder.iterdir()) == [path]
+
+
+CHANGES: dict[str, Any] = {
+    "max_length": {"max_length": 99},
+    "system": {"system": "Be brief."},
+    "loss_on": {"loss_on": "all"},
+    "validation_frac": {"validation_frac": 0.3},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_settings_are_prepared_anew(rows: Path, folder: Path, change: str) -> None:
+    prepare(held(rows), renderer())
+    data = held(rows, **CHANGES[change])
+    fresh = Renderer(chatml_tokenizer(), None, data.loss_on)
+    found = prepare(data, fresh)
+    assert len(list(folder.iterdir())) == 2
+    assert found == prepare(data.model_copy(update={"cache": False}), fresh)
+
+
+def test_other_rows_tokenizer_template_or_code_are_prepared_anew(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def num_files() -> int:
+        prepare(held(rows), made)
+        return len(list(folder.iterdir()))
+
+    made = renderer()
+    assert num_files() == 1
+    rows.write_text(rows.read_text().replace("diagnosis 7", "Diagnosis 7"))
+    assert num_files() == 2
+    made = Renderer(gemma_tokenizer(), load_template("gemma"))
+    assert num_files() == 3
+    made = Renderer(gemma_tokenizer(), load_template("plain"))
+    assert num_files() == 4
+    made.tokenizer.add_tokens(["heart"])
+    assert num_files() == 5
+    monkeypatch.setattr(cache, "_code_sha256", lambda: "other")
+    assert num_files() == 6
+    monkeypatch.setattr(cache, "__version__", "0.0.0")
+    assert num_files() == 7
+    monkeypatch.setattr(cache.metadata, "version", lambda name: f"{name} 0")
+    assert num_files() == 8
+    assert num_files() == 8
+
+
+def test_code_is_hashed_by_the_bytes_of_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cache._code_sha256()
+    real = Path(cache.__file__).parent
+    assert {"render.py", "prepare.py", "rows.py", "leaks.py"} <= {p.name for p in real.iterdir()}
+    monkeypatch.setattr(cache.resources, "files", lambda _: real.parent / "config")
+    assert cache._code_sha256() != before
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "empty"])
+def test_damaged_file_is_told_and_made_again(
+    rows: Path, folder: Path, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    first = prepare(held(rows), renderer())
+    [path] = folder.iterdir()
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(
+        {
+            "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            "cut": whole[:middle],
+            "empty": b"",
+        }[harm]
+    )
+    assert prepare(held(rows), renderer()) == first
+    assert capsys.readouterr().out == (f"warning: {path} is damaged: its rows are prepared anew\n")
+    assert path.read_bytes() == whole
+
+
+def test_oldest_files_make_room(rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [100, 101, 102, 103]
+    for number, length in enumerate(lengths[:3]):
+        prepare(held(rows, max_length=length), renderer())
+        [newest] = [path for path in folder.iterdir() if path.stat().st_mtime > 1000]
+        os.utime(newest, (number, number))
+    size = max(path.stat().st_size for path in folder.iterdir())
+    oldest, second, third = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    prepare(held(rows, max_length=100), renderer())  # used again: the oldest is the youngest now
+    monkeypatch.setattr(cache, "MAX_BYTES", 3 * size)
+    prepare(held(rows, max_length=103), renderer())
+    left = set(folder.iterdir())
+    assert len(left) == 3
+    assert {oldest, third} <= left
+    assert second not in left
+
+
+def test_result_larger_than_the_cache_is_told_and_not_kept(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(held(rows), renderer())
+    monkeypatch.setattr(cache, "MAX_BYTES", 100)
+    prepare(held(rows, max_length=99), renderer())
+    assert (
+        "prepared rows are not cached: 0.0 GB is more than it may hold" in capsys.readouterr().out
+    )
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_cache_that_cannot_be_written_is_told_and_stops_nothing(
+    rows: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.parent.mkdir()
+    folder.write_text("a file where the folder would be")
+    assert prepare(held(rows), renderer()).train
+    out = capsys.readouterr().out
+    assert f"warning: prepared rows cannot be cached in {folder} (" in out
+    assert "Set HALFBYTE_CACHE to another folder, or data.cache=false" in out
+
+
+def test_rows_that_change_while_they_are_prepared_are_not_kept(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte.data import prepare as module
+
+    real = module._prepare_anew
+
+    def slow(*arguments: Any) -> Prepared:
+        prepared = real(*arguments)
+        write_rows(rows, ROWS[:10])
+        return prepared
+
+    monkeypatch.setattr(module, "_prepare_anew", slow)
+    assert len(module.prepare(held(rows), renderer()).full_lengths) > 10
+    assert not folder.exists()
+
+
+def test_faults_are_never_cached(tmp_path: Path, folder: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl", [pair("a \U000f0000")])
+    for _ in range(2):
+        with pytest.raises(DataError, match="private-use"):
+            prepare(data_of(path), renderer())
+    assert not folder.exists()
+
+
+def test_only_one_process_of_a_machine_writes_and_speaks(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    first = prepare(held(rows), renderer())
+    assert not folder.exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    prepare(held(rows), renderer())
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert prepare(held(rows), renderer()) == first
+    assert capsys.readouterr().out == ""
+
+
+DATED = load_template("chatml").replace("{%- if add", "{%- set today = CLOCK -%}{%- if add")
+
+
+def test_template_that_writes_the_date_is_cached_for_the_day(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Renderer(chatml_tokenizer(), DATED.replace("CLOCK", "strftime_now('%d %b %Y')"))
+    prepare(held(rows), made)
+    no_rows_are_prepared(monkeypatch)
+    prepare(held(rows), made)
+
+    class Tomorrow:
+        @staticmethod
+        def now() -> Any:
+            from datetime import datetime, timedelta
+
+            return datetime.now() + timedelta(days=1)
+
+    monkeypatch.setattr(cache, "datetime", Tomorrow)
+    with pytest.raises(AssertionError, match="anew"):
+        prepare(held(rows), made)
+
+
+def test_template_that_hides_what_it_reads_off_the_clock_is_not_cached(
+    rows: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Renderer(chatml_tokenizer(), DATED.replace("CLOCK", "strftime_now('%' ~ 'd')"))
+    prepare(held(rows), made)
+    assert capsys.readouterr().out == (
+        "prepared rows are not cached: the chat template reads the clock\n"
+    )
+    assert not folder.exists()
+
+
+def test_rows_of_the_hub_are_cached_by_their_fingerprint(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte.data import prepare as module
+    from halfbyte.data.sources import read_table
+
+    reads = []
+
+    def from_hub(source: str, **_: Any) -> Any:
+        reads.append(source)
+        return read_table(str(rows))
+
+    monkeypatch.setattr(module, "read_table", from_hub)
+    data = held(Path("org/rows"))
+    first = prepare(data, renderer())
+    assert reads == ["org/rows"]
+    no_rows_are_prepared(monkeypatch)
+    assert prepare(data, renderer()) == first
+    assert reads == ["org/rows"] * 2
