@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from halfbyte.data import cache
 from halfbyte.data.prepare import Prepared, pack, prepare, unpack
 from halfbyte.data.render import Renderer, load_template
 from halfbyte.errors import DataError
+from halfbyte.run_dir import cache_dir
 
 ROWS = [pair(f"diagnosis {n} of the heart", f"Heart attack {n % 3}") for n in range(40)]
 ROWS += [pair("what is <|im_end|> 東京", " spaces around "), pair("Diagnosis 3 of the heart!")]
@@ -24,7 +26,7 @@ ROWS += [pair("what is <|im_end|> 東京", " spaces around "), pair("Diagnosis 3
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, in the place that the environment names."""
     monkeypatch.undo()
-    monkeypatch.setattr(cache, "folder", lambda: cache.cache_dir() / "prepared")
+    monkeypatch.setattr(cache, "folder", lambda: cache_dir() / "prepared")
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return tmp_path / "cache" / "prepared"
@@ -56,6 +58,7 @@ def test_second_start_gives_equal_rows_without_preparing_any(
     first = prepare(held(rows), renderer())
     assert capsys.readouterr().out == ""
     [path] = folder.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
     no_rows_are_prepared(monkeypatch)
     again = prepare(held(rows), renderer())
     assert again == first
@@ -138,7 +141,7 @@ def test_other_rows_tokenizer_template_or_code_are_prepared_anew(
     assert num_files() == 6
     monkeypatch.setattr(cache, "__version__", "0.0.0")
     assert num_files() == 7
-    monkeypatch.setattr(cache.metadata, "version", lambda name: f"{name} 0")
+    monkeypatch.setattr(metadata, "version", lambda name: f"{name} 0")
     assert num_files() == 8
     assert num_files() == 8
 
@@ -147,7 +150,7 @@ def test_code_is_hashed_by_the_bytes_of_the_modules(monkeypatch: pytest.MonkeyPa
     before = cache._code_sha256()
     real = Path(cache.__file__).parent
     assert {"render.py", "prepare.py", "rows.py", "leaks.py"} <= {p.name for p in real.iterdir()}
-    monkeypatch.setattr(cache.resources, "files", lambda _: real.parent / "config")
+    monkeypatch.setattr(resources, "files", lambda _: real.parent / "config")
     assert cache._code_sha256() != before
 
 

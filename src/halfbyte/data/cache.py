@@ -114,7 +114,8 @@ def write(key: str, arrays: dict[str, NDArray[np.generic]]) -> None:
         return
     path = _path(key)
     try:
-        write_bytes(path, hashlib.sha256(payload).digest() + payload)
+        # Rows may be confidential; a shared machine need not see them.
+        write_bytes(path, hashlib.sha256(payload).digest() + payload, mode=0o600)
         _make_room(path)
     except OSError as error:
         _say(
