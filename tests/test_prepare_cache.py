@@ -56,13 +56,13 @@ def test_second_start_gives_equal_rows_without_preparing_any(
     rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = prepare(held(rows), renderer())
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     [path] = folder.iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
     no_rows_are_prepared(monkeypatch)
     again = prepare(held(rows), renderer())
     assert again == first
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().err == (
         f"prepared rows: read from {path}; data.cache=false prepares them anew\n"
     )
     assert any(example.encoded.escaped for example in again.train + again.validation + again.test)
@@ -98,7 +98,7 @@ def test_cache_is_neither_read_nor_written_when_it_is_off(
     [path] = folder.iterdir()
     prepare(held(rows, cache=False, max_length=99), renderer())
     prepare(held(rows, cache=False), renderer())
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     assert list(folder.iterdir()) == [path]
 
 
@@ -170,7 +170,7 @@ def test_damaged_file_is_told_and_made_again(
         }[harm]
     )
     assert prepare(held(rows), renderer()) == first
-    assert capsys.readouterr().out == (f"warning: {path} is damaged: its rows are prepared anew\n")
+    assert capsys.readouterr().err == (f"warning: {path} is damaged: its rows are prepared anew\n")
     assert path.read_bytes() == whole
 
 
@@ -198,7 +198,7 @@ def test_result_larger_than_the_cache_is_told_and_not_kept(
     monkeypatch.setattr(cache, "MAX_BYTES", 100)
     prepare(held(rows, max_length=99), renderer())
     assert (
-        "prepared rows are not cached: 0.0 GB is more than it may hold" in capsys.readouterr().out
+        "prepared rows are not cached: 0.0 GB is more than it may hold" in capsys.readouterr().err
     )
     assert len(list(folder.iterdir())) == 1
 
@@ -209,9 +209,9 @@ def test_cache_that_cannot_be_written_is_told_and_stops_nothing(
     folder.parent.mkdir()
     folder.write_text("a file where the folder would be")
     assert prepare(held(rows), renderer()).train
-    out = capsys.readouterr().out
-    assert f"warning: prepared rows cannot be cached in {folder} (" in out
-    assert "Set HALFBYTE_CACHE to another folder, or data.cache=false" in out
+    told = capsys.readouterr().err
+    assert f"warning: prepared rows cannot be cached in {folder} (" in told
+    assert "Set HALFBYTE_CACHE to another folder, or data.cache=false" in told
 
 
 def test_rows_that_change_while_they_are_prepared_are_not_kept(
@@ -249,7 +249,7 @@ def test_only_one_process_of_a_machine_writes_and_speaks(
     prepare(held(rows), renderer())
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert prepare(held(rows), renderer()) == first
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 DATED = load_template("chatml").replace("{%- if add", "{%- set today = CLOCK -%}{%- if add")
@@ -280,7 +280,7 @@ def test_template_that_hides_what_it_reads_off_the_clock_is_not_cached(
 ) -> None:
     made = Renderer(chatml_tokenizer(), DATED.replace("CLOCK", "strftime_now('%' ~ 'd')"))
     prepare(held(rows), made)
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().err == (
         "prepared rows are not cached: the chat template reads the clock\n"
     )
     assert not folder.exists()

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import sys
 from datetime import datetime
 from importlib import metadata, resources
 from pathlib import Path
@@ -158,5 +159,6 @@ def _clock(template: str | None) -> list[str] | None:
 
 
 def _say(line: str) -> None:
+    # Beside what a script prints, which may be JSON.
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line)
+        print(line, file=sys.stderr)

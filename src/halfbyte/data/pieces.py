@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from halfbyte.data.controls import SENTINELS, Controls
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 # Fewer texts than this are not worth waking threads for.
 MANY = 512
+CALL_TEXTS = 1024  # what a call returns is many times larger than its ids
 
 
 class Pieces:
@@ -83,9 +85,9 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     # Leaves the Rust tokenizer without padding and truncation, which earlier calls may have set.
     tokenizer("x", add_special_tokens=False)
     encode = tokenizer.backend_tokenizer.encode_batch_fast
-    if len(texts) < MANY:
-        encodings = encode(texts, add_special_tokens=False)
-    else:
-        with parallel_tokenisers():
-            encodings = encode(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    ids: list[list[int]] = []
+    with parallel_tokenisers() if len(texts) >= MANY else nullcontext():
+        for at in range(0, len(texts), CALL_TEXTS):
+            found = encode(texts[at : at + CALL_TEXTS], add_special_tokens=False)
+            ids += [encoding.ids for encoding in found]
+    return ids

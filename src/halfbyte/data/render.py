@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-BATCH_ROWS = 8192  # rows whose texts are tokenised together
+BATCH_ROWS = 1 << 16  # rows whose texts are tokenised together, each text once
 PROBE = (
     Message("user", "alpha"),
     Message("assistant", "beta"),
