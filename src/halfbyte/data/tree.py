@@ -3,7 +3,8 @@
 Rows of one domain begin alike: template, system prompt, instruction. In a causal model equal beginnings
 have equal states, so that a prefix computed once serves every row that begins with it. The rows of a
 pass form a prefix tree; its nodes lie one behind the other, each before its descendants. A token attends
-to its node up to itself and to the nodes above. The loss of a step is a sum over labelled tokens, so
+to its node up to itself and to the nodes above. From the last label on a row is not read: nothing there
+predicts anything. The loss of a step is a sum over labelled tokens, so
 that rows may be put together in any way.
 """
 
@@ -55,7 +56,7 @@ class Layout:
         ids: the T tokens of the pass.
         positions: of each in its rows.
         nodes: the tree, each before its descendants.
-        paths: for each row the places of its tokens in the pass.
+        paths: for each row the places of the tokens that are read of it.
         sources: for each of N predictions the place of the token that makes it.
         targets: the token that it is to predict.
         counts: in how many rows it is labelled.
@@ -80,9 +81,17 @@ class Layout:
         object.__setattr__(self, "num_tokens", sum(len(ids) for ids, _ in self.rows))
 
 
+def read_part(row: Tokens) -> list[int]:
+    """The ids that must be read for a row's predictions: those before its last label."""
+    ids, labels = row
+    last = next((i for i in range(len(labels) - 1, 0, -1) if labels[i] != IGNORED), 1)
+    return ids[:last]
+
+
 def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Layout:
     """The pass over ``rows``; ``share`` computes common prefixes once."""
-    order = sorted(range(len(rows)), key=lambda row: rows[row][0]) if share else range(len(rows))
+    read = [read_part(row) for row in rows]
+    order = sorted(range(len(rows)), key=read.__getitem__) if share else range(len(rows))
     ids: list[int] = []
     positions: list[int] = []
     spans: list[tuple[int, int, int, int]] = []  # start, end, position, parent
@@ -93,7 +102,7 @@ def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Lay
         if begin == end:
             return parent
         start = len(ids)
-        ids.extend(rows[members[0]][0][begin:end])
+        ids.extend(read[members[0]][begin:end])
         positions.extend(range(begin, end))
         spans.append((start, len(ids), begin, parent))
         for row in members:
@@ -101,13 +110,13 @@ def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Lay
         return len(spans) - 1
 
     if share:
-        common = [0, *(_common(rows[a][0], rows[b][0]) for a, b in itertools.pairwise(order))]
+        common = [0, *(_common(read[a], read[b]) for a, b in itertools.pairwise(order))]
         waiting = [(0, len(rows), 0, -1)]
         while waiting:
             first, last, depth, parent = waiting.pop()
             members = order[first:last]
             if len(members) == 1:
-                place(members, depth, len(rows[members[0]][0]), parent)
+                place(members, depth, len(read[members[0]]), parent)
                 continue
             shared = min(common[first + 1 : last])
             if _saved_tokens(len(members), shared - depth):
@@ -116,12 +125,13 @@ def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Lay
             waiting += [(a, b, depth, parent) for a, b in reversed([*itertools.pairwise(cuts)])]
     else:
         for row in order:
-            place([row], 0, len(rows[row][0]), -1)
+            place([row], 0, len(read[row]), -1)
     return _score(rows, ids, positions, _nodes(spans), paths, padded)
 
 
 def one_stem(lengths: Sequence[int], shared: int) -> tuple[Node, ...]:
-    """The tree of rows that begin with the same ``shared`` tokens and go on each by itself."""
+    """The tree of rows that begin with the same ``shared`` tokens and end with a label."""
+    lengths = [max(1, length - 1) for length in lengths]  # which is not read
     pays = _saved_tokens(len(lengths), shared)
     spans = [(0, shared, 0, -1)] if pays else []
     start, depth = (shared, shared) if pays else (0, 0)
@@ -192,10 +202,11 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 
 def pass_tokens(rows: Sequence[Tokens], num_rows: int, *, share: bool, padded: bool = False) -> int:
     """The most tokens that a pass over any ``num_rows`` of these rows can have."""
-    longest = sorted((len(ids) for ids, _ in rows), reverse=True)[:num_rows]
+    read = [row[0] if padded else read_part(row) for row in rows]
+    longest = sorted(map(len, read), reverse=True)[:num_rows]
     if padded:
         return longest[0] * len(longest)
-    shared = common_prefix([ids for ids, _ in rows]) if share else 0
+    shared = common_prefix(read) if share else 0
     return sum(longest) - _saved_tokens(len(longest), shared)
 
 
@@ -206,13 +217,14 @@ def cut_step(
 
     A row longer than ``max_tokens`` has a pass of its own.
     """
+    read = [row[0] if padded else read_part(row) for row in rows]
     order = list(range(len(rows)))
     if padded or share:
-        order.sort(key=lambda row: len(rows[row][0]) if padded else rows[row][0])
-    lengths = [len(rows[row][0]) for row in order]
+        order.sort(key=lambda row: len(read[row]) if padded else read[row])
+    lengths = [len(read[row]) for row in order]
     common = [0] * len(order)
     if share and not padded:
-        common[1:] = [_common(rows[a][0], rows[b][0]) for a, b in itertools.pairwise(order)]
+        common[1:] = [_common(read[a], read[b]) for a, b in itertools.pairwise(order)]
 
     def tokens(num_rows: int, total: int, shared: int, last: int) -> int:
         if padded:  # sorted: the last row is the longest

@@ -1,8 +1,9 @@
 """Owns the fused LoRA linear: frozen layers that read the same input, with their LoRA, in one function.
 
 For W frozen, y = x Wᵀ + s (x Aᵀ) Bᵀ. What PEFT computes with clone, scale and add over whole outputs is
-added by the matrix product itself; x is kept once, x Aᵀ (T, r) beside it; the gradient of x is summed in
-place over all layers that read it. W is unpacked for each product and never kept.
+added by the matrix product itself; x Aᵀ (T, r) is kept, and x once, or not even x where it can be made
+again from what is kept anyway; the gradient of x is summed in place over all layers that read it. W is
+unpacked for each product and never kept.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,21 +24,59 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ADAPTER = "default"
 
 
+class Recipe(Protocol):
+    """How a tensor was made from others, so that it can be made again instead of kept."""
+
+    def make(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The tensor, from its inputs."""
+        ...
+
+    def pull(self, gradient: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradients of the inputs."""
+        ...
+
+
+class Plain:
+    """The recipe of a tensor that is its own input."""
+
+    def make(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The input."""
+        return inputs[0]
+
+    def pull(self, gradient: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Its gradient."""
+        return (gradient,)
+
+
+def made_by(tensor: torch.Tensor, recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
+    """The same tensor, knowing its recipe: a ``FusedLora`` that reads it keeps its inputs instead."""
+    tensor.recipe = (recipe, inputs)  # type: ignore[attr-defined]
+    return tensor
+
+
 class FusedLora(torch.autograd.Function):
     """Several frozen linear layers with their LoRA on one input."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layers: list[Any], *factors: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        layers: list[Any],
+        recipe: Recipe,
+        num_inputs: int,
+        *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Outputs (…, out) of each layer.
 
         Args:
             ctx: autograd's context.
-            x: (…, in) in the dtype of the products.
+            x: (…, in), without a gradient of its own, in the dtype of the products.
             layers: PEFT's LoRA layers.
-            factors: A (r, in) and B (out, r) of each, in turn.
+            recipe: how x was made.
+            num_inputs: from how many tensors.
+            tensors: these, and then A (r, in) and B (out, r) of each layer.
         """
+        factors = tensors[num_inputs:]
         rows = x.reshape(-1, x.shape[-1])
         downs = [a.to(x.dtype) for a in factors[::2]]
         narrow = rows @ torch.cat(downs).T
@@ -50,38 +89,43 @@ class FusedLora(torch.autograd.Function):
                 y += base.bias
             y.addmm_(part, up.to(x.dtype).T, alpha=layer.scaling[ADAPTER])
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(rows, narrow, *factors)
-        ctx.layers, ctx.shape = layers, x.shape
+        ctx.save_for_backward(narrow, *tensors)
+        ctx.layers, ctx.recipe, ctx.num_inputs = layers, recipe, num_inputs
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x and of each A and B."""
-        rows, narrow, *factors = ctx.saved_tensors
-        dtype = rows.dtype
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs and of each A and B."""
+        narrow, *tensors = ctx.saved_tensors
+        inputs, factors = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
         downs, ups = factors[::2], factors[1::2]
         sizes = [a.shape[0] for a in downs]
-        parts = torch.split(narrow, sizes, dim=1)
+        needed = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
         pushed = torch.empty_like(narrow)
         for_x: torch.Tensor | None = None
         for_ups = []
-        pushes = torch.split(pushed, sizes, dim=1)
-        given = zip(ctx.layers, gradients, ups, parts, pushes, strict=True)
-        for layer, gradient, up, part, push in given:
+        parts, pushes = torch.split(narrow, sizes, dim=1), torch.split(pushed, sizes, dim=1)
+        for layer, gradient, up, part, push in zip(
+            ctx.layers, gradients, ups, parts, pushes, strict=True
+        ):
             g = gradient.reshape(-1, gradient.shape[-1])
             scale = layer.scaling[ADAPTER]
-            if ctx.needs_input_grad[0]:
-                weight = plain_weight(layer.get_base_layer(), dtype)
+            if needed:
+                weight = plain_weight(layer.get_base_layer(), ctx.dtype)
                 for_x = g @ weight if for_x is None else for_x.addmm_(g, weight)
                 del weight
-            push.copy_(g @ up.to(dtype)).mul_(scale)
+            push.copy_(g @ up.to(ctx.dtype)).mul_(scale)
             for_ups.append((g.T @ part).mul_(scale).to(up.dtype))
-        if for_x is not None:
-            for_x.addmm_(pushed, torch.cat([a.to(dtype) for a in downs]))
-            for_x = for_x.view(ctx.shape)
+        rows = ctx.recipe.make(*inputs).to(ctx.dtype).reshape(-1, ctx.shape[-1])
         for_downs = torch.split((pushed.T @ rows).to(downs[0].dtype), sizes)
+        del rows
+        for_inputs: tuple[Any, ...] = (None,) * ctx.num_inputs
+        if for_x is not None:
+            for_x.addmm_(pushed, torch.cat([a.to(ctx.dtype) for a in downs]))
+            for_inputs = ctx.recipe.pull(for_x.view(ctx.shape), *inputs)
         pairs = [g for pair in zip(for_downs, for_ups, strict=True) for g in pair]
-        return for_x, None, *pairs
+        return None, None, None, None, *for_inputs, *pairs
 
 
 @dataclass
@@ -108,7 +152,10 @@ class Group:
             dtype = (
                 torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             )
-            found: Any = FusedLora.apply(x.to(dtype), self.layers, *factors)  # type: ignore[no-untyped-call]
+            recipe, inputs = getattr(x, "recipe", (Plain(), (x,)))
+            found: Any = FusedLora.apply(  # type: ignore[no-untyped-call]
+                x.detach().to(dtype), self.layers, recipe, len(inputs), *inputs, *factors
+            )
             self.input, self.outputs = x, dict(enumerate(found))
         output = self.outputs.pop(number)
         if not self.outputs:

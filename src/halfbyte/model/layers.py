@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from halfbyte.config.schema import Speed
-from halfbyte.model.fused import fuse_lora
+from halfbyte.model.fused import Recipe, fuse_lora, made_by
 
 PROBE_ROWS = 4
 TOLERANCE = 1e-5
@@ -17,65 +19,86 @@ ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"
 NORM_EPS = ("variance_epsilon", "eps")
 
 
-class RmsNorm(torch.autograd.Function):
-    """Root-mean-square norm (arXiv 1910.07467 §4) with a frozen weight, in fp32 inside."""
+@dataclass(frozen=True)
+class Norm:
+    """Root-mean-square norm (arXiv 1910.07467 §4), in fp32 inside: x / sqrt(mean(x²) + eps) · weight.
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """X / sqrt(mean(x²) + eps) · weight over the last of its dimensions, in the dtype of x.
+    Attributes:
+        weight: (D,) in fp32, frozen.
+        eps: keeps rows of zeros finite.
+    """
 
-        Args:
-            ctx: autograd's context.
-            x: (…, D).
-            weight: (D,) in fp32.
-            eps: keeps rows of zeros finite.
-        """
+    weight: torch.Tensor
+    eps: float
+
+    def make(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The norm of x (…, D), in its dtype."""
+        (x,) = inputs
         wide = x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        normed: torch.Tensor = (wide * scale).mul_(weight).to(x.dtype)
+        normed: torch.Tensor = (wide * self._scale(wide)).mul_(self.weight).to(x.dtype)
         return normed
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Gradient of x: s·(g·w − x·s²·mean(g·w·x))."""
-        x, weight, scale = ctx.saved_tensors
+    def pull(self, gradient: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradient of x: s·(g·w − x·s²·mean(g·w·x)), s being 1 / sqrt(mean(x²) + eps)."""
+        (x,) = inputs
         wide = x.float()
-        pull = gradients[0].float() * weight
+        scale = self._scale(wide)
+        pull = gradient.float() * self.weight
         along = torch.linalg.vecdot(pull, wide)[..., None]
         along.mul_(scale).mul_(scale).mul_(scale).div_(-x.shape[-1])
-        return pull.mul_(scale).addcmul_(wide, along).to(x.dtype), None, None
+        return (pull.mul_(scale).addcmul_(wide, along).to(x.dtype),)
+
+    def _scale(self, wide: torch.Tensor) -> torch.Tensor:
+        norm: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return norm.square_().div_(wide.shape[-1]).add_(self.eps).rsqrt_()
 
 
-class Gated(torch.autograd.Function):
-    """act(gate) · up, from which only gate and up are kept (arXiv 2002.05202 §2)."""
+@dataclass(frozen=True)
+class Gate:
+    """act(gate) · up (arXiv 2002.05202 §2); ``activation`` is ``silu`` or ``gelu_tanh``."""
 
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-        """The product (…, F); ``activation`` is ``silu`` or ``gelu_tanh``."""
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return _activate(gate, activation).mul_(up)
+    activation: str
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def make(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The product (…, F)."""
+        gate, up = inputs
+        return self._activate(gate).mul_(up)
+
+    def pull(self, gradient: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Gradients of gate and up; the activation is computed again."""
-        gate, up = ctx.saved_tensors
-        (gradient,) = gradients
-        for_up = _activate(gate, ctx.activation).mul_(gradient)
+        gate, up = inputs
+        for_up = self._activate(gate).mul_(gradient)
         inner = gradient * up
-        if ctx.activation == "silu":
+        if self.activation == "silu":
             for_gate = torch.ops.aten.silu_backward(inner, gate)
         else:
             for_gate = torch.ops.aten.gelu_backward(inner, gate, approximate="tanh")
-        return for_gate, for_up, None
+        return for_gate, for_up
+
+    def _activate(self, gate: torch.Tensor) -> torch.Tensor:
+        if self.activation == "silu":
+            return torch.nn.functional.silu(gate)
+        return nn.functional.gelu(gate, approximate="tanh")
 
 
-def _activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "silu":
-        return nn.functional.silu(gate)
-    return nn.functional.gelu(gate, approximate="tanh")
+class Made(torch.autograd.Function):
+    """A recipe as a function that keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
+        """What the recipe makes."""
+        ctx.save_for_backward(*inputs)
+        ctx.recipe = recipe
+        return recipe.make(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs."""
+        return None, *ctx.recipe.pull(gradients[0], *ctx.saved_tensors)
+
+
+def _made(recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
+    return made_by(Made.apply(recipe, *inputs), recipe, *inputs)  # type: ignore[no-untyped-call]
 
 
 def fuse(model: nn.Module, speed: Speed, *, probe: bool = True) -> None:
@@ -87,7 +110,7 @@ def fuse(model: nn.Module, speed: Speed, *, probe: bool = True) -> None:
 
 
 def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
-    """Put ``RmsNorm`` and ``Gated`` in the place of a model's own, in place.
+    """Put ``Norm`` and ``Gate`` in the place of a model's own, in place.
 
     Args:
         model: its norms and MLPs are found by their parts.
@@ -106,7 +129,7 @@ def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
     for norm in norms:
         offset = offsets[type(norm)]
         if offset is not None and not norm.weight.requires_grad:
-            norm.forward = types.MethodType(_norm_forward(offset), norm)
+            norm.forward = functools.partial(_made, _norm(norm, offset))
             count += 1
     same = {kind: not probe or _mlp_is_gated(mlps, kind) for kind in set(map(type, mlps))}
     for mlp in mlps:
@@ -123,13 +146,10 @@ def _eps(module: Any) -> float | None:
     return next((float(getattr(module, name)) for name in NORM_EPS if hasattr(module, name)), None)
 
 
-def _norm_forward(offset: float) -> Any:
-    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.float() + offset if offset else self.weight.float()
-        normed: torch.Tensor = RmsNorm.apply(hidden_states, weight, _eps(self))  # type: ignore[no-untyped-call]
-        return normed
-
-    return forward
+def _norm(module: Any, offset: float) -> Norm:
+    """The recipe of a norm that adds ``offset`` to its weight."""
+    weight = module.weight.detach().float()
+    return Norm(weight + offset if offset else weight, _eps(module) or 0.0)
 
 
 @torch.no_grad()
@@ -139,7 +159,7 @@ def _norm_offset(norms: list[Any], kind: type[Any]) -> float | None:
     x = torch.randn(PROBE_ROWS, norm.weight.shape[0], device=norm.weight.device)
     wanted = norm(x)
     for offset in (0.0, 1.0):
-        found = _norm_forward(offset)(norm, x)
+        found = _norm(norm, offset).make(x)
         if torch.allclose(found, wanted.float(), rtol=TOLERANCE, atol=TOLERANCE):
             return offset
     return None
@@ -153,9 +173,8 @@ def _gated_activation(module: Any) -> str | None:
 
 
 def _mlp_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    activation = _gated_activation(self)
-    product = Gated.apply(self.gate_proj(x), self.up_proj(x), activation)  # type: ignore[no-untyped-call]
-    down: torch.Tensor = self.down_proj(product)
+    gate = Gate(_gated_activation(self) or "")
+    down: torch.Tensor = self.down_proj(_made(gate, self.gate_proj(x), self.up_proj(x)))
     return down
 
 

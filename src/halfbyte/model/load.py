@@ -9,6 +9,7 @@ import torch
 
 from halfbyte.config.schema import ComputeDtype, Model, Precision
 from halfbyte.errors import ModelError
+from halfbyte.model.host import release_pages
 from halfbyte.model.precision import DTYPES, Compute, choose_compute
 from halfbyte.model.resolve import Base
 
@@ -212,6 +213,7 @@ def _from_pretrained(
         # and the packed weights have no gradient. Can go when its packed path has an autograd.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    release_pages()
     return model
 
 

@@ -241,7 +241,7 @@ def _probe_tree(model: Any, name: str) -> str:
     stem = list(range(3, 3 + PROBE_TOKENS))
     ids = [[*stem, 20, 21, 22, 23], [*stem, 23, 20], [22, 21, 20, 23, 20]]
     limit = int(model.config.get_text_config().vocab_size)
-    rows = [([i % limit for i in row], [IGNORED] * len(row)) for row in ids]
+    rows = [([i % limit for i in row], [i % limit for i in row]) for row in ids]
     layout = lay_out(rows, share=True)
     device = model.get_input_embeddings().weight.device
     wanted = model.base_model(_padded(layout, device)[0]["input_ids"], use_cache=False)

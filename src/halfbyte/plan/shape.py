@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from halfbyte.data.tree import Layout, Node, Tokens, common_prefix
+from halfbyte.data.tree import Layout, Node, Tokens, common_prefix, one_stem, read_part
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,7 +54,9 @@ class Lengths:
     def of(cls, rows: Sequence[Tokens]) -> Lengths:
         """Those of real rows."""
         sizes = [(len(ids), sum(label >= 0 for label in labels[1:])) for ids, labels in rows]
-        return cls(tuple(sorted(sizes, reverse=True)), common_prefix([ids for ids, _ in rows]))
+        return cls(
+            tuple(sorted(sizes, reverse=True)), common_prefix([read_part(row) for row in rows])
+        )
 
     @classmethod
     def all_of(cls, length: int, num_rows: int) -> Lengths:
@@ -72,6 +74,13 @@ class Lengths:
                 file=sys.stderr,
             )
         return cls.all_of(min(length, longest), num_rows)
+
+    def tokens(self, num_rows: int, *, share: bool) -> int:
+        """Tokens that a pass over so many of the longest rows computes."""
+        nodes = one_stem(
+            [tokens for tokens, _ in self.rows[:num_rows]], self.shared if share else 0
+        )
+        return nodes[-1].end
 
     def at_most(self, length: int) -> Lengths:
         """The same rows, none of them longer than this."""

@@ -129,10 +129,10 @@ class Step:
         with torch.device("meta"):
             plain = adapter.model_copy(update={"init": "default"})
             self.adapted = attach_adapter(loaded, plain, 0, Path())
-        fuse(self.adapted, speed, probe=False)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             self.fixed = materialise(self.adapted)
+            fuse(self.adapted, speed, probe=False)
         self._traced: dict[tuple[Any, ...], LiveBytes] = {}
         self.num_trainable = self.over_trainable(lambda parameter: parameter.numel())
 
