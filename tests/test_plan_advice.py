@@ -14,6 +14,7 @@ from halfbyte.config import model_run
 from halfbyte.config.schema import Run
 from halfbyte.errors import PlanError
 from halfbyte.plan.advice import (
+    ENOUGH_TOKENS,
     RECOMPUTE,
     SMALLER_BATCH,
     Suggestion,
@@ -63,6 +64,13 @@ def planners(config: PretrainedConfig) -> Planners:
     return Planners(config)
 
 
+@pytest.fixture
+def all_sizes_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny model's passes be small however many rows they have."""
+    for kind in ENOUGH_TOKENS:
+        monkeypatch.setitem(ENOUGH_TOKENS, kind, 1 << 30)
+
+
 class Planners:
     """Planners of one model; a traced step serves all runs that share it."""
 
@@ -110,6 +118,17 @@ def test_micro_batches_divide_the_step_the_largest_first() -> None:
     assert micro_batches(7) == [7, 1]
 
 
+def test_choose_takes_no_more_rows_than_make_a_pass_faster(planners: Planners) -> None:
+    run = tiny_run()
+    assert settings(choose(planners.of(run, ROOMY), LENGTHS)) == (2, False)  # 1,022 tokens
+    short = Lengths.all_of(65, 16)
+    assert settings(choose(planners.of(run, ROOMY), short)) == (8, False)  # 512
+    # A common beginning is computed once in each pass: more passes cost more than they save.
+    stem = Lengths(short.rows, shared=40)
+    assert settings(choose(planners.of(run, ROOMY), stem)) == (16, False)
+
+
+@pytest.mark.usefixtures("all_sizes_help")
 @pytest.mark.parametrize("rows", [16, 8, 4, 2, 1])
 def test_choose_takes_the_largest_micro_batch_that_fits(planners: Planners, rows: int) -> None:
     run = tiny_run()
@@ -124,6 +143,7 @@ def test_choose_takes_the_largest_micro_batch_that_fits(planners: Planners, rows
         assert planners.need(run, 2 * tight.micro_batch_size, True) > room - 1
 
 
+@pytest.mark.usefixtures("all_sizes_help")
 def test_choose_keeps_what_is_not_auto(planners: Planners) -> None:
     run = tiny_run("train.micro_batch_size=4")
     off, on = planners.need(run, 4, False), planners.need(run, 4, True)

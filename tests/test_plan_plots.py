@@ -113,9 +113,11 @@ def test_write_plots_escapes_names_when_a_target_is_hostile(fitting: Plan, tmp_p
 def test_page_says_what_else_fits_when_the_plan_does_not(tmp_path: Path) -> None:
     plan = tiny_plan(
         "tiny/llama",
-        "0.7gb",
-        "train.micro_batch_size=4",
+        "0.61gb",
+        "train.micro_batch_size=16",
+        "train.batch_size=16",
         "train.checkpointing=off",
+        "model.attention=eager",
         vocab_size=1 << 15,
         max_position_embeddings=256,
     )
@@ -123,7 +125,7 @@ def test_page_says_what_else_fits_when_the_plan_does_not(tmp_path: Path) -> None
     assert not plan.fits
     assert report["suggestions"]
     page = write_plots(plan, report, tmp_path / "plot")[1].read_text(encoding="utf-8")
-    assert "Does not fit on a card with 0.7 GiB: " in page
+    assert "Does not fit on a card with 0.61 GiB: " in page
     assert all(str(escape(found["override"])) in page for found in report["suggestions"])
     assert all(str(escape(found["costs"])) in page for found in report["suggestions"])
     lost = report | {"suggestions": [], "device": report["device"] | {"cards_that_fit": ["a", "b"]}}

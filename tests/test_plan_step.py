@@ -153,7 +153,7 @@ def test_gradients_of_an_earlier_pass_are_there_from_the_start(llama: Step) -> N
 
 
 def test_recomputation_keeps_one_state_a_layer(gemma: Step) -> None:
-    state = 2 * LENGTH * 64 * 4
+    state = 2 * (LENGTH - 1) * 64 * 4  # the last token of a row is not read
     layers = gemma.kept_per_layer(shape(checkpointing=True))
     assert [(name.split("_")[0], count, kept) for name, count, kept in layers] == [
         ("sliding", 4, state),
@@ -168,8 +168,10 @@ def test_recomputation_keeps_one_state_a_layer(gemma: Step) -> None:
 def test_dropout_of_the_adapter_keeps_its_masks(llama: Step) -> None:
     """For each adapted layer the dropped-out input, and a mask of a byte for each number of it."""
     dropping = make_step(configuration(LLAMA), Adapter(r=4, dropout=0.1)).kept(shape())
+    peft = make_step(configuration(LLAMA), speed=Speed(fused_lora=False)).kept(shape())
     inputs = 2 * LENGTH * (64 * 6 + 128) * 4  # q, k, v, o, gate, up; down; layers
-    assert dropping - llama.kept(shape()) == pytest.approx(inputs * (4 + 1), rel=0.2)
+    assert dropping - peft == pytest.approx(inputs * (4 + 1), rel=0.2)
+    assert llama.kept(shape()) < peft
 
 
 def test_loss_head_holds_a_few_blocks_of_logits_however_many_are_labelled() -> None:

@@ -30,11 +30,12 @@ def main() -> None:
     from halfbyte.data.preview import show_ledger
     from halfbyte.data.render import renderer_of
     from halfbyte.model.adapter import attach_adapter, describe_model, save_adapter
-    from halfbyte.model.load import load_base, load_config, load_tokenizer
+    from halfbyte.model.load import load_config, load_for_training, load_tokenizer
     from halfbyte.model.resolve import resolve_base
     from halfbyte.plan.devices import this_machine
     from halfbyte.plan.gate import check_weights, gate
     from halfbyte.train.arguments import Passes, num_steps
+    from halfbyte.train.compute import settle_plan
     from halfbyte.train.probe import first_look, longest_rows
     from halfbyte.train.session import (
         as_before,
@@ -74,11 +75,12 @@ def main() -> None:
     held_out = prepared.validation or prepared.test[:64]
     lengths = longest_rows(prepared.train), longest_rows(held_out)
     planner, plan = gate(run, load_config(base), device, *lengths)
+    loaded = load_for_training(base, run.model)
+    model = attach_adapter(loaded, run.adapter, run.seed, folder.path, is_main=session.is_main)
+    planner, plan = settle_plan(run, loaded, model, prepared.train, (planner, plan), lengths)
     passes = Passes.of(run, plan)
     if plan is not None:
         say(f"plan: {plan.summary()}; {planner.margin_bytes(plan) / 1e9:.2f} GB to spare")
-    loaded = load_base(base, run.model)
-    model = attach_adapter(loaded, run.adapter, run.seed, folder.path, is_main=session.is_main)
     say(describe_model(loaded, model))
     if session.is_main:
         begun = {"finished": False} | ({"memory": plan.as_json()} if plan else {})

@@ -45,8 +45,9 @@ class Model(Section):
     )
     compute_dtype: ComputeDtype = Field(
         "auto",
-        description="Dtype of the matrix products. `auto`: bf16 on CUDA from compute capability 8.0,"
-        " fp32 below it, and on CPU whichever a short measurement finds faster.",
+        description="Dtype of the matrix products. `auto`: bf16 on CUDA from compute capability 8.0; below it"
+        " fp16 for training a quantised base if a probe of real rows shows that it fits, else fp32; on"
+        " CPU whichever a short measurement finds faster.",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention implementation in transformers."
@@ -172,7 +173,8 @@ class Train(Section):
         "auto",
         description="Rows in one forward pass, counted as the longest rows: a pass takes as many tokens as"
         " these have, of however many rows. `batch_size` must be a multiple of it times the number of"
-        " processes. `auto`: as many as the plan says will fit. Changes memory and speed, not the result.",
+        " processes. `auto`: as many as the plan says will fit, up to where more are no faster. Changes"
+        " memory and speed, not the result.",
     )
     optimizer: Optimizer = Field(
         "adamw_torch_fused", description="Optimizer, by its transformers name."

@@ -339,6 +339,8 @@ def tree_attention(
     scale: float | None,
 ) -> torch.Tensor:
     """Attended values (T, H, D) of queries (H, T, D) over keys and values (G, T, D)."""
+    # Rotated in fp32 where the residual stream is.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if tree.gathered:
         return gathered_attention(query, key, value, tree, window, scale)
     factor = query.shape[-1] ** -0.5 if scale is None else scale

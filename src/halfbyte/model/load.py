@@ -10,7 +10,14 @@ import torch
 from halfbyte.config.schema import ComputeDtype, Model, Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.host import release_pages
-from halfbyte.model.precision import DTYPES, Compute, choose_compute
+from halfbyte.model.precision import (
+    DTYPES,
+    Compute,
+    choose_compute,
+    default_device,
+    keep_residual,
+    may_train_in_half,
+)
 from halfbyte.model.resolve import Base
 
 if TYPE_CHECKING:
@@ -113,7 +120,17 @@ def load_model(
         raise ModelError(
             f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}"
         )
+    if compute.dtype == torch.float16 and precision not in DTYPES:
+        keep_residual(model)
     return Loaded(model, base, precision, compute, text_only)
+
+
+def load_for_training(base: Base, settings: Model) -> Loaded:
+    """The base as a config's ``model`` section asks for it, in fp16 where that is yet to be probed."""
+    device, compute = default_device(), None
+    if may_train_in_half(settings, device):
+        compute = Compute(device, torch.float16, "to be probed")
+    return load_base(base, settings, compute)
 
 
 def load_base(base: Base, settings: Model, compute: Compute | None = None) -> Loaded:

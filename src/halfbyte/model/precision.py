@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from halfbyte.config.schema import ComputeDtype
+from halfbyte.config.schema import ComputeDtype, Model
 from halfbyte.errors import ModelError
 
 PlainPrecision = Literal["fp32", "bf16", "fp16"]
@@ -73,6 +74,30 @@ def choose_compute(wanted: ComputeDtype, device: torch.device | None = None) -> 
     return Compute(
         device, chosen, f"a measured step of bf16 takes {ratio:.1f}x the time of fp32 here"
     )
+
+
+def keep_residual(model: Any) -> None:
+    """Make the residual stream fp32, in place: it is what the embedding gives, and what adds up to it.
+
+    Linear layers take their input in the dtype of their products under autocast, and bitsandbytes'
+    layers always do; the head is told to.
+    """
+
+    def widen(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded.float()
+
+    def narrow(head: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0].to(head.weight.dtype), *inputs[1:])
+
+    model.get_input_embeddings().register_forward_hook(widen)
+    model.get_output_embeddings().register_forward_pre_hook(narrow)
+
+
+def may_train_in_half(settings: Model, device: torch.device) -> bool:
+    """Whether ``auto`` may become fp16 for training: a 4- or 8-bit base on CUDA without bf16."""
+    if device.type != "cuda" or settings.compute_dtype != "auto" or settings.precision in DTYPES:
+        return False
+    return torch.cuda.get_device_capability(device) < FIRST_BF16_CAPABILITY
 
 
 def default_device() -> torch.device:

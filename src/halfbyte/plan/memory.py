@@ -303,4 +303,7 @@ def compute_dtype(run: Run, device: Device) -> torch.dtype:
         )
     if wanted != "auto":
         return DTYPES[wanted]
-    return torch.bfloat16 if device.has_bf16 else torch.float32
+    if device.has_bf16:
+        return torch.bfloat16
+    # A quantised base trains in fp16 there unless a probe of real rows finds that it cannot.
+    return torch.float32 if precision in DTYPES else torch.float16

@@ -26,7 +26,7 @@ from halfbyte.model.layers import fuse
 from halfbyte.model.load import Loaded
 from halfbyte.model.loss import head_losses, tile_starts
 from halfbyte.model.passes import pick, tree_inputs, tree_refusal
-from halfbyte.model.precision import Compute
+from halfbyte.model.precision import DTYPES, Compute, keep_residual
 from halfbyte.model.resolve import Base
 from halfbyte.plan.fake import (
     ATTENTION,
@@ -132,6 +132,8 @@ class Step:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             self.fixed = materialise(self.adapted)
+            if dtype == torch.float16 and model.precision not in DTYPES:
+                keep_residual(self.model)
             fuse(self.adapted, speed, probe=False)
         self._traced: dict[tuple[Any, ...], LiveBytes] = {}
         self.num_trainable = self.over_trainable(lambda parameter: parameter.numel())

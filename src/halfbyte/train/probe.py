@@ -13,13 +13,14 @@ from halfbyte.data.render import renderer_of
 from halfbyte.data.tree import Layout
 from halfbyte.errors import PlanError
 from halfbyte.model.adapter import attach_adapter
-from halfbyte.model.load import load_base, load_config, load_tokenizer
+from halfbyte.model.load import load_config, load_for_training, load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.gate import gate
 from halfbyte.plan.memory import Planner, TrainPlan
 from halfbyte.plan.shape import Lengths
 from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.arguments import Passes
+from halfbyte.train.compute import settle_plan
 from halfbyte.train.measure import measure, resident_bytes
 from halfbyte.train.preflight import check_first_step
 from halfbyte.train.trainer import TokenTrainer, build_trainer
@@ -160,9 +161,12 @@ def probe_run(run: Run, device: Device) -> Probe:
     planner, plan = gate(run, load_config(base), device, lengths, held_out)
     if plan is None:
         raise PlanError("there is no plan to compare a probe with")
-    loaded = load_base(base, run.model)
+    loaded = load_for_training(base, run.model)
     with tempfile.TemporaryDirectory(prefix="halfbyte-probe-") as scratch:
         model = attach_adapter(loaded, run.adapter, run.seed, Path(scratch))
+        planned, both = (planner, plan), (lengths, held_out)
+        planner, plan = settle_plan(run, loaded, model, prepared.train, planned, both)
+        assert plan is not None
         passes = Passes.of(run, plan)
         examples = (prepared.train, prepared.validation)
         quiet = run.model_copy(update={"train": run.train.model_copy(update={"eval_steps": 0})})
