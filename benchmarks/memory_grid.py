@@ -71,7 +71,7 @@ def _cell(
 
     run = model_run(name, [f"model.compute_dtype={compute}", f"train.batch_size={batch}"])
     base = resolve_base(run.model.name)
-    rows = [_row(length) for _ in range(batch)]
+    rows = [_row(length, number) for number in range(batch)]
     planner = Planner(run, load_config(base), this_machine())
     plan = planner.train(longest_rows(rows), batch, checkpointing=checkpointing)
     loaded = load_model(base, "nf4", compute_dtype=run.model.compute_dtype)
@@ -98,9 +98,9 @@ def _cell(
     }
 
 
-def _row(length: int) -> Example:
-    """A row of so many tokens, the second half of them labelled."""
-    ids = list(range(3, 3 + length))
+def _row(length: int, number: int) -> Example:
+    """A row of so many tokens, the second half of them labelled; no two begin alike."""
+    ids = list(range(3 + number, 3 + number + length))
     labels = [-100] * (length // 2) + ids[length // 2 :]
     return Example(Row("grid", text="x"), Encoded("grid", ids, labels))
 

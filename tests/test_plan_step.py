@@ -152,6 +152,11 @@ def test_gradients_of_an_earlier_pass_are_there_from_the_start(llama: Step) -> N
         assert 3 / 4 <= share < 1
 
 
+def test_head_that_is_given_fp16_of_an_fp32_residual_is_plain() -> None:
+    half = make_step(configuration(GEMMA), dtype=torch.float16, device="cuda")
+    assert half.tiled
+
+
 def test_recomputation_keeps_one_state_a_layer(gemma: Step) -> None:
     state = 2 * (LENGTH - 1) * 64 * 4  # the last token of a row is not read
     layers = gemma.kept_per_layer(shape(checkpointing=True))

@@ -350,11 +350,16 @@ class Step:
         def base_hook(_: Any, __: Any, out: Any) -> None:
             seen["hidden"] = getattr(out, "last_hidden_state", None)
 
-        def head_hook(_: Any, inputs: Any, out: Any) -> None:
-            seen["input"], seen["product"] = inputs[0], out
+        def before_head(_: Any, inputs: Any) -> None:
+            seen["input"] = inputs[0]
+
+        def head_hook(_: Any, __: Any, out: Any) -> None:
+            seen["product"] = out
 
         hooks = [
             self.model.base_model.register_forward_hook(base_hook),
+            # First of all, so that a hook that casts the input comes after it.
+            head.register_forward_pre_hook(before_head, prepend=True),
             head.register_forward_hook(head_hook),
         ]
         with self._counting("training step") as live, torch.no_grad():

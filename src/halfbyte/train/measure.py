@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 FORWARD, BACKWARD = "halfbyte.forward", "halfbyte.backward"
 
@@ -41,15 +46,21 @@ def measure(
     device: torch.device,
     forward: Callable[[], torch.Tensor],
     backward: Callable[[torch.Tensor], None] | None = None,
+    *,
+    profiled: bool = True,
 ) -> Measured:
     """Run a forward pass and, on its result, a backward pass, and count.
 
     On CUDA the figures are ``torch.cuda``'s. On the CPU every allocation is reported by PyTorch's
     profiler: sizes of tensors and of the temporaries inside kernels, whatever the C library does with
-    them. What is freed though it was there before counts as live.
+    them. What is freed though it was there before counts as live. The profiler itself takes hundreds
+    of megabytes; without it (``profiled``) tensors are counted as they are born and die, and what
+    kernels take inside is not seen.
     """
-    work = _on_cuda if device.type == "cuda" else _on_cpu
-    return work(device, forward, backward or (lambda _: None))
+    then = backward or (lambda _: None)
+    if device.type == "cuda":
+        return _on_cuda(device, forward, then)
+    return _on_cpu(device, forward, then) if profiled else _by_birth(device, forward, then)
 
 
 def live_tensor_bytes(device: torch.device) -> int:
@@ -121,6 +132,62 @@ def _on_cpu(
         else:
             most_after = max(most_after, now)
     return Measured(start, start + most_before, kept, start + max(most_after, kept), start + now)
+
+
+class Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Live bytes of storages born inside, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now_bytes = self.most_bytes = 0
+        self._alive: dict[int, tuple[int, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._alive and storage._cdata not in given:
+                    self._born(storage)
+        return out
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._alive[key] = size, weakref.ref(storage, functools.partial(self._died, key))
+        self.now_bytes += size
+        self.most_bytes = max(self.most_bytes, self.now_bytes)
+
+    def _died(self, key: int, _: Any) -> None:
+        self.now_bytes -= self._alive.pop(key)[0]
+
+
+def _by_birth(
+    device: torch.device,
+    forward: Callable[[], torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+) -> Measured:
+    start = live_tensor_bytes(device)
+    births = Births()
+    with births:
+        result = forward()
+        forward_bytes, kept_bytes = births.most_bytes, births.now_bytes
+        births.most_bytes = kept_bytes
+        backward(result)
+    del result
+    return Measured(
+        start,
+        start + forward_bytes,
+        kept_bytes,
+        start + births.most_bytes,
+        start + births.now_bytes,
+    )
 
 
 def resident_bytes() -> int:

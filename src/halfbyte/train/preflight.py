@@ -12,11 +12,11 @@ from halfbyte.train.measure import Measured, measure
 from halfbyte.train.trainer import TokenTrainer
 
 
-def check_first_step(trainer: TokenTrainer) -> tuple[float, Measured]:
+def check_first_step(trainer: TokenTrainer, *, profiled: bool = True) -> tuple[float, Measured]:
     """One forward and backward on the longest micro-batch, before anything is spent.
 
     Changes neither weights nor random state. Returns the loss in nats per labelled token, and the
-    memory that the two passes took.
+    memory that the two passes took, as ``measure`` does.
 
     Raises:
         RunError: the loss or a gradient is not finite, or an adapter gets no gradient.
@@ -45,7 +45,7 @@ def check_first_step(trainer: TokenTrainer) -> tuple[float, Measured]:
 
     with torch.random.fork_rng():
         model.train()
-        measured = measure(trainer.args.device, forward, torch.autograd.backward)
+        measured = measure(trainer.args.device, forward, torch.autograd.backward, profiled=profiled)
     faults = []
     for name, parameter in trainable_parameters(model).items():
         gradient = parameter.grad

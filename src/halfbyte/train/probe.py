@@ -13,6 +13,7 @@ from halfbyte.data.render import renderer_of
 from halfbyte.data.tree import Layout
 from halfbyte.errors import PlanError
 from halfbyte.model.adapter import attach_adapter
+from halfbyte.model.host import release_pages
 from halfbyte.model.load import load_config, load_for_training, load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.gate import gate
@@ -77,9 +78,10 @@ def first_look(
         RunError, PlanError: as ``probe``.
     """
     if plan is None:
-        loss, _ = check_first_step(trainer)
+        loss, _ = check_first_step(trainer, profiled=False)
         return f"before step 1: loss {loss:.3f} on the longest rows, gradients finite", {}
-    found = probe(trainer, planner, plan)
+    found = probe(trainer, planner, plan, profiled=False)
+    release_pages()
     lines = (
         f"before step 1: loss {found.loss:.3f} on the longest rows, gradients finite\n"
         f"memory: {found.measured['peak'] / 1e9:.3f} GB measured, {found.error_frac:+.1%} off plan"
@@ -87,21 +89,23 @@ def first_look(
     return lines, plan.as_json() | {"probe": found.as_json()}
 
 
-def probe(trainer: TokenTrainer, planner: Planner, plan: TrainPlan) -> Probe:
+def probe(
+    trainer: TokenTrainer, planner: Planner, plan: TrainPlan, *, profiled: bool = True
+) -> Probe:
     """Run the longest micro-batch forward and backward and score an evaluation batch.
 
     Raises:
         RunError: as ``check_first_step``.
         PlanError: with the optimizer's states the measured peak would not fit.
     """
-    loss, step = check_first_step(trainer)
+    loss, step = check_first_step(trainer, profiled=profiled)
     scored = trainer.longest(trainer.held_out or trainer.rows)
 
     def score() -> Any:
         with trainer.accelerator.autocast():
             return trainer.cutting.losses(trainer.model, scored)
 
-    evaluation = measure(trainer.args.device, score)
+    evaluation = measure(trainer.args.device, score, profiled=profiled)
     trained = trainer.cutting.layout(trainer.longest(trainer.rows))
     predicted = _predicted(planner, plan, trained, trainer.cutting.layout(scored))
     measured = {
