@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 import halfbyte
 from halfbyte.config import load_run
 from halfbyte.config.reference import reference
-from halfbyte.config.schema import Optimizer, Scheduler
+from halfbyte.config.schema import Optimizer, Scheduler, Speed
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "data/README.md"]
@@ -123,3 +123,20 @@ def test_project_speaks_of_itself_alone() -> None:
     assert not [
         p for p in tracked if p.name != "test_docs.py" and outside.search(p.read_text("utf-8"))
     ]
+
+
+def test_performance_page_has_the_figures_of_the_benchmark() -> None:
+    page = text_of("docs/performance.md")
+    table = re.compile(
+        r"^\| (?:trl|unsloth|llamafactory|halfbyte)\S* \| [\d.]+ \|.*$", re.MULTILINE
+    )
+    shown = table.findall(page)
+    assert len(shown) >= 3
+    results = ROOT.glob("benchmarks/results/speed_*.md")
+    measured = {line for path in results for line in table.findall(path.read_text("utf-8"))}
+    assert set(shown) <= measured
+
+
+def test_every_lever_is_explained() -> None:
+    page = text_of("docs/performance.md")
+    assert all(f"`speed.{name}`" in page for name in Speed.model_fields)
