@@ -260,12 +260,11 @@ def test_models_that_fit_are_those_of_the_table_the_largest_first() -> None:
     assert "google/gemma-3-12b-it (12.2 B)" in names
     assert "meta-llama/Llama-3.1-70B" not in " ".join(names)
     assert models_that_fit(device_with(1000), "fp32") == []
-    counts = [
-        (len(models_that_fit(card, "fp32")), len(models_that_fit(card, "bf16")))
-        for card in DEVICES.values()
-    ]
-    assert all(fp32 <= bf16 for fp32, bf16 in counts)
-    assert any(fp32 < bf16 for fp32, bf16 in counts)
+    llama = training["meta-llama/Llama-3.1-70B"]
+    assert llama["bf16"] < llama["fp32"]
+    between = device_with(llama["bf16"])
+    assert "Llama-3.1-70B" in models_that_fit(between, "bf16")[0]
+    assert "Llama-3.1-70B" not in models_that_fit(between, "fp32")[0]
 
 
 def test_suggested_rank_keeps_the_adapter_s_scale(planners: Planners) -> None:
