@@ -153,9 +153,7 @@ def _prepare_with_trl(model: str, folder: Path, kind: str) -> dict[str, float]:
 
 
 def _prepare_with_ours(model: str, folder: Path, kind: str) -> dict[str, float]:
-    """``prepare``, with what it spends on tokenising and labelling, and the trainer's Dataset after it."""
-    from datasets import Dataset
-
+    """``prepare``, with what it spends on tokenising and labelling."""
     from halfbyte.data.prepare import prepare
     from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
@@ -182,14 +180,6 @@ def _prepare_with_ours(model: str, folder: Path, kind: str) -> dict[str, float]:
     start, cpu = time.perf_counter(), time.process_time()
     prepared = prepare(data, renderer)
     spent |= {"seconds": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
-    start = time.perf_counter()
-    Dataset.from_dict(
-        {
-            "input_ids": [example.encoded.ids for example in prepared.train],
-            "labels": [example.encoded.labels for example in prepared.train],
-        }
-    )
-    spent["dataset_s"] = time.perf_counter() - start
     assert (spent["encode_s"] == 0) == (kind == "cached"), "the cache is not as it should be"
     examples = prepared.train + prepared.validation + prepared.test
     examples.sort(key=lambda example: int(example.row.place.rpartition(":")[2]))
@@ -256,7 +246,7 @@ def _table(numbers: dict[str, dict[str, float]], rows: int) -> str:
         f"| {name} | {seconds:.2f} | {cpu:.2f} | {rows / seconds:,.0f} | {trl['seconds'] / seconds:.1f} |"
         for name, seconds, cpu in lines
     ]
-    return "\n".join([*table, "", f"Dataset.from_dict for the trainer: {first['dataset_s']:.2f} s"])
+    return "\n".join(table)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ def mb(size: int) -> torch.Tensor:
     return torch.zeros(size * MB, dtype=torch.uint8)
 
 
-def test_measure_counts_what_lives_in_each_pass() -> None:
+@pytest.mark.parametrize("profiled", [True, False])
+def test_measure_counts_what_lives_in_each_pass(profiled: bool) -> None:
     kept: list[torch.Tensor] = []
 
     def forward() -> torch.Tensor:
@@ -29,7 +30,7 @@ def test_measure_counts_what_lives_in_each_pass() -> None:
         kept.pop()
         del both
 
-    found = measure(CPU, forward, backward)
+    found = measure(CPU, forward, backward, profiled=profiled)
     assert found.forward_bytes - found.start_bytes == 8 * MB
     assert found.kept_bytes == 4 * MB
     assert found.backward_bytes - found.start_bytes == 13 * MB
@@ -44,9 +45,10 @@ def test_measure_sees_temporaries_inside_an_operation() -> None:
     assert found.forward_bytes - found.start_bytes == x.nbytes + 2 * 256 * 4
 
 
-def test_measure_counts_gradients_of_a_real_backward() -> None:
+@pytest.mark.parametrize("profiled", [True, False])
+def test_measure_counts_gradients_of_a_real_backward(profiled: bool) -> None:
     weight = torch.zeros(MB // 4, requires_grad=True)
-    found = measure(CPU, lambda: (weight * 2).sum(), torch.autograd.backward)
+    found = measure(CPU, lambda: (weight * 2).sum(), torch.autograd.backward, profiled=profiled)
     assert found.end_bytes - found.start_bytes == MB
     assert weight.grad is not None
 

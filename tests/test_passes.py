@@ -230,7 +230,7 @@ def test_row_losses_do_not_depend_on_batching(tiny_llama: Path) -> None:
     add_token_loss(model)
     model.train()
     rows = [(list(range(5, 5 + n)), [IGNORED, *range(6, 5 + n)]) for n in (3, 9, 4, 7, 5)]
-    alone, pairs, together = (row_losses(model, rows, size) for size in (1, 12, 40))
+    alone, pairs, together = (row_losses(model, rows, size) for size in (1, 2, 5))
     assert [count for _, count in alone] == [len(ids) - 1 for ids, _ in rows]
     for other in (pairs, together):
         assert [count for _, count in other] == [count for _, count in alone]

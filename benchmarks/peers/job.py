@@ -164,6 +164,15 @@ def recast_adapter(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def train(job: Job, trainer: Any, watch: Watch) -> None:
+    """Train with TRL's trainer, and leave result and adapter."""
+    if job.tuned:
+        recast_adapter(trainer.model)
+    trainer.train()
+    watch.write()
+    trainer.model.save_pretrained(job.adapter)
+
+
 class Watch(TrainerCallback):
     """Times steps, notes their losses, and reads the peak of memory at the end.
 

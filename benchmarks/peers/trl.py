@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.peers.job import Watch, as_dataset, four_bit, read_job, recast_adapter, settings
+from benchmarks.peers.job import Watch, as_dataset, four_bit, read_job, settings, train
 
 
 def main() -> None:
@@ -38,11 +38,7 @@ def main() -> None:
         ),
         callbacks=[watch],
     )
-    if job.tuned:
-        recast_adapter(trainer.model)
-    trainer.train()
-    watch.write()
-    trainer.model.save_pretrained(job.adapter)
+    train(job, trainer, watch)
 
 
 if __name__ == "__main__":

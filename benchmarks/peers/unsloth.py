@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from benchmarks.peers.job import Job, Watch, as_dataset, read_job, recast_adapter, settings
+from benchmarks.peers.job import Job, Watch, as_dataset, read_job, settings, train
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -30,11 +30,7 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[watch],
     )
-    if job.tuned:
-        recast_adapter(trainer.model)
-    trainer.train()
-    watch.write()
-    trainer.model.save_pretrained(job.adapter)
+    train(job, trainer, watch)
 
 
 def _load(job: Job) -> tuple[Any, Any]:

@@ -243,6 +243,11 @@ class Speed(Section):
         " memory. Off: transformers' own.",
     )
 
+    def layout(self, refusal: str) -> tuple[bool, bool]:
+        """Whether rows share their beginnings, and whether they are padded; ``refusal``: why they must be."""
+        padded = not self.no_padding or bool(refusal)
+        return self.share_prefixes and not padded, padded
+
 
 class Baseline(Section):
     """A further model that the comparison measures."""
@@ -345,4 +350,4 @@ class Run(Section):
         """``speed`` less what another key rules out: NEFTune's noise goes by the length of padded rows."""
         if self.train.neftune_alpha is None:
             return self.speed
-        return self.speed.model_copy(update={"no_padding": False, "share_prefixes": False})
+        return self.speed.model_copy(update={"no_padding": False})

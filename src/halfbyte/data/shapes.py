@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from halfbyte.data.controls import SENTINEL_START
 from halfbyte.data.copying import only_copies
 from halfbyte.data.rows import Message
 from halfbyte.errors import DataError
 
 # A stand-in for a content, between two spaces by which it is seen whether its ends were trimmed.
 EDGE = "\u2003"
-MARK_START = 0xF0000
 MARKS = re.compile(f"({EDGE}?)([\U000f0000-\U000ffffd])({EDGE}?)")
 
 
@@ -64,7 +64,7 @@ class Shapes:
 
     def _learn(self, roles: tuple[str, ...]) -> list[_Shape]:
         marked = tuple(
-            Message(role, f"{EDGE}{chr(MARK_START + number)}{EDGE}")
+            Message(role, f"{EDGE}{chr(SENTINEL_START + number)}{EDGE}")
             for number, role in enumerate(roles)
         )
         try:
@@ -81,5 +81,7 @@ def _shape_of(text: str) -> _Shape | None:
     literals, before, chars, after = found[::4], found[1::4], found[2::4], found[3::4]
     if before != after or any(EDGE in literal for literal in literals):
         return None
-    places = [(ord(char) - MARK_START, not edge) for char, edge in zip(chars, before, strict=True)]
+    places = [
+        (ord(char) - SENTINEL_START, not edge) for char, edge in zip(chars, before, strict=True)
+    ]
     return _Shape(literals, places)

@@ -4,21 +4,20 @@ Rows of one domain begin alike: template, system prompt, instruction. In a causa
 have equal states, so that a prefix computed once serves every row that begins with it. The rows of a
 pass form a prefix tree; its nodes lie one behind the other, each before its descendants. A token attends
 to its node up to itself and to the nodes above. From the last label on a row is not read: nothing there
-predicts anything. The loss of a step is a sum over labelled tokens, so
-that rows may be put together in any way.
+predicts anything. The loss of a step is a sum over labelled tokens, so that rows may be put together in
+any way.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from halfbyte.data.render import IGNORED
 
-MIN_SAVED_TOKENS = (
-    8  # what a node of its own must save; it costs every layer another attention call
-)
+# What a node of its own must save: it costs every layer another attention call.
+MIN_SAVED_TOKENS = 8
 
 Tokens = tuple[list[int], list[int]]  # ids and labels of a row, equally many
 
@@ -74,11 +73,11 @@ class Layout:
     counts: list[int]
     predictions: list[list[int]]
     padded: bool = False
-    num_tokens: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Count the tokens of the rows, shared ones as often as they occur."""
-        object.__setattr__(self, "num_tokens", sum(len(ids) for ids, _ in self.rows))
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the rows, shared ones as often as they occur."""
+        return sum(len(ids) for ids, _ in self.rows)
 
 
 def read_part(row: Tokens) -> list[int]:
@@ -110,7 +109,7 @@ def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Lay
         return len(spans) - 1
 
     if share:
-        common = [0, *(_common(read[a], read[b]) for a, b in itertools.pairwise(order))]
+        common = _shared_with_last(read, order)
         waiting = [(0, len(rows), 0, -1)]
         while waiting:
             first, last, depth, parent = waiting.pop()
@@ -181,6 +180,16 @@ def _score(
     return Layout(rows, ids, positions, nodes, paths, sources, targets, counts, predictions, padded)
 
 
+def _read(rows: Sequence[Tokens], padded: bool) -> list[list[int]]:
+    """The ids that a pass reads of each row: padded ones whole."""
+    return [row[0] if padded else read_part(row) for row in rows]
+
+
+def _shared_with_last(read: list[list[int]], order: Sequence[int]) -> list[int]:
+    """For each row in this order, with how many tokens it begins like the one before."""
+    return [0, *(_common(read[a], read[b]) for a, b in itertools.pairwise(order))]
+
+
 def _common(a: list[int], b: list[int]) -> int:
     """Length of the common beginning."""
     for i, (x, y) in enumerate(zip(a, b)):  # noqa: B905  as far as the shorter one goes
@@ -202,7 +211,7 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 
 def pass_tokens(rows: Sequence[Tokens], num_rows: int, *, share: bool, padded: bool = False) -> int:
     """The most tokens that a pass over any ``num_rows`` of these rows can have."""
-    read = [row[0] if padded else read_part(row) for row in rows]
+    read = _read(rows, padded)
     longest = sorted(map(len, read), reverse=True)[:num_rows]
     if padded:
         return longest[0] * len(longest)
@@ -217,14 +226,12 @@ def cut_step(
 
     A row longer than ``max_tokens`` has a pass of its own.
     """
-    read = [row[0] if padded else read_part(row) for row in rows]
+    read = _read(rows, padded)
     order = list(range(len(rows)))
     if padded or share:
         order.sort(key=lambda row: len(read[row]) if padded else read[row])
     lengths = [len(read[row]) for row in order]
-    common = [0] * len(order)
-    if share and not padded:
-        common[1:] = [_common(read[a], read[b]) for a, b in itertools.pairwise(order)]
+    common = _shared_with_last(read, order) if share and not padded else [0] * len(order)
 
     def tokens(num_rows: int, total: int, shared: int, last: int) -> int:
         if padded:  # sorted: the last row is the longest

@@ -11,7 +11,6 @@ from typing import Any
 from halfbyte.config import Run
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
 from halfbyte.data.rows import Row
-from halfbyte.data.tree import pass_tokens
 from halfbyte.errors import RunError
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
@@ -150,8 +149,7 @@ def measure(contender: Contender, run: Run) -> Variant:
     if not any(question.row.text for question in asked):
         _answer(variant, contender, run)
     rows = [(question.ids, question.labels) for question in asked]
-    most = pass_tokens(rows, max(1, run.eval.batch_size // 4), share=True)
-    variant.losses = row_losses(contender.model, rows, most)
+    variant.losses = row_losses(contender.model, rows, max(1, run.eval.batch_size // 4))
     variant.seconds = time.perf_counter() - start
     return variant
 

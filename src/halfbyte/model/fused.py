@@ -48,10 +48,28 @@ class Plain:
         return (gradient,)
 
 
-def made_by(tensor: torch.Tensor, recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
-    """The same tensor, knowing its recipe: a ``FusedLora`` that reads it keeps its inputs instead."""
-    tensor.recipe = (recipe, inputs)  # type: ignore[attr-defined]
-    return tensor
+class Made(torch.autograd.Function):
+    """A recipe as a function that keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
+        """What the recipe makes."""
+        ctx.save_for_backward(*inputs)
+        ctx.recipe = recipe
+        return recipe.make(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        """Gradients of the inputs."""
+        return None, *ctx.recipe.pull(gradients[0], *ctx.saved_tensors)
+
+
+def make(recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
+    """What a recipe makes, knowing it: a ``FusedLora`` that reads it keeps the inputs instead."""
+    tensor: Any = Made.apply(recipe, *inputs)  # type: ignore[no-untyped-call]
+    tensor.recipe = (recipe, inputs)
+    made: torch.Tensor = tensor
+    return made
 
 
 class FusedLora(torch.autograd.Function):

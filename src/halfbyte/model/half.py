@@ -77,11 +77,9 @@ def settle_half(loaded: Loaded, model: nn.Module, rows: Sequence[Tokens]) -> str
     model.train(training)
     short = name.removeprefix("base_model.model.")
     found = f"the largest number at a linear layer is {size:.3g}, at {short}; fp16 ends at {LARGEST:.0f}"
-    if size <= LARGEST / MARGIN:
-        reason = f"{found}; the residual stream is fp32"
-        loaded.compute = Compute(loaded.compute.device, torch.float16, reason)
-        return reason
-    compute_in(loaded.model, torch.float32)
-    reason = f"{found}, which leaves no room"
-    loaded.compute = Compute(loaded.compute.device, torch.float32, reason)
+    dtype, reason = torch.float16, f"{found}; the residual stream is fp32"
+    if not size <= LARGEST / MARGIN:  # NaN too
+        dtype, reason = torch.float32, f"{found}, which leaves no room"
+        compute_in(loaded.model, dtype)
+    loaded.compute = Compute(loaded.compute.device, dtype, reason)
     return reason

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from halfbyte.config.schema import Speed
-from halfbyte.model.fused import Recipe, fuse_lora, made_by
+from halfbyte.model.fused import fuse_lora, make
 
 PROBE_ROWS = 4
 TOLERANCE = 1e-5
@@ -77,28 +76,8 @@ class Gate:
 
     def _activate(self, gate: torch.Tensor) -> torch.Tensor:
         if self.activation == "silu":
-            return torch.nn.functional.silu(gate)
+            return nn.functional.silu(gate)
         return nn.functional.gelu(gate, approximate="tanh")
-
-
-class Made(torch.autograd.Function):
-    """A recipe as a function that keeps its inputs alone."""
-
-    @staticmethod
-    def forward(ctx: Any, recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
-        """What the recipe makes."""
-        ctx.save_for_backward(*inputs)
-        ctx.recipe = recipe
-        return recipe.make(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        """Gradients of the inputs."""
-        return None, *ctx.recipe.pull(gradients[0], *ctx.saved_tensors)
-
-
-def _made(recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
-    return made_by(Made.apply(recipe, *inputs), recipe, *inputs)  # type: ignore[no-untyped-call]
 
 
 def fuse(model: nn.Module, speed: Speed, *, probe: bool = True) -> None:
@@ -123,18 +102,18 @@ def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
     norms: list[Any] = [
         m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _eps(m)
     ]
-    mlps: list[Any] = [m for m in model.modules() if _gated_activation(m)]
+    mlps: dict[Any, Gate] = {m: gate for m in model.modules() if (gate := _gate(m))}
     offsets = {kind: _norm_offset(norms, kind) if probe else 0.0 for kind in set(map(type, norms))}
     count = 0
     for norm in norms:
         offset = offsets[type(norm)]
         if offset is not None and not norm.weight.requires_grad:
-            norm.forward = functools.partial(_made, _norm(norm, offset))
+            norm.forward = functools.partial(make, _norm(norm, offset))
             count += 1
     same = {kind: not probe or _mlp_is_gated(mlps, kind) for kind in set(map(type, mlps))}
-    for mlp in mlps:
+    for mlp, gate in mlps.items():
         if same[type(mlp)]:
-            mlp.forward = types.MethodType(_mlp_forward, mlp)
+            mlp.forward = functools.partial(_mlp_forward, mlp, gate)
     return count, sum(same[type(mlp)] for mlp in mlps)
 
 
@@ -165,22 +144,22 @@ def _norm_offset(norms: list[Any], kind: type[Any]) -> float | None:
     return None
 
 
-def _gated_activation(module: Any) -> str | None:
-    """The activation of a gated MLP, if the module is one and the activation is known."""
+def _gate(module: Any) -> Gate | None:
+    """The recipe of a gated MLP, if the module is one and its activation is known."""
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return None
-    return ACTIVATIONS.get(type(module.act_fn).__name__)
+    activation = ACTIVATIONS.get(type(module.act_fn).__name__)
+    return Gate(activation) if activation else None
 
 
-def _mlp_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    gate = Gate(_gated_activation(self) or "")
-    down: torch.Tensor = self.down_proj(_made(gate, self.gate_proj(x), self.up_proj(x)))
+def _mlp_forward(mlp: Any, gate: Gate, x: torch.Tensor) -> torch.Tensor:
+    down: torch.Tensor = mlp.down_proj(make(gate, mlp.gate_proj(x), mlp.up_proj(x)))
     return down
 
 
 @torch.no_grad()
-def _mlp_is_gated(mlps: list[Any], kind: type[Any]) -> bool:
-    mlp: Any = next(mlp for mlp in mlps if type(mlp) is kind)
+def _mlp_is_gated(mlps: dict[Any, Gate], kind: type[Any]) -> bool:
+    mlp, gate = next((mlp, gate) for mlp, gate in mlps.items() if type(mlp) is kind)
     device = next(mlp.parameters()).device
     x = torch.randn(PROBE_ROWS, mlp.gate_proj.in_features, device=device)
-    return torch.allclose(_mlp_forward(mlp, x), mlp(x), rtol=TOLERANCE, atol=TOLERANCE)
+    return torch.allclose(_mlp_forward(mlp, gate, x), mlp(x), rtol=TOLERANCE, atol=TOLERANCE)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.data.render import IGNORED
-from halfbyte.data.tree import Layout, Tokens, cut_step, lay_out
+from halfbyte.data.tree import Layout, Tokens, cut_step, lay_out, pass_tokens
 from halfbyte.model import attention
 from halfbyte.model.loss import head_losses, tile_starts
 
@@ -158,20 +158,23 @@ def pad_right(
 def row_losses(
     model: nn.Module,
     rows: Sequence[Tokens],
-    max_tokens: int,
+    num_rows: int,
     *,
     share: bool = True,
     padded: bool = False,
 ) -> list[tuple[float, int]]:
     """For each row its summed loss in nats and the number of labelled tokens.
 
-    ``model`` knows ``token_loss``; a pass takes at most ``max_tokens`` tokens, or one row. The result
-    does not depend on how rows are put together but for rounding.
+    ``model`` knows ``token_loss``; a pass takes at most the tokens of the ``num_rows`` longest rows. The
+    result does not depend on how rows are put together but for rounding.
     """
+    if not rows:
+        return []
     found: dict[int, tuple[float, int]] = {}
+    most = pass_tokens(rows, num_rows, share=share, padded=padded)
     training = model.training
     model.eval()
-    for numbers in cut_step(rows, max_tokens, share=share, padded=padded):
+    for numbers in cut_step(rows, most, share=share, padded=padded):
         members = [rows[number] for number in numbers]
         layout = lay_out(members, share=share, padded=padded)
         losses = model(layout=layout, token_loss="each").double().tolist()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 SHORTEST = 128  # tokens; below that a row of data is hardly a row
 RANKS = (8, 4)
-# Tokens of a pass from which on more are no faster. CPU: benchmarks/speed.py reaches the same share of the
-# matrix product's peak at 550, 1,000 and 1,100 tokens. CUDA: where unpacking weights is 3 % of an H100's
-# products (8.1 GB against 20 µs a token of a 4B model).
+# Tokens of a pass from which on more are no faster. CPU: steps of SmolLM2 came to the same 160 GFLOP/s at
+# 550, 1,000 and 1,100 tokens on two cores. CUDA, not measured: where unpacking the weights of a 4B model
+# (8.1 GB) would be 3 % of an H100's products (20 µs a token).
 ENOUGH_TOKENS = {"cpu": 512, "cuda": 8192}
 MORE_TOKENS_FRAC = 0.02
 SMALLER_BATCH = "same result, more and smaller passes"
@@ -53,13 +53,10 @@ def choose(planner: Planner, lengths: Lengths) -> TrainPlan:
     Where nothing fits, the least hungry of the allowed settings.
     """
     train = planner.run.train
-    sizes = (
-        micro_batches(train.batch_size // planner.world)
-        if train.micro_batch_size == "auto"
-        else [train.micro_batch_size]
-    )
     if train.micro_batch_size == "auto":
-        sizes = _useful(planner, lengths, sizes)
+        sizes = _useful(planner, lengths, micro_batches(train.batch_size // planner.world))
+    else:
+        sizes = [train.micro_batch_size]
     recompute = {"on": [True], "off": [False], "auto": [False, True]}[train.checkpointing]
     if not planner.loads:
         return planner.train(lengths, sizes[-1], checkpointing=recompute[-1])

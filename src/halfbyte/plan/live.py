@@ -23,8 +23,49 @@ class Peak:
     terms: Counter[str] = field(default_factory=Counter)
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages of all tensors born inside, from birth to death.
+
+    Attributes:
+        total_bytes: what lives now.
+        most_bytes: the most that lived at once; may be set back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total_bytes = self.most_bytes = 0
+        self._alive: dict[int, tuple[int, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._count(out, {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))})
+        return out
+
+    def _count(self, out: Any, known: set[int]) -> None:
+        """Count what is new in a result; ``known``: storages that were there before."""
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._alive and key not in known:
+                died = functools.partial(self._died, key)
+                self._alive[key] = storage.nbytes(), weakref.ref(storage, died)
+                self._grow(key, storage.nbytes())
+
+    def _died(self, key: int, _: Any) -> None:
+        self._shrink(key, self._alive.pop(key)[0])
+
+    def _grow(self, key: int, size: int) -> None:
+        self.total_bytes += size
+        self.most_bytes = max(self.most_bytes, self.total_bytes)
+
+    def _shrink(self, key: int, size: int) -> None:
+        self.total_bytes -= size
+
+
+class LiveBytes(Births):  # type: ignore[no-untyped-call]
+    """Live bytes by what they are and when.
 
     A storage is counted under the ``term`` that holds when it is born; ``peaks`` keeps, for each
     ``phase``, the moment with the most live bytes, ``most`` the largest sum of each term. Tensors
@@ -36,15 +77,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.phase = self.term = ""
         self.peaks: dict[str, Peak] = {}
         self.now: Counter[str] = Counter()
         self.most: Counter[str] = Counter()  # of each term by itself, whenever that was
-        self.total_bytes = self.kept_bytes = 0
+        self.kept_bytes = 0
         self._ignored: set[int] = set()
         self._kept: list[Any] = []
-        self._alive: dict[int, list[Any]] = {}
+        self._terms: dict[int, str] = {}
+        self._born_as = ""
 
     def enter(self, phase: str, term: str) -> None:
         """What happens from now on belongs to ``phase``; what is born, to ``term``."""
@@ -60,12 +102,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def move(self, tensor: torch.Tensor, term: str) -> None:
         """Count this tensor's storage under another term from now on."""
-        entry = self._alive.get(tensor.untyped_storage()._cdata)
-        if entry is not None:
-            self.now[entry[1]] -= entry[0]
-            self.now[term] += entry[0]
-            self.most[term] = max(self.most[term], self.now[term])
-            entry[1] = term
+        key = tensor.untyped_storage()._cdata
+        if key in self._alive:
+            size, _ = self._alive[key]
+            self.now[self._terms[key]] -= size
+            self._add(key, size, term)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -83,37 +124,30 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = args[0].new_empty((*args[1].shape[:-1], args[2].shape[0])), None
         else:
             out = func(*args, **options)
-        term, inside_bytes = self.term, 0
-        if name == "bitsandbytes::dequantize_4bit":
-            term = DEQUANTISED
-        elif name == "bitsandbytes::gemm_4bit":
+        inside_bytes = 0
+        self._born_as = DEQUANTISED if name == "bitsandbytes::dequantize_4bit" else self.term
+        if name == "bitsandbytes::gemm_4bit":
             inside_bytes = _gemm_inside_bytes(args, options)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._born(tensor, term)
+        self._count(out, self._ignored)
         if inside_bytes:
             within = self.now[DEQUANTISED] + inside_bytes
             self.most[DEQUANTISED] = max(self.most[DEQUANTISED], within)
             self._mark(inside_bytes)
         return out
 
-    def _born(self, tensor: torch.Tensor, term: str) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive or key in self._ignored:
-            return
-        size = storage.nbytes()
-        died = functools.partial(self._died, key)
-        self._alive[key] = [size, term, weakref.ref(storage, died)]
-        self.now[term] += size
-        self.most[term] = max(self.most[term], self.now[term])
-        self.total_bytes += size
+    def _grow(self, key: int, size: int) -> None:
+        self._add(key, size, self._born_as)
+        super()._grow(key, size)
         self._mark()
 
-    def _died(self, key: int, _: Any) -> None:
-        size, term, _ = self._alive.pop(key)
-        self.now[term] -= size
-        self.total_bytes -= size
+    def _shrink(self, key: int, size: int) -> None:
+        self.now[self._terms.pop(key)] -= size
+        super()._shrink(key, size)
+
+    def _add(self, key: int, size: int, term: str) -> None:
+        self._terms[key] = term
+        self.now[term] += size
+        self.most[term] = max(self.most[term], self.now[term])
 
     def _mark(self, inside_bytes: int = 0) -> None:
         peak = self.peaks[self.phase]
@@ -122,6 +156,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             peak.terms = Counter(self.now)
             if inside_bytes:
                 peak.terms[DEQUANTISED] += inside_bytes
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _gemm_inside_bytes(args: Any, options: dict[str, Any]) -> int:

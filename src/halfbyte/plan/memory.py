@@ -303,7 +303,5 @@ def compute_dtype(run: Run, device: Device) -> torch.dtype:
         )
     if wanted != "auto":
         return DTYPES[wanted]
-    if device.has_bf16:
-        return torch.bfloat16
-    # A quantised base trains in fp16 there unless a probe of real rows finds that it cannot.
-    return torch.float32 if precision in DTYPES else torch.float16
+    # Without bf16 a quantised base trains in fp16 unless a probe of real rows finds that it cannot.
+    return torch.bfloat16 if device.has_bf16 else torch.float16

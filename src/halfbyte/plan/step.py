@@ -103,8 +103,7 @@ class Step:
         )
         check_attention(self.model, model.attention)
         self.speed = speed
-        self.padded = not speed.no_padding or bool(tree_refusal(self.model, model.attention))
-        self.shares = speed.share_prefixes and not self.padded
+        self.shares, self.padded = speed.layout(tree_refusal(self.model, model.attention))
         self.kinds = layer_kinds(self.model)
         self.cut: Cut = cut(self.kinds)
         self.dtype, self.device_type = dtype, device_type

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from halfbyte.plan.live import Births
 
 FORWARD, BACKWARD = "halfbyte.forward", "halfbyte.backward"
 
@@ -134,40 +131,6 @@ def _on_cpu(
     return Measured(start, start + most_before, kept, start + max(most_after, kept), start + now)
 
 
-class Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Live bytes of storages born inside, and the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now_bytes = self.most_bytes = 0
-        self._alive: dict[int, tuple[int, Any]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {
-            leaf.untyped_storage()._cdata
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor)
-        }
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._alive and storage._cdata not in given:
-                    self._born(storage)
-        return out
-
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._alive[key] = size, weakref.ref(storage, functools.partial(self._died, key))
-        self.now_bytes += size
-        self.most_bytes = max(self.most_bytes, self.now_bytes)
-
-    def _died(self, key: int, _: Any) -> None:
-        self.now_bytes -= self._alive.pop(key)[0]
-
-
 def _by_birth(
     device: torch.device,
     forward: Callable[[], torch.Tensor],
@@ -177,7 +140,7 @@ def _by_birth(
     births = Births()
     with births:
         result = forward()
-        forward_bytes, kept_bytes = births.most_bytes, births.now_bytes
+        forward_bytes, kept_bytes = births.most_bytes, births.total_bytes
         births.most_bytes = kept_bytes
         backward(result)
     del result
@@ -186,7 +149,7 @@ def _by_birth(
         start + forward_bytes,
         kept_bytes,
         start + births.most_bytes,
-        start + births.now_bytes,
+        start + births.total_bytes,
     )
 
 

@@ -35,8 +35,7 @@ class Cutting:
         cls, rows: Sequence[Tokens], micro_batch_size: int, speed: Speed, refusal: str
     ) -> Cutting:
         """For these training rows; ``refusal``: why the model takes padded rows alone, if it does."""
-        padded = not speed.no_padding or bool(refusal)
-        share = speed.share_prefixes and not padded
+        share, padded = speed.layout(refusal)
         tokens = pass_tokens(rows, micro_batch_size, share=share, padded=padded)
         return cls(micro_batch_size, share, padded, tokens)
 
@@ -51,10 +50,8 @@ class Cutting:
 
     def losses(self, model: nn.Module, rows: Sequence[Tokens]) -> list[tuple[float, int]]:
         """``row_losses`` in passes of the same kind."""
-        if not rows:
-            return []
-        most = pass_tokens(rows, self.micro_batch_size, share=self.share, padded=self.padded)
-        return row_losses(model, rows, most, share=self.share, padded=self.padded)
+        rows_a_pass = self.micro_batch_size
+        return row_losses(model, rows, rows_a_pass, share=self.share, padded=self.padded)
 
 
 class StepwiseSampler(Sampler[int]):

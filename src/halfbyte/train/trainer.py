@@ -232,10 +232,11 @@ def build_trainer(
 
     def collate(numbers: list[dict[str, int]]) -> dict[str, Any]:
         step = [rows[number["row"]] for number in numbers]
+        layouts = trainer.cutting.step(step)
         return {
-            "layouts": trainer.cutting.step(step),
+            "layouts": layouts,
             "labels": torch.tensor([[label for _, labels in step for label in labels]]),
-            "num_tokens": sum(len(ids) for ids, _ in step),
+            "num_tokens": sum(layout.num_tokens for layout in layouts),
         }
 
     arguments = trainer_arguments(run, loaded, passes, len(train))
