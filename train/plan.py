@@ -7,6 +7,7 @@ TARGET: a config, a Hub id, or a folder that holds a config.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -57,7 +58,9 @@ def main() -> None:
     report = as_json(plan)
     measured = None
     if arguments.probe:
-        from halfbyte.train.probe import probe_run
+        # transformers prints a line as it is imported with WANDB_MODE=offline.
+        with contextlib.redirect_stdout(sys.stderr):
+            from halfbyte.train.probe import probe_run
 
         measured = probe_run(run, device)
         report["probe"] = measured.as_json()

@@ -8,7 +8,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +23,9 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 CPU_FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")  # what makes bf16 and int8 quick
 DRIVER_TIMEOUT_S = 5
 MADV_PAGEOUT = 21
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAPPED_BYTES = 128 << 10  # glibc's own start
+MOST_MAPPED_BYTES = 32 << 20  # and what it rises to as blocks are freed
 
 
 def ram_bytes() -> tuple[int, int]:
@@ -185,6 +189,26 @@ def free_bytes(device: torch.device) -> int:
 
         return int(cuda.mem_get_info(device)[0])
     return ram_bytes()[1]
+
+
+@contextmanager
+def mapped_blocks() -> Iterator[None]:
+    """Within it, large blocks go back to the system as they are freed, and leave no holes in the heap.
+
+    For loading, whose temporaries die among weights that stay. Afterwards blocks are kept for the next
+    use, as glibc does of itself once large ones have been freed (mallopt(3)); other C libraries are left
+    as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, MOST_MAPPED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, 2 * MOST_MAPPED_BYTES)
 
 
 def release_pages() -> None:

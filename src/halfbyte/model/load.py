@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.config.schema import ComputeDtype, Model, Precision
 from halfbyte.errors import ModelError
-from halfbyte.model.host import release_pages
+from halfbyte.model.host import mapped_blocks, release_pages
 from halfbyte.model.precision import (
     DTYPES,
     Compute,
@@ -219,7 +219,8 @@ def _from_pretrained(
     model_class: Any, base: Base, options: dict[str, Any], precision: Precision
 ) -> Any:
     try:
-        model, info = model_class.from_pretrained(base.path, trust_remote_code=False, **options)
+        with mapped_blocks():
+            model, info = model_class.from_pretrained(base.path, trust_remote_code=False, **options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise

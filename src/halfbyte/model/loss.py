@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 # Larger temporaries are mapped and unmapped on every use by glibc, which costs more than the sums.
-BLOCK_BYTES = {"cpu": 24 << 20, "cuda": 128 << 20}
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 TILE_ROWS = 1024  # predictions that share a block's logits
 
 
@@ -96,14 +96,14 @@ def _tile(
         fade = (top - highest).exp_()
         total.mul_(fade).add_(shares.sum(dim=1, keepdim=True))
         top = highest
-        if pulled is None:
-            continue
-        if slope is not None:
-            shares.mul_(slope)
-        if head.dtype == torch.float32:
-            pulled.mul_(fade).addmm_(shares, weights)
-        else:
-            pulled.mul_(fade).add_(shares.to(head.dtype) @ weights)
+        if pulled is not None:
+            if slope is not None:
+                shares.mul_(slope)
+            if head.dtype == torch.float32:
+                pulled.mul_(fade).addmm_(shares, weights)
+            else:
+                pulled.mul_(fade).add_(shares.to(head.dtype) @ weights)
+        del logits, shares  # before the next block's are made
     losses = (total.log() + top - picked)[:, 0]
     if pulled is None:
         return losses, None

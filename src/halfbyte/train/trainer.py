@@ -54,6 +54,7 @@ class TokenTrainer(SFTTrainer):
         self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
         self.saved_step = -1
         self.finite: torch.Tensor | None = None
+        self._gradients: torch.Tensor | None = None
         self._since = (0, time.perf_counter())
         super().__init__(*args, **options)
 
@@ -94,6 +95,8 @@ class TokenTrainer(SFTTrainer):
         """
         assert num_items_in_batch is not None, "transformers counted no labelled tokens"
         model.train()
+        if len(inputs["layouts"]) > 1 and self.args.device.type == "cpu":
+            self._lay_out_gradients()
         total: torch.Tensor | None = None
         last = len(inputs["layouts"]) - 1
         for number, layout in enumerate(inputs["layouts"]):
@@ -110,6 +113,20 @@ class TokenTrainer(SFTTrainer):
         self.finite = finite if self.finite is None else self.finite & finite
         self.num_tokens += inputs["num_tokens"] * self.accelerator.num_processes
         return total
+
+    def _lay_out_gradients(self) -> None:
+        """Give the gradients one block, as zeros.
+
+        Born one by one among the activations of a step's first pass, they would lie between those of
+        the next: the heap of the C library grew by 150 MB on SmolLM2.
+        """
+        parameters = list(trainable_parameters(self.model).values())
+        if self._gradients is None:
+            self._gradients = torch.empty(sum(p.numel() for p in parameters))
+        self._gradients.zero_()
+        parts = torch.split(self._gradients, [p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """None: transformers walks all parameters for a figure that nobody is shown."""
