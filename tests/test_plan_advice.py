@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator
@@ -141,6 +142,34 @@ def test_choose_takes_the_largest_micro_batch_that_fits(planners: Planners, rows
         assert tight.checkpointing
         assert planners.need(run, tight.micro_batch_size, True) < room
         assert planners.need(run, 2 * tight.micro_batch_size, True) > room - 1
+
+
+def test_choose_recomputes_as_few_layers_as_fit(config: PretrainedConfig) -> None:
+    deep = copy.deepcopy(config)
+    deep.num_hidden_layers = 8
+    planners = Planners(deep)
+    run = tiny_run("train.micro_batch_size=4")
+    off, on = planners.need(run, 4, False), planners.need(run, 4, True)
+    planner = planners.of(run, device_with((off + on) // 2))
+    plan = choose(planner, LENGTHS)
+    layers = plan.shape.recompute
+    assert layers is not None
+    assert 0 < layers < planner.num_layers
+    assert planner.fits(plan)
+    fewer = planner.train(LENGTHS, 4, checkpointing=layers > 1, recompute=layers - 1)
+    assert not planner.fits(fewer)
+    assert override_line(plan) == f"train.micro_batch_size=4 train.checkpointing={layers}"
+    assert f"checkpointing on {layers} layers" in plan.summary()
+    pasted = tiny_run(*override_line(plan).split())
+    assert choose(planners.of(pasted, ROOMY), LENGTHS).peak_bytes == plan.peak_bytes
+
+
+def test_more_layers_than_there_are_cannot_be_recomputed(planners: Planners) -> None:
+    run = tiny_run("train.checkpointing=99")
+    with pytest.raises(
+        PlanError, match=r"checkpointing is 99, but the model has \d+ layers; allowed"
+    ):
+        choose(planners.of(run, ROOMY), LENGTHS)
 
 
 @pytest.mark.usefixtures("all_sizes_help")

@@ -239,17 +239,18 @@ def test_open_session_begins_anew_with_other_settings_when_nothing_was_learnt_ye
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        ([], (2, "on")),
-        (["train.micro_batch_size=4"], (4, "on")),
+        ([], (2, 7)),
+        (["train.micro_batch_size=4"], (4, 7)),
+        (["train.checkpointing=on"], (2, "on")),
         (["train.checkpointing=off"], (2, "off")),
     ],
 )
 def test_resumed_run_cuts_its_steps_as_before_where_auto_leaves_it_open(
-    tmp_path: Path, overrides: list[str], wanted: tuple[int, str]
+    tmp_path: Path, overrides: list[str], wanted: tuple[int, str | int]
 ) -> None:
     folder = open_session(run_of(tmp_path)).folder
     make_checkpoint(folder.checkpoints, 5)
-    memory = {"micro_batch_size": 2, "checkpointing": True}
+    memory = {"micro_batch_size": 2, "checkpointing": 7}
     write_json(folder.manifest, {"finished": False, "memory": memory})
     run = run_of(tmp_path, *overrides)
     train = as_before(open_session(run), run).train
@@ -261,7 +262,7 @@ def test_resumed_run_is_cut_anew_when_the_number_of_processes_rules_the_old_cut_
 ) -> None:
     folder = open_session(run_of(tmp_path)).folder
     make_checkpoint(folder.checkpoints, 5)
-    memory = {"micro_batch_size": 16, "checkpointing": False}
+    memory = {"micro_batch_size": 16, "checkpointing": "off"}
     write_json(folder.manifest, {"finished": False, "memory": memory})
     run = run_of(tmp_path)
     assert as_before(open_session(run), run).train.micro_batch_size == 16

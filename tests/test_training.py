@@ -40,7 +40,9 @@ def make_trainer(config: Path, *overrides: str) -> tuple[TokenTrainer, Prepared]
     model = attach_adapter(loaded, run.adapter, run.seed, config.parent)
     examples = (prepared.train, prepared.validation or prepared.test)
     size = run.train.micro_batch_size
-    passes = Passes(1 if size == "auto" else size, checkpointing=run.train.checkpointing == "on")
+    asked = run.train.checkpointing
+    layers = asked if isinstance(asked, int) else None
+    passes = Passes(1 if size == "auto" else size, asked == "on" or layers is not None, layers)
     trainer = build_trainer(
         run, loaded, model, renderer, examples, passes, config.parent / "checkpoints", None
     )
@@ -312,6 +314,13 @@ def test_checkpointing_is_on_in_the_check_before_step_one(make_config: MakeConfi
     assert all(layer.gradient_checkpointing for layer in layers)
 
 
+def test_so_many_layers_are_recomputed_from_the_first_on(make_config: MakeConfig) -> None:
+    trainer, _ = make_trainer(make_config(), "train.checkpointing=1")
+    check_first_step(trainer)
+    layers = trainer.model.get_base_model().model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False]
+
+
 def test_evaluations_without_held_out_rows_are_refused(make_config: MakeConfig) -> None:
     config = make_config(data={"test": None, "validation_frac": 0.0001}, train={"eval_steps": 2})
     with pytest.raises(RunError, match=r"train\.eval_steps is 2, but of 32 rows none fell into"):
@@ -417,9 +426,11 @@ def test_option_trains(make_config: MakeConfig, tmp_path: Path, train: dict[str,
 
 def test_checkpointing_gives_the_same_losses(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(track={"wandb": "off"})
-    for value in ("on", "off"):
-        run_script("train/sft.py", config, f"train.checkpointing={value}", f"name={value}")
-    on, off = (
-        [r["loss"] for r in metrics(tmp_path / "runs" / v) if "loss" in r] for v in ("on", "off")
+    for value in ("off", "on", "1"):
+        run_script("train/sft.py", config, f"train.checkpointing={value}", f"name=_{value}")
+    off, *others = (
+        [r["loss"] for r in metrics(tmp_path / "runs" / f"_{value}") if "loss" in r]
+        for value in ("off", "on", "1")
     )
-    torch.testing.assert_close(torch.tensor(on), torch.tensor(off), rtol=1e-6, atol=1e-6)
+    for other in others:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(off), rtol=1e-6, atol=1e-6)

@@ -186,10 +186,10 @@ class Train(Section):
     neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Noise on the input embeddings (NEFTune, arXiv 2310.05914)."
     )
-    checkpointing: Literal["auto", "on", "off"] = Field(
+    checkpointing: Literal["auto", "on", "off"] | Positive = Field(
         "auto",
-        description="Recompute activations in the backward pass. `auto`: only if the plan says that they"
-        " would not fit otherwise.",
+        description="Recompute activations in the backward pass, of all layers or of so many from the first"
+        " on. `auto`: of as few as the plan says must be.",
     )
     ignore_plan: bool = Field(
         False,

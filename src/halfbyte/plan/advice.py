@@ -25,6 +25,7 @@ RANKS = (8, 4)
 # 550, 1,000 and 1,100 tokens on two cores. CUDA, not measured: where unpacking the weights of a 4B model
 # (8.1 GB) would be 3 % of an H100's products (20 µs a token).
 ENOUGH_TOKENS = {"cpu": 512, "cuda": 8192}
+UNPACKING_TOKENS = {"cpu": 15, "cuda": 250}  # that take as long as unpacking the weights, likewise
 MORE_TOKENS_FRAC = 0.02
 SMALLER_BATCH = "same result, more and smaller passes"
 COSTS = {
@@ -35,6 +36,7 @@ COSTS = {
     "data.max_length": "rows of at most {} tokens (data.on_overlength says what becomes of longer ones)",
 }
 RECOMPUTE = "same result, each step computes its forward pass twice"
+RECOMPUTE_SOME = "same result, each step computes {} of its {} layers twice"
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,63 @@ def choose(planner: Planner, lengths: Lengths) -> TrainPlan:
     """Resolve ``auto``: the largest micro-batch that helps and fits, recomputing only where needed.
 
     Where nothing fits, the least hungry of the allowed settings.
+
+    Raises:
+        PlanError: more layers are to be recomputed than there are.
     """
     train = planner.run.train
+    asked = train.checkpointing
     if train.micro_batch_size == "auto":
         sizes = _useful(planner, lengths, micro_batches(train.batch_size // planner.world))
     else:
         sizes = [train.micro_batch_size]
-    recompute = {"on": [True], "off": [False], "auto": [False, True]}[train.checkpointing]
+    if isinstance(asked, int) and asked > planner.num_layers:
+        raise PlanError(
+            f"train.checkpointing is {asked}, but the model has {planner.num_layers} layers; allowed:"
+            f" auto, on, off or 1 to {planner.num_layers}"
+        )
+    layers = asked if isinstance(asked, int) else None
     if not planner.loads:
-        return planner.train(lengths, sizes[-1], checkpointing=recompute[-1])
-    plan = None
-    for checkpointing in recompute:
-        plan = _largest(planner, lengths, sizes, checkpointing)
-        if planner.fits(plan):
-            return plan
-    assert plan is not None
+        return planner.train(lengths, sizes[-1], checkpointing=asked != "off", recompute=layers)
+    if asked != "auto":
+        return _largest(planner, lengths, sizes, asked != "off", layers)
+    plan = _largest(planner, lengths, sizes, False)
+    if planner.fits(plan) and plan.micro_batch_size == sizes[0]:
+        return plan
+    other = _fewest_layers(planner, lengths, _largest(planner, lengths, sizes, True))
+    if not planner.fits(plan):
+        return other
+    return min((plan, other), key=lambda one: _cost(planner, lengths, one))
+
+
+def _fewest_layers(planner: Planner, lengths: Lengths, plan: TrainPlan) -> TrainPlan:
+    """The same micro-batch with as few layers recomputed as fit; the plan itself if it does not fit."""
+    low, high = 1, planner.num_layers
+    if not planner.fits(plan):
+        return plan
+    while low < high:
+        middle = (low + high) // 2
+        rows = plan.micro_batch_size
+        fewer = planner.train(lengths, rows, checkpointing=True, recompute=middle)
+        if planner.fits(fewer):
+            plan, high = fewer, middle
+        else:
+            low = middle + 1
     return plan
+
+
+def _cost(planner: Planner, lengths: Lengths, plan: TrainPlan) -> float:
+    """Time of a step, in tokens that go forward and backward once.
+
+    A pass unpacks every weight, for as long as some tokens take; recomputing a layer adds a forward pass
+    to a forward and a backward one, which are alike where weights have no gradient.
+    """
+    tokens = lengths.tokens(plan.micro_batch_size, share=planner.step.shares)
+    share = 0.0
+    if plan.checkpointing:
+        share = (plan.shape.recompute or planner.num_layers) / planner.num_layers
+    unpacking = UNPACKING_TOKENS[planner.device.kind]
+    return plan.accumulation * (tokens + unpacking) * (1 + share / 2)
 
 
 def suggest(
@@ -78,6 +121,7 @@ def suggest(
     for checkpointing in (False, True) if planner.loads else ():
         plan = _largest(planner, lengths, sizes, checkpointing)
         if planner.fits(plan):
+            plan = _fewest_layers(planner, lengths, plan) if checkpointing else plan
             gentle.append(_suggestion(planner, plan, {}))
     if gentle:
         return gentle
@@ -155,19 +199,27 @@ def _useful(planner: Planner, lengths: Lengths, sizes: list[int]) -> list[int]:
 
 
 def _largest(
-    planner: Planner, lengths: Lengths, sizes: list[int], checkpointing: bool
+    planner: Planner,
+    lengths: Lengths,
+    sizes: list[int],
+    checkpointing: bool,
+    recompute: int | None = None,
 ) -> TrainPlan:
     """The plan of the largest size that fits, else that of the smallest; bytes grow with the size."""
+
+    def planned(size: int) -> TrainPlan:
+        return planner.train(lengths, size, checkpointing=checkpointing, recompute=recompute)
+
     low, high = 0, len(sizes) - 1  # the largest is tried first: it is what most runs want
-    best = planner.train(lengths, sizes[0], checkpointing=checkpointing)
+    best = planned(sizes[0])
     if planner.fits(best) or high == 0:
         return best
-    low, best = 1, planner.train(lengths, sizes[high], checkpointing=checkpointing)
+    low, best = 1, planned(sizes[high])
     if not planner.fits(best):
         return best
     while low < high:
         middle = (low + high) // 2
-        plan = planner.train(lengths, sizes[middle], checkpointing=checkpointing)
+        plan = planned(sizes[middle])
         if planner.fits(plan):
             best, high = plan, middle
         else:
@@ -214,7 +266,9 @@ def _changed(run: Run, changes: dict[str, Any]) -> Run:
 
 def _suggestion(planner: Planner, plan: TrainPlan, changes: dict[str, Any]) -> Suggestion:
     costs = [COSTS[key].format(value) for key, value in changes.items() if key in COSTS]
-    costs.append(RECOMPUTE if plan.checkpointing else SMALLER_BATCH)
+    some = plan.shape.recompute
+    recompute = RECOMPUTE if some is None else RECOMPUTE_SOME.format(some, planner.num_layers)
+    costs.append(recompute if plan.checkpointing else SMALLER_BATCH)
     return Suggestion(
         override_line(plan, changes), "; ".join(costs), plan, planner.margin_bytes(plan)
     )
@@ -227,5 +281,5 @@ def override_line(plan: TrainPlan, changes: dict[str, Any] | None = None) -> str
         for key, value in (changes or {}).items()
     ]
     parts.append(f"train.micro_batch_size={plan.micro_batch_size}")
-    parts.append(f"train.checkpointing={'on' if plan.checkpointing else 'off'}")
+    parts.append(f"train.checkpointing={plan.recompute}")
     return " ".join(parts)

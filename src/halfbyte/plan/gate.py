@@ -10,7 +10,7 @@ from halfbyte.errors import PlanError, UntraceableError
 from halfbyte.model.precision import NAMES
 from halfbyte.plan.advice import choose, models_that_fit, suggest
 from halfbyte.plan.catalogue import model_config
-from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.memory import Planner, TrainPlan, layers_words
 from halfbyte.plan.shape import Lengths
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def gate(
             run,
             f"training would need {plan.needed_bytes / 1e9:.2f} GB"
             f" ({plan.micro_batch_size} rows of {plan.length} tokens at a time, checkpointing"
-            f" {'on' if plan.checkpointing else 'off'}), which is"
+            f" {layers_words(plan.recompute)}), which is"
             f" {-planner.margin_bytes(plan) / 1e9:.2f} GB more than {device.title} has.{helps}",
         )
     return planner, plan
@@ -81,10 +81,10 @@ def _agreed(planner: Planner, plan: TrainPlan, lengths: Lengths) -> TrainPlan:
     from accelerate.utils import broadcast_object_list
 
     PartialState(cpu=planner.device.kind == "cpu")
-    settings = [(plan.micro_batch_size, plan.checkpointing)]
+    settings = [(plan.micro_batch_size, plan.checkpointing, plan.shape.recompute)]
     broadcast_object_list(settings)
-    rows, checkpointing = settings[0]
-    return planner.train(lengths, rows, checkpointing=checkpointing)
+    rows, checkpointing, recompute = settings[0]
+    return planner.train(lengths, rows, checkpointing=checkpointing, recompute=recompute)
 
 
 def _refuse(run: Run, text: str) -> None:

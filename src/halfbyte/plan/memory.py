@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -15,6 +15,7 @@ from halfbyte.errors import PlanError
 from halfbyte.model.precision import DTYPES, NAMES, choose_compute
 from halfbyte.plan.devices import Device
 from halfbyte.plan.live import DEQUANTISED
+from halfbyte.plan.recompute import most, peaks
 from halfbyte.plan.shape import Lengths, Shape
 from halfbyte.plan.skeleton import build
 from halfbyte.plan.step import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING, Step
@@ -88,6 +89,13 @@ class TrainPlan:
         return self.shape.checkpointing
 
     @property
+    def recompute(self) -> int | Literal["on", "off"]:
+        """Of how many layers, from the first on, or ``on``: of all; as ``train.checkpointing`` takes it."""
+        if not self.checkpointing:
+            return "off"
+        return "on" if self.shape.recompute is None else self.shape.recompute
+
+    @property
     def peak_bytes(self) -> int:
         """Most bytes of tensors that live at once."""
         return sum(self.terms.values())
@@ -106,7 +114,7 @@ class TrainPlan:
         """The plan in a line."""
         return (
             f"{self.micro_batch_size} rows × {self.accumulation} passes a step, checkpointing"
-            f" {'on' if self.checkpointing else 'off'}, peak {self.peak_bytes / 1e9:.3f} GB"
+            f" {layers_words(self.recompute)}, peak {self.peak_bytes / 1e9:.3f} GB"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -114,7 +122,7 @@ class TrainPlan:
         return {
             "micro_batch_size": self.micro_batch_size,
             "accumulation": self.accumulation,
-            "checkpointing": self.checkpointing,
+            "checkpointing": self.recompute,
             "predicted_peak_bytes": self.peak_bytes,
             "needed_bytes": self.needed_bytes,
             "terms": self.terms,
@@ -172,12 +180,27 @@ class Planner:
         )
 
     @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.step.kinds)
+
+    @property
     def loads(self) -> bool:
         """Whether there is room for the weights alone."""
         return self.stored.true_bytes <= self.device.usable_bytes
 
-    def train(self, lengths: Lengths, micro_batch_size: int, *, checkpointing: bool) -> TrainPlan:
-        """What training takes with so many rows in a micro-batch."""
+    def train(
+        self,
+        lengths: Lengths,
+        micro_batch_size: int,
+        *,
+        checkpointing: bool,
+        recompute: int | None = None,
+    ) -> TrainPlan:
+        """What training takes with so many rows in a micro-batch.
+
+        ``recompute``: with ``checkpointing``, of how many layers from the first on; None: of all.
+        """
         accumulation = self.run.train.batch_size // (micro_batch_size * self.world)
         shape = lengths.shape(
             micro_batch_size,
@@ -185,8 +208,10 @@ class Planner:
             accumulates=accumulation > 1,
             share=self.step.shares,
         )
+        if checkpointing and recompute is not None and recompute < self.num_layers:
+            shape = replace(shape, recompute=recompute)
         fixed, paged_bytes = self.fixed_bytes(), self.paged_bytes()
-        moving = {phase: dict(peak.terms) for phase, peak in self.step.peaks(shape).items()}
+        moving = {phase: dict(peak.terms) for phase, peak in peaks(self.step, shape).items()}
         moving[OPTIMIZER_STEP] = self._optimizer_step()
         scored = self.scored(micro_batch_size, checkpointing=checkpointing)
         if scored is not None:
@@ -194,8 +219,8 @@ class Planner:
         phases = {phase: sum(terms.values()) for phase, terms in moving.items()}
         when = max(phases, key=lambda phase: phases[phase])
         terms = {name: moving[when].get(name, 0) for name in MOVING}
-        most = self.step.most(shape)
-        largest = {name: max(most[name], moving[OPTIMIZER_STEP].get(name, 0)) for name in MOVING}
+        highest = most(self.step, shape)
+        largest = {name: max(highest[name], moving[OPTIMIZER_STEP].get(name, 0)) for name in MOVING}
         total = sum(fixed.values())
         return TrainPlan(
             micro_batch_size=micro_batch_size,
@@ -268,6 +293,11 @@ class Planner:
         # torch's multi-tensor AdamW holds a denominator for every weight; the fused one none.
         listed = self.run.train.optimizer == "adamw_torch" and self.device.kind == "cuda"
         return {GRADIENTS: gradients, WORKING: gradients if listed else 0}
+
+
+def layers_words(recompute: int | Literal["on", "off"]) -> str:
+    """``on``, ``off`` or ``on 7 layers``."""
+    return recompute if isinstance(recompute, str) else f"on {recompute} layers"
 
 
 def state_bytes(optimizer: Optimizer, shape: tuple[int, ...]) -> int:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from halfbyte.plan.advice import micro_batches
 from halfbyte.plan.devices import ASSUMED
+from halfbyte.plan.memory import layers_words
 from halfbyte.plan.report import TERMS, Plan
 from halfbyte.plan.shape import Lengths
 from halfbyte.plan.weights import STORED
@@ -88,7 +89,12 @@ def trace_curves(plan: Plan) -> Curves:
         for length in lengths:
             if length not in curve:
                 batch = Lengths.all_of(length, rows)
-                other = planner.train(batch, rows, checkpointing=train.checkpointing)
+                other = planner.train(
+                    batch,
+                    rows,
+                    checkpointing=train.checkpointing,
+                    recompute=train.shape.recompute,
+                )
                 curve[length] = other.needed_bytes
             if curve[length] > max(CLIP * limit, 1.25 * train.needed_bytes):
                 break  # the rest runs off the picture
@@ -131,7 +137,7 @@ def _draw_curves(axes: Any, plan: Plan, report: dict[str, Any], curves: Curves) 
     highest = max(size for curve in curves.values() for size in curve.values()) / 1e9
     limit, near, name = _limit(report, highest)
     top = min(1.08 * max(highest, limit * near), max(CLIP * limit, 1.25 * needed))
-    recompute = f"GB, checkpointing {'on' if train.checkpointing else 'off'}"
+    recompute = f"GB, checkpointing {layers_words(train.recompute)}"
     axes.set(xlim=(0, 1.03 * lengths[-1]), ylim=(0, top), ylabel=recompute)
     axes.set_xticks([length for length in lengths if length > lengths[-1] / 9])
     what = f"in the circle: planned {train.micro_batch_size} × {train.length}, {needed:.3f} GB"

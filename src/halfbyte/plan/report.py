@@ -15,7 +15,7 @@ from halfbyte.plan.advice import (
     override_line,
     suggest,
 )
-from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.memory import Planner, TrainPlan, layers_words
 from halfbyte.plan.shape import Lengths
 from halfbyte.plan.weights import Load, load_plan
 
@@ -196,7 +196,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "accumulation": train.accumulation,
         "length": train.length,
         "num_labels": train.shape.num_labels,
-        "checkpointing": train.checkpointing,
+        "checkpointing": train.recompute,
         "optimizer": run.train.optimizer,
         "r": run.adapter.r,
         "override": override_line(train),
@@ -283,7 +283,7 @@ def _train_table(report: dict[str, Any]) -> str:
         f"TO TRAIN in {settings['precision']}, computing in {settings['compute_dtype']}, with"
         f" {settings['micro_batch_size']} × {settings['length']} tokens"
         f" × {settings['accumulation']} accumulated, checkpointing"
-        f" {'on' if settings['checkpointing'] else 'off'}, {settings['optimizer']}, r={settings['r']}"
+        f" {layers_words(settings['checkpointing'])}, {settings['optimizer']}, r={settings['r']}"
     ]
     lines.append(f"  {'GB':<14}{'at the peak':>12}{'at most':>10}")
     for name, words in TERMS.items():

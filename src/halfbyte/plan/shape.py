@@ -18,7 +18,8 @@ class Shape:
     """One micro-batch of rows with ``lengths`` tokens, the longest first.
 
     ``shared``: tokens that all of them begin with and that are computed once. ``num_labels``: labelled
-    tokens of all. ``accumulates``: gradients of an earlier micro-batch are there already. ``nodes``: how
+    tokens of all. ``checkpointing``: activations are recomputed, those of all layers or of the first
+    ``recompute``. ``accumulates``: gradients of an earlier micro-batch are there already. ``nodes``: how
     real rows lie, which may share more than their common beginning.
     """
 
@@ -28,6 +29,7 @@ class Shape:
     checkpointing: bool
     accumulates: bool
     nodes: tuple[Node, ...] | None = None
+    recompute: int | None = None
 
     def of(self, layout: Layout) -> Shape:
         """The same with real rows in it."""

@@ -168,16 +168,19 @@ class Step:
 
     def kept_per_layer(self, shape: Shape) -> list[tuple[str, int, int]]:
         """For each kind of layer: its name, how many there are, bytes one keeps for its backward."""
+        found = self.kept_by_kind(shape)
+        return [(str(kind[0]), self.kinds.count(kind), kept) for kind, kept in found.items()]
+
+    def kept_by_kind(self, shape: Shape) -> dict[tuple[Any, ...], int]:
+        """Bytes that a layer of each kind keeps, where there is more than one of a kind."""
         base = self._trace(self.cut.base, shape, self._step).kept_bytes
-        rows = []
+        found = {}
         for kind in dict.fromkeys(self.kinds):
-            count = self.kinds.count(kind)
             spare = [layer for layer, _ in self.cut.more if self.kinds[layer] == kind]
             if spare:
                 layers = tuple(sorted((*self.cut.base, spare[0])))
-                kept = self._trace(layers, shape, self._step).kept_bytes
-                rows.append((str(kind[0]), count, kept - base))
-        return rows
+                found[kind] = self._trace(layers, shape, self._step).kept_bytes - base
+        return found
 
     def cache(self, context: int) -> tuple[int, int]:
         """Bytes that one row's keys and values take, and the most that its prefill takes beside them."""

@@ -16,18 +16,23 @@ from halfbyte.plan.memory import TrainPlan
 
 @dataclass(frozen=True)
 class Passes:
-    """How a step is cut: rows of one forward pass, and whether activations are recomputed."""
+    """How a step is cut: rows of one forward pass, and whether activations are recomputed.
+
+    ``recompute``: of how many layers, from the first on; None: of all.
+    """
 
     micro_batch_size: int
     checkpointing: bool
+    recompute: int | None = None
 
     @classmethod
     def of(cls, run: Run, plan: TrainPlan | None) -> Passes:
         """As planned; without a plan as configured, ``auto`` being the least hungry."""
         if plan is not None:
-            return cls(plan.micro_batch_size, plan.checkpointing)
-        rows = run.train.micro_batch_size
-        return cls(1 if rows == "auto" else rows, run.train.checkpointing != "off")
+            return cls(plan.micro_batch_size, plan.checkpointing, plan.shape.recompute)
+        rows, asked = run.train.micro_batch_size, run.train.checkpointing
+        layers = asked if isinstance(asked, int) else None
+        return cls(1 if rows == "auto" else rows, asked != "off", layers)
 
 
 def num_steps(run: Run, num_rows: int) -> int:

@@ -18,6 +18,7 @@ from halfbyte.model.load import load_config, load_for_training, load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.gate import gate
 from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.recompute import kept, peaks
 from halfbyte.plan.shape import Lengths
 from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.arguments import Passes
@@ -138,12 +139,12 @@ def _predicted(
     start = sum(fixed[name] for name in ("weights", "constants", "adapter", "workspace"))
     shape = plan.shape.alone().of(trained)
     scored = shape.of(evaluated)
-    peaks = {phase: peak.total_bytes for phase, peak in planner.step.peaks(shape).items()}
-    forward = start + max(peaks[FORWARD], peaks[HEAD])
-    backward = start + max(peaks[BACKWARD], peaks[BACKWARD_END])
+    most = {phase: peak.total_bytes for phase, peak in peaks(planner.step, shape).items()}
+    forward = start + max(most[FORWARD], most[HEAD])
+    backward = start + max(most[BACKWARD], most[BACKWARD_END])
     return {
         "weights and adapter": start,
-        "kept for the backward pass": planner.step.kept(shape),
+        "kept for the backward pass": kept(planner.step, shape),
         "peak of the forward pass": forward,
         "peak of the backward pass": backward,
         "gradients": fixed["adapter"],

@@ -123,7 +123,7 @@ def as_before(session: Session, run: Run) -> Run:
     if run.train.micro_batch_size == "auto":
         settled["micro_batch_size"] = told["micro_batch_size"]
     if run.train.checkpointing == "auto":
-        settled["checkpointing"] = "on" if told["checkpointing"] else "off"
+        settled["checkpointing"] = told["checkpointing"]
     return run.model_copy(update={"train": run.train.model_copy(update=settled)})
 
 

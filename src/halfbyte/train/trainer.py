@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, PrinterCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
@@ -24,6 +24,7 @@ from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_para
 from halfbyte.model.layers import fuse
 from halfbyte.model.load import Loaded
 from halfbyte.model.passes import add_token_loss
+from halfbyte.plan.skeleton import layer_list
 from halfbyte.train.arguments import Passes, trainer_arguments
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
 from halfbyte.train.measure import resident_bytes
@@ -263,6 +264,8 @@ def build_trainer(
     # With several GPUs and one process transformers multiplies the batch by their number.
     if settings.n_gpu > 1:
         settings._n_gpu = 1
+    if passes.recompute is not None:
+        recompute_first(model.get_base_model(), passes.recompute)
     guard, order = FiniteGuard(), EpochOrder()
     samples = Samples(held_out[: run.train.num_samples], renderer, run.train.sample_tokens)
     with adapters_kept(model):
@@ -289,6 +292,22 @@ def build_trainer(
     if tracker is not None:
         _tell(run, trainer.cutting, refusal)
     return trainer
+
+
+def recompute_first(model: PreTrainedModel, num_layers: int) -> None:
+    """Let ``gradient_checkpointing_enable`` switch on the first layers alone.
+
+    transformers and TRL call it wherever they see fit, and it switches on all of them.
+    """
+    enable: Any = model.gradient_checkpointing_enable
+
+    def enable_first(*args: Any, **options: Any) -> None:
+        enable(*args, **options)
+        layer: Any
+        for layer in layer_list(model)[num_layers:]:
+            layer.gradient_checkpointing = False
+
+    model.gradient_checkpointing_enable = enable_first
 
 
 def _tell(run: Run, cutting: Cutting, refusal: str) -> None:
