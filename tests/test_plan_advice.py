@@ -124,6 +124,9 @@ def test_choose_takes_no_more_rows_than_make_a_pass_faster(planners: Planners) -
     assert settings(choose(planners.of(run, ROOMY), LENGTHS)) == (2, False)  # 1,022 tokens
     short = Lengths.all_of(65, 16)
     assert settings(choose(planners.of(run, ROOMY), short)) == (8, False)  # 512
+    # Ragged rows: what counts is the tokens of a pass, not how much longer the longest are.
+    ragged = Lengths(tuple((tokens, 8) for tokens in (600, 500, *[30] * 14)))
+    assert settings(choose(planners.of(run, ROOMY), ragged)) == (1, False)
     # A common beginning is computed once in each pass: more passes cost more than they save.
     stem = Lengths(short.rows, shared=40)
     assert settings(choose(planners.of(run, ROOMY), stem)) == (16, False)

@@ -49,7 +49,10 @@ def num_dropped(steps: int) -> int:
 
 
 def summary(cell: Cell, gemm_flops: float) -> list[dict[str, Any]]:
-    """A line for each tool: medians over its repetitions, or how it failed."""
+    """A line for each tool: medians over its repetitions, or how it failed.
+
+    ``steps_per_s`` is of the median step, the others of all that are timed.
+    """
     names = list(dict.fromkeys(run["tool"] for run in cell["runs"]))
     lines = []
     for name in names:
@@ -116,7 +119,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         "Tokens are real ones, without padding. Curve: largest relative difference of a step's loss from"
         " the reference's. GEMM peak: share of it that the needed work comes to. The last two columns:"
-        " tokens/s of halfbyte over the tool's, memory of the tool over halfbyte's.",
+        " steps/s of halfbyte over the tool's, memory of the tool over halfbyte's.",
     ]
     for cell in report["cells"]:
         lines += ["", *_table(cell, report["gemm_flops"])]
@@ -167,7 +170,7 @@ def _line(line: dict[str, Any], ours: dict[str, Any] | None) -> str:
         f"{line['micro_batch']}",
         "on" if line["checkpointing"] else "off",
         line["adapter_dtype"],
-        f"{ours['tokens_per_s'] / line['tokens_per_s']:.2f}×" if ours else "",
+        f"{ours['steps_per_s'] / line['steps_per_s']:.2f}×" if ours else "",
         f"{line['peak_bytes'] / ours['peak_bytes']:.2f}×" if ours else "",
     ]
     return f"| {' | '.join(cells)} |"

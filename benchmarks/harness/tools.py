@@ -37,7 +37,7 @@ class Tool:
 TRL = {"cpu": "trl", "cuda": "trl"}
 UNSLOTH = {"cpu": "unsloth", "cuda": "unsloth-cuda"}
 LLAMAFACTORY = {"cpu": "llamafactory"}
-SWEEP = (16, 8, 4)
+SWEEP = (16, 8, 4, 2, 1)
 TOOLS = {
     "trl": Tool("trl", TRL),
     "trl-tuned": Tool("trl", TRL, tuned=True, micro_batches=SWEEP),

@@ -189,10 +189,12 @@ def _useful(planner: Planner, lengths: Lengths, sizes: list[int]) -> list[int]:
     """
     enough = ENOUGH_TOKENS[planner.device.kind]
     whole = lengths.tokens(sizes[0], share=planner.step.shares)
+    shared = lengths.shared if planner.step.shares else 0
     useful = [sizes[0]]
     for size in sizes[1:]:
+        again = (sizes[0] // size - 1) * shared
         tokens = lengths.tokens(size, share=planner.step.shares)
-        if tokens < enough or tokens * (sizes[0] // size) > (1 + MORE_TOKENS_FRAC) * whole:
+        if tokens < enough or again > MORE_TOKENS_FRAC * whole:
             break
         useful.append(size)
     return sizes[len(useful) - 1 :]
