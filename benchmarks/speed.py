@@ -3,8 +3,9 @@
 python -m benchmarks.speed [--models …] [--tools …] [--datasets …] [--out benchmarks/results/NAME]
 
 Makes the environments under .bench/ on the first run, with pip. Tools run one after the other and in
-turns (A B C A B C …), each run a process of its own. Tuned tools take the fastest of 16, 8, 4, 2 and 1 rows
-a forward pass, found in runs of three steps, fewer rows until they are no faster. There is no report unless losses of the first step agree.
+turns (A B C A B C …), each run a process of its own. Tuned tools take the fastest of 16, 8, 4, 2 and 1
+rows a forward pass, found in runs of three steps, fewer rows until they are no faster. There is no
+report unless losses of the first step agree.
 
 On the CPU every tool computes in fp32. For an environment without CUDA set
 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu where the package index has torch for CUDA.

@@ -40,9 +40,8 @@ def make_trainer(config: Path, *overrides: str) -> tuple[TokenTrainer, Prepared]
     model = attach_adapter(loaded, run.adapter, run.seed, config.parent)
     examples = (prepared.train, prepared.validation or prepared.test)
     size = run.train.micro_batch_size
-    asked = run.train.checkpointing
-    layers = asked if isinstance(asked, int) else None
-    passes = Passes(1 if size == "auto" else size, asked == "on" or layers is not None, layers)
+    recompute = run.train.checkpointing not in ("auto", "off")
+    passes = Passes(1 if size == "auto" else size, recompute, run.train.recomputed_layers)
     trainer = build_trainer(
         run, loaded, model, renderer, examples, passes, config.parent / "checkpoints", None
     )

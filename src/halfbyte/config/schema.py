@@ -213,6 +213,11 @@ class Train(Section):
         " move it aside and start anew.",
     )
 
+    @property
+    def recomputed_layers(self) -> int | None:
+        """Of how many layers activations are recomputed, from the first on, where a number says it."""
+        return self.checkpointing if isinstance(self.checkpointing, int) else None
+
 
 class Speed(Section):
     """Savings of time and memory that compute the same sums; each can be switched off to compare."""

@@ -58,17 +58,16 @@ def choose(planner: Planner, lengths: Lengths) -> TrainPlan:
         PlanError: more layers are to be recomputed than there are.
     """
     train = planner.run.train
-    asked = train.checkpointing
+    asked, layers = train.checkpointing, train.recomputed_layers
     if train.micro_batch_size == "auto":
         sizes = _useful(planner, lengths, micro_batches(train.batch_size // planner.world))
     else:
         sizes = [train.micro_batch_size]
-    if isinstance(asked, int) and asked > planner.num_layers:
+    if layers is not None and layers > planner.num_layers:
         raise PlanError(
-            f"train.checkpointing is {asked}, but the model has {planner.num_layers} layers; allowed:"
+            f"train.checkpointing is {layers}, but the model has {planner.num_layers} layers; allowed:"
             f" auto, on, off or 1 to {planner.num_layers}"
         )
-    layers = asked if isinstance(asked, int) else None
     if not planner.loads:
         return planner.train(lengths, sizes[-1], checkpointing=asked != "off", recompute=layers)
     if asked != "auto":
@@ -84,12 +83,11 @@ def choose(planner: Planner, lengths: Lengths) -> TrainPlan:
 
 def _fewest_layers(planner: Planner, lengths: Lengths, plan: TrainPlan) -> TrainPlan:
     """The same micro-batch with as few layers recomputed as fit; the plan itself if it does not fit."""
-    low, high = 1, planner.num_layers
+    rows, low, high = plan.micro_batch_size, 1, planner.num_layers
     if not planner.fits(plan):
         return plan
     while low < high:
         middle = (low + high) // 2
-        rows = plan.micro_batch_size
         fewer = planner.train(lengths, rows, checkpointing=True, recompute=middle)
         if planner.fits(fewer):
             plan, high = fewer, middle

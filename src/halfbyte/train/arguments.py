@@ -30,9 +30,9 @@ class Passes:
         """As planned; without a plan as configured, ``auto`` being the least hungry."""
         if plan is not None:
             return cls(plan.micro_batch_size, plan.checkpointing, plan.shape.recompute)
-        rows, asked = run.train.micro_batch_size, run.train.checkpointing
-        layers = asked if isinstance(asked, int) else None
-        return cls(1 if rows == "auto" else rows, asked != "off", layers)
+        train = run.train
+        rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+        return cls(rows, train.checkpointing != "off", train.recomputed_layers)
 
 
 def num_steps(run: Run, num_rows: int) -> int:

@@ -119,7 +119,7 @@ class TokenTrainer(SFTTrainer):
         """Give the gradients one block, as zeros.
 
         Born one by one among the activations of a step's first pass, they would lie between those of
-        the next: the heap of the C library grew by 150 MB on SmolLM2.
+        the next, and the heap of the C library would grow around them.
         """
         parameters = list(trainable_parameters(self.model).values())
         if self._gradients is None:
