@@ -70,6 +70,16 @@ class Bench:
         losses: dict[str, float] = json.loads((out / "losses.json").read_text())
         return losses
 
+    def profile(self, model: Path, rows: Path) -> Result:
+        """Seconds of halfbyte's last step by kind of operator."""
+        out = _empty(rows.parent / "profile")
+        ours = TOOLS["halfbyte"]
+        job = self._job(ours, model, rows, out, None, self.steps)
+        if self._spawn(ours, "profiled", job, out):
+            raise SystemExit(f"the profile failed:\n{(out / 'log').read_text()[-3000:]}")
+        found: Result = json.loads((out / "profile.json").read_text())
+        return found
+
     def gemm_flops(self) -> float:
         """Measured peak of a matrix product, in FLOP/s."""
         command = [sys.executable, "-m", "benchmarks.peers.gemm", self.device, self.dtype]

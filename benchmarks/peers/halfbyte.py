@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import TrainerCallback
+
 from benchmarks.peers.job import Job, Watch, read_job, start_adapter
 from halfbyte.config import Run, model_run
 from halfbyte.data.prepare import Example
@@ -15,9 +17,8 @@ from halfbyte.data.rows import Row
 from halfbyte.libraries import quiet_libraries
 
 
-def main() -> None:
+def main(job: Job, *callbacks: TrainerCallback) -> None:
     """Base → plan → trainer → adapter and result."""
-    job = read_job()
     quiet_libraries()
     from halfbyte.model.adapter import attach_adapter, save_adapter
     from halfbyte.model.load import load_config, load_model, load_tokenizer
@@ -42,7 +43,8 @@ def main() -> None:
     passes = Passes.of(run, plan)
     trainer = build_trainer(run, loaded, model, renderer, (rows, []), passes, out, None)
     watch = Watch(job)
-    trainer.add_callback(watch)
+    for callback in (watch, *callbacks):
+        trainer.add_callback(callback)
     first_look(trainer, planner, plan)
     trainer.train_to(job.steps, None)
     watch.write()
@@ -71,4 +73,4 @@ def _run(job: Job) -> Run:
 
 
 if __name__ == "__main__":
-    main()
+    main(read_job())

@@ -1,0 +1,59 @@
+"""Where the time of a step of halfbyte goes, by kind of operator, on the rows of the speed benchmark.
+
+python -m benchmarks.step_time [--models …] [--datasets …] [--steps 4] [--out FILE.md]
+
+The last step runs under PyTorch's profiler, which makes it a little slower. On the CPU, in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.harness.launch import Bench
+from benchmarks.harness.models import MODELS, ROOT, model_folder
+from benchmarks.harness.rows import DATASETS, make_rows
+
+
+def main() -> None:
+    """One profiled run for each model and dataset → a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2", "gemma270m"])
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the table")
+    arguments = parser.parse_args()
+    threads = len(os.sched_getaffinity(0))
+    bench = Bench(ROOT / ".bench", "cpu", arguments.steps, arguments.seed, False, threads)
+    lines: list[str] = []
+    for model in arguments.models:
+        for dataset in arguments.datasets:
+            folder = model_folder(model, bench.folder / "models")
+            rows = make_rows(dataset, MODELS[model], folder, bench.steps, bench.seed, None)
+            path = bench.folder / "runs" / "cpu" / f"{model}-{dataset}" / "rows.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows.write(path)
+            found = bench.profile(folder, path)
+            total = sum(found["seconds"].values())
+            if not lines:
+                lines = _row(["model", "rows", "step, s", *found["seconds"]], rule=True)
+            shares = [f"{seconds / total:.0%}" for seconds in found["seconds"].values()]
+            lines += _row([model, dataset, f"{found['step_s']:.2f}", *shares])
+            print("\n".join(lines), flush=True)
+    if arguments.out:
+        command = " ".join(["python -m benchmarks.step_time", *sys.argv[1:]])
+        arguments.out.write_text("\n".join([f"`{command}`", "", *lines, ""]))
+
+
+def _row(cells: list[str], *, rule: bool = False) -> list[str]:
+    row = f"| {' | '.join(cells)} |"
+    return [row, "|" + " --- |" * len(cells)] if rule else [row]
+
+
+if __name__ == "__main__":
+    main()
