@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.launch import ALPHA, LEARNING_RATE, RANK, Bench
-from benchmarks.harness.models import MODELS, ROOT, model_folder
+from benchmarks.harness.models import MODELS, ROOT
 from benchmarks.harness.report import Cell, as_markdown, check_losses, write
-from benchmarks.harness.rows import DATASETS, STEP_ROWS, make_rows
+from benchmarks.harness.rows import DATASETS, STEP_ROWS
 from benchmarks.harness.tools import TOOLS, python_of, tools_on
 from benchmarks.harness.work import work_of
 
@@ -88,11 +88,7 @@ def _begin(bench: Bench, reps: int) -> dict[str, Any]:
 
 def _measure(bench: Bench, arguments: argparse.Namespace, model: str, dataset: str) -> Cell:
     """All tools on one model and one dataset."""
-    folder = model_folder(model, bench.folder / "models")
-    rows = make_rows(dataset, MODELS[model], folder, bench.steps, bench.seed, arguments.chat)
-    path = bench.folder / "runs" / bench.device / f"{model}-{dataset}" / "rows.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows.write(path)
+    folder, path, rows = bench.lay(model, dataset, arguments.chat)
     tools: list[str] = arguments.tools
     cell: Cell = {
         "model": model,

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness.launch import Bench
-from benchmarks.harness.models import MODELS, ROOT, model_folder
-from benchmarks.harness.rows import DATASETS, make_rows
+from benchmarks.harness.models import MODELS, ROOT
+from benchmarks.harness.rows import DATASETS
 
 
 def main() -> None:
@@ -33,26 +33,23 @@ def main() -> None:
     lines: list[str] = []
     for model in arguments.models:
         for dataset in arguments.datasets:
-            folder = model_folder(model, bench.folder / "models")
-            rows = make_rows(dataset, MODELS[model], folder, bench.steps, bench.seed, None)
-            path = bench.folder / "runs" / "cpu" / f"{model}-{dataset}" / "rows.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows.write(path)
+            folder, path, _ = bench.lay(model, dataset)
             found = bench.profile(folder, path)
             total = sum(found["seconds"].values())
             if not lines:
-                lines = _row(["model", "rows", "step, s", *found["seconds"]], rule=True)
+                head = ["model", "rows", "step, s", *found["seconds"]]
+                lines = [_row(head), "|" + " --- |" * len(head)]
+                print("\n".join(lines))
             shares = [f"{seconds / total:.0%}" for seconds in found["seconds"].values()]
-            lines += _row([model, dataset, f"{found['step_s']:.2f}", *shares])
-            print("\n".join(lines), flush=True)
+            lines.append(_row([model, dataset, f"{found['step_s']:.2f}", *shares]))
+            print(lines[-1], flush=True)
     if arguments.out:
         command = " ".join(["python -m benchmarks.step_time", *sys.argv[1:]])
         arguments.out.write_text("\n".join([f"`{command}`", "", *lines, ""]))
 
 
-def _row(cells: list[str], *, rule: bool = False) -> list[str]:
-    row = f"| {' | '.join(cells)} |"
-    return [row, "|" + " --- |" * len(cells)] if rule else [row]
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

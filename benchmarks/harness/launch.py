@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.models import ROOT
-from benchmarks.harness.rows import STEP_ROWS
+from benchmarks.harness.models import MODELS, ROOT, model_folder
+from benchmarks.harness.rows import STEP_ROWS, Rows, make_rows
 from benchmarks.harness.tools import TOOLS, Tool, python_of
 
 RANK, ALPHA, LEARNING_RATE = 16, 16, 2e-4
@@ -42,6 +42,15 @@ class Bench:
         """What matrix products compute in."""
         return "bf16" if self.device == "cuda" else "fp32"
 
+    def lay(self, model: str, dataset: str, chat: Path | None = None) -> tuple[Path, Path, Rows]:
+        """Folder of the model, file of the rows and the rows, made for runs to come."""
+        folder = model_folder(model, self.folder / "models")
+        rows = make_rows(dataset, MODELS[model], folder, self.steps, self.seed, chat)
+        path = self.folder / "runs" / self.device / f"{model}-{dataset}" / "rows.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows.write(path)
+        return folder, path, rows
+
     def run(
         self, name: str, model: Path, rows: Path, micro_batch: int | None, steps: int
     ) -> Result:
@@ -63,22 +72,24 @@ class Bench:
         out = _empty(rows.parent / "evaluation")
         adapters = {name: str(rows.parent / name / "adapter") for name in names}
         (out / "adapters.json").write_text(json.dumps(adapters))
-        ours = TOOLS["halfbyte"]
-        job = self._job(ours, model, rows, out, None, 0)
-        if self._spawn(ours, "evaluate", job, out):
-            raise SystemExit(f"the evaluation failed:\n{(out / 'log').read_text()[-3000:]}")
-        losses: dict[str, float] = json.loads((out / "losses.json").read_text())
+        losses: dict[str, float] = self._of_ours("evaluate", model, rows, out, 0, "losses.json")
         return losses
 
     def profile(self, model: Path, rows: Path) -> Result:
         """Seconds of halfbyte's last step by kind of operator."""
         out = _empty(rows.parent / "profile")
-        ours = TOOLS["halfbyte"]
-        job = self._job(ours, model, rows, out, None, self.steps)
-        if self._spawn(ours, "profiled", job, out):
-            raise SystemExit(f"the profile failed:\n{(out / 'log').read_text()[-3000:]}")
-        found: Result = json.loads((out / "profile.json").read_text())
+        found: Result = self._of_ours("profiled", model, rows, out, self.steps, "profile.json")
         return found
+
+    def _of_ours(
+        self, module: str, model: Path, rows: Path, out: Path, steps: int, result: str
+    ) -> Any:
+        """What a module leaves in the file ``result``, run in halfbyte's environment."""
+        ours = TOOLS["halfbyte"]
+        job = self._job(ours, model, rows, out, None, steps)
+        if self._spawn(ours, module, job, out):
+            raise SystemExit(f"{module} failed:\n{(out / 'log').read_text()[-3000:]}")
+        return json.loads((out / result).read_text())
 
     def gemm_flops(self) -> float:
         """Measured peak of a matrix product, in FLOP/s."""
