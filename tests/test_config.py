@@ -623,6 +623,16 @@ BROKEN_RULES: dict[str, tuple[dict[str, str], str, str]] = {
         "baselines",
         "eval.baselines names merged, which halfbyte's own variant has",
     ),
+    "llama_cpp_without_gguf": (
+        {"eval": "baselines: [{name: x, model: a/b, engine: llama.cpp}]"},
+        "baselines",
+        "eval.baselines x: engine llama.cpp reads a .gguf file, and model is a/b",
+    ),
+    "gpu_layers_without_llama_cpp": (
+        {"eval": "baselines: [{name: x, model: a/b, gpu_layers: 3}]"},
+        "baselines",
+        "eval.baselines x: gpu_layers has no effect without engine llama.cpp",
+    ),
     "pattern_unused": (
         {"eval": "metrics: [chrf]\nanswer_pattern: (a)"},
         "answer_pattern",
@@ -1143,7 +1153,7 @@ def test_read_run_folder_refuses_an_override_when_the_run_has_fixed_it(
     with pytest.raises(ConfigError) as caught:
         read_run_folder(folder, ["eval.rows=7", override])
     assert caught.value.faults == [
-        f"override {override!r}: the run is trained; only eval.* and merge.* still vary"
+        f"override {override!r}: the run is trained; only eval.*, merge.* and export.* still vary"
     ]
 
 

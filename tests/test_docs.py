@@ -20,7 +20,13 @@ from halfbyte.config.reference import reference
 from halfbyte.config.schema import Optimizer, Scheduler, Speed
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "data/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/export.md",
+    "data/README.md",
+]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

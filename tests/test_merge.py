@@ -18,7 +18,7 @@ from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter, save_adapter
 from halfbyte.model.quantised import compute_in, dequantised_weight
 from halfbyte.ship import fold
-from halfbyte.ship.fidelity import fidelity, reference
+from halfbyte.ship.fidelity import fidelity, reference, torch_predict
 from halfbyte.ship.fold import Update, merged_tensors, read_updates, write_shards
 
 
@@ -125,14 +125,14 @@ def test_adapter_kinds_that_are_not_covered_are_refused(trained_run: Path, tmp_p
 def test_fidelity_of_a_copy_is_exact_and_of_another_model_is_not(tiny_llama: Path) -> None:
     rows = [(list(range(5, 25)), [-100] * 10 + list(range(15, 25))), ([5, 6, 7], [-100, 6, 7])]
     model = load(tiny_llama, "fp32").model
-    told = reference(model, rows, 2, model.config.vocab_size)
-    same = fidelity(load(tiny_llama, "fp32").model, rows, 2, told)
+    told = reference(torch_predict(model, 2), rows, model.config.vocab_size)
+    same = fidelity(torch_predict(load(tiny_llama, "fp32").model, 2), rows, told)
     assert same.kl_nats_per_token == pytest.approx(0, abs=1e-9)
     assert same.top1_agreement == 1
     assert same.num_positions == 19 + 2
     assert same.loss == pytest.approx(told.loss)
     other = load(tiny_llama, "nf4").model
-    apart = fidelity(other, rows, 2, told)
+    apart = fidelity(torch_predict(other, 2), rows, told)
     probabilities = torch.cat([torch.log_softmax(logits_of(other, ids), -1) for ids, _ in rows])
     exact = (told.log_probs.exp() * (told.log_probs - probabilities)).sum(-1).mean()
     assert apart.kl_nats_per_token == pytest.approx(float(exact), rel=1e-3)

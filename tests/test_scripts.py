@@ -32,7 +32,7 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 
 
 @pytest.mark.parametrize(
-    "script", ["train/sft.py", "train/merge.py", "eval/compare.py", "eval/generate.py", "data/preview.py", "data/icd10.py"]
+    "script", ["train/sft.py", "train/merge.py", "train/export.py", "eval/compare.py", "eval/generate.py", "data/preview.py", "data/icd10.py"]
 )  # fmt: skip
 def test_help_answers_at_once_with_the_command(script: str, tmp_path: Path) -> None:
     start = time.perf_counter()

@@ -9,6 +9,7 @@ data/              the held-out rows (test, validation) and the few-shot example
 checkpoints/       checkpoint-<step>/ of the Trainer
 adapter/           the trained adapter with tokenizer and chat template
 merged/            the merged model, and merge_report.json
+export/            one folder for each artefact with its proof, export_report.json, export_report.md
 eval/              report.json, report.md, report.html, answers.jsonl
 """
 
@@ -55,6 +56,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
         self.merged = path / "merged"
+        self.export = path / "export"
         self.eval = path / "eval"
 
     def need(self, path: Path, command: str) -> Path:

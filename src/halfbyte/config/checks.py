@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
-from halfbyte.config.schema import Run, Variant
+from halfbyte.config.schema import Baseline, OwnVariant, Run
 from halfbyte.config.source import SECRET, KeyPath, Source
 
 FOUR_BIT = ("nf4", "fp4")
@@ -169,10 +169,31 @@ def _data_rules(run: Run, written: Written) -> list[Rule]:
     ]
 
 
+def _baseline_rules(baseline: Baseline) -> list[Rule]:
+    in_llama_cpp = baseline.engine == "llama.cpp"
+    return [
+        (
+            in_llama_cpp and not baseline.model.endswith(".gguf"),
+            "eval.baselines",
+            f"{baseline.name}: engine llama.cpp reads a .gguf file, and model is {baseline.model}",
+        ),
+        (
+            in_llama_cpp and baseline.precision is not None,
+            "eval.baselines",
+            f"{baseline.name}: precision has no effect with engine llama.cpp",
+        ),
+        (
+            not in_llama_cpp and baseline.gpu_layers != 0,
+            "eval.baselines",
+            f"{baseline.name}: gpu_layers has no effect without engine llama.cpp",
+        ),
+    ]
+
+
 def _eval_rules(run: Run, written: Written) -> list[Rule]:
     pattern, names = run.eval.answer_pattern, [baseline.name for baseline in run.eval.baselines]
     repeated = sorted({name for name in names if names.count(name) > 1})
-    taken = sorted(set(names) & set(get_args(Variant)))
+    taken = sorted(set(names) & {*get_args(OwnVariant), *run.eval.variants})
     return [
         (
             not run.eval.variants and not run.eval.baselines,
@@ -190,6 +211,7 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
             "has no effect with track.wandb off",
         ),
         (bool(repeated), "eval.baselines", f"names {', '.join(repeated)} more than once"),
+        *(rule for baseline in run.eval.baselines for rule in _baseline_rules(baseline)),
         (
             bool(taken),
             "eval.baselines",

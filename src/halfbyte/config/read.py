@@ -73,12 +73,12 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
             f"{folder}: no run folder: it holds no run.yaml. Train one first: "
             "accelerate launch train/sft.py CONFIG"
         )
-    allowed = ("eval.", "merge.")
+    allowed = ("eval.", "merge.", "export.")
     wrong = [text for text in overrides or [] if not text.startswith(allowed)]
     if wrong:
         raise ConfigError(
             [
-                f"override {text!r}: the run is trained; only eval.* and merge.* still vary"
+                f"override {text!r}: the run is trained; only eval.*, merge.* and export.* still vary"
                 for text in wrong
             ]
         )

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4", "fp4"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
 Metric = Literal["exact_match", "field_match", "chrf", "rouge_l", "held_out_loss"]
-Variant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
+OwnVariant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
+Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of train/export.py
+Variant = OwnVariant | Artefact
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -261,7 +263,15 @@ class Baseline(Section):
     model: Name = Field(description="As `model.name`.")
     revision: Name | None = Field(None, description="As `model.revision`.")
     precision: Precision | None = Field(
-        None, description="As `model.precision`. Default: unquantised, in the run's compute dtype."
+        None,
+        description="As `model.precision`. Default: as stored if that is quantised (AWQ), else"
+        " unquantised, in the run's compute dtype.",
+    )
+    engine: Literal["transformers", "llama.cpp"] = Field(
+        "transformers", description="`llama.cpp`: for a `.gguf` file, which stays as it is."
+    )
+    gpu_layers: Annotated[int, Field(ge=-1)] = Field(
+        0, description="Layers in VRAM with llama.cpp, the rest in RAM; -1: all."
     )
 
 
@@ -270,10 +280,12 @@ class Eval(Section):
 
     variants: list[Variant] = Field(
         default=["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"],
-        description="What is compared, on the same prompts with the same decoding.",
+        description="What is compared, on the same prompts with the same decoding. Also artefacts of"
+        " train/export.py by their names: `awq`, `gguf-q4_k_m` and the like.",
     )
     baselines: list[Baseline] = Field(
-        default_factory=list, description="Further models: `{name, model, revision, precision}`."
+        default_factory=list,
+        description="Further models: `{name, model, revision, precision, engine, gpu_layers}`.",
     )
     metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
         default=["exact_match"],
@@ -320,6 +332,28 @@ class Merge(Section):
     )
 
 
+class Export(Section):
+    """Artefacts for other engines, and when they count as the trained model."""
+
+    rows: Positive = Field(
+        50, description="Held-out rows on which an artefact is compared with the trained model."
+    )
+    max_kl: Annotated[float, Field(gt=0)] = Field(
+        1e-3,
+        description="Largest mean KL divergence of a 16- or 32-bit artefact from the trained model, in"
+        " nats per token.",
+    )
+    min_top1: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.99, description="Its smallest share of tokens with the same most likely next token."
+    )
+    max_quantised_kl: Annotated[float, Field(gt=0)] = Field(
+        0.3, description="The same for a quantised artefact, which is another model to some degree."
+    )
+    min_quantised_top1: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="The same for a quantised artefact."
+    )
+
+
 class Track(Section):
     """Weights & Biases. The same numbers are always in metrics.jsonl."""
 
@@ -348,6 +382,7 @@ class Run(Section):
     speed: Speed = Speed()
     eval: Eval = Eval()
     merge: Merge = Merge()
+    export: Export = Export()
     track: Track = Track()
 
     @property

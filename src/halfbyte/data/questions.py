@@ -61,12 +61,17 @@ def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ..
     Raises:
         RunError: the training set is smaller than that.
     """
-    path = folder.need(folder.data / "fewshot.jsonl", "accelerate launch train/sft.py CONFIG")
-    rows = [row_from_json(record) for record in read_jsonl(path)]
+    rows = training_examples(folder)
     if len(rows) < count:
         raise RunError(f"eval.fewshot is {count}, but the run kept {len(rows)} training examples")
     chosen = random.Random(seed).sample(rows, count)
     return tuple(turn for row in chosen for turn in row.messages if turn.role != "system")
+
+
+def training_examples(folder: RunDir) -> list[Row]:
+    """The training rows that a run keeps for use after the training."""
+    path = folder.need(folder.data / "fewshot.jsonl", "accelerate launch train/sft.py CONFIG")
+    return [row_from_json(record) for record in read_jsonl(path)]
 
 
 def questions(

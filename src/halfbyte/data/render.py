@@ -192,6 +192,11 @@ class Renderer:
         ids = pieces.ids(self.tokenizer)
         return [index for numbers, _ in parts for number in numbers for index in ids[number]]
 
+    def prompt_text(self, messages: tuple[Message, ...], place: str = "prompt") -> str:
+        """What the chat template writes up to where the assistant's answer begins."""
+        self._need_template(place)
+        return self._render(messages, place, prompt=True)
+
     # --- rows to pieces, and pieces to ids and labels ---
 
     def _draft(self, rows: list[Row]) -> tuple[list[_Draft | DataError], Pieces]:

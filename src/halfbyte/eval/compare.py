@@ -23,8 +23,11 @@ from halfbyte.eval.variants import (
     Contender,
     Trained,
     contenders,
+    is_artefact,
 )
+from halfbyte.model.artefact import read_artefact
 from halfbyte.model.generate import generate
+from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.passes import row_losses
 from halfbyte.model.resolve import resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
@@ -54,12 +57,7 @@ class Variant:
     def as_json(self, run: Run) -> dict[str, Any]:
         """The variant's entry in report.json."""
         settings = run.eval
-        estimates = {
-            metric: mean_interval(
-                scores, settings.confidence, settings.resamples, run.seed
-            ).as_json()
-            for metric, scores in self.scores.items()
-        }
+        estimates = score_intervals(self.scores, run)
         loss = ratio_interval(
             *self.loss_columns(), settings.confidence, settings.resamples, run.seed
         )
@@ -90,6 +88,9 @@ def compare(folder: RunDir, run: Run) -> list[Variant]:
             folder.merged / "merge_report.json",
             f"python train/merge.py {folder.path} (or leave it out with eval.variants)",
         )
+    for name in wanted:
+        if is_artefact(name):
+            read_artefact(folder, name)
     base = trained_base(folder, run)
     renderer = saved_renderer(folder, run, base)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
@@ -149,7 +150,10 @@ def measure(contender: Contender, run: Run) -> Variant:
     if not any(question.row.text for question in asked):
         _answer(variant, contender, run)
     rows = [(question.ids, question.labels) for question in asked]
-    variant.losses = row_losses(contender.model, rows, max(1, run.eval.batch_size // 4))
+    if isinstance(contender.model, GgufModel):
+        variant.losses = contender.model.losses(rows)
+    else:
+        variant.losses = row_losses(contender.model, rows, max(1, run.eval.batch_size // 4))
     variant.seconds = time.perf_counter() - start
     return variant
 
@@ -158,27 +162,51 @@ def _answer(variant: Variant, contender: Contender, run: Run) -> None:
     """Let the model answer every question, and score the answers."""
     asked, renderer = contender.asked, contender.renderer
     start = time.perf_counter()
-    made = generate(
-        contender.model,
-        [question.prompt for question in asked],
-        stop_ids=renderer.stop_ids,
-        pad_id=renderer.pad_id,
-        max_new_tokens=run.eval.max_new_tokens,
-        batch_rows=run.eval.batch_size,
-        progress=_progress(contender.name, len(asked)),
-    )
+    prompts = [question.prompt for question in asked]
+    progress = _progress(contender.name, len(asked))
+    if isinstance(contender.model, GgufModel):
+        made = contender.model.answers(
+            prompts,
+            stop_ids=renderer.stop_ids,
+            max_new_tokens=run.eval.max_new_tokens,
+            progress=progress,
+        )
+    else:
+        made = generate(
+            contender.model,
+            prompts,
+            stop_ids=renderer.stop_ids,
+            pad_id=renderer.pad_id,
+            max_new_tokens=run.eval.max_new_tokens,
+            batch_rows=run.eval.batch_size,
+            progress=progress,
+        )
     num_tokens = sum(len(answer.ids) + (answer.finish_reason == "stop") for answer in made)
     variant.tokens_per_s = num_tokens / (time.perf_counter() - start)
     variant.answers = [renderer.decode(answer.ids) for answer in made]
     variant.finish_reasons = [answer.finish_reason for answer in made]
+    variant.scores = row_scores(variant.answers, [question.row for question in asked], run)
+
+
+def row_scores(answers: list[str], rows: list[Row], run: Run) -> dict[str, list[float]]:
+    """The score of each answer by each metric of the run but the loss."""
+    scores: dict[str, list[float]] = {}
     for metric in run.eval.metrics:
-        if metric == LOSS_METRIC:
-            continue
-        score = scorer(metric, run.eval.answer_pattern)
-        variant.scores[metric] = [
-            score(answer, question.row.answer)
-            for answer, question in zip(variant.answers, asked, strict=True)
-        ]
+        if metric != LOSS_METRIC:
+            score = scorer(metric, run.eval.answer_pattern)
+            scores[metric] = [
+                score(answer, row.answer) for answer, row in zip(answers, rows, strict=True)
+            ]
+    return scores
+
+
+def score_intervals(scores: dict[str, list[float]], run: Run) -> dict[str, dict[str, Any]]:
+    """Each metric's mean with its interval."""
+    settings = run.eval
+    return {
+        metric: mean_interval(values, settings.confidence, settings.resamples, run.seed).as_json()
+        for metric, values in scores.items()
+    }
 
 
 def _progress(name: str, total: int) -> Callable[[int], None]:

@@ -19,7 +19,7 @@ from halfbyte.eval.intervals import (
     ratio_interval,
 )
 from halfbyte.eval.plots import estimate_of, loss_curve, memory_against_quality, metric_bars
-from halfbyte.eval.variants import ADAPTER, BASE_FULL, FEWSHOT, MERGED
+from halfbyte.eval.variants import ADAPTER, BASE_FULL, FEWSHOT, MERGED, is_artefact
 from halfbyte.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 MAX_LENGTH_FINISHES = 0.01
@@ -139,8 +139,9 @@ def _difference(run: Run, ours: Variant, other: Variant, metric: str) -> Estimat
 
 
 def _overall(differences: dict[str, dict[str, Any]]) -> str:
-    """Against everything but the merged copy of itself: the worst of the verdicts."""
-    verdicts = {found["verdict"] for name, found in differences.items() if name != MERGED}
+    """Against everything but copies of itself, merged or exported: the worst of the verdicts."""
+    others = [name for name in differences if name != MERGED and not is_artefact(name)]
+    verdicts = {differences[name]["verdict"] for name in others}
     for verdict in (LOSS, NO_GAIN, GAIN):
         if verdict in verdicts:
             return verdict

@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,9 +16,11 @@ from halfbyte.config.schema import Baseline, Precision
 from halfbyte.data.questions import Question, fewshot_examples, questions
 from halfbyte.data.render import Renderer
 from halfbyte.model.adapter import load_adapter
+from halfbyte.model.artefact import read_artefact
 from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.host import USABLE_FRAC, free_bytes
-from halfbyte.model.load import Loaded, load_model, load_tokenizer
+from halfbyte.model.llama_cpp import GgufModel
+from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
 from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
@@ -33,7 +36,7 @@ class Contender:
 
     name: str
     what: str
-    model: nn.Module
+    model: nn.Module | GgufModel
     num_bytes: int
     asked: list[Question]
     renderer: Renderer
@@ -63,8 +66,12 @@ def contenders(trained: Trained) -> Iterator[Contender]:
     if MERGED in variants:
         yield _merged(trained)
         _release()
+    for name in trained.run.eval.variants:
+        if is_artefact(name):
+            yield from _artefact(trained, name)
+            _release()
     for baseline in trained.run.eval.baselines:
-        yield _baseline(trained, baseline)
+        yield from _baseline(trained, baseline)
         _release()
 
 
@@ -120,15 +127,46 @@ def _merged(trained: Trained) -> Contender:
     return Contender(MERGED, what, loaded.model, size, trained.asked, trained.renderer)
 
 
-def _baseline(trained: Trained, baseline: Baseline) -> Contender:
+def is_artefact(variant: str) -> bool:
+    """Whether a variant is one that train/export.py makes."""
+    return variant.startswith(("gguf-", "awq"))
+
+
+def _artefact(trained: Trained, name: str) -> Iterator[Contender]:
+    """An exported model in the engine that serves it."""
+    report = read_artefact(trained.folder, name)
+    folder = trained.folder.export / name
+    asked, renderer = trained.asked, trained.renderer
+    if name.startswith("gguf-"):
+        (path,) = folder.glob("*.gguf")
+        size = path.stat().st_size
+        with GgufModel(path) as model:
+            yield Contender(name, f"{path.name} in llama.cpp", model, size, asked, renderer)
+        return
+    loaded = _load(resolve_base(str(folder)), None, trained.compute, trained.run)
+    what = f"{report['made']['library']}, computed in {trained.compute.name}"
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    yield Contender(name, what, loaded.model, stored, asked, renderer)
+
+
+def _baseline(trained: Trained, baseline: Baseline) -> Iterator[Contender]:
     """A further model with its own tokenizer and chat template."""
     base = resolve_base(baseline.model, baseline.revision)
-    precision = baseline.precision or trained.compute.name
-    loaded = _load(base, precision, trained.compute, trained.run)
     own = Renderer(load_tokenizer(base), None, trained.run.data.loss_on)
     asked = questions([question.row for question in trained.asked], own)
-    what = f"{base.name} in {precision}"
-    return Contender(baseline.name, what, loaded.model, weights_bytes(loaded.model), asked, own)
+    if baseline.engine == "llama.cpp":
+        path = Path(baseline.model)
+        with GgufModel(path, gpu_layers=baseline.gpu_layers) as model:
+            what = f"{path.name} in llama.cpp"
+            yield Contender(baseline.name, what, model, path.stat().st_size, asked, own)
+        return
+    precision = baseline.precision
+    stored = stored_method(load_config(base))
+    if precision is None and stored is None:
+        precision = trained.compute.name
+    loaded = _load(base, precision, trained.compute, trained.run)
+    what = f"{base.name} in {precision or stored}"
+    yield Contender(baseline.name, what, loaded.model, weights_bytes(loaded.model), asked, own)
 
 
 def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
@@ -142,8 +180,8 @@ def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
     return _load(base, precision, compute, run)
 
 
-def _load(base: Base, precision: Precision, compute: Compute, run: Run) -> Loaded:
-    if precision in DTYPES:
+def _load(base: Base, precision: Precision | None, compute: Compute, run: Run) -> Loaded:
+    if precision is not None and precision in DTYPES:
         compute = Compute(compute.device, DTYPES[precision], compute.reason)
     loaded = load_model(
         base,

@@ -15,6 +15,7 @@ from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
 from halfbyte.model.footprint import constants_bytes, kinds, num_parameters, weights_bytes
 from halfbyte.model.generate import generate
+from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded
 
 
@@ -68,6 +69,16 @@ def reply(
     seconds = time.perf_counter() - start
     num_tokens = len(answer.ids) + (answer.finish_reason == "stop")
     return Reply(renderer.decode(answer.ids), num_tokens, seconds, answer.finish_reason)
+
+
+def reply_from_gguf(model: GgufModel, messages: tuple[Message, ...], max_new_tokens: int) -> Reply:
+    """The same from a GGUF file in llama.cpp, with the template and stop tokens inside it."""
+    start = time.perf_counter()
+    _, ids = model.prompt(messages)
+    (answer,) = model.answers([ids], stop_ids=None, max_new_tokens=max_new_tokens)
+    seconds = time.perf_counter() - start
+    num_tokens = len(answer.ids) + (answer.finish_reason == "stop")
+    return Reply(model.decode(answer.ids).strip(), num_tokens, seconds, answer.finish_reason)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ class Loaded:
 
     model: PreTrainedModel
     base: Base
-    precision: Precision
+    precision: Precision | None  # None: as the checkpoint stores it
     compute: Compute
     text_only: bool = False
 
@@ -85,7 +85,7 @@ def load_config(base: Base) -> PretrainedConfig:
 
 def load_model(
     base: Base,
-    precision: Precision,
+    precision: Precision | None,
     *,
     double_quant: bool = True,
     compute_dtype: ComputeDtype = "auto",
@@ -95,7 +95,8 @@ def load_model(
     """Load the causal language model of a base.
 
     Unquantised weights (embeddings, norms, and everything at fp32, bf16 or fp16) are stored in the
-    compute dtype, or in ``precision`` where that names one.
+    compute dtype, or in ``precision`` where that names one. None as ``precision`` is for checkpoints
+    that are quantised already, such as AWQ's: they stay as they are.
 
     Raises:
         ModelError: the checkpoint is no causal language model, lacks weights, or cannot be loaded.
@@ -110,9 +111,10 @@ def load_model(
         "dtype": compute.dtype,
         "attn_implementation": attention,
         "device_map": {"": compute.device},
-        "quantization_config": quantisation(precision, compute.dtype, double_quant),
         "output_loading_info": True,
     }
+    if precision is not None:  # even None would hide the checkpoint's own, and leave random weights
+        options["quantization_config"] = quantisation(precision, compute.dtype, double_quant)
     if text_only:
         options |= {"config": text_config, "key_mapping": TEXT_KEYS}
     model = _from_pretrained(model_class, base, options, precision)
@@ -120,9 +122,20 @@ def load_model(
         raise ModelError(
             f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}"
         )
+    if precision is None:
+        _unpack(model)
     if compute.dtype == torch.float16 and precision not in DTYPES:
         keep_residual(model)
     return Loaded(model, base, precision, compute, text_only)
+
+
+def load_as_asked(
+    base: Base, precision: Precision | None, double_quant: bool, compute_dtype: ComputeDtype
+) -> Loaded:
+    """As ``load_model``; without a precision as stored if that is quantised, else nf4."""
+    if precision is None and stored_method(load_config(base)) is None:
+        precision = "nf4"
+    return load_model(base, precision, double_quant=double_quant, compute_dtype=compute_dtype)
 
 
 def load_for_training(base: Base, settings: Model) -> Loaded:
@@ -199,9 +212,9 @@ def language_part(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     return AutoModelForCausalLM, config
 
 
-def quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) -> Any:
+def quantisation(precision: Precision | None, dtype: torch.dtype, double_quant: bool) -> Any:
     """Transformers' settings for bitsandbytes; None where weights stay as they are."""
-    if precision in DTYPES:
+    if precision is None or precision in DTYPES:
         return None
     from transformers import BitsAndBytesConfig
 
@@ -216,7 +229,7 @@ def quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) -
 
 
 def _from_pretrained(
-    model_class: Any, base: Base, options: dict[str, Any], precision: Precision
+    model_class: Any, base: Base, options: dict[str, Any], precision: Precision | None
 ) -> Any:
     try:
         with mapped_blocks():
@@ -235,17 +248,39 @@ def _from_pretrained(
     return model
 
 
-def _check_unquantised(config: PretrainedConfig, base: Base, precision: Precision) -> None:
+def stored_method(config: PretrainedConfig) -> str | None:
+    """How the checkpoint is quantised, such as ``compressed-tensors``; None if it is not."""
     stored: Any = getattr(config, "quantization_config", None)
-    if stored is not None and precision in DTYPES:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if stored is None:
+        return None
+    return str(stored["quant_method"] if isinstance(stored, dict) else stored.quant_method)
+
+
+def _check_unquantised(config: PretrainedConfig, base: Base, precision: Precision | None) -> None:
+    method = stored_method(config)
+    if method is not None and precision is not None and method != "bitsandbytes":
+        raise ModelError(
+            f"{base.name}: the checkpoint is already quantised ({method}); precision {precision} cannot"
+            " undo that. Choose the unquantised checkpoint, or leave the precision out where it can be"
+        )
+    if method is not None and precision in DTYPES:
         raise ModelError(
             f"{base.name}: the checkpoint is already quantised ({method}); model.precision {precision}"
             " cannot undo that. Choose the unquantised checkpoint"
         )
+    if method is None and precision is None:
+        raise ModelError(f"{base.name}: is not quantised; name a precision, such as nf4 or bf16")
 
 
-def _check_loaded(model: PreTrainedModel, info: Any, base: Base, precision: Precision) -> None:
+@torch.no_grad()
+def _unpack(model: PreTrainedModel) -> None:
+    """Let compressed-tensors unpack its weights, which it does on the first forward pass of the whole."""
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+
+
+def _check_loaded(
+    model: PreTrainedModel, info: Any, base: Base, precision: Precision | None
+) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(

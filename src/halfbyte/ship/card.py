@@ -1,10 +1,13 @@
-"""Owns the model card: what a merged model is, where it came from, what was measured."""
+"""Owns the cards: what a merged model or an artefact is, where it came from, what was measured."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from halfbyte.config import Run
+from halfbyte.run_dir import RunDir, read_json
+from halfbyte.ship.export_report import as_markdown
 
 
 def model_card(manifest: dict[str, Any], report: dict[str, Any], run: Run) -> str:
@@ -41,6 +44,36 @@ def model_card(manifest: dict[str, Any], report: dict[str, Any], run: Run) -> st
         f" {kept['top1_agreement']:.2%}, loss {kept['loss']:.4f} (trained: {report['trained']['loss']:.4f}).",
         "",
         "The chat template that it was trained with comes with the tokenizer.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def artefact_card(folder: RunDir, report: dict[str, Any]) -> str:
+    """README.md of an exported artefact: its proof, its data, where base and licence come from."""
+    manifest, ledger = read_json(folder.manifest), read_json(folder.ledger)
+    counts = {key: ledger[key] for key in ("rows_in", "trained", "held_out", "dropped")}
+    base = manifest["base"]
+    lines = [
+        "---",
+        "pipeline_tag: text-generation",
+        *([f"base_model: {base['name']}"] if base["revision"] else []),
+        "tags: [halfbyte, qlora]",
+        "---",
+        "",
+        f"# {report['run']}, {report['name']}",
+        "",
+        f"Fine-tuned with halfbyte {manifest['halfbyte']} from: {base['origin']}. The licences of the base and"
+        " of the data apply.",
+        "",
+        "## Proof",
+        "",
+        as_markdown([report]),
+        "## Data",
+        "",
+        "```json",
+        json.dumps(counts, indent=2, ensure_ascii=False),
+        "```",
         "",
     ]
     return "\n".join(lines)

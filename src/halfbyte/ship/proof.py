@@ -1,0 +1,168 @@
+"""Owns the proof of an artefact: reloaded by its engine, compared with the trained and the merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from halfbyte.config.schema import Export
+from halfbyte.data.questions import Question
+from halfbyte.data.rows import Message
+from halfbyte.errors import RunError
+from halfbyte.model.generate import Answer
+from halfbyte.ship.fidelity import Fidelity, Reference, Rows, fidelity
+from halfbyte.ship.work import Work
+
+
+class Served(Protocol):
+    """An artefact in the engine that will serve it."""
+
+    def predict(self, rows: Rows, positions: list[list[int]], vocabulary: int) -> Any:
+        """Log-probabilities and loss, as ``fidelity.Predict``."""
+
+    def answers(
+        self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int
+    ) -> list[Answer]:
+        """Greedy answers."""
+
+    def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
+        """Text and ids of a generation prompt, by the artefact's own template and tokenizer."""
+
+    def ends(self, token: int) -> bool:
+        """Whether the artefact itself says that generation ends with this token."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Held-out questions and how answers are graded: metric to value and interval."""
+
+    questions: list[Question]
+    grade: Callable[[list[str]], dict[str, dict[str, Any]]]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """What artefacts are compared with."""
+
+    trained: Reference
+    merged: Reference
+    merged_as: Fidelity  # the merged model against the trained one
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How an artefact compares; conversations are counted of ``conversations``."""
+
+    trained: Fidelity
+    merged: Fidelity
+    merged_loss: float
+    conversations: int
+    same_text: int
+    same_ids: int
+    first_difference: str | None
+    missing_stops: list[int]
+    scores: dict[str, dict[str, Any]]
+
+    @property
+    def perplexity_change(self) -> float:
+        """Relative change of the perplexity from the merged model's."""
+        from math import exp
+
+        return exp(self.trained.loss - self.merged_loss) - 1
+
+    def as_json(self) -> dict[str, Any]:
+        """For export_report.json."""
+        return {
+            "against_trained": self.trained.as_json(),
+            "against_merged": self.merged.as_json(),
+            "perplexity": self.trained.perplexity,
+            "perplexity_change": self.perplexity_change,
+            "conversations": self.conversations,
+            "same_text": self.same_text,
+            "same_ids": self.same_ids,
+            "scores": self.scores,
+        }
+
+
+def prove(work: Work, served: Served, told: Told, exam: Exam | None) -> Proof:
+    """Measure an artefact on the run's rows."""
+    trained = fidelity(served.predict, work.rows, told.trained)
+    merged = fidelity(served.predict, work.rows, told.merged)
+    same_text = same_ids = 0
+    first = None
+    for messages in work.conversations:
+        wanted_text, wanted_ids = work.prompt(messages)
+        text, ids = served.prompt(messages)
+        same_text += text == wanted_text
+        same_ids += ids == wanted_ids
+        if first is None and (text, ids) != (wanted_text, wanted_ids):
+            first = _difference(wanted_text, text, wanted_ids, ids)
+    scores = {}
+    if exam is not None:
+        made = served.answers(
+            [question.prompt for question in exam.questions],
+            stop_ids=work.renderer.stop_ids,
+            max_new_tokens=exam.max_new_tokens,
+        )
+        scores = exam.grade([work.renderer.decode(answer.ids) for answer in made])
+    return Proof(
+        trained,
+        merged,
+        told.merged.loss,
+        len(work.conversations),
+        same_text,
+        same_ids,
+        first,
+        [token for token in work.renderer.stop_ids if not served.ends(token)],
+        scores,
+    )
+
+
+def refuse_unproven(name: str, proof: Proof, settings: Export, *, lossless: bool) -> None:
+    """Whether the artefact may be called done.
+
+    ``lossless``: weights in 16 or 32 bits, which have nothing to lose.
+
+    Raises:
+        RunError: it is another model, speaks another template, or would not stop.
+    """
+    faults = []
+    if proof.same_text < proof.conversations or proof.same_ids < proof.conversations:
+        faults.append(
+            f"its chat template or tokenizer is another: text equal in {proof.same_text} and ids in"
+            f" {proof.same_ids} of {proof.conversations} conversations ({proof.first_difference})"
+        )
+    if proof.missing_stops:
+        faults.append(f"generation would not end at {proof.missing_stops}")
+    max_kl = settings.max_kl if lossless else settings.max_quantised_kl
+    min_top1 = settings.min_top1 if lossless else settings.min_quantised_top1
+    found = proof.trained
+    if not found.kl_nats_per_token <= max_kl or found.top1_agreement < min_top1:
+        faults.append(
+            f"it is not the trained model: KL {found.kl_nats_per_token:.2e} nats/token, top-1"
+            f" {found.top1_agreement:.2%}; allowed: KL {max_kl:g}, top-1 {min_top1:.0%}"
+        )
+    if faults:
+        keys = "max_kl and export.min_top1" if lossless else "max_quantised_kl and …_top1"
+        raise RunError(
+            f"{name}: {'; '.join(faults)}. Nothing was kept. Limits are export.{keys}; other types: --quant"
+        )
+
+
+def _difference(wanted_text: str, text: str, wanted_ids: list[int], ids: list[int]) -> str:
+    """Where two prompts part, for an error's message."""
+    if text != wanted_text:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(wanted_text, text, strict=False)) if a != b),
+            min(len(text), len(wanted_text)),
+        )
+        return (
+            f"{wanted_text[max(0, at - 20) : at + 20]!r} became {text[max(0, at - 20) : at + 20]!r}"
+        )
+    at = next(
+        (i for i, (a, b) in enumerate(zip(wanted_ids, ids, strict=False)) if a != b),
+        min(len(ids), len(wanted_ids)),
+    )
+    return f"token {at}: {wanted_ids[at : at + 3]} became {ids[at : at + 3]}"

@@ -1,0 +1,88 @@
+"""Export a merged run for other engines, and prove that each artefact is the trained model.
+
+python train/export.py runs/quickstart --to gguf --quant f16 q8_0 q4_k_m
+python train/export.py runs/quickstart --to gguf --adapter-only
+python train/export.py runs/quickstart --to awq
+python train/export.py runs/quickstart --to adapter
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.config import Run, read_run_folder
+from halfbyte.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from halfbyte.ship.proof import Exam
+    from halfbyte.ship.work import Work
+
+
+def main() -> None:
+    """Run folder → export/NAME/ with the artefact and its proof, and a table of all of them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder, merged before")
+    parser.add_argument("--to", choices=("gguf", "awq", "adapter"), required=True)
+    parser.add_argument("--quant", nargs="+", metavar="TYPE", help="GGUF types; default: q8_0")
+    parser.add_argument("--adapter-only", action="store_true", help="GGUF of the LoRA alone")
+    parser.add_argument("--push", metavar="USER/NAME", help="afterwards, to the Hugging Face Hub")
+    parser.add_argument("overrides", nargs="*", metavar="export.key=value")
+    arguments = parser.parse_intermixed_args()
+    if arguments.to != "gguf" and (arguments.quant or arguments.adapter_only):
+        raise UserError(f"--quant and --adapter-only have no effect with --to {arguments.to}")
+    if arguments.quant and arguments.adapter_only:
+        raise UserError("--quant has no effect with --adapter-only, which is written in f32")
+    given = arguments.quant or ["q8_0"]
+    quants = [each for each in given if "=" not in each]
+    overrides = [*arguments.overrides, *(each for each in given if "=" in each)]
+    run = read_run_folder(arguments.run, overrides)
+
+    from halfbyte.libraries import quiet_libraries
+
+    quiet_libraries()
+    from halfbyte.run_dir import RunDir
+    from halfbyte.ship.export import Target, check_quants, export
+    from halfbyte.ship.export_report import as_markdown
+    from halfbyte.ship.hub import check_push, push
+
+    check_quants(quants)
+    if arguments.push:
+        check_push(arguments.push)
+
+    targets = [Target(arguments.to)]
+    if arguments.to == "gguf":
+        targets = [Target("gguf", quant) for quant in quants]
+    if arguments.adapter_only:
+        targets = [Target("gguf-lora")]
+    folder = RunDir(arguments.run.resolve())
+    reports = export(folder, run, targets, lambda work: _examine(work, run))
+    print(as_markdown(reports))
+    for report in reports:
+        print(f"proven: {folder.export / report['name']}")
+        if arguments.push:
+            print(f"pushed: {push(folder, report, arguments.push)}")
+
+
+def _examine(work: Work, run: Run) -> Exam | None:
+    """The questions of the run's comparison, and how answers are graded."""
+    from halfbyte.data.questions import held_out_rows, questions
+    from halfbyte.eval.compare import check_answers, row_scores, score_intervals
+    from halfbyte.ship.proof import Exam
+
+    if any(row.text is not None for row in work.measuring):
+        return None
+    rows = held_out_rows(work.folder, run.eval.rows, run.seed)
+    check_answers(rows, run)
+
+    def grade(answers: list[str]) -> dict[str, dict[str, float]]:
+        return score_intervals(row_scores(answers, rows, run), run)
+
+    return Exam(questions(rows, work.renderer), grade, run.eval.max_new_tokens)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
