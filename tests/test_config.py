@@ -628,6 +628,12 @@ BROKEN_RULES: dict[str, tuple[dict[str, str], str, str]] = {
         "baselines",
         "eval.baselines x: engine llama.cpp reads a .gguf file, and model is a/b",
     ),
+    "adapter_file_as_variant": (
+        {"eval": "variants: [adapter, gguf-lora]"},
+        "variants",
+        "eval.variants names gguf-lora, an adapter without its base; export the merged model: --to gguf"
+        " --quant q8_0",
+    ),
     "gpu_layers_without_llama_cpp": (
         {"eval": "baselines: [{name: x, model: a/b, gpu_layers: 3}]"},
         "baselines",

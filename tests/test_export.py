@@ -160,6 +160,73 @@ def test_llama_cpp_s_own_server_renders_and_answers_the_same(
             )
 
 
+def test_layers_in_vram_need_a_build_that_knows_a_gpu(exported_run: Path) -> None:
+    from halfbyte.model.libllama import library
+    from halfbyte.model.llama_cpp import GgufModel
+
+    if library(llama_tools.engine_path()).llama_supports_gpu_offload():
+        pytest.skip("this build knows a GPU")
+    path = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
+    with pytest.raises(ModelError, match=r"10 layers are to lie in VRAM.*for the CPU alone"):
+        GgufModel(path, gpu_layers=10)
+
+
+def test_gguf_in_llama_cpp_is_a_baseline_and_answers(
+    exported_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported_run / "export" / "gguf-q8_0" / "tiny-q8_0.gguf"
+    run_script(
+        "eval/generate.py",
+        path,
+        "--engine",
+        "llama.cpp",
+        "--prompt",
+        "one",
+        "--max-new-tokens",
+        "4",
+    )
+    assert re.search(r"tiny-q8_0.gguf: llama .* in llama.cpp", capsys.readouterr().out)
+    given = f"[{{name: file, model: {path}, engine: llama.cpp}}]"
+    run_script(
+        "eval/compare.py",
+        exported_run,
+        "eval.variants=[adapter,gguf-q8_0]",
+        f"eval.baselines={given}",
+    )
+    report = json.loads((exported_run / "eval" / "report.json").read_text())
+    found = {each["name"]: each for each in report["variants"]}
+    assert found["file"]["held_out_loss"] == pytest.approx(found["gguf-q8_0"]["held_out_loss"])
+
+
+def test_push_without_a_login_is_refused_before_anything_is_made(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(SystemExit):
+        run_script("train/export.py", run, "--to", "adapter", "--push", "me/mine")
+    assert "no login to the Hub is found. Run `hf auth login`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_script("train/export.py", run, "--to", "adapter", "--push", "no name!")
+    assert "no name of a repository on the Hub" in capsys.readouterr().err
+    assert not (run / "export").exists()
+
+
+@pytest.mark.slow
+def test_awq_folder_is_made_and_read_back(run: Path) -> None:
+    run_script(
+        "train/export.py", run, "--to", "awq", "export.rows=4", "export.max_quantised_kl=20",
+        "export.min_quantised_top1=0.001",
+    )  # fmt: skip
+    report = report_of(run, "awq")
+    assert report["made"]["group_size"] == 64
+    assert report["same_ids"] == report["conversations"] == 4
+    run_script("eval/compare.py", run, "eval.variants=[merged,awq]")
+    found = json.loads((run / "eval" / "report.json").read_text())["variants"]
+    assert [each["name"] for each in found] == ["merged", "awq"]
+    # Random weights would be far off: the checkpoint's own settings must be used.
+    assert found[1]["held_out_loss"] < 1.5 * found[0]["held_out_loss"]
+
+
 def test_long_rows_are_read_in_pieces(exported_run: Path) -> None:
     from halfbyte.model.llama_cpp import GgufModel
 

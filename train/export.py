@@ -38,6 +38,8 @@ def main() -> None:
         raise UserError("--quant has no effect with --adapter-only, which is written in f32")
     given = arguments.quant or ["q8_0"]
     quants = [each for each in given if "=" not in each]
+    if arguments.push and len(quants) > 1:
+        raise UserError("--push takes one --quant at a time: a repository holds one artefact")
     overrides = [*arguments.overrides, *(each for each in given if "=" in each)]
     run = read_run_folder(arguments.run, overrides)
 

@@ -210,6 +210,11 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
             "track.project",
             "has no effect with track.wandb off",
         ),
+        (
+            "gguf-lora" in run.eval.variants,
+            "eval.variants",
+            "names gguf-lora, an adapter without its base; export the merged model: --to gguf --quant q8_0",
+        ),
         (bool(repeated), "eval.baselines", f"names {', '.join(repeated)} more than once"),
         *(rule for baseline in run.eval.baselines for rule in _baseline_rules(baseline)),
         (

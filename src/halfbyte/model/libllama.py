@@ -76,6 +76,7 @@ LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [LOG, c_void_p]),
+    "llama_supports_gpu_offload": (c_bool, []),
     "llama_model_default_params": (Opaque, []),
     "llama_context_default_params": (Opaque, []),
     "llama_model_load_from_file": (c_void_p, [c_char_p, Opaque]),

@@ -32,7 +32,7 @@ class GgufModel:
         adapter: a LoRA adapter in GGUF, at its full scale.
 
     Raises:
-        ModelError: no llama.cpp, or it cannot read the file.
+        ModelError: no llama.cpp, it cannot read the file, or it knows no GPU where one is asked for.
     """
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, adapter: Path | None = None) -> None:
@@ -41,6 +41,11 @@ class GgufModel:
         self._adapter: Any = None
         self._context: Any = None
         self._held: list[int] = []  # tokens in the cache
+        if gpu_layers and not self._lib.llama_supports_gpu_offload():
+            raise ModelError(
+                f"{path}: {gpu_layers} layers are to lie in VRAM, and {self._lib.path} is a build for the"
+                " CPU alone. Install llama-cpp-python for your GPU, or set HALFBYTE_LIBLLAMA to such a build"
+            )
         settings = self._lib.llama_model_default_params()
         settings.put("n_gpu_layers", *GPU_LAYERS, 9999 if gpu_layers < 0 else gpu_layers)
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), settings)

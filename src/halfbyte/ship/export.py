@@ -181,7 +181,10 @@ def _make(
     if target.kind == "gguf-lora":
         path = make_adapter_gguf(work, partial)
         base = factory.base_file()
-        return {"base_file": "f16"}, lambda: _in_llama_cpp(base, path)
+        made = {
+            "measured_on": "the unquantised base in f16, against the adapter on that base in fp32"
+        }
+        return made, lambda: _in_llama_cpp(base, path)
     if target.kind == "awq":
         return make_awq(work, partial), lambda: _in_transformers(partial, work)
     return make_peft_folder(work, partial), lambda: _on_its_base(partial, work)
