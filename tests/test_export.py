@@ -402,7 +402,7 @@ def test_artefact_of_another_run_is_refused(
 def test_proof_finds_another_template_and_other_weights(run: Path, exported_run: Path) -> None:
     """Even where every hash agrees, as in a file that was wrong from the beginning."""
     from halfbyte.config import read_run_folder
-    from halfbyte.ship.gguf import ServedGguf
+    from halfbyte.model.llama_cpp import GgufModel
     from halfbyte.ship.proof import prove, refuse_unproven
     from halfbyte.ship.work import Work
 
@@ -414,18 +414,16 @@ def test_proof_finds_another_template_and_other_weights(run: Path, exported_run:
     bad = run / "bad.gguf"
     at = content.index(b"<|im_start|>assistant")
     bad.write_bytes(content[:at] + b"<|im_start|>assiztant" + content[at + 21 :])
-    served = ServedGguf(bad)
-    proof = prove(work, served, told, None)
-    served.model.close()
+    with GgufModel(bad) as served:
+        proof = prove(work, served, told, None)
     assert proof.same_text == 0
     with pytest.raises(RunError, match=r"chat template or tokenizer is another.*assiztant"):
         refuse_unproven("gguf-f16", proof, settings.export, lossless=True)
     spoilt = bytearray(content)
     spoilt[-400_000:-200_000] = spoilt[-800_000:-600_000]
     bad.write_bytes(spoilt)
-    served = ServedGguf(bad)
-    proof = prove(work, served, told, None)
-    served.model.close()
+    with GgufModel(bad) as served:
+        proof = prove(work, served, told, None)
     assert proof.same_ids == proof.conversations
     with pytest.raises(RunError, match=r"it is not the trained model: KL"):
         refuse_unproven("gguf-f16", proof, settings.export, lossless=True)

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -179,6 +180,17 @@ def move_aside(folder: Path) -> Path:
         target = folder.with_name(f"{stamp}-{number}")
     folder.rename(target)
     return target
+
+
+def replace_folder(made: Path, final: Path) -> None:
+    """Give a finished folder its final name; one of that name is deleted only afterwards."""
+    final.parent.mkdir(exist_ok=True)
+    if not final.exists():
+        made.rename(final)
+        return
+    old = move_aside(final)
+    made.rename(final)
+    shutil.rmtree(old)
 
 
 def provenance() -> dict[str, Any]:

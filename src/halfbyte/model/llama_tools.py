@@ -215,7 +215,7 @@ def _unpack_prebuilt(name: str, integrity: str, target: Path) -> None:
     """Fetch a tarball of the npm registry, check it, keep its libraries."""
     registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
     url = f"{registry}/@node-llama-cpp/{name}/-/{name}-{PREBUILT_VERSION}.tgz"
-    print(f"downloading llama.cpp's quantiser from {url} (once)", file=sys.stderr)
+    print(f"downloading llama.cpp from {url} (once)", file=sys.stderr)
     with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as answer:
         content = answer.read()
     found = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()

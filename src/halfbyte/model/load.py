@@ -212,9 +212,9 @@ def language_part(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     return AutoModelForCausalLM, config
 
 
-def quantisation(precision: Precision | None, dtype: torch.dtype, double_quant: bool) -> Any:
+def quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) -> Any:
     """Transformers' settings for bitsandbytes; None where weights stay as they are."""
-    if precision is None or precision in DTYPES:
+    if precision in DTYPES:
         return None
     from transformers import BitsAndBytesConfig
 

@@ -17,15 +17,16 @@ from halfbyte.model.adapter import load_adapter
 from halfbyte.model.artefact import REPORT
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.host import free_bytes, gib
+from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import load_model
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import default_device
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
-from halfbyte.run_dir import RunDir, move_aside, provenance, write_json
+from halfbyte.run_dir import RunDir, provenance, replace_folder, write_json
 from halfbyte.ship.awq import ServedFolder, make_awq
 from halfbyte.ship.export_report import write_table
 from halfbyte.ship.fidelity import Reference, fidelity, reference, torch_predict
-from halfbyte.ship.gguf import LOSSLESS, QUANTS, GgufFactory, ServedGguf, make_adapter_gguf
+from halfbyte.ship.gguf import LOSSLESS, QUANTS, GgufFactory, make_adapter_gguf
 from halfbyte.ship.intact import check_adapter, check_merged
 from halfbyte.ship.peft_folder import make_peft_folder
 from halfbyte.ship.proof import Exam, Proof, Served, Told, prove, refuse_unproven
@@ -90,7 +91,7 @@ def export(
             refuse_unproven(target.name, proof, run.export, lossless=target.lossless)
             report = _report(work, target, partial, made, proof, told)
             write_json(partial / REPORT, report)
-            _keep(partial, folder.export / target.name)
+            replace_folder(partial, folder.export / target.name)
             write_table(folder.export)
             reports.append(report)
     finally:
@@ -177,26 +178,17 @@ def _make(
     """Make an artefact; returns how, and what opens it in its engine."""
     if target.kind == "gguf":
         path, made = factory.make(target.quant, partial)
-        return made, lambda: _in_llama_cpp(path)
+        return made, lambda: GgufModel(path)
     if target.kind == "gguf-lora":
         path = make_adapter_gguf(work, partial)
         base = factory.base_file()
         made = {
             "measured_on": "the unquantised base in f16, against the adapter on that base in fp32"
         }
-        return made, lambda: _in_llama_cpp(base, path)
+        return made, lambda: GgufModel(base, adapter=path)
     if target.kind == "awq":
         return make_awq(work, partial), lambda: _in_transformers(partial, work)
     return make_peft_folder(work, partial), lambda: _on_its_base(partial, work)
-
-
-@contextmanager
-def _in_llama_cpp(path: Path, adapter: Path | None = None) -> Iterator[Served]:
-    served = ServedGguf(path, adapter)
-    try:
-        yield served
-    finally:
-        served.model.close()
 
 
 @contextmanager
@@ -235,13 +227,3 @@ def _report(
         "sha256": {path.name: file_sha256(path) for path in files},
         **provenance(),
     }
-
-
-def _keep(partial: Path, final: Path) -> None:
-    final.parent.mkdir(exist_ok=True)
-    if final.exists():
-        old = move_aside(final)
-        partial.rename(final)
-        shutil.rmtree(old)
-    else:
-        partial.rename(final)

@@ -74,7 +74,11 @@ def fidelity(predict: Predict, rows: Rows, trained: Reference) -> Fidelity:
     Where the copy has fewer columns, both are distributions over those: the rest is padding of the
     embedding, which no token uses.
     """
-    log_probs, loss = predict(rows, trained.positions, trained.log_probs.shape[1])
+    return agreement(*predict(rows, trained.positions, trained.log_probs.shape[1]), trained)
+
+
+def agreement(log_probs: torch.Tensor, loss: float, trained: Reference) -> Fidelity:
+    """What a copy predicted at the reference's positions, beside the reference."""
     width = log_probs.shape[1]
     kl, same = 0.0, 0
     for start in range(0, len(log_probs), 256):

@@ -1,4 +1,4 @@
-"""Owns GGUF artefacts: the merged model or the adapter alone, and both in llama.cpp for the proof."""
+"""Owns GGUF artefacts: the merged model or the adapter alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.rows import Message
-from halfbyte.model.generate import Answer
 from halfbyte.model.libllama import FTYPES
-from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.llama_tools import convert, quantise
 from halfbyte.run_dir import write_text
-from halfbyte.ship.fidelity import Rows
 from halfbyte.ship.modelfile import modelfile
 from halfbyte.ship.work import Work
 
@@ -23,7 +19,7 @@ MODELFILE = "Modelfile"
 
 
 class GgufFactory:
-    """Makes GGUF files of one merged model; the 16-bit one is made once for all quantised ones."""
+    """Makes GGUF files of one merged model; what quantised ones are made from is made once."""
 
     def __init__(self, work: Work, scratch: Path) -> None:
         self._work, self._scratch = work, scratch
@@ -93,28 +89,3 @@ def make_adapter_gguf(work: Work, folder: Path) -> Path:
     arguments = [str(work.folder.adapter), "--base", work.base.path, "--outfile", str(path)]
     convert("convert_lora_to_gguf.py", [*arguments, "--outtype", "f32"], str(work.folder.adapter))
     return path
-
-
-class ServedGguf:
-    """A GGUF file in llama.cpp, prompts rendered by the template inside it."""
-
-    def __init__(self, path: Path, adapter: Path | None = None) -> None:
-        self.model = GgufModel(path, adapter=adapter)
-
-    def predict(self, rows: Rows, positions: list[list[int]], vocabulary: int) -> Any:
-        """As ``Served``."""
-        return self.model.predict(rows, positions, vocabulary)
-
-    def answers(
-        self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int
-    ) -> list[Answer]:
-        """As ``Served``."""
-        return self.model.answers(prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
-
-    def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
-        """As ``Served``."""
-        return self.model.prompt(messages)
-
-    def ends(self, token: int) -> bool:
-        """As ``Served``."""
-        return self.model.ends(token)

@@ -17,7 +17,7 @@ from halfbyte.model.load import load_config, load_model
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, NAMES, Compute
 from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.run_dir import RunDir, move_aside, provenance, write_json, write_text
+from halfbyte.run_dir import RunDir, provenance, replace_folder, write_json, write_text
 from halfbyte.ship.card import model_card
 from halfbyte.ship.fidelity import Fidelity, Reference, fidelity, torch_predict
 from halfbyte.ship.fold import merged_tensors, write_shards
@@ -185,12 +185,7 @@ def _report(
 def _finish(work: Work, kept: Candidate, report: dict[str, Any]) -> None:
     write_json(kept.folder / "merge_report.json", report)
     write_text(kept.folder / "README.md", model_card(work.told, report, work.run))
-    if work.folder.merged.exists():
-        old = move_aside(work.folder.merged)
-        kept.folder.rename(work.folder.merged)
-        shutil.rmtree(old)
-    else:
-        kept.folder.rename(work.folder.merged)
+    replace_folder(kept.folder, work.folder.merged)
 
 
 def _scratch(folder: RunDir, base: str) -> Path:

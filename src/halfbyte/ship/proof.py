@@ -11,7 +11,7 @@ from halfbyte.data.questions import Question
 from halfbyte.data.rows import Message
 from halfbyte.errors import RunError
 from halfbyte.model.generate import Answer
-from halfbyte.ship.fidelity import Fidelity, Reference, Rows, fidelity
+from halfbyte.ship.fidelity import Fidelity, Reference, Rows, agreement
 from halfbyte.ship.work import Work
 
 
@@ -88,8 +88,11 @@ class Proof:
 
 def prove(work: Work, served: Served, told: Told, exam: Exam | None) -> Proof:
     """Measure an artefact on the run's rows."""
-    trained = fidelity(served.predict, work.rows, told.trained)
-    merged = fidelity(served.predict, work.rows, told.merged)
+    # Of one vocabulary, so both references are at the same positions.
+    columns = told.trained.log_probs.shape[1]
+    log_probs, loss = served.predict(work.rows, told.trained.positions, columns)
+    trained = agreement(log_probs, loss, told.trained)
+    merged = agreement(log_probs, loss, told.merged)
     same_text = same_ids = 0
     first = None
     for messages in work.conversations:
