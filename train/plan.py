@@ -1,7 +1,8 @@
 """Say what a model takes to load, to train and to run, before anything is downloaded.
 
 python train/plan.py TARGET [section.key=value …] [--device NAME|auto] [--json]
-TARGET: a config, a Hub id, or a folder that holds a config.json.
+TARGET: a config, a Hub id, a folder that holds a config.json, or a .gguf file, for which it also says
+how many layers llama.cpp can hold in VRAM.
 """
 
 from __future__ import annotations
@@ -11,13 +12,56 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import load_run, model_run
-from halfbyte.errors import UntraceableError, exit_on_user_error
+from halfbyte.errors import ModelError, UntraceableError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from halfbyte.config.schema import Run
+    from halfbyte.plan.devices import Device
 
 
 def main() -> None:
     """Config or model → bytes by name → verdict and settings that fit."""
+    arguments = _arguments()
+    if arguments.is_config:
+        run = load_run(Path(arguments.target), arguments.overrides)
+    else:
+        run = model_run(arguments.target, arguments.overrides)
+
+    from halfbyte.libraries import quiet_libraries
+
+    quiet_libraries()
+    from halfbyte.model.load import stored_method
+    from halfbyte.plan import llama_split
+    from halfbyte.plan.catalogue import model_config
+    from halfbyte.plan.devices import find_device
+    from halfbyte.plan.report import quantised_json, quantised_text
+
+    device = find_device(arguments.device)
+    placed = None
+    if run.model.name.endswith(".gguf"):
+        placed = llama_split.plan(Path(run.model.name), device, arguments.gpu_layers)
+        if not arguments.json and not arguments.suggest:
+            print(llama_split.as_text(placed) + "\n")
+    config, origin = model_config(run.model.name, run.model.revision)
+    method = stored_method(config)
+    if method in (None, "bitsandbytes"):
+        _plan_training(arguments, run, device, config, origin, placed)
+    elif arguments.is_config or arguments.suggest:
+        raise ModelError(
+            f"{run.model.name}: is already quantised ({method}), so it cannot be trained. Name the"
+            " unquantised checkpoint"
+        )
+    else:
+        report = quantised_json(run, config, origin, device, method)
+        print(json.dumps(report) if arguments.json else quantised_text(report))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,27 +72,30 @@ def main() -> None:
     parser.add_argument("--suggest", action="store_true", help="print only overrides that fit")
     parser.add_argument("--plot", type=Path, metavar="NAME", help="write NAME.png and NAME.html")
     parser.add_argument("--probe", action="store_true", help="load the model and measure a step")
+    parser.add_argument("--gpu-layers", type=int, help="of a .gguf file; -1: all; else what fits")
     arguments = parser.parse_intermixed_args()
-    is_config = arguments.target.endswith((".yaml", ".yml"))
-    if arguments.probe and not is_config:
+    arguments.is_config = arguments.target.endswith((".yaml", ".yml"))
+    if arguments.gpu_layers is not None and not arguments.target.endswith(".gguf"):
+        parser.error("--gpu-layers places the layers of a .gguf file")
+    if arguments.probe and not arguments.is_config:
         parser.error("--probe needs a config, which names the rows to measure with")
     if arguments.probe and arguments.device != "auto":
         parser.error("--probe measures on this machine; leave --device out")
-    if is_config:
-        run = load_run(Path(arguments.target), arguments.overrides)
-    else:
-        run = model_run(arguments.target, arguments.overrides)
+    return arguments
 
-    from halfbyte.libraries import quiet_libraries
 
-    quiet_libraries()
-    from halfbyte.plan.catalogue import model_config
-    from halfbyte.plan.devices import find_device
+def _plan_training(
+    arguments: argparse.Namespace,
+    run: Run,
+    device: Device,
+    config: PretrainedConfig,
+    origin: str,
+    placed: dict[str, Any] | None,
+) -> None:
+    """Print what it takes to load, to train and to run; ``placed``: the same in llama.cpp."""
     from halfbyte.plan.report import as_json, as_text, load_text, make_plan
     from halfbyte.plan.shape import Lengths
 
-    device = find_device(arguments.device)
-    config, origin = model_config(run.model.name, run.model.revision)
     lengths = Lengths.up_to(run.data.max_length, run.train.batch_size, config)
     try:
         plan = make_plan(run, config, origin, device, lengths)
@@ -56,6 +103,8 @@ def main() -> None:
         print(load_text(config))  # what is known; the error says what is not
         raise
     report = as_json(plan)
+    if placed is not None:
+        report["llama_cpp"] = placed
     measured = None
     if arguments.probe:
         # transformers prints a line as it is imported with WANDB_MODE=offline.

@@ -14,6 +14,7 @@ Every message says where, what came, what is allowed and what to do next.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -76,6 +77,9 @@ def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -
             file=sys.stderr,
         )
         raise SystemExit(1) from error
+    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

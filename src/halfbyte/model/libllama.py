@@ -36,6 +36,7 @@ FTYPES = {  # enum llama_ftype
     "q6_k": 18,
 }
 KEPT_LINES = 20
+DEBUG = 1  # enum ggml_log_level
 
 
 class Opaque(ctypes.Structure):
@@ -159,7 +160,9 @@ class Library:
         self.lines.clear()
         return (errors or lines or ["it does not say why"])[0].strip()
 
-    def _keep(self, _level: int, text: bytes, _data: Any) -> None:
+    def _keep(self, level: int, text: bytes, _data: Any) -> None:
+        if level == DEBUG:
+            return
         self.lines.append(text.decode("utf-8", "replace"))
         del self.lines[: -KEPT_LINES * 10]
 

@@ -28,7 +28,7 @@ class GgufModel:
 
     Args:
         path: the file.
-        gpu_layers: layers in VRAM; the rest stays in RAM. -1: all.
+        gpu_layers: layers in VRAM, the output first, then the last ones; the rest stays in RAM. -1: all.
         adapter: a LoRA adapter in GGUF, at its full scale.
 
     Raises:

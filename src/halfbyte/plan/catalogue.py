@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.config.paths import MODEL_SUFFIXES
 from halfbyte.errors import ModelError
 from halfbyte.model.load import load_config
 from halfbyte.model.resolve import Base, cached_config, config_folder
@@ -62,7 +63,7 @@ def known_models() -> list[Known]:
 def model_config(name: str, revision: str | None = None) -> tuple[PretrainedConfig, str]:
     """A model's configuration, and where it comes from. Weights are neither read nor downloaded.
 
-    A Hub model is looked up in the local cache, then in the table of known models, then on the Hub.
+    A GGUF file's header says what it was made from. A Hub model is looked up in the local cache, then in the table of known models, then on the Hub.
 
     Raises:
         ModelError: it is not found, is gated, is no JSON, lacks fields, or names an architecture
@@ -76,6 +77,8 @@ def model_config(name: str, revision: str | None = None) -> tuple[PretrainedConf
         for known in known_models():
             if name in known.names:
                 return configuration(known), f"{name} in halfbyte's table of known models"
+    if on_disk and name.endswith(MODEL_SUFFIXES):
+        return _gguf_config(Path(name)), f"the header of {Path(name).name}"
     folder, origin = config_folder(name, revision)
     return _read(name, folder), origin
 
@@ -139,6 +142,20 @@ def update() -> None:
         lines.append(json.dumps(entry))
     path = Path(str(files("halfbyte.plan").joinpath("catalogue.json")))
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def _gguf_config(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except ImportError:
+        raise ModelError(
+            f"{path}: reading GGUF needs an extra: pip install 'halfbyte[gguf]'"
+        ) from None
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{path}: transformers cannot read its header: {error}") from error
+    return config
 
 
 def _read(name: str, folder: Path) -> PretrainedConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Run
@@ -130,7 +131,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "layers": _layers(plan),
             "settings": _settings(plan),
         },
-        "infer": _infer(plan),
+        "infer": _infer(plan.planner, plan.planner.stored.true_bytes),
         "device": {
             "name": device.name,
             "title": device.title,
@@ -156,6 +157,52 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for suggestion in plan.suggestions
         ],
     }
+
+
+def quantised_json(
+    run: Run, config: PretrainedConfig, origin: str, device: Device, method: str
+) -> dict[str, Any]:
+    """What a checkpoint that is already quantised takes to run: it neither trains nor loads otherwise.
+
+    Its weights stay packed in vLLM, so that they take what their files hold (None: not on this disk);
+    transformers unpacks compressed-tensors, whose bytes then are those of a plain dtype.
+    """
+    folder = Path(run.model.name)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    packed = sum(file.stat().st_size for file in files) if files else None
+    load, planner = load_plan(config, text_only=False), Planner(run, config, device)
+    return {
+        "target": run.model.name,
+        "origin": origin,
+        "method": method,
+        "num_parameters": load.num_parameters,
+        "packed_bytes": packed,
+        "unpacked_bytes": {name: load.stored[name].true_bytes for name in ("bf16", "fp32")},
+        "infer": [] if packed is None else _infer(planner, packed),
+        "device": {"title": device.title, "usable_bytes": device.usable_bytes},
+    }
+
+
+def quantised_text(report: dict[str, Any]) -> str:
+    """The report as a table for a terminal, from ``quantised_json``'s object."""
+    packed, unpacked = report["packed_bytes"], report["unpacked_bytes"]
+    told = "not known before it is downloaded" if packed is None else f"{packed / 1e9:.3f}"
+    lines = [
+        f"{report['target']}: {report['num_parameters']:,} parameters, already quantised"
+        f" ({report['method']}; {report['origin']})",
+        "",
+        "TO LOAD, GB",
+        f"  packed, as vLLM keeps it                          {told:>10}",
+        f"  unpacked to bf16, in transformers                 {_gb(unpacked['bf16'])}",
+        f"  unpacked to fp32, in transformers on most CPUs    {_gb(unpacked['fp32'])}",
+        "",
+    ]
+    if report["infer"]:
+        lines += [_infer_table(report), ""]
+    usable = report["device"]["usable_bytes"]
+    lines.append(f"ON {report['device']['title']}: {usable / 1e9:.3f} GB for weights and cache")
+    lines.append("It cannot be trained: plan the unquantised checkpoint that it was made from.")
+    return "\n".join(lines)
 
 
 def _load_json(load: Load) -> dict[str, Any]:
@@ -212,20 +259,19 @@ def _layers(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _infer(plan: Plan) -> list[dict[str, Any]]:
+def _infer(planner: Planner, weights_bytes: int) -> list[dict[str, Any]]:
     """Weights, keys and values, and the prefill's temporaries, by context and batch."""
-    stored = plan.planner.stored
-    longest = getattr(plan.planner.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(planner.config.get_text_config(), "max_position_embeddings", None)
     rows = []
     for context in [context for context in CONTEXTS if context <= (longest or context)]:
-        cache_bytes, prefill_bytes = plan.planner.step.cache(context)
+        cache_bytes, prefill_bytes = planner.step.cache(context)
         rows += [
             {
                 "context": context,
                 "batch": batch,
                 "kv_bytes": batch * cache_bytes,
                 "prefill_bytes": batch * prefill_bytes,
-                "total_bytes": stored.true_bytes + batch * (cache_bytes + prefill_bytes),
+                "total_bytes": weights_bytes + batch * (cache_bytes + prefill_bytes),
             }
             for batch in BATCHES
         ]

@@ -1,0 +1,110 @@
+"""Owns reading the header of a GGUF file: its metadata, and how many bytes each tensor takes.
+
+The package gguf builds an object for each entry of the vocabulary, which takes seconds; here arrays of
+text are passed over. A tensor's size is the distance to the next one, its padding included, so that
+types which came later are no obstacle.
+Source, read as facts: docs/gguf.md of ggml, version 3 of the format (2 has the same layout).
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from halfbyte.errors import PlanError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the tensors.
+
+    Attributes:
+        metadata: values by key; arrays of text and of arrays are left out.
+        tensor_bytes: bytes of each tensor in the file.
+        shapes: of each tensor, the row length first.
+    """
+
+    metadata: dict[str, Any]
+    tensor_bytes: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def read_header(path: Path) -> Header:
+    """Read a header.
+
+    Raises:
+        PlanError: there is no such file, it is no GGUF of version 2 or 3, or it is cut short.
+    """
+    try:
+        with path.open("rb") as file:
+            return _read(file, path)
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}") from error
+    except (struct.error, UnicodeDecodeError, KeyError) as error:
+        raise PlanError(f"{path}: its header is broken or cut short") from error
+
+
+def _read(file: BinaryIO, path: Path) -> Header:
+    if file.read(4) != MAGIC:
+        raise PlanError(f"{path}: is no GGUF file; those begin with the letters GGUF")
+    version = _scalar(file, "I")
+    if version not in VERSIONS:
+        raise PlanError(f"{path}: is GGUF of version {version}; 2 and 3 are known")
+    num_tensors, num_values = _scalar(file, "Q"), _scalar(file, "Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(num_values):
+        key = _text(file)
+        value = _value(file, _scalar(file, "I"))
+        if value is not None:
+            metadata[key] = value
+    shapes, offsets = {}, {}
+    for _ in range(num_tensors):
+        name = _text(file)
+        shapes[name] = struct.unpack(f"<{(rank := _scalar(file, 'I'))}Q", file.read(8 * rank))
+        _scalar(file, "I")  # its type
+        offsets[name] = _scalar(file, "Q")
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    start = -(-file.tell() // alignment) * alignment
+    ends = sorted(offsets.values())
+    ends.append(path.stat().st_size - start)
+    if not offsets or ends[-1] <= ends[-2]:
+        raise PlanError(f"{path}: is cut short: the tensors that its header names are not all there")
+    after = dict(itertools.pairwise(ends))
+    sizes = {name: after[offset] - offset for name, offset in offsets.items()}
+    return Header(metadata, sizes, shapes)
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind == STRING:
+        return _text(file)
+    if kind != ARRAY:
+        return _scalar(file, SCALARS[kind])
+    inner, count = _scalar(file, "I"), _scalar(file, "Q")
+    if inner == STRING:
+        for _ in range(count):
+            file.seek(_scalar(file, "Q"), 1)
+        return None
+    if inner == ARRAY:
+        for _ in range(count):
+            _value(file, ARRAY)
+        return None
+    code = f"<{count}{SCALARS[inner]}"
+    return list(struct.unpack(code, file.read(struct.calcsize(code))))
+
+
+def _text(file: BinaryIO) -> str:
+    return file.read(_scalar(file, "Q")).decode("utf-8")
+
+
+def _scalar(file: BinaryIO, code: str) -> Any:
+    size = struct.calcsize("<" + code)
+    return struct.unpack("<" + code, file.read(size))[0]
