@@ -146,8 +146,8 @@ def save_adapter(model: PeftModel, loaded: Loaded, folder: Path, scratch: Path) 
         _check_saved(model, folder)
 
 
-def load_adapter(loaded: Loaded, folder: Path) -> PeftModel:
-    """Put a saved adapter on its base, for use and not for training.
+def load_adapter(loaded: Loaded, folder: Path, name: str = "default") -> PeftModel:
+    """Put a saved adapter on its base, beside others or alone, for use and not for training.
 
     Raises:
         RunError: the adapter belongs to another base, some of its weights find no place, or it
@@ -163,13 +163,20 @@ def load_adapter(loaded: Loaded, folder: Path) -> PeftModel:
             f"{folder}: was trained on {told['name']} (fingerprint {told['fingerprint'][:12]}), not on"
             f" {loaded.base.name} ({loaded.base.fingerprint[:12]})"
         )
-    model: PeftModel = PeftModel.from_pretrained(loaded.model, str(folder))
-    saved = set(load_peft_weights(str(folder), device="cpu"))
-    placed = set(get_peft_model_state_dict(model))
+    try:
+        saved = set(load_peft_weights(str(folder), device="cpu"))
+        if isinstance(loaded.model, PeftModel):
+            model = loaded.model
+            model.load_adapter(str(folder), name)
+        else:
+            model = PeftModel.from_pretrained(loaded.model, str(folder), name)
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+        raise RunError(f"{folder}: cannot be read: {error}") from error
+    placed = set(get_peft_model_state_dict(model, adapter_name=name))
     if saved != placed:
         odd = sorted(saved ^ placed)
         raise RunError(f"{folder}: {len(odd)} adapter weights do not fit the model: {odd[:3]}")
-    learnt = [p for n, p in model.named_parameters() if "lora_B" in n and ".default" in n]
+    learnt = [p for n, p in model.named_parameters() if "lora_B" in n and f".{name}" in n]
     if not any(bool(p.abs().max() > 0) for p in learnt):
         raise RunError(f"{folder}: the adapter changes nothing: every B matrix is zero")
     model.eval()

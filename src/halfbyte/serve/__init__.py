@@ -1,0 +1,1 @@
+"""Serving: one base with its adapters behind an OpenAI-compatible interface."""

@@ -1,0 +1,394 @@
+"""Owns the forward pass that many requests share: their new tokens in one row, each on its own cache.
+
+A lane is what one request adds in a pass: a piece of its prompt, or the token it generated last. Lanes
+are laid end to end without padding (continuous batching, Orca, OSDI 2022 §3.2), each attends to its own
+slot of the cache, and each is changed by its own adapter, so that one quantised base serves all of them
+and is dequantised once for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from halfbyte.errors import ModelError
+
+NAME = "halfbyte-lanes"  # of this attention in transformers
+GROWTH = 256  # tokens by which the cache grows
+UNSERVED = "Merge the run (train/merge.py) and serve runs/x/merged"
+
+
+@dataclass(frozen=True)
+class Lane:
+    """New tokens of one slot.
+
+    Attributes:
+        slot: where its keys and values lie.
+        adapter: name of the adapter that changes it, or None for the base.
+        ids: the tokens, which follow on ``start`` tokens of the slot.
+        start: tokens of the slot that are kept.
+    """
+
+    slot: int
+    adapter: str | None
+    ids: list[int]
+    start: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the slot after the pass."""
+        return self.start + len(self.ids)
+
+
+class Backend(Protocol):
+    """What computes: a model with a number of slots."""
+
+    num_slots: int
+    max_context: int
+    vocab_size: int
+
+    def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
+        """Logits (len(lanes), V), fp32, after the last token of each lane."""
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Let a slot begin as another one does; False where that cannot be done."""
+
+    def forget(self) -> None:
+        """Give back what the cache holds; all slots are empty afterwards."""
+
+
+class LaneModel:
+    """A transformers model with adapters, as a backend.
+
+    Args:
+        model: a causal language model; PEFT's layers in it are replaced.
+        num_slots: requests at once.
+        max_context: tokens of a prompt and its answer, at most.
+        dtype: of keys and values.
+
+    Raises:
+        ModelError: its attention does not take part, or an adapter is of a kind that cannot be mixed.
+    """
+
+    def __init__(
+        self, model: Any, *, num_slots: int, max_context: int, dtype: torch.dtype
+    ) -> None:
+        register()
+        self.model = model
+        self.num_slots, self.max_context = num_slots, max_context
+        self.device = next(model.parameters()).device
+        self.dtype = dtype
+        text = model.config.get_text_config()
+        self.vocab_size = int(text.vocab_size)
+        self.adapters = mix_adapters(model)
+        self._cache = Cache(num_slots, dtype, self.device)
+        model.set_attn_implementation(NAME)
+        model.eval()
+
+    @torch.inference_mode()
+    def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
+        """As ``Backend.run``."""
+        order = sorted(range(len(lanes)), key=lambda n: (lanes[n].adapter or "", len(lanes[n].ids)))
+        flat = [lanes[number] for number in order]
+        step = Step(flat, self._cache, self.device)
+        ids = [token for lane in flat for token in lane.ids]
+        positions = [at for lane in flat for at in range(lane.start, lane.end)]
+        for layer in self.adapters:
+            layer.ranges = step.ranges
+        out = self.model(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            logits_to_keep=step.last,
+            lanes=step,
+        )
+        if not step.layers:
+            raise ModelError(
+                f"{type(self.model).__name__}: its attention is not called by way of transformers'"
+                " interface, so requests cannot share a pass. Use --engine vllm or llama.cpp"
+            )
+        logits: torch.Tensor = out.logits[0].float()
+        inverse = torch.empty(len(order), dtype=torch.long)
+        inverse[torch.tensor(order)] = torch.arange(len(order))
+        return logits[inverse.to(self.device)].to("cpu")
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """As ``Backend.copy``."""
+        self._cache.copy(source, target, length)
+        return True
+
+    def forget(self) -> None:
+        """As ``Backend.forget``."""
+        self._cache.layers.clear()
+
+
+class Cache:
+    """Keys and values (slots, groups, tokens, D) of each layer; grown as it is needed."""
+
+    def __init__(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_slots, self.dtype, self.device = num_slots, dtype, device
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's storage with room for ``length`` tokens; shapes are those of new keys and values."""
+        held = self.layers.get(layer)
+        if held is not None and held[0].shape[2] >= length:
+            return held
+        room = -(-length // GROWTH) * GROWTH
+        made = []
+        for number, tensor in enumerate((key, value)):
+            shape = (self.num_slots, tensor.shape[1], room, tensor.shape[3])
+            grown = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            if held is not None:
+                grown[:, :, : held[number].shape[2]] = held[number]
+            made.append(grown)
+        self.layers[layer] = (made[0], made[1])
+        return self.layers[layer]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first tokens of one slot to another."""
+        for tensors in self.layers.values():
+            for tensor in tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+
+class Step:
+    """One pass: where each lane stands in it, and who sees what, made once for all layers.
+
+    Attributes:
+        ranges: for each adapter its tokens, which stand together.
+        last: (lanes,), places of the last tokens.
+        layers: numbers of the layers that were attended so far.
+    """
+
+    def __init__(self, lanes: list[Lane], cache: Cache, device: torch.device) -> None:
+        self.lanes, self.cache, self.device = lanes, cache, device
+        self.layers: set[int] = set()
+        self.ranges: list[tuple[str, slice]] = []
+        self.places: list[slice] = []
+        start = 0
+        for lane in lanes:
+            place = slice(start, start + len(lane.ids))
+            self.places.append(place)
+            start = place.stop
+            if lane.adapter is None:
+                continue
+            if self.ranges and self.ranges[-1][0] == lane.adapter:
+                self.ranges[-1] = (lane.adapter, slice(self.ranges[-1][1].start, place.stop))
+            else:
+                self.ranges.append((lane.adapter, place))
+        self.last = torch.tensor([place.stop - 1 for place in self.places], device=device)
+        self.longest = max(lane.end for lane in lanes)
+        self.single = [n for n, lane in enumerate(lanes) if len(lane.ids) == 1]
+        self.long = [n for n, lane in enumerate(lanes) if len(lane.ids) > 1]
+        slots = [lanes[number].slot for number in self.single]
+        # Slots side by side, read where they lie; those between that have no lane cost little.
+        self.first, self.stop = (min(slots), max(slots) + 1) if slots else (0, 0)
+        self._offsets = torch.tensor([slot - self.first for slot in slots], device=device)
+        self._tokens = torch.tensor([self.places[n].start for n in self.single], device=device)
+        self._rows = torch.tensor(slots, device=device)
+        self._ends = torch.tensor([lanes[n].start for n in self.single], device=device)
+        self._single_masks: dict[int | None, tuple[torch.Tensor, int]] = {}
+        self._long_masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Attended values (T, H, D) of the pass's queries (H, T, D); keys and values are kept."""
+        self.layers.add(layer)
+        keys, values = self.cache.of(layer, key[None], value[None], self.longest)
+        out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))
+        if self.single:
+            keys[self._rows, :, self._ends] = key[:, self._tokens].transpose(0, 1).to(keys.dtype)
+            values[self._rows, :, self._ends] = (
+                value[:, self._tokens].transpose(0, 1).to(keys.dtype)
+            )
+            mask, length = self._single_mask(window)
+            groups = key.shape[0]
+            asked = query[:, self._tokens].transpose(0, 1)
+            spread = query.new_zeros((self.stop - self.first, *asked.shape[1:]))
+            spread[self._offsets] = asked
+            # Heads that share keys stand where queries do: no key is copied for them.
+            found = functional.scaled_dot_product_attention(
+                spread.view(spread.shape[0], groups, -1, spread.shape[2]).to(keys.dtype),
+                keys[self.first : self.stop, :, :length],
+                values[self.first : self.stop, :, :length],
+                attn_mask=mask.to(keys.dtype),
+                scale=scale,
+            )
+            out[self._tokens] = found.flatten(1, 2)[self._offsets].to(out.dtype)
+        for number in self.long:
+            lane, place = self.lanes[number], self.places[number]
+            keys[lane.slot, :, lane.start : lane.end] = key[:, place].to(keys.dtype)
+            values[lane.slot, :, lane.start : lane.end] = value[:, place].to(keys.dtype)
+            out[place] = self._long(number, query[:, place], keys, values, window, scale)
+        return out
+
+    def _long(
+        self,
+        number: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Attended values (t, H, D) of a lane of several tokens."""
+        lane = self.lanes[number]
+        groups = keys.shape[1]
+        mask = self._long_mask(number, window)
+        asked = query.view(groups, -1, *query.shape[1:])
+        seen = [
+            tensor[lane.slot, :, None, : lane.end].expand(-1, asked.shape[1], -1, -1)
+            for tensor in (keys, values)
+        ]
+        found = functional.scaled_dot_product_attention(
+            asked.to(keys.dtype),
+            *seen,
+            attn_mask=None if mask is None else mask.to(keys.dtype),
+            is_causal=mask is None,
+            scale=scale,
+        )
+        return found.flatten(0, 1).transpose(0, 1).to(query.dtype)
+
+    def _single_mask(self, window: int | None) -> tuple[torch.Tensor, int]:
+        """Additive mask (slots, 1, 1, tokens) of lanes of one token, and the tokens that matter."""
+        if window not in self._single_masks:
+            length = max(self.lanes[number].end for number in self.single)
+            at = torch.arange(length, device=self.device)
+            ends = self._ends[:, None]
+            seen = at <= ends
+            if window is not None:
+                seen &= at > ends - window
+            mask = torch.zeros((self.stop - self.first, length), device=self.device)
+            mask[self._offsets] = mask[self._offsets].masked_fill_(~seen, float("-inf"))
+            self._single_masks[window] = mask[:, None, None], length
+        return self._single_masks[window]
+
+    def _long_mask(self, number: int, window: int | None) -> torch.Tensor | None:
+        """Additive mask (t, tokens), or None where order within the lane says it all."""
+        lane = self.lanes[number]
+        if lane.start == 0 and (window is None or lane.end <= window):
+            return None
+        if (number, window) not in self._long_masks:
+            at = torch.arange(lane.end, device=self.device)
+            queries = torch.arange(lane.start, lane.end, device=self.device)[:, None]
+            hidden = at > queries
+            if window is not None:
+                hidden |= at <= queries - window
+            mask = torch.zeros(hidden.shape, device=self.device)
+            self._long_masks[number, window] = mask.masked_fill_(hidden, float("-inf"))
+        return self._long_masks[number, window]
+
+
+class MixedLinear(nn.Module):
+    """A frozen linear layer with the LoRA matrices of several adapters, each for its tokens."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.ranges: list[tuple[str, slice]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (1, T, in) to (1, T, out)."""
+        out: torch.Tensor = self.base(x)
+        for name, place in self.ranges:
+            if name in self.lora:
+                down, up = self.lora[name]
+                out[:, place] += ((x[:, place].to(down.dtype) @ down) @ up).to(out.dtype)
+        return out
+
+
+def mix_adapters(model: nn.Module) -> list[MixedLinear]:
+    """Replace PEFT's layers, so that each token can have its own adapter.
+
+    Raises:
+        ModelError: an adapter is more than matrices on linear layers (DoRA, experts, embeddings).
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    made = []
+    for name, layer in found:
+        if layer.lora_embedding_A or any(layer.use_dora.values()) or not _is_linear(layer):
+            kind = "DoRA" if any(layer.use_dora.values()) else type(layer).__name__
+            raise ModelError(
+                f"{name}: {kind}, which cannot be mixed with other requests in one pass. {UNSERVED}"
+            )
+        mixed = MixedLinear(layer.base_layer)
+        for adapter in layer.lora_A:
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            scale = layer.scaling[adapter]
+            mixed.lora[adapter] = (down.detach().t(), up.detach().t() * scale)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, mixed)
+        made.append(mixed)
+    return made
+
+
+def unpack(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace packed 4-bit layers by plain ones with the very weights that they stand for."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, Linear4bit):
+            continue
+        packed: Any = layer.weight
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+
+
+def _is_linear(layer: Any) -> bool:
+    return all(isinstance(layer.lora_A[name], nn.Linear) for name in layer.lora_A) and hasattr(
+        layer.base_layer, "in_features"
+    )
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    lanes: Step | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' call of an attention, over the lanes of a pass."""
+    if lanes is None or options.get("softcap") or options.get("s_aux") is not None:
+        raise ModelError(
+            f"{type(module).__name__}: capped scores or sinks, which this attention does not have. Use"
+            " --engine vllm or llama.cpp"
+        )
+    window = options.get("sliding_window")
+    found = lanes.attend(module.layer_idx, query[0], key[0], value[0], window, scaling)
+    return found[None], None
+
+
+def register() -> None:
+    """Teach transformers the attention; it has no mask, as none is made for it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
