@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "halfbyte"
 # A part may import itself and what stands after it. train, eval and ship do not know each other.
 LAYERS = [
+    "serve",
     "ship",
     "eval",
     "train",
@@ -22,7 +23,7 @@ LAYERS = [
     "run_dir",
     "errors",
 ]
-PEERS = {"ship", "eval", "train"}
+PEERS = {"serve", "ship", "eval", "train"}
 # Which files may import a library.
 LIBRARIES = {
     "trl": {"train/trainer.py"},

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from halfbyte.errors import PlanError
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.plan.devices import find_device

@@ -183,3 +183,18 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         if state is not None:
             module.compute_dtype = dtype
             state.dtype = dtype
+
+
+@torch.no_grad()
+def unpack_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace 4-bit layers by plain ones with the very weights that they stand for, in ``dtype``."""
+    layer: Any
+    for name, layer in list(model.named_modules()):
+        if getattr(getattr(layer, "weight", None), "quant_state", None) is None:
+            continue
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(plain_weight(layer, dtype), requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)

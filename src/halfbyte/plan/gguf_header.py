@@ -19,7 +19,19 @@ from halfbyte.errors import PlanError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 
 
@@ -77,7 +89,9 @@ def _read(file: BinaryIO, path: Path) -> Header:
     ends = sorted(offsets.values())
     ends.append(path.stat().st_size - start)
     if not offsets or ends[-1] <= ends[-2]:
-        raise PlanError(f"{path}: is cut short: the tensors that its header names are not all there")
+        raise PlanError(
+            f"{path}: is cut short: the tensors that its header names are not all there"
+        )
     after = dict(itertools.pairwise(ends))
     sizes = {name: after[offset] - offset for name, offset in offsets.items()}
     return Header(metadata, sizes, shapes)

@@ -215,4 +215,3 @@ def _described(header: Header, path: Path) -> GgufFile:
 
 def _per_layer(value: Any, num_layers: int) -> list[int]:
     return [int(one) for one in value] if isinstance(value, list) else [int(value)] * num_layers
-

@@ -1,1 +1,1 @@
-"""Serving: one base with its adapters behind an OpenAI-compatible interface."""
+"""Serving: the engine by which many requests share one model and its adapters."""

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from halfbyte.serve.lanes import Backend, Lane
-from halfbyte.serve.sampling import Choice, Sampler, Sampling
+from halfbyte.serve.sampling import Choice, Sampler
 from halfbyte.serve.text import TextStream
 
 PROMPT_TOKENS = 512  # of prompts in one pass, so that running answers go on
@@ -185,7 +187,7 @@ class Engine:
             slot.todo = slot.todo[len(lane.ids) :]
             slot.used = time.monotonic()
             if not slot.todo:
-                self._hand_out(slot, slot.job, logits[row])  # type: ignore[arg-type]
+                self._hand_out(slot, logits[row])
 
     def _drop(self) -> None:
         """Let go of jobs that nobody waits for, or whose time is up."""
@@ -259,8 +261,10 @@ class Engine:
                 lanes.append((slot, lane))
         return lanes
 
-    def _hand_out(self, slot: Slot, job: Job, logits: object) -> None:
-        choice = job.sampler.choose(logits)  # type: ignore[arg-type]
+    def _hand_out(self, slot: Slot, logits: torch.Tensor) -> None:
+        job = slot.job
+        assert job is not None
+        choice = job.sampler.choose(logits)
         job.num_generated += 1
         self.counts.generated_tokens += 1
         matcher = job.sampler.matcher
@@ -280,8 +284,3 @@ class Engine:
         assert job is not None
         slot.job, slot.todo = None, []
         job.emit(Event(job.stream.flush(), (), reason))
-
-
-def greedy(top_logprobs: int | None = None) -> Sampling:
-    """Settings of a greedy answer."""
-    return Sampling(top_logprobs=top_logprobs)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from halfbyte.errors import ModelError
+from halfbyte.model.adapter import adapted_layers
 
 NAME = "halfbyte-lanes"  # of this attention in transformers
 GROWTH = 256  # tokens by which the cache grows
@@ -75,9 +76,7 @@ class LaneModel:
         ModelError: its attention does not take part, or an adapter is of a kind that cannot be mixed.
     """
 
-    def __init__(
-        self, model: Any, *, num_slots: int, max_context: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: Any, *, num_slots: int, max_context: int, dtype: torch.dtype) -> None:
         register()
         self.model = model
         self.num_slots, self.max_context = num_slots, max_context
@@ -252,13 +251,14 @@ class Step:
         groups = keys.shape[1]
         mask = self._long_mask(number, window)
         asked = query.view(groups, -1, *query.shape[1:])
-        seen = [
+        seen_keys, seen_values = (
             tensor[lane.slot, :, None, : lane.end].expand(-1, asked.shape[1], -1, -1)
             for tensor in (keys, values)
-        ]
+        )
         found = functional.scaled_dot_product_attention(
             asked.to(keys.dtype),
-            *seen,
+            seen_keys,
+            seen_values,
             attn_mask=None if mask is None else mask.to(keys.dtype),
             is_causal=mask is None,
             scale=scale,
@@ -305,7 +305,7 @@ class MixedLinear(nn.Module):
         self.ranges: list[tuple[str, slice]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (1, T, in) to (1, T, out)."""
+        """X (1, T, in) to (1, T, out)."""
         out: torch.Tensor = self.base(x)
         for name, place in self.ranges:
             if name in self.lora:
@@ -320,11 +320,9 @@ def mix_adapters(model: nn.Module) -> list[MixedLinear]:
     Raises:
         ModelError: an adapter is more than matrices on linear layers (DoRA, experts, embeddings).
     """
-    from peft.tuners.lora import LoraLayer
-
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     made = []
-    for name, layer in found:
+    layers: dict[str, Any] = dict(adapted_layers(model))
+    for name, layer in layers.items():
         if layer.lora_embedding_A or any(layer.use_dora.values()) or not _is_linear(layer):
             kind = "DoRA" if any(layer.use_dora.values()) else type(layer).__name__
             raise ModelError(
@@ -339,24 +337,6 @@ def mix_adapters(model: nn.Module) -> list[MixedLinear]:
         setattr(model.get_submodule(parent), child, mixed)
         made.append(mixed)
     return made
-
-
-def unpack(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace packed 4-bit layers by plain ones with the very weights that they stand for."""
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, Linear4bit):
-            continue
-        packed: Any = layer.weight
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if layer.bias is not None:
-            plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
 
 
 def _is_linear(layer: Any) -> bool:

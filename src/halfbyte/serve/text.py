@@ -58,7 +58,10 @@ class TextStream:
             text, self._held = self._held[: min(found)[0]], ""
             return text
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        text, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return text
 
 

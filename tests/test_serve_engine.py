@@ -1,0 +1,267 @@
+"""The engine: answers of many requests at once are those of each alone, from base and adapters."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.config import read_run_folder
+from halfbyte.data.render import Renderer
+from halfbyte.data.rows import Message
+from halfbyte.errors import ModelError
+from halfbyte.model.adapter import load_adapter
+from halfbyte.model.generate import generate
+from halfbyte.model.load import load_base
+from halfbyte.model.precision import choose_compute, default_device
+from halfbyte.model.quantised import unpack_layers
+from halfbyte.model.trained import saved_renderer, trained_base
+from halfbyte.run_dir import RunDir
+from halfbyte.serve.engine import Engine, Event, Job
+from halfbyte.serve.lanes import Lane, LaneModel, mix_adapters
+from halfbyte.serve.sampling import Sampler, Sampling
+from halfbyte.serve.text import TextStream
+
+pytestmark = pytest.mark.real
+ASKED = ("Hello", "Name the category: acute heart attack", "Name the category: asthma", "Hi " * 30)
+
+
+class Run:
+    """A trained run in fp32, its plain answers first, then as a backend."""
+
+    def __init__(self, path: Path) -> None:
+        folder, run = RunDir(path), read_run_folder(path)
+        base = trained_base(folder, run)
+        loaded = load_base(base, run.model, choose_compute("fp32", default_device()))
+        model = load_adapter(loaded, folder.adapter, "first")
+        load_adapter_again = loaded.model = model
+        load_adapter(loaded, folder.adapter, "second")
+        for name, parameter in model.named_parameters():
+            if "lora_B.second" in name:
+                parameter.data *= -2
+        self.renderer: Renderer = saved_renderer(folder, run, base)
+        self.prompts = [self.renderer.encode_prompt((Message("user", text),)) for text in ASKED]
+        self.plain: dict[str | None, list[list[int]]] = {}
+        self.logits: dict[str | None, torch.Tensor] = {}
+        for adapter in (None, "first", "second"):
+            self._ask(load_adapter_again, adapter)
+        self.model: Any = model.get_base_model()
+        self.backend = LaneModel(self.model, num_slots=4, max_context=512, dtype=torch.float32)
+
+    @torch.no_grad()
+    def _ask(self, model: Any, adapter: str | None) -> None:
+        if adapter is None:
+            with model.disable_adapter():
+                self._keep(model, None)
+            return
+        model.set_adapter(adapter)
+        self._keep(model, adapter)
+
+    def _keep(self, model: Any, adapter: str | None) -> None:
+        made = generate(
+            model,
+            self.prompts,
+            stop_ids=self.renderer.stop_ids,
+            pad_id=self.renderer.pad_id,
+            max_new_tokens=12,
+            batch_rows=1,
+        )
+        self.plain[adapter] = [answer.ids for answer in made]
+        self.logits[adapter] = torch.stack(
+            [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in self.prompts]
+        )
+
+
+@pytest.fixture(scope="module")
+def served(merged_run: Path) -> Run:
+    return Run(merged_run)
+
+
+@pytest.fixture
+def engine(served: Run) -> Iterator[Engine]:
+    served.backend.forget()
+    engine = Engine(served.backend, max_waiting=200)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def make_job(
+    served: Run, prompt: list[int], adapter: str | None, **options: Any
+) -> tuple[Job, queue.Queue[Event]]:
+    events: queue.Queue[Event] = queue.Queue()
+    job = Job(
+        prompt,
+        adapter,
+        Sampler(options.pop("sampling", Sampling())),
+        TextStream(served.renderer.tokenizer.decode, options.pop("stops", ())),
+        options.pop("max_tokens", 12),
+        frozenset(served.renderer.stop_ids),
+        events.put,
+        time.monotonic() + options.pop("seconds", 60),
+    )
+    return job, events
+
+
+def finish(events: queue.Queue[Event]) -> tuple[list[int], str, str | None]:
+    ids, text = [], ""
+    while True:
+        event = events.get(timeout=60)
+        ids += [choice.token for choice in event.choices]
+        text += event.text
+        if event.finish_reason:
+            return ids, text, event.finish_reason
+
+
+@torch.inference_mode()
+def test_lanes_give_the_logits_of_each_alone(served: Run) -> None:
+    served.backend.forget()
+    adapters = (None, "first", "second", "first")
+    lanes = [Lane(n, a, served.prompts[n][:5], 0) for n, a in enumerate(adapters)]
+    served.backend.run(lanes)
+    # The rest of two, all but one token of the others, and that token on its own.
+    rest = [Lane(n, a, served.prompts[n][5:-1], 5) for n, a in enumerate(adapters)]
+    served.backend.run(rest)
+    last = [
+        Lane(n, a, served.prompts[n][-1:], len(served.prompts[n]) - 1)
+        for n, a in enumerate(adapters)
+    ]
+    found = served.backend.run(last)
+    for n, adapter in enumerate(adapters):
+        torch.testing.assert_close(found[n], served.logits[adapter][n], rtol=1e-4, atol=2e-4)
+    assert not torch.allclose(served.logits["first"], served.logits["second"], atol=1e-2)
+    assert not torch.allclose(served.logits["first"], served.logits[None], atol=1e-2)
+
+
+def test_many_at_once_answer_as_each_alone(served: Run, engine: Engine) -> None:
+    wanted = [(a, n) for a in (None, "first", "second") for n in range(len(ASKED))] * 8
+    made = [make_job(served, served.prompts[n], adapter) for adapter, n in wanted]
+    assert engine.submit([job for job, _ in made])
+    for (adapter, n), (_, events) in zip(wanted, made, strict=True):
+        assert finish(events)[0] == served.plain[adapter][n]
+    assert engine.counts.lanes > 2 * engine.counts.passes  # they shared passes
+    # Of each adapter's prompts one is computed, the other seven begin where it stands.
+    assert engine.counts.shared_tokens > engine.counts.prompt_tokens / 2
+
+
+def test_what_prompts_begin_with_is_computed_once(served: Run, engine: Engine) -> None:
+    lead = served.prompts[3]
+    made = [make_job(served, [*lead, token], "first", max_tokens=2) for token in range(50, 58)]
+    assert engine.submit([job for job, _ in made])
+    for _, events in made:
+        finish(events)
+    computed = engine.counts.prompt_tokens - engine.counts.shared_tokens
+    assert computed == len(lead) + 8
+
+
+def test_stop_strings_length_and_time_end_an_answer(served: Run, engine: Engine) -> None:
+    longest = max((answer, n) for n, answer in enumerate(served.plain[None]))
+    prompt, ids = served.prompts[longest[1]], longest[0]
+    whole = served.renderer.tokenizer.decode(ids)
+    stop = whole[3:5]
+    job, events = make_job(served, prompt, None, stops=(stop,))
+    engine.submit([job])
+    assert finish(events)[1:] == (whole[: whole.index(stop)], "stop")
+    job, events = make_job(served, prompt, None, max_tokens=3)
+    engine.submit([job])
+    assert finish(events)[::2] == (ids[:3], "length")
+    job, events = make_job(served, prompt, None, seconds=-1)
+    engine.submit([job])
+    assert finish(events)[::2] == ([], "timeout")
+
+
+def test_a_seed_repeats_an_answer_and_log_probabilities_add_up(served: Run, engine: Engine) -> None:
+    answers = []
+    for seed in (1, 1, 2):
+        sampling = Sampling(temperature=1.5, seed=seed, top_logprobs=3)
+        job, events = make_job(served, served.prompts[0], "first", sampling=sampling)
+        engine.submit([job])
+        answers.append(finish(events)[0])
+    assert answers[0] == answers[1] != answers[2]
+    choice = Sampler(Sampling(top_logprobs=20)).choose(served.logits[None][0])
+    expected = torch.log_softmax(served.logits[None][0], dim=-1)
+    assert choice.logprob == pytest.approx(float(expected.max()))
+    assert [token for token, _ in choice.top] == expected.topk(20).indices.tolist()
+
+
+def test_nucleus_leaves_out_the_unlikely() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0, -5.0])
+    sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=0))
+    assert {sampler.choose(logits).token for _ in range(200)} == {0, 1}
+
+
+def test_a_failing_pass_ends_its_requests_and_no_others(
+    served: Run, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = served.backend.run
+
+    def fail(lanes: Any) -> torch.Tensor:
+        monkeypatch.setattr(served.backend, "run", whole)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(served.backend, "run", fail)
+    job, events = make_job(served, served.prompts[0], None)
+    engine.submit([job])
+    assert finish(events)[2] == "error"
+    job, events = make_job(served, served.prompts[0], None)
+    engine.submit([job])
+    assert finish(events)[0] == served.plain[None][0]
+
+
+def test_cancelled_and_surplus_requests_get_no_slot(served: Run) -> None:
+    engine = Engine(served.backend, max_waiting=1)
+    first, events = make_job(served, served.prompts[0], None)
+    assert engine.submit([first])
+    assert not engine.submit([make_job(served, served.prompts[0], None)[0]])
+    engine.cancel(first)
+    engine.start()
+    assert finish(events)[2] == "cancelled"
+    engine.stop()
+
+
+def test_unpacked_weights_are_those_that_4_bits_stand_for(served: Run) -> None:
+    served.backend.forget()
+    lane = Lane(0, "first", served.prompts[1], 0)
+    packed = served.backend.run([lane])
+    unpack_layers(served.model, torch.float32)
+    served.backend.forget()
+    torch.testing.assert_close(served.backend.run([lane]), packed, rtol=1e-4, atol=2e-4)
+
+
+def test_dora_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    model = get_peft_model(tiny, LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ModelError, match="DoRA, which cannot be mixed"):
+        mix_adapters(model)
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"), [((), "a€ stopper"), (("stop",), "a€ "), (("€", "a€ s"), "a")]
+)
+def test_text_comes_whole_and_without_stop_strings(stops: tuple[str, ...], expected: str) -> None:
+    content = "a€ stopper".encode()
+    stream = TextStream(lambda ids: bytes(ids).decode("utf-8", "replace"), stops)
+    pieces = []
+    for byte in content:
+        pieces.append(stream.push(byte))
+        if stream.stopped:
+            break
+    pieces.append(stream.flush())
+    assert "".join(pieces) == expected
+    assert "\ufffd" not in "".join(pieces)
