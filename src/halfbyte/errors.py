@@ -57,6 +57,12 @@ class RunError(UserError):
     """A run folder lacks something, or a run cannot go on."""
 
 
+def last_line(text: str) -> str:
+    """What a process that failed said last, for a message."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it does not say why"
+
+
 def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -> None:
     """Run a script's ``main``; end with the message alone on a UserError.
 

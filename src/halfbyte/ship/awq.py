@@ -18,7 +18,7 @@ from torch import nn
 
 from halfbyte.data.questions import training_examples
 from halfbyte.data.rows import Message
-from halfbyte.errors import ModelError, RunError
+from halfbyte.errors import ModelError, RunError, last_line
 from halfbyte.model.generate import Answer, generate
 from halfbyte.model.llama_tools import cached_tool
 from halfbyte.model.load import load_tokenizer
@@ -69,10 +69,7 @@ def make_awq(work: Work, folder: Path) -> dict[str, Any]:
     )
     path.unlink()
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ModelError(
-            f"{work.folder.merged}: llm-compressor failed: {lines[-1] if lines else 'no reason given'}"
-        )
+        raise ModelError(f"{work.folder.merged}: llm-compressor failed: {last_line(done.stderr)}")
     work.renderer.tokenizer.save_pretrained(folder)
     return {
         "library": PACKAGES[0],
@@ -145,7 +142,6 @@ def _install(target: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     done = subprocess.run([*command, str(target), *PACKAGES], capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise ModelError(
-            f"--to awq: pip could not install {', '.join(PACKAGES)}: {lines[-1] if lines else ''}"
+            f"--to awq: pip could not install {', '.join(PACKAGES)}: {last_line(done.stderr)}"
         )
