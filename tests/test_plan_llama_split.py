@@ -15,7 +15,7 @@ from halfbyte.errors import PlanError
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.plan.devices import find_device
 from halfbyte.plan.gguf_header import read_header
-from halfbyte.plan.llama_split import read_gguf, splits
+from halfbyte.plan.llama_split import plan, read_gguf, splits
 
 MIB = 1 << 20
 pytestmark = pytest.mark.real
@@ -76,6 +76,11 @@ def test_fewer_layers_on_a_smaller_card(small_gguf: Path) -> None:
     found = splits(file, find_device(f"{short + taken:.6f}gb"))[0]
     assert found.gpu_layers == len(file.layer_bytes)
     assert splits(file, find_device("0.3gb"))[0].gpu_layers == 0
+
+
+def test_layers_in_the_vram_of_a_cpu_are_refused(small_gguf: Path) -> None:
+    with pytest.raises(PlanError, match="has no VRAM; name a card"):
+        plan(small_gguf, find_device("cpu-16"), gpu_layers=2)
 
 
 def test_script_prints_the_split(small_gguf: Path) -> None:

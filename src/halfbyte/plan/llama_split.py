@@ -99,17 +99,16 @@ def splits(file: GgufFile, device: Device, gpu_layers: int | None = None) -> lis
     """For each context the most layers that fit in VRAM, or ``gpu_layers`` (-1: all); on a CPU none."""
     most = len(file.layer_bytes) + 1
     found = []
-    for context in CONTEXTS:
-        if context > file.context_length:
-            continue
+    fitting = [context for context in CONTEXTS if context <= file.context_length]
+    for context in fitting or [file.context_length]:
         if device.kind == "cpu":
             count = 0
         elif gpu_layers is not None:
             count = most if gpu_layers < 0 else min(gpu_layers, most)
         else:
             ways = (_place(file, context, count) for count in range(most, 0, -1))
-            fitting = (way for way in ways if way.vram_bytes <= room_bytes(device))
-            count = next((way.gpu_layers for way in fitting), 0)
+            room = room_bytes(device)
+            count = next((way.gpu_layers for way in ways if way.vram_bytes <= room), 0)
         found.append(_place(file, context, count))
     return found
 
@@ -118,8 +117,12 @@ def plan(path: Path, device: Device, gpu_layers: int | None = None) -> dict[str,
     """Where the parts of a file come to lie on a device, as plain values; every size is in bytes.
 
     Raises:
-        PlanError: as ``read_gguf``.
+        PlanError: as ``read_gguf``, or layers are to lie in the VRAM of a CPU.
     """
+    if gpu_layers and device.kind == "cpu":
+        raise PlanError(
+            f"--gpu-layers {gpu_layers}: {device.title} has no VRAM; name a card: --device t4"
+        )
     file = read_gguf(path)
     room = room_bytes(device)
     return {
