@@ -39,7 +39,7 @@ class Run:
         base = trained_base(folder, run)
         loaded = load_base(base, run.model, choose_compute("fp32", default_device()))
         model = load_adapter(loaded, folder.adapter, "first")
-        load_adapter_again = loaded.model = model
+        loaded.model = model
         load_adapter(loaded, folder.adapter, "second")
         for name, parameter in model.named_parameters():
             if "lora_B.second" in name:
@@ -49,7 +49,7 @@ class Run:
         self.plain: dict[str | None, list[list[int]]] = {}
         self.logits: dict[str | None, torch.Tensor] = {}
         for adapter in (None, "first", "second"):
-            self._ask(load_adapter_again, adapter)
+            self._ask(model, adapter)
         self.model: Any = model.get_base_model()
         self.backend = LaneModel(self.model, num_slots=4, max_context=512, dtype=torch.float32)
 

@@ -141,7 +141,7 @@ def plan(path: Path, device: Device, gpu_layers: int | None = None) -> dict[str,
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A table for a terminal, from ``as_json``'s object."""
+    """A table for a terminal, from ``plan``'s object."""
     most = report["num_layers"] + 1
     lines = [
         f"TO RUN IN LLAMA.CPP as it is on {report['device']}, GB ({report['architecture']}, {report['num_layers']} layers of at"
