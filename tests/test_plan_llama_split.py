@@ -42,9 +42,9 @@ def test_header_agrees_with_the_package_gguf(small_gguf: Path) -> None:
 def test_sizes_are_those_that_llama_cpp_tells(small_gguf: Path) -> None:
     file = read_gguf(small_gguf)
     with GgufModel(small_gguf) as model:
-        model._lib.lines.clear()
+        model.lib.lines.clear()
         model._make_room(1000)
-        told = "".join(model._lib.lines)
+        told = "".join(model.lib.lines)
     cache = float(_number(r"KV buffer size = +([\d.]+) MiB", told)) * MIB
     work = float(_number(r"compute buffer size = +([\d.]+) MiB", told)) * MIB
     assert sum(file.cache_bytes(1000)) == pytest.approx(cache, abs=0.005 * MIB)

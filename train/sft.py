@@ -30,6 +30,7 @@ def main() -> None:
     from halfbyte.data.preview import show_ledger
     from halfbyte.data.render import renderer_of
     from halfbyte.model.adapter import attach_adapter, describe_model, save_adapter
+    from halfbyte.model.canary import record_canary
     from halfbyte.model.load import load_config, load_for_training, load_tokenizer
     from halfbyte.model.resolve import resolve_base
     from halfbyte.plan.devices import this_machine
@@ -98,6 +99,8 @@ def main() -> None:
         if session.is_main:
             save_adapter(model, loaded, folder.adapter, folder.path)
             tokenizer.save_pretrained(folder.adapter)
+            rows = [example.row for example in held_out or prepared.train]
+            record_canary(trainer.last_logits, renderer, rows, folder.adapter)
         held_out_loss = trainer.final_loss()
     except BaseException:
         if tracker is not None:

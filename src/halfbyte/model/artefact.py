@@ -9,6 +9,8 @@ from halfbyte.model.packaged import file_sha256
 from halfbyte.run_dir import RunDir, read_json
 
 REPORT = "export_report.json"
+# What vLLM takes as --max-lora-rank (vllm/config/lora.py).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def read_artefact(folder: RunDir, name: str) -> dict[str, Any]:
@@ -39,3 +41,8 @@ def read_artefact(folder: RunDir, name: str) -> dict[str, Any]:
             f"{path}: was made with another chat template than this run's. Make it again: {command}"
         )
     return report
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM with room for ``rank``; None: it has none so large."""
+    return next((limit for limit in VLLM_RANKS if limit >= rank), None)

@@ -18,7 +18,12 @@ from typing import Any
 from halfbyte.errors import ModelError
 
 # Places of the fields that are set, in 32-bit words, and the defaults that builds have there.
-CONTEXT_FIELDS = {"n_ctx": (0, {512}), "n_batch": (1, {2048}), "n_ubatch": (2, {512})}
+CONTEXT_FIELDS = {
+    "n_ctx": (0, {512}),
+    "n_batch": (1, {2048}),
+    "n_ubatch": (2, {512}),
+    "n_seq_max": (3, {1}),
+}
 GPU_LAYERS = (4, {-1, 0, 999})
 QUANTISE_FIELDS = {"nthread": (0, {0}), "ftype": (1, {7, 9, 15})}
 FTYPES = {  # enum llama_ftype

@@ -37,35 +37,35 @@ class GgufModel:
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, adapter: Path | None = None) -> None:
         self.path = path
-        self._lib = library(engine_path())
+        self.lib = library(engine_path())
         self._adapter: Any = None
         self._context: Any = None
         self._held: list[int] = []  # tokens in the cache
-        if gpu_layers and not self._lib.llama_supports_gpu_offload():
+        if gpu_layers and not self.lib.llama_supports_gpu_offload():
             raise ModelError(
-                f"{path}: {gpu_layers} layers are to lie in VRAM, and {self._lib.path} is a build for the"
+                f"{path}: {gpu_layers} layers are to lie in VRAM, and {self.lib.path} is a build for the"
                 " CPU alone. Install llama-cpp-python for your GPU, or set HALFBYTE_LIBLLAMA to such a build"
             )
-        settings = self._lib.llama_model_default_params()
+        settings = self.lib.llama_model_default_params()
         settings.put("n_gpu_layers", *GPU_LAYERS, 9999 if gpu_layers < 0 else gpu_layers)
-        self._model = self._lib.llama_model_load_from_file(str(path).encode(), settings)
-        if not self._model:
-            raise ModelError(f"{path}: llama.cpp cannot load it: {self._lib.told()}")
-        self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), settings)
+        if not self.model:
+            raise ModelError(f"{path}: llama.cpp cannot load it: {self.lib.told()}")
+        self._vocab = self.lib.llama_model_get_vocab(self.model)
+        self.vocab_size: int = self.lib.llama_vocab_n_tokens(self._vocab)
         if adapter is not None:
-            self._adapter = self._lib.llama_adapter_lora_init(self._model, str(adapter).encode())
+            self._adapter = self.lib.llama_adapter_lora_init(self.model, str(adapter).encode())
             if not self._adapter:
                 self.close()
-                raise ModelError(f"{adapter}: llama.cpp cannot load it: {self._lib.told()}")
+                raise ModelError(f"{adapter}: llama.cpp cannot load it: {self.lib.told()}")
 
     def close(self) -> None:
         """Give the memory back; the model is of no use afterwards."""
         if self._context:
-            self._lib.llama_free(self._context)
-        if self._model:
-            self._lib.llama_model_free(self._model)  # with its adapters
-        self._context = self._model = None
+            self.lib.llama_free(self._context)
+        if self.model:
+            self.lib.llama_model_free(self.model)  # with its adapters
+        self._context = self.model = None
 
     def __enter__(self) -> GgufModel:
         return self
@@ -76,15 +76,13 @@ class GgufModel:
     @property
     def chat_template(self) -> str | None:
         """The Jinja text inside the file."""
-        text = self._lib.llama_model_chat_template(self._model, None)
+        text = self.lib.llama_model_chat_template(self.model, None)
         return None if text is None else str(text.decode("utf-8"))
 
     def metadata(self, key: str) -> str | None:
         """A value of the file's metadata as text, such as of ``general.architecture``."""
         buffer = ctypes.create_string_buffer(METADATA_BYTES)
-        length = self._lib.llama_model_meta_val_str(
-            self._model, key.encode(), buffer, METADATA_BYTES
-        )
+        length = self.lib.llama_model_meta_val_str(self.model, key.encode(), buffer, METADATA_BYTES)
         return None if length < 0 else buffer.value.decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
@@ -94,7 +92,7 @@ class GgufModel:
         """
         content = text.encode("utf-8")
         ids = (ctypes.c_int32 * (len(content) + 8))()
-        count = self._lib.llama_tokenize(
+        count = self.lib.llama_tokenize(
             self._vocab, content, len(content), ids, len(ids), add_special, True
         )
         return list(ids[:count])
@@ -103,7 +101,7 @@ class GgufModel:
         """Text of ids, control tokens left out."""
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         buffer = ctypes.create_string_buffer(METADATA_BYTES)
-        length = self._lib.llama_detokenize(
+        length = self.lib.llama_detokenize(
             self._vocab, tokens, len(ids), buffer, METADATA_BYTES, True, False
         )
         return buffer.raw[: max(0, length)].decode("utf-8", "replace")
@@ -136,18 +134,18 @@ class GgufModel:
     def describe(self) -> str:
         """What the file is, in a line."""
         buffer = ctypes.create_string_buffer(256)
-        self._lib.llama_model_desc(self._model, buffer, 256)
+        self.lib.llama_model_desc(self.model, buffer, 256)
         what = buffer.value.decode("utf-8", "replace")
         return f"{self.path.name}: {what}, {self.path.stat().st_size / 1e6:.0f} MB, in llama.cpp"
 
     def _token_text(self, kind: str) -> str:
-        token = getattr(self._lib, f"llama_vocab_{kind}")(self._vocab)
-        text = self._lib.llama_vocab_get_text(self._vocab, token) if token >= 0 else b""
+        token = getattr(self.lib, f"llama_vocab_{kind}")(self._vocab)
+        text = self.lib.llama_vocab_get_text(self._vocab, token) if token >= 0 else b""
         return str(text.decode("utf-8", "replace"))
 
     def ends(self, token: int) -> bool:
         """Whether generation ends with this token by what the file says."""
-        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+        return bool(self.lib.llama_vocab_is_eog(self._vocab, token))
 
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Logits (len(positions), vocabulary), fp32, after the tokens at these positions."""
@@ -234,46 +232,46 @@ class GgufModel:
 
     def _make_room(self, num_tokens: int) -> None:
         """A context of at least so many tokens."""
-        if self._context and self._lib.llama_n_ctx(self._context) >= num_tokens:
+        if self._context and self.lib.llama_n_ctx(self._context) >= num_tokens:
             return
         if self._context:
-            self._lib.llama_free(self._context)
-        settings = self._lib.llama_context_default_params()
+            self.lib.llama_free(self._context)
+        settings = self.lib.llama_context_default_params()
         size = -(-num_tokens // 256) * 256
         wanted = {"n_ctx": size, "n_batch": PIECE_TOKENS, "n_ubatch": PIECE_TOKENS}
-        for field, (place, defaults) in CONTEXT_FIELDS.items():
-            settings.put(field, place, defaults, wanted[field])
-        self._context = self._lib.llama_init_from_model(self._model, settings)
+        for field, value in wanted.items():
+            settings.put(field, *CONTEXT_FIELDS[field], value)
+        self._context = self.lib.llama_init_from_model(self.model, settings)
         if not self._context:
-            raise ModelError(f"{self.path}: no context of {size} tokens: {self._lib.told()}")
+            raise ModelError(f"{self.path}: no context of {size} tokens: {self.lib.told()}")
         self._held = []
         threads = torch.get_num_threads()
-        self._lib.llama_set_n_threads(self._context, threads, threads)
+        self.lib.llama_set_n_threads(self._context, threads, threads)
         if self._adapter:
             self._apply_adapter()
 
     def _apply_adapter(self) -> None:
-        if self._lib.has("llama_set_adapters_lora"):
+        if self.lib.has("llama_set_adapters_lora"):
             adapters = (ctypes.c_void_p * 1)(self._adapter)
-            code = self._lib.llama_set_adapters_lora(
+            code = self.lib.llama_set_adapters_lora(
                 self._context, adapters, 1, (ctypes.c_float * 1)(1.0)
             )
         else:
-            code = self._lib.llama_set_adapter_lora(self._context, self._adapter, 1.0)
+            code = self.lib.llama_set_adapter_lora(self._context, self._adapter, 1.0)
         if code:
-            raise ModelError(f"{self.path}: llama.cpp cannot apply the adapter: {self._lib.told()}")
+            raise ModelError(f"{self.path}: llama.cpp cannot apply the adapter: {self.lib.told()}")
 
     def _forget(self, keep: int) -> int:
         """Drop the cache from token ``keep`` on; returns how many could be kept."""
-        memory = self._lib.llama_get_memory(self._context)
-        if keep == 0 or not self._lib.llama_memory_seq_rm(memory, 0, keep, -1):
-            self._lib.llama_memory_clear(memory, False)
+        memory = self.lib.llama_get_memory(self._context)
+        if keep == 0 or not self.lib.llama_memory_seq_rm(memory, 0, keep, -1):
+            self.lib.llama_memory_clear(memory, False)
             keep = 0
         del self._held[keep:]
         return keep
 
     def _decode(self, ids: Sequence[int], wanted: Sequence[int]) -> None:
-        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        batch = self.lib.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
             flags = set(wanted)
@@ -281,16 +279,16 @@ class GgufModel:
                 batch.token[at], batch.pos[at] = token, len(self._held) + at
                 batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
                 batch.logits[at] = at in flags
-            code = self._lib.llama_decode(self._context, batch)
+            code = self.lib.llama_decode(self._context, batch)
         finally:
-            self._lib.llama_batch_free(batch)
+            self.lib.llama_batch_free(batch)
         if code:
-            raise ModelError(f"{self.path}: llama.cpp fails ({code}): {self._lib.told()}")
+            raise ModelError(f"{self.path}: llama.cpp fails ({code}): {self.lib.told()}")
         self._held += ids
 
     def _logits_at(self, at: int) -> torch.Tensor:
         """A view, good until the next call."""
-        pointer = self._lib.llama_get_logits_ith(self._context, at)
+        pointer = self.lib.llama_get_logits_ith(self._context, at)
         return torch.from_numpy(np.ctypeslib.as_array(pointer, (self.vocab_size,)))
 
 

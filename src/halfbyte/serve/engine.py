@@ -123,7 +123,8 @@ class Engine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def submit(self, jobs: list[Job]) -> bool:
         """Queue jobs that belong together; False where there is no room for all of them."""
@@ -137,6 +138,12 @@ class Engine:
     def cancel(self, job: Job) -> None:
         """Stop a job soon; nobody waits for it any more."""
         job.cancelled = True
+
+    def cancel_all(self) -> None:
+        """Stop every job soon; each is told."""
+        with self._wake:
+            for job in [*self._waiting, *(slot.job for slot in self.slots if slot.job)]:
+                job.cancelled = True
 
     @property
     def num_waiting(self) -> int:
@@ -243,6 +250,7 @@ class Engine:
                 kept = shared[richest.number]
             else:
                 kept = shared[best.number]
+        kept = self.backend.keep(best.number, kept)
         best.job, best.adapter = job, job.adapter
         best.tokens, best.todo = job.prompt[:kept], job.prompt[kept:]
         job.num_shared = kept

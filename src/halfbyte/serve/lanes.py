@@ -56,6 +56,9 @@ class Backend(Protocol):
     def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
         """Logits (len(lanes), V), fp32, after the last token of each lane."""
 
+    def keep(self, slot: int, length: int) -> int:
+        """Drop what a slot holds from token ``length`` on; returns how many could be kept."""
+
     def copy(self, source: int, target: int, length: int) -> bool:
         """Let a slot begin as another one does; False where that cannot be done."""
 
@@ -115,6 +118,10 @@ class LaneModel:
         inverse = torch.empty(len(order), dtype=torch.long)
         inverse[torch.tensor(order)] = torch.arange(len(order))
         return logits[inverse.to(self.device)].to("cpu")
+
+    def keep(self, slot: int, length: int) -> int:
+        """As ``Backend.keep``; what comes later is written over."""
+        return length
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> bool:

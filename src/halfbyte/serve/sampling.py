@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+SEEDS = 1 << 63  # that a generator takes
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -75,7 +77,7 @@ class Sampler:
             if self.settings.seed is None:
                 self._random.seed()
             else:
-                self._random.manual_seed(self.settings.seed)
+                self._random.manual_seed(self.settings.seed % SEEDS)
         probs = torch.softmax(scores / self.settings.temperature, dim=-1)
         if self.settings.top_p < 1:
             ordered, places = probs.sort(descending=True)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import RunError
+from halfbyte.model.artefact import VLLM_RANKS, vllm_rank
+from halfbyte.model.canary import CANARY
 from halfbyte.model.packaged import file_sha256
 from halfbyte.run_dir import read_json
 from halfbyte.ship.work import Work
-
-# What vLLM takes as --max-lora-rank (vllm/config/lora.py).
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def make_peft_folder(work: Work, folder: Path) -> dict[str, Any]:
@@ -32,10 +31,12 @@ def make_peft_folder(work: Work, folder: Path) -> dict[str, Any]:
             f"{source}: vLLM serves no adapter with {', '.join(wrong)}. Ship the merged model instead:"
             f" python train/merge.py {work.folder.path}"
         )
-    rank = next((rank for rank in RANKS if rank >= config["r"]), None)
+    rank = vllm_rank(config["r"])
     if rank is None:
-        raise RunError(f"{source}: rank {config['r']}; vLLM serves at most {RANKS[-1]}")
+        raise RunError(f"{source}: rank {config['r']}; vLLM serves at most {VLLM_RANKS[-1]}")
     for path in source.iterdir():
+        if path.name == CANARY:
+            continue  # holds rows of the data
         if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
             shutil.copy2(path, folder / path.name)
     config["inference_mode"] = True

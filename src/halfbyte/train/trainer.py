@@ -162,6 +162,14 @@ class TokenTrainer(SFTTrainer):
             self.evaluate()
         return self.held_out_loss
 
+    @torch.no_grad()
+    def last_logits(self, ids: list[int]) -> torch.Tensor:
+        """Logits (V,) of the model as it stands after ``ids``, on the CPU."""
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            asked = torch.tensor([ids], device=self.args.device)
+            return self.model(input_ids=asked).logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens per second and memory, write the record, and keep the Trainer's own history."""
         if "loss" in logs:

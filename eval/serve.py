@@ -1,0 +1,121 @@
+"""Serve runs, models and GGUF files through OpenAI's interface, with a page that shows base beside tuned.
+
+python eval/serve.py runs/quickstart                        (its base and its adapter)
+python eval/serve.py runs/a runs/b                          (two adapters on one base in memory)
+python eval/serve.py base=model.gguf tuned=runs/a/export/gguf-q8_0/a-q8_0.gguf
+python eval/serve.py runs/quickstart --engine vllm -- --tensor-parallel-size 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import get_args
+
+from halfbyte.config.schema import ComputeDtype, Precision
+from halfbyte.errors import UserError, exit_on_user_error
+
+
+def main() -> None:
+    """Models → engines, each proven → requests until SIGTERM."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL",
+        help="run folder, model folder, .gguf file, Hub id or pypi:PACKAGE",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="others than this machine need a key")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one")
+    parser.add_argument("--engine", choices=("auto", "vllm"), default="auto")
+    parser.add_argument("--check", action="store_true", help="load, prove, and stop")
+    load = parser.add_argument_group("model")
+    load.add_argument("--slots", type=int, help="answers at once; default: what fits, at most 16")
+    load.add_argument("--max-context", type=int, help="tokens of prompt and answer (4096)")
+    load.add_argument("--precision", choices=get_args(Precision), help="of plain models (nf4)")
+    load.add_argument("--compute-dtype", choices=get_args(ComputeDtype), default="auto")
+    load.add_argument("--weights", choices=("auto", "packed", "unpacked"), default="auto")
+    load.add_argument("--gpu-layers", type=int, default=0, help="of GGUF files; -1: all")
+    bounds = parser.add_argument_group("limits")
+    bounds.add_argument("--api-key-file", type=Path, help="one a line; or HALFBYTE_API_KEYS")
+    bounds.add_argument("--origin", action="append", default=[], help="of pages that may call")
+    bounds.add_argument("--max-waiting", type=int, default=256, help="answers in the queue")
+    bounds.add_argument("--max-connections", type=int, default=512)
+    bounds.add_argument("--max-body-bytes", type=int, default=1 << 20)
+    bounds.add_argument("--max-answer-seconds", type=float, default=600.0)
+    bounds.add_argument("--grace-seconds", type=float, default=30.0, help="after SIGTERM")
+    given, more = _split(sys.argv[1:])
+    arguments = parser.parse_args(given)
+    _check(arguments, more)
+
+    from halfbyte.serve.asked import check_open, read_asked, read_keys
+
+    asked = read_asked(arguments.models)
+    keys = read_keys(arguments.api_key_file, os.environ.get("HALFBYTE_API_KEYS"))
+    check_open(arguments.host, keys)
+
+    from halfbyte.libraries import quiet_libraries
+
+    quiet_libraries()
+    if arguments.engine == "vllm":
+        from halfbyte.serve.vllm import start_vllm, vllm_command
+
+        context, place = arguments.max_context, (arguments.host, arguments.port)
+        start_vllm(vllm_command(asked, *place, context, more), keys)
+
+    try:
+        from halfbyte.serve.limits import Limits
+        from halfbyte.serve.server import serve
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing: pip install 'halfbyte[serve]'") from None
+    from halfbyte.serve.opening import Options, open_models
+    from halfbyte.serve.service import Service
+
+    options = Options(
+        slots=arguments.slots,
+        max_context=arguments.max_context,
+        precision=arguments.precision,
+        compute_dtype=arguments.compute_dtype,
+        packed={"auto": None, "packed": True, "unpacked": False}[arguments.weights],
+        gpu_layers=arguments.gpu_layers,
+        max_waiting=arguments.max_waiting,
+    )
+    served = open_models(asked, options, lambda line: print(line, flush=True))
+    if arguments.check:
+        print("proven: " + ", ".join(one.name for one in served))
+        return
+    limits = Limits(
+        body_bytes=arguments.max_body_bytes,
+        answer_seconds=arguments.max_answer_seconds,
+        max_waiting=arguments.max_waiting,
+        max_connections=arguments.max_connections,
+        api_keys=keys,
+        origins=tuple(arguments.origin),
+    )
+    serve(Service(served, limits), arguments.host, arguments.port, arguments.grace_seconds)
+
+
+def _split(given: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and those behind ``--``, which are vLLM's."""
+    at = given.index("--") if "--" in given else len(given)
+    return given[:at], given[at + 1 :]
+
+
+def _check(arguments: argparse.Namespace, more: list[str]) -> None:
+    if more and arguments.engine != "vllm":
+        raise UserError(f"{' '.join(more)}: what stands behind -- is for --engine vllm")
+    for name in ("slots", "max_context", "max_waiting", "max_connections", "max_body_bytes"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+    for name in ("max_answer_seconds", "grace_seconds"):
+        if not 0 <= getattr(arguments, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; from 0 on")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,229 @@
+"""Owns what a stranger may do: keys, origins, sizes, times; before a request reaches a route."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from halfbyte.serve.refusal import error_reply
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
+PUBLIC = ("/health", "/ready", "/")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+HEADER_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of requests.
+
+    Attributes:
+        default_tokens: of an answer where none are asked for.
+        body_bytes: of a request.
+        body_seconds: in which it must be there.
+        answer_seconds: from the request to the end of its answer.
+        max_waiting: answers that may wait for a slot.
+        max_connections: at once.
+        api_keys: one of which each request must bring; empty: none is needed.
+        origins: of pages that may use the server from a browser, beside its own.
+    """
+
+    default_tokens: int = 512
+    body_bytes: int = 1 << 20
+    body_seconds: float = 20.0
+    answer_seconds: float = 600.0
+    max_waiting: int = 256
+    max_connections: int = 512
+    api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+
+class Guard:
+    """ASGI middleware in front of everything; writes one line for each request, without its content.
+
+    Args:
+        app: what it guards.
+        limits: the bounds.
+        told: called with route, status and seconds of each request.
+        log: called with the line.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        limits: Limits,
+        told: Callable[[str, int, float], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self.app, self.limits, self.told, self.log = app, limits, told, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        await _Guarded(self, scope, receive, send).run()
+
+
+class _Guarded:
+    """One request."""
+
+    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
+        self.guard, self.scope = guard, scope
+        self._receive, self._send = receive, send
+        self.headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
+        given = self.headers.get("x-request-id", "")
+        self.id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        self.origin = self._allowed_origin()
+        self.status = 0
+        self.received = 0
+        self.is_read = False
+        self.deadline = time.monotonic() + guard.limits.body_seconds
+
+    async def run(self) -> None:
+        """Refuse, or hand on."""
+        start = time.monotonic()
+        refusal = self._refusal()
+        try:
+            if self.scope["method"] == "OPTIONS" and self.origin:
+                await self._plain(204, b"")
+            elif refusal is not None:
+                await self._error(*refusal)
+            else:
+                await self.guard.app(self.scope, self._take, self._give)
+        finally:
+            seconds = time.monotonic() - start
+            route = getattr(self.scope.get("route"), "path", "other")
+            self.guard.told(route, self.status, seconds)
+            self.guard.log(
+                f"{self.id} {self.scope['method']} {route} {self.status} {seconds:.3f} s"
+            )
+
+    def _refusal(self) -> tuple[int, str] | None:
+        limits, path = self.guard.limits, self.scope["path"]
+        if not limits.api_keys and self._host() not in LOCAL_NAMES:
+            # A page elsewhere could point its own name at this machine (DNS rebinding).
+            return 400, "called under another name than localhost, which needs an API key"
+        if limits.api_keys and path not in PUBLIC and not self._has_key():
+            return 401, "an API key is needed: Authorization: Bearer KEY"
+        length = self.headers.get("content-length", "0")
+        if not length.isdigit():
+            return 400, "Content-Length is no number"
+        if int(length[:20]) > limits.body_bytes:
+            return 413, f"{length[:20]} bytes; at most {limits.body_bytes} are taken"
+        return None
+
+    def _host(self) -> str:
+        host = self.headers.get("host", "")
+        return re.sub(r":\d+$", "", host).strip("[]").lower()
+
+    def _has_key(self) -> bool:
+        kind, _, key = self.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1", "replace")
+        keys = [known.encode() for known in self.guard.limits.api_keys]
+        found = [hmac.compare_digest(given, known) for known in keys]
+        return kind.lower() == "bearer" and any(found)
+
+    def _allowed_origin(self) -> str | None:
+        origin = self.headers.get("origin")
+        return origin if origin in self.guard.limits.origins else None
+
+    async def _take(self) -> dict[str, Any]:
+        """The next part of the body, if it is not too large or too slow.
+
+        Raises:
+            HTTPException: which FastAPI hands on, where it makes a 400 of any other.
+        """
+        if self.is_read:
+            return await self._receive()
+        left = self.deadline - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.001, left))
+        except TimeoutError:
+            raise HTTPException(408, "the body came too slowly") from None
+        if message["type"] == "http.request":
+            self.received += len(message.get("body", b""))
+            self.is_read = not message.get("more_body", False)
+            if self.received > self.guard.limits.body_bytes:
+                raise HTTPException(
+                    413,
+                    f"more than {self.guard.limits.body_bytes} bytes, which are all that is taken",
+                )
+        return message
+
+    async def _give(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            extra = {"x-request-id": self.id, "x-content-type-options": "nosniff"}
+            if self.origin:
+                extra |= {
+                    "access-control-allow-origin": self.origin,
+                    "access-control-allow-headers": "authorization, content-type",
+                    "access-control-allow-methods": "GET, POST",
+                    "vary": "origin",
+                }
+            made = [(name.encode(), value.encode()) for name, value in extra.items()]
+            message = {**message, "headers": [*message.get("headers", []), *made]}
+        await self._send(message)
+
+    async def _error(self, status: int, text: str) -> None:
+        reply = error_reply(status, text)
+        headers = [*reply.raw_headers, (b"connection", b"close")]
+        if status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await self._give({"type": "http.response.start", "status": status, "headers": headers})
+        await self._give({"type": "http.response.body", "body": reply.body})
+
+    async def _plain(self, status: int, body: bytes) -> None:
+        await self._give({"type": "http.response.start", "status": status, "headers": []})
+        await self._give({"type": "http.response.body", "body": body})
+
+
+class PatientProtocol(H11Protocol):
+    """Uvicorn's HTTP/1.1, which waits for the head of a request only so long."""
+
+    def connection_made(self, transport: Any) -> None:
+        """A connection has been opened."""
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._head_timer.cancel()
+
+    def on_response_complete(self) -> None:
+        """A response is sent; the next head may come."""
+        super().on_response_complete()
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed."""
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+            self.transport.close()

@@ -1,0 +1,288 @@
+"""Owns getting ready: runs, models and files into engines, each proven before a request reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.config import Run, read_run_folder
+from halfbyte.config.schema import ComputeDtype, Precision
+from halfbyte.data.render import Renderer
+from halfbyte.data.rows import Message
+from halfbyte.errors import DataError, ModelError, RunError, UserError
+from halfbyte.model.adapter import load_adapter
+from halfbyte.model.artefact import REPORT, read_artefact
+from halfbyte.model.canary import check_canary
+from halfbyte.model.host import ram_bytes
+from halfbyte.model.llama_cpp import GgufModel
+from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
+from halfbyte.model.packaged import file_sha256
+from halfbyte.model.precision import DTYPES, choose_compute
+from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.model.trained import same_compute, saved_renderer, trained_base
+from halfbyte.run_dir import RunDir, read_json
+from halfbyte.serve.asked import NAME, Asked
+from halfbyte.serve.engine import Engine
+from halfbyte.serve.fastest import Way, measure_ways, possible_ways, take_way
+from halfbyte.serve.lanes import Backend, Lane, LaneModel
+from halfbyte.serve.llama_lanes import LlamaLanes
+from halfbyte.serve.service import Served
+from halfbyte.serve.vllm import base_name
+from halfbyte.serve.words import Words
+
+MAX_SLOTS = 16  # where nothing else is asked for
+DEFAULT_CONTEXT = 4096
+CACHE_FRAC = 0.5  # of the available memory, for keys and values
+PROBE = (Message("user", "Hello, what is 2 + 2?"),)
+MERGE_REPORT = "merge_report.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How models are loaded and computed.
+
+    Attributes:
+        slots: answers made at once, for each base; None: as many as memory has room for, up to 16.
+        max_context: tokens of a prompt and its answer; None: the model's own, up to 4096.
+        precision: of plain models; runs know theirs.
+        compute_dtype: ``auto`` takes the fastest by measurement on a CPU, the training's on a GPU.
+        packed: whether 4-bit weights stay so; None: by measurement where memory has room.
+        gpu_layers: of GGUF files.
+        max_waiting: answers that may wait, for each base.
+    """
+
+    slots: int | None = None
+    max_context: int | None = None
+    precision: Precision | None = None
+    compute_dtype: ComputeDtype = "auto"
+    packed: bool | None = None
+    gpu_layers: int = 0
+    max_waiting: int = 256
+
+
+def open_models(asked: list[Asked], options: Options, say: Callable[[str], None]) -> list[Served]:
+    """Load what is asked for and prove it.
+
+    Runs on one base share it. Each adapter is compared with what it answered when it was trained.
+
+    Raises:
+        UserError: something cannot be loaded, is not what was trained, or two have one name.
+    """
+    served: list[Served] = []
+    runs = [one for one in asked if one.is_run]
+    for group in _by_base(runs):
+        served += _open_runs(group, options, say)
+    for one in asked:
+        if one.is_gguf:
+            served.append(_open_gguf(one, options, say))
+        elif not one.is_run:
+            served.append(_open_plain(one, options, say))
+    names = [one.name for one in served]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{', '.join(twice)}: two models of one name; give NAME=MODEL")
+    return served
+
+
+@dataclass(frozen=True)
+class _OpenRun:
+    """A run that is to be served."""
+
+    name: str
+    folder: RunDir
+    run: Run
+    base: Base
+
+
+def _by_base(runs: list[Asked]) -> list[list[_OpenRun]]:
+    """Runs that can share a base in memory stand together."""
+    groups: dict[tuple[Any, ...], list[_OpenRun]] = {}
+    for one in runs:
+        folder, run = RunDir(Path(one.target).resolve()), read_run_folder(Path(one.target))
+        base = trained_base(folder, run)
+        key = (base.fingerprint, run.model.precision, run.model.double_quant)
+        groups.setdefault(key, []).append(_OpenRun(one.name or str(run.name), folder, run, base))
+    return list(groups.values())
+
+
+def _open_runs(group: list[_OpenRun], options: Options, say: Callable[[str], None]) -> list[Served]:
+    first = group[0]
+    name = base_name(first.base)
+    if options.precision is not None:
+        raise UserError("--precision has no effect on a run, which says it itself; leave it out")
+    loaded = load_base(first.base, first.run.model, _compute(options, first.folder))
+    for one in group:
+        if not NAME.fullmatch(one.name):
+            raise UserError(
+                f"{one.name}: cannot be asked for by this name; give NAME={one.folder.path}"
+            )
+        adapted = load_adapter(loaded, one.folder.adapter, _inner(one.name))
+        loaded.model = adapted
+    loaded.model = adapted.get_base_model()
+    renderers = [saved_renderer(one.folder, one.run, one.base) for one in group]
+    backend = _lanes(loaded, options, name, say)
+    for one, renderer in zip(group, renderers, strict=True):
+        told = check_canary(
+            _logits(backend, _inner(one.name)), _logits(backend, None), renderer, one.folder.adapter
+        )
+        say(f"{one.name}: the adapter is live: {told}")
+    backend.forget()
+    engine = Engine(backend, options.max_waiting)
+    served = [Served(name, engine, Words(renderers[0], backend.vocab_size))]
+    for one, renderer in zip(group, renderers, strict=True):
+        words = Words(renderer, backend.vocab_size)
+        served.append(Served(one.name, engine, words, _inner(one.name), name))
+    return served
+
+
+def _inner(name: str) -> str:
+    """PEFT makes a module of each adapter's name, which may hold no dot."""
+    return "run_" + name.replace(".", "_dot_")
+
+
+def _open_plain(one: Asked, options: Options, say: Callable[[str], None]) -> Served:
+    base = resolve_base(one.target)
+    folder = Path(base.path)
+    precision, name = options.precision, one.name or base_name(base)
+    compute = options.compute_dtype
+    if (folder / MERGE_REPORT).is_file():
+        _check_merged(folder)
+        name = one.name or f"{folder.parent.name}-merged"
+        say(f"{name}: the files are those that the merge measured")
+        if precision is None:  # quantised once more it would not be what the merge measured
+            precision = choose_compute(compute).name
+    renderer = _renderer(base)
+    loaded = load_as_asked(base, precision, True, compute)
+    backend = _lanes(loaded, options, name, say)
+    _check_finite(backend, renderer, name)
+    return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
+
+
+def _open_gguf(one: Asked, options: Options, say: Callable[[str], None]) -> Served:
+    path = Path(one.target)
+    name = one.name or path.stem
+    run = path.parent.parent.parent
+    if (path.parent / REPORT).is_file() and (run / "run.yaml").is_file():
+        report = read_artefact(RunDir(run), path.parent.name)
+        told = report["against_trained"]["kl_nats_per_token"]
+        say(f"{name}: the file is the one that was proven, KL {told:.2g} to the trained model")
+        folder, settings = RunDir(run), read_run_folder(run)
+        renderer = saved_renderer(folder, settings, trained_base(folder, settings))
+    else:
+        renderer = _renderer(resolve_base(one.target))
+    model = GgufModel(path, gpu_layers=options.gpu_layers)
+    _, theirs = model.prompt(PROBE)
+    ours = renderer.encode_prompt(PROBE)
+    if ours != theirs:
+        raise ModelError(
+            f"{path}: the template or tokenizer in the file is not the one that transformers reads: a probe"
+            f" has {len(theirs)} tokens in llama.cpp and {len(ours)} there"
+        )
+    context = options.max_context or DEFAULT_CONTEXT
+    told_context = model.metadata(f"{model.metadata('general.architecture')}.context_length")
+    if told_context is not None:
+        context = min(context, int(told_context))
+    backend = LlamaLanes(model, num_slots=options.slots or MAX_SLOTS, max_context=context)
+    _check_finite(backend, renderer, name)
+    say(f"{name}: {model.describe()}, {backend.num_slots} slots of {context} tokens")
+    return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
+
+
+def _renderer(base: Base) -> Renderer:
+    try:
+        return Renderer(load_tokenizer(base))
+    except DataError as error:
+        raise ModelError(f"{base.name}: cannot be talked to: {error}") from error
+
+
+def _compute(options: Options, folder: RunDir) -> Any:
+    if options.compute_dtype == "auto":
+        return same_compute(folder)
+    return choose_compute(options.compute_dtype)
+
+
+def _lanes(loaded: Loaded, options: Options, name: str, say: Callable[[str], None]) -> LaneModel:
+    """The model as a backend, with as many slots as there is room for, computing the fastest way."""
+    model: Any = loaded.model
+    device = loaded.compute.device
+    way = _way(loaded, options, say) if device.type == "cpu" else Way(loaded.compute.dtype, True)
+    text = model.config.get_text_config()
+    context = options.max_context or DEFAULT_CONTEXT
+    context = min(context, int(getattr(text, "max_position_embeddings", context)))
+    slot_bytes = context * _token_bytes(text, way.dtype)
+    available = (
+        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram_bytes()[1]
+    ) * CACHE_FRAC
+    slots = options.slots or min(MAX_SLOTS, int(available // slot_bytes))
+    if slots * slot_bytes > available or not slots:
+        raise ModelError(
+            f"{name}: keys and values of {max(1, slots)} x {context} tokens may take"
+            f" {max(1, slots) * slot_bytes / 1e9:.1f} GB, and {available / 1e9:.1f} GB are to be had. Use fewer"
+            " --slots or a shorter --max-context"
+        )
+    backend = LaneModel(model, num_slots=slots, max_context=context, dtype=way.dtype)
+    if device.type == "cpu":
+        take_way(model, way)
+    say(f"{name}: {way.name} on {device}, {slots} slots of {context} tokens")
+    return backend
+
+
+def _way(loaded: Loaded, options: Options, say: Callable[[str], None]) -> Way:
+    dtypes = [torch.float32, torch.bfloat16]
+    if loaded.precision in DTYPES:
+        # Plain weights were loaded in the dtype that computes.
+        dtypes = [loaded.compute.dtype]
+    elif options.compute_dtype != "auto":
+        dtypes = [DTYPES[options.compute_dtype]]
+    packings = [True, False] if options.packed is None else [options.packed]
+    fits, too_large = possible_ways(loaded.model, dtypes, packings)
+    if not fits:
+        raise ModelError(
+            f"{loaded.base.name}: {too_large[0].name} does not fit into memory; use --weights packed"
+        )
+    if len(fits) == 1:
+        return fits[0]
+    lanes = options.slots or MAX_SLOTS
+    found = measure_ways(loaded.model, fits, lanes)
+    for way, (one, many) in found.items():
+        say(
+            f"  {way.name}: {1e3 * one:.0f} ms for one token, {1e3 * many:.0f} ms for {lanes} at once"
+        )
+    for way in too_large:
+        say(f"  {way.name}: does not fit into memory")
+    return min(found, key=lambda way: sum(found[way]))
+
+
+def _token_bytes(text: Any, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of a token in all layers."""
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2 * int(text.num_hidden_layers) * heads * width * dtype.itemsize
+
+
+def _logits(backend: Backend, adapter: str | None) -> Callable[[list[int]], torch.Tensor]:
+    return lambda ids: backend.run([Lane(0, adapter, ids, 0)])[0]
+
+
+def _check_finite(backend: Backend, renderer: Renderer, name: str) -> None:
+    """A first answer: weights that hold NaN show here."""
+    ids = renderer.encode_prompt(PROBE)
+    backend.keep(0, 0)
+    if not torch.isfinite(_logits(backend, None)(ids)).all():
+        raise ModelError(
+            f"{name}: answers NaN or infinity to a first prompt; its weights are damaged"
+        )
+    backend.forget()
+
+
+def _check_merged(folder: Path) -> None:
+    for file, sha256 in read_json(folder / MERGE_REPORT)["sha256"].items():
+        if not (folder / file).is_file() or file_sha256(folder / file) != sha256:
+            raise RunError(
+                f"{folder / file}: is not the file that the merge measured (missing or changed). Merge"
+                f" again: python train/merge.py {folder.parent}"
+            )

@@ -1,0 +1,68 @@
+"""A real server in a process of its own, for tests to call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from toys import ROOT
+
+START_S = 120
+
+
+@dataclass
+class Process:
+    """A running server.
+
+    Attributes:
+        url: where it listens.
+        popen: the process.
+        log: what it has said so far.
+    """
+
+    url: str
+    popen: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def rss_bytes(self) -> int:
+        """Resident memory."""
+        import psutil
+
+        return int(psutil.Process(self.popen.pid).memory_info().rss)
+
+
+@contextlib.contextmanager
+def serving(log: Path, *arguments: object, keys: str = "") -> Iterator[Process]:
+    """Start eval/serve.py on a free port, wait until it serves, and end it at last."""
+    command = [sys.executable, str(ROOT / "eval" / "serve.py"), *map(str, arguments), "--port", "0"]
+    environment = dict(os.environ) | {"HALFBYTE_API_KEYS": keys, "OMP_NUM_THREADS": "2"}
+    with log.open("w") as stream:
+        popen = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        try:
+            yield Process(_address(popen, log), popen, log)
+        finally:
+            if popen.poll() is None:
+                popen.kill()
+            popen.wait(20)
+
+
+def _address(popen: subprocess.Popen[str], log: Path) -> str:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        found = re.search(r"serving at (\S+)", log.read_text())
+        if found:
+            return found.group(1)
+        if popen.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise AssertionError(f"the server does not serve:\n{log.read_text()}")
