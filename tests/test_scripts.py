@@ -210,6 +210,33 @@ def test_chat_keeps_the_conversation_and_forgets_on_reset(tiny_llama: Path) -> N
     assert answers[0] == answers[2]
 
 
+def test_chat_of_a_run_shows_base_and_tuned_each_with_its_own_memory(merged_run: Path) -> None:
+    from halfbyte.data.rows import Message
+    from halfbyte.model.chat import reply
+    from halfbyte.model.trained import load_trained
+
+    command = [sys.executable, str(ROOT / "eval/generate.py"), str(merged_run), "--chat"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "4"],
+        input="heart attack\nand then\n/quit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"COLUMNS": "20"},
+    )
+    assert done.returncode == 0, done.stderr
+    base, tuned = (re.findall(rf"{name}>(.*)", done.stdout) for name in ("base", "tuned"))
+    assert len(base) == len(tuned) == 2
+    assert base[0] != tuned[0]
+    loaded, renderer = load_trained(merged_run)
+    messages: tuple[Message, ...] = ()
+    for said, text in zip(("heart attack", "and then"), tuned, strict=True):
+        messages = (*messages, Message("user", said))
+        answer = reply(loaded, renderer, messages, 4).text
+        assert text == f" {answer}".split("\n")[0]
+        messages = (*messages, Message("assistant", answer or " "))
+
+
 IMAGE_TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}
 {% for item in message['content'] %}{% if item['type'] == 'image' %}<start_of_image>{% else %}{{ item['text'] }}{% endif %}{% endfor %}<end_of_turn>
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model

@@ -21,6 +21,8 @@ def check_generate(arguments: argparse.Namespace, parser: argparse.ArgumentParse
     """Refuse options without effect; returns whether the model is a run folder."""
     if arguments.image and not arguments.prompt:
         raise UserError("--image needs --prompt: say what you want to know of the picture")
+    if arguments.chat and arguments.prompt is not None:
+        raise UserError("--chat reads what you type, so --prompt has no effect; leave one out")
     in_llama_cpp = arguments.engine == "llama.cpp"
     if in_llama_cpp and not arguments.model.endswith(".gguf"):
         raise UserError("--engine llama.cpp reads a .gguf file; see train/export.py --to gguf")

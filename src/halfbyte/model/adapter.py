@@ -230,3 +230,23 @@ def _check_saved(model: PeftModel, folder: Path) -> None:
     wrong = [k for k in memory if k not in saved or not torch.equal(saved[k], memory[k].cpu())]
     if wrong or len(saved) != len(memory):
         raise RunError(f"{folder}: the saved adapter differs from memory in {wrong[:3]}")
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The base alone: a model with LoRA layers in place computes without them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

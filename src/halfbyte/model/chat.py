@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 import time
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from halfbyte.model.footprint import constants_bytes, kinds, num_parameters, wei
 from halfbyte.model.generate import generate
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded
+
+MIN_COLUMN = 30  # characters of an answer beside another
 
 
 @dataclass(frozen=True)
@@ -116,15 +121,25 @@ def reply_to_image(
     return Reply(text, len(new), time.perf_counter() - start, reason)
 
 
+Answer = Callable[[tuple[Message, ...]], Reply]
+
+
 def chat(
-    answer: Callable[[tuple[Message, ...]], Reply],
+    answers: Mapping[str, Answer],
     system: str | None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] = print,
 ) -> None:
-    """A conversation on the terminal until /quit or end of input; /reset forgets the turns so far."""
+    """A conversation on the terminal until /quit or end of input; /reset forgets the turns so far.
+
+    Args:
+        answers: who answers, by name; of two, each remembers its own answers, shown side by side.
+        system: the system message.
+        read: asks for a line.
+        write: shows one.
+    """
     opening = (Message("system", system),) if system else ()
-    messages = opening
+    turns = dict.fromkeys(answers, opening)
     write("Type a message; /reset begins anew, /quit ends.")
     while True:
         try:
@@ -134,12 +149,48 @@ def chat(
         if text == "/quit":
             return
         if text == "/reset":
-            messages = opening
+            turns = dict.fromkeys(answers, opening)
             continue
         if not text:
             continue
-        messages = (*messages, Message("user", text))
-        made = answer(messages)
-        write(f"model> {made.text}")
-        write(f"       ({made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s)")
-        messages = (*messages, Message("assistant", made.text or " "))
+        made = {}
+        for name, answer in answers.items():
+            asked = (*turns[name], Message("user", text))
+            made[name] = answer(asked)
+            turns[name] = (*asked, Message("assistant", made[name].text or " "))
+        for line in shown(made, shutil.get_terminal_size().columns):
+            write(line)
+
+
+def shown(made: Mapping[str, Reply], columns: int) -> list[str]:
+    """Answers beside each other where so many columns are wide enough, else one after the other."""
+    told = {
+        name: f"({reply.num_tokens} tokens, {reply.tokens_per_s:.1f} tokens/s)"
+        for name, reply in made.items()
+    }
+    each = (columns - 3 * (len(made) - 1)) // len(made)
+    # A terminal shows wide and right-to-left characters in columns of its own counting.
+    aligns = all(_counts_as_written(reply.text) for reply in made.values())
+    if len(made) == 1 or each < MIN_COLUMN or not aligns:
+        lines = []
+        for name, reply in made.items():
+            lines += [f"{name}> {reply.text}", " " * (len(name) + 2) + told[name]]
+        return lines
+    blocks = []
+    for name, reply in made.items():
+        paragraphs = [textwrap.wrap(part, each) or [""] for part in reply.text.split("\n")]
+        blocks.append([f"{name}>", *(line for part in paragraphs for line in part), told[name]])
+    height = max(map(len, blocks))
+    filled = [[*block[:-1], *[""] * (height - len(block)), block[-1]] for block in blocks]
+    return [
+        " | ".join(line.ljust(each) for line in row).rstrip() for row in zip(*filled, strict=True)
+    ]
+
+
+def _counts_as_written(text: str) -> bool:
+    return all(
+        unicodedata.east_asian_width(char) not in "WF"
+        and unicodedata.bidirectional(char) not in ("R", "AL")
+        and not unicodedata.combining(char)
+        for char in text
+    )

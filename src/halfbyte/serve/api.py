@@ -31,8 +31,13 @@ from halfbyte.serve.schema import (
 from halfbyte.serve.service import Served, Service
 
 FIELD = re.compile(r"(?!str$|int$)[a-z_0-9]+")
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "a chunk as JSON, or [DONE]"}},
+    "required": ["data"],
+}
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}
 }
 MAX_SHOWN = 200  # characters of what came that an error repeats
 

@@ -78,10 +78,13 @@ class Sampler:
                 self._random.seed()
             else:
                 self._random.manual_seed(self.settings.seed % SEEDS)
-        probs = torch.softmax(scores / self.settings.temperature, dim=-1)
+        # The likeliest token keeps a score of 0, however small the temperature.
+        temperature = max(self.settings.temperature, torch.finfo(scores.dtype).tiny)
+        probs = torch.softmax((scores - scores.max()) / temperature, dim=-1)
         if self.settings.top_p < 1:
             ordered, places = probs.sort(descending=True)
             outside = ordered.cumsum(0) - ordered >= self.settings.top_p
+            outside[0] = False
             ordered[outside] = 0
             return int(places[ordered.multinomial(1, generator=self._random)])
         return int(probs.multinomial(1, generator=self._random))

@@ -1,0 +1,139 @@
+"""The page in a real browser: both answers stream, nothing is asked elsewhere, a phone is enough."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Process, serving
+
+pytestmark = pytest.mark.real
+sync_api = pytest.importorskip("playwright.sync_api")
+BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+if BROWSER is None:
+    pytest.skip("no browser: CHROMIUM names none, none is on the PATH", allow_module_level=True)
+SIZES = {"phone": (390, 844), "desktop": (1280, 800)}
+KEY = "a-key-for-the-page"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, merged_run: Path) -> Iterator[Process]:
+    log = tmp_path_factory.mktemp("paged") / "log"
+    options = ("--compute-dtype", "fp32", "--max-context", 512)
+    with serving(log, f"tuned={merged_run}", *options, keys=KEY) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+
+
+@pytest.fixture(params=SIZES)
+def page(request: pytest.FixtureRequest, browser: Any, server: Process) -> Iterator[Any]:
+    """The page, open with its key; at the end nothing was asked elsewhere, and nothing failed."""
+    width, height = SIZES[request.param]
+    page = browser.new_page(viewport={"width": width, "height": height})
+    asked: list[str] = []
+    failed: list[str] = []
+    page.on("request", lambda made: asked.append(made.url))
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.goto(server.url)
+    wait(page, "document.activeElement.id === 'key'")  # it asks for what is missing
+    page.fill("#key", KEY)
+    page.fill("#tokens", "40")
+    page.press("#key", "Tab")
+    wait(page, "document.querySelectorAll('select').length === 2")
+    page.click("details summary")
+    yield page
+    page.close()
+    assert not failed
+    assert asked
+    assert all(url.startswith((server.url, "data:")) for url in asked)
+
+
+def wait(page: Any, what: str) -> None:
+    """Until an expression holds; playwright's own wait needs eval, which the page forbids."""
+    until = time.monotonic() + 120
+    while not page.evaluate(what):
+        assert time.monotonic() < until, what
+        time.sleep(0.02)
+
+
+def once(page: Any, what: str, then: str) -> Any:
+    """What ``then`` gives as soon as an expression holds, both within the page."""
+    return page.evaluate(
+        "() => new Promise(done => { const timer = setInterval(() => {"
+        f" if ({what}) {{ clearInterval(timer); done({then}); }} }}, 1); }})"
+    )
+
+
+def ask(page: Any, text: str) -> None:
+    page.fill("#prompt", text)
+    page.click("#send")
+
+
+DONE = "document.getElementById('send').textContent === 'Send'"
+PIECES = "[...document.querySelectorAll('section')].map(s => s.querySelectorAll('.piece').length)"
+
+
+def test_two_answers_stream_side_by_side(page: Any, tmp_path: Path) -> None:
+    ask(page, "Acute myocardial infarction of the anterior wall")
+    label = "document.getElementById('send').textContent"
+    seen, said = once(page, f"Math.min(...{PIECES}) > 1", f"[{PIECES}, {label}]")
+    assert said == "Stop"
+    wait(page, DONE)
+    whole = page.evaluate(PIECES)
+    assert all(before < after for before, after in zip(seen, whole, strict=True))
+    boxes = [section.bounding_box() for section in page.query_selector_all("section")]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    answers = [turn.inner_text() for turn in page.query_selector_all(".turn.assistant")]
+    assert len(answers) == len(set(answers)) == 2
+    assert all("cut" in figures.inner_text() for figures in page.query_selector_all(".figures"))
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.hover("section:nth-child(2) .piece")
+    tip = page.inner_text("#tip")
+    assert tip.count("%") >= 5
+    shares = [float(line.split()[-2]) for line in tip.splitlines() if line.endswith("%")]
+    assert 0 < sum(shares[:5]) <= 100.3
+    page.screenshot(path=tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_right_to_left_text_is_shown_so(page: Any) -> None:
+    ask(page, "ما هو التهاب عضلة القلب؟")
+    wait(page, DONE)
+    turns = ".turn.user"
+    directions = page.evaluate(
+        f"[...document.querySelectorAll('{turns}')].map(t => getComputedStyle(t).direction)"
+    )
+    assert directions == ["rtl", "rtl"]
+
+
+def test_an_answer_can_be_stopped_and_begun_anew(page: Any) -> None:
+    page.click("details summary")
+    page.fill("#tokens", "400")
+    page.fill("#temperature", "2")
+    ask(page, "Tell a very long story")
+    once(page, f"Math.min(...{PIECES}) > 1", "document.getElementById('send').click()")
+    wait(page, DONE)
+    assert max(page.evaluate(PIECES)) < 400
+    page.click("#anew")
+    assert page.evaluate("document.querySelectorAll('.turn').length") == 0
+
+
+def test_an_error_is_told_and_the_question_stays_askable(page: Any) -> None:
+    ask(page, "word " * 600)  # more than the context holds
+    wait(page, "document.querySelectorAll('.turn.wrong').length === 2")
+    assert "512" in page.inner_text(".turn.wrong")
+    wait(page, DONE)
+    ask(page, "Hello")
+    wait(page, f"Math.min(...{PIECES}) > 0")
+    wait(page, DONE)
