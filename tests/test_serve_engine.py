@@ -193,8 +193,8 @@ def test_nucleus_leaves_out_the_unlikely() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, -5.0])
     sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=0))
     assert {sampler.choose(logits).token for _ in range(200)} == {0, 1}
-    for settings in ({"temperature": 2.0, "top_p": 5e-324}, {"temperature": 5e-324}):
-        sampler = Sampler(Sampling(seed=0, **settings))
+    for temperature, top_p in ((2.0, 5e-324), (5e-324, 1.0)):
+        sampler = Sampler(Sampling(temperature=temperature, top_p=top_p, seed=0))
         assert {sampler.choose(logits).token for _ in range(20)} == {int(logits.argmax())}
 
 
