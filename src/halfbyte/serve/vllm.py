@@ -58,7 +58,8 @@ def start_vllm(command: list[str], api_keys: tuple[str, ...]) -> None:
     if path is None:
         raise UserError(
             "--engine vllm: no vllm is on the PATH. Install it in an environment of its own (it pins torch):"
-            " pip install vllm. The command would be:\n  " + " ".join(command)
+            " pip install vllm vllm-bnb-plugin (the plugin reads 4-bit bases). The command would be:\n  "
+            + " ".join(command)
         )
     if len(api_keys) > 1:
         raise UserError(f"--engine vllm takes one API key; {len(api_keys)} were given")
