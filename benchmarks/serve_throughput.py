@@ -3,7 +3,7 @@
 python benchmarks/serve_throughput.py runs/quickstart --out benchmarks/results/serve_cpu_smollm2
 
 All servers run one after the other in one sitting, with the same base, prompts and number of tokens.
-transformers serve takes no adapter, so it serves the run's base folder.
+transformers serve takes no adapter, so it serves the run's base folder; with --device cuda also in 4 bits.
 """
 
 from __future__ import annotations
@@ -46,24 +46,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     parser.add_argument("--only", nargs="*", help="names of servers")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     base = resolve_base(read_run_folder(arguments.run).model.name)
-    ours = [sys.executable, "eval/serve.py", str(arguments.run), "--port", "8131"]
-    theirs = ["serve", base.path, "--device", "cpu", "--port", "8131", "--host", "127.0.0.1"]
-    theirs = [str(Path(sys.executable).parent / "transformers"), *theirs]
-    servers = {
-        "halfbyte": ours,
-        "halfbyte, half of them to the adapter": ours,
-        "halfbyte, fp32": [*ours, "--compute-dtype", "fp32"],
-        "transformers serve, bf16": [*theirs, "--dtype", "bfloat16"],
-        "transformers serve, fp32": [*theirs, "--dtype", "float32"],
-        "transformers serve, fp32, continuous batching": [
-            *theirs,
-            "--dtype",
-            "float32",
-            "--continuous-batching",
-        ],
-    }
+    servers = servers_on(arguments.device, arguments.run, base.path)
     results = {}
     for name, command in servers.items():
         if arguments.only and name not in arguments.only:
@@ -77,6 +63,30 @@ def main() -> None:
         record = {"command": sys.argv, "results": results, **provenance()}
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(told)
+
+
+def servers_on(device: str, run: Path, base: str) -> dict[str, list[str]]:
+    """Commands by name."""
+    ours = [sys.executable, "eval/serve.py", str(run), "--port", "8131"]
+    theirs = [sys.executable, "-m", "transformers.cli.transformers", "serve", base, "--device"]
+    theirs += [device, "--port", "8131", "--host", "127.0.0.1"]
+    bf16, batched = [*theirs, "--dtype", "bfloat16"], "--continuous-batching"
+    both = {"halfbyte": ours, "halfbyte, half of them to the adapter": ours}
+    if device == "cuda":
+        return {
+            **both,
+            "transformers serve, bf16": bf16,
+            "transformers serve, bf16, continuous batching": [*bf16, batched],
+            "transformers serve, nf4": [*bf16, "--quantization", "bnb-4bit"],
+        }
+    fp32 = [*theirs, "--dtype", "float32"]
+    return {
+        **both,
+        "halfbyte, fp32": [*ours, "--compute-dtype", "fp32"],
+        "transformers serve, bf16": bf16,
+        "transformers serve, fp32": fp32,
+        "transformers serve, fp32, continuous batching": [*fp32, batched],
+    }
 
 
 def measure(command: list[str], model: str | None, *, both: bool) -> dict[str, float | str]:

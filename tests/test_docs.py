@@ -25,6 +25,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/export.md",
+    "docs/serve.md",
     "data/README.md",
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -23,7 +23,8 @@ from halfbyte.model.quantised import unpack_layers
 from halfbyte.model.trained import saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
 from halfbyte.serve.engine import Engine, Event, Job
-from halfbyte.serve.lanes import Lane, LaneModel, mix_adapters
+from halfbyte.serve.lanes import Lane, LaneModel
+from halfbyte.serve.mixed import mix_adapters
 from halfbyte.serve.sampling import Sampler, Sampling
 from halfbyte.serve.text import TextStream
 

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from halfbyte.data.rows import Message
 from halfbyte.errors import DataError
 from halfbyte.serve import page
-from halfbyte.serve.refusal import ERRORS, RefusedError, error_reply
+from halfbyte.serve.refusal import ERRORS, RefusedError
 from halfbyte.serve.replies import ChatForm, TextForm, reply
 from halfbyte.serve.schema import (
     ChatMessage,
@@ -39,6 +39,8 @@ EVENT = {
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}
 }
+COMPLETION_TOKENS = 16  # where none are asked for, as at OpenAI; a chat has all that is left
+ROLES = {"developer": "system"}  # OpenAI's newer word for it
 MAX_SHOWN = 200  # characters of what came that an error repeats
 
 
@@ -68,7 +70,7 @@ def make_app(service: Service) -> FastAPI:
 def _say_errors(app: FastAPI) -> None:
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> JSONResponse:
-        return error_reply(error.status, error.message, error.param)
+        return error.reply()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -79,15 +81,15 @@ def _say_errors(app: FastAPI) -> None:
         parts = [str(part) for part in fault["loc"][1:] if FIELD.fullmatch(str(part))]
         place = ".".join(parts)[:MAX_SHOWN]
         told = f"{place or 'body'}: {fault['msg']}"[: 2 * MAX_SHOWN]
-        return error_reply(400, told, place or None)
+        return RefusedError(400, told, place or None).reply()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return error_reply(error.status_code, str(error.detail), headers=error.headers)
+        return RefusedError(error.status_code, str(error.detail)).reply(error.headers)
 
     @app.exception_handler(DataError)
     async def wrong_data(request: Request, error: DataError) -> JSONResponse:
-        return error_reply(400, str(error))
+        return RefusedError(400, str(error)).reply()
 
 
 def _state(service: Service) -> APIRouter:
@@ -135,7 +137,7 @@ def _openai(service: Service) -> APIRouter:
         _check_chat(asked)
         service.check_open()
         service.check_size(sum(len(_text(one)) for one in asked.messages), model, "messages")
-        turns = tuple(Message(one.role, _text(one)) for one in asked.messages)
+        turns = tuple(Message(ROLES.get(one.role, one.role), _text(one)) for one in asked.messages)
         ids = await run_in_threadpool(model.words.chat, turns)
         matchers = await run_in_threadpool(_matchers, asked, model)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -150,7 +152,8 @@ def _openai(service: Service) -> APIRouter:
         _check_together(asked)
         service.check_open()
         prompts = await run_in_threadpool(_prompts, asked, model, service)
-        submitted = service.submit(asked, model, prompts, asked.max_tokens, asked.logprobs)
+        max_tokens = asked.max_tokens or COMPLETION_TOKENS
+        submitted = service.submit(asked, model, prompts, max_tokens, asked.logprobs)
         form = TextForm(model, wants_logprobs=asked.logprobs is not None)
         return await reply(service, request, asked, form, submitted)
 

@@ -18,12 +18,13 @@ from typing import Literal
 import torch
 
 from halfbyte.serve.lanes import Backend, Lane
-from halfbyte.serve.sampling import Choice, Sampler
+from halfbyte.serve.sampling import Choice, GrammarError, Sampler
 from halfbyte.serve.text import TextStream
 
 PROMPT_TOKENS = 512  # of prompts in one pass, so that running answers go on
 MIN_SHARED = 16  # tokens worth copying or waiting for
-FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
+MAX_FAILED = 3  # passes in a row, after which the model is given up
+FinishReason = Literal["stop", "length", "timeout", "cancelled", "grammar", "error"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Event:
     text: str = ""
     choices: tuple[Choice, ...] = ()
     finish_reason: FinishReason | None = None
+    told: str = ""  # why, where the reason alone does not say it
 
 
 @dataclass
@@ -63,13 +65,19 @@ class Job:
 
 @dataclass
 class Slot:
-    """A place in the cache: the tokens that it holds, and who uses it."""
+    """A place in the cache: the tokens that it holds, and who uses it.
+
+    Attributes:
+        order: of its job among all that came.
+        used: when it was last computed.
+    """
 
     number: int
     adapter: str | None = None
     tokens: list[int] = field(default_factory=list)
     job: Job | None = None
     todo: list[int] = field(default_factory=list)
+    order: int = 0
     used: float = 0.0
 
     def shared(self, adapter: str | None, prompt: list[int]) -> int:
@@ -108,7 +116,9 @@ class Engine:
         self.backend, self.max_waiting = backend, max_waiting
         self.counts = Counts()
         self.slots = [Slot(number) for number in range(backend.num_slots)]
-        self.failure: str | None = None
+        self._given_up: str | None = None
+        self._failed = 0  # passes in a row
+        self._placed = 0
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -146,6 +156,13 @@ class Engine:
                 job.cancelled = True
 
     @property
+    def failure(self) -> str | None:
+        """Why no request can be answered any more, if that is so."""
+        if self._thread.ident is not None and not self._thread.is_alive() and not self._stopping:
+            return self._given_up or "its thread has ended"
+        return self._given_up
+
+    @property
     def num_waiting(self) -> int:
         """Jobs without a slot."""
         return len(self._waiting)
@@ -165,19 +182,33 @@ class Engine:
             try:
                 self._turn()
             except Exception as error:  # the thread must live: later requests may do well
-                self._fail(error)
-        for job in [*self._waiting, *(slot.job for slot in self.slots if slot.job)]:
-            job.emit(Event(finish_reason="cancelled"))
+                if not self._recovers(error):
+                    break
+        with self._wake:  # nobody can come in any more
+            left = [*self._waiting, *(slot.job for slot in self.slots if slot.job)]
+            self._waiting.clear()
+        for job in left:
+            job.emit(Event(finish_reason="cancelled" if self._stopping else "error"))
 
-    def _fail(self, error: Exception) -> None:
+    def _recovers(self, error: Exception) -> bool:
         """End what is running: what the cache holds is not known any more."""
         self.counts.errors += 1
+        self._failed += 1
         print(f"engine: {type(error).__name__}: {error}", flush=True)
-        self.backend.forget()
         for slot in self.slots:
             if slot.job is not None:
                 slot.job.emit(Event(finish_reason="error"))
             slot.job, slot.tokens, slot.todo = None, [], []
+        told = f"{type(error).__name__} in {self._failed} passes in a row"
+        try:
+            self.backend.forget()
+        except Exception as second:  # such as a CUDA context that is lost
+            told, self._failed = f"{type(second).__name__} after {told}", MAX_FAILED
+        if self._failed >= MAX_FAILED:
+            with self._wake:
+                self._given_up = told
+            return False
+        return True
 
     def _turn(self) -> None:
         """Admit, one pass, hand out."""
@@ -187,6 +218,7 @@ class Engine:
         if not lanes:
             return
         logits = self.backend.run([lane for _, lane in lanes])
+        self._failed = 0
         self.counts.passes += 1
         self.counts.lanes += len(lanes)
         for row, (slot, lane) in enumerate(lanes):
@@ -212,22 +244,23 @@ class Engine:
     def _admit(self) -> None:
         """Give free slots to jobs in the order they came.
 
-        A job waits a pass where another one is computing what both begin with.
+        A job waits a pass where another one is computing what both begin with. It stays in the queue
+        until it has its slot, so that it is somewhere at any time.
         """
-        skipped: list[Job] = []
-        while any(slot.job is None for slot in self.slots):
-            with self._wake:
-                if not self._waiting:
-                    break
-                job = self._waiting.popleft()
-            if self._is_being_computed(job):
-                skipped.append(job)
-            else:
-                self._place(job)
         with self._wake:
-            self._waiting.extendleft(reversed(skipped))
+            waiting = list(self._waiting)
+        for job in waiting:
+            if all(slot.job is not None for slot in self.slots):
+                break
+            if self._is_being_computed(job):
+                continue
+            self._place(job)
+            with self._wake:
+                self._waiting.remove(job)
 
     def _is_being_computed(self, job: Job) -> bool:
+        if not self.backend.can_copy:
+            return False
         done = max(slot.shared(job.adapter, job.prompt) for slot in self.slots)
         for slot in self.slots:
             if slot.job is None or slot.adapter != job.adapter or len(slot.todo) <= 1:
@@ -243,25 +276,24 @@ class Engine:
         best = max(free, key=lambda slot: (shared[slot.number], -len(slot.tokens), -slot.used))
         richest = max(self.slots, key=lambda slot: shared[slot.number])
         kept = shared[best.number]
-        if shared[richest.number] >= kept + MIN_SHARED:
+        if self.backend.can_copy and shared[richest.number] >= kept + MIN_SHARED:
             # The one that was used longest ago gives way, and what is shared stays where it is.
             best = min(free, key=lambda slot: (len(slot.tokens) > 0, slot.used))
-            if self.backend.copy(richest.number, best.number, shared[richest.number]):
-                kept = shared[richest.number]
-            else:
-                kept = shared[best.number]
+            kept = shared[richest.number]
+            self.backend.copy(richest.number, best.number, kept)
         kept = self.backend.keep(best.number, kept)
-        best.job, best.adapter = job, job.adapter
+        self._placed += 1
+        best.job, best.adapter, best.order = job, job.adapter, self._placed
         best.tokens, best.todo = job.prompt[:kept], job.prompt[kept:]
         job.num_shared = kept
         self.counts.prompt_tokens += len(job.prompt)
         self.counts.shared_tokens += kept
 
     def _lanes(self) -> list[tuple[Slot, Lane]]:
+        """Every running answer's token, and pieces of prompts, those first that came first."""
         lanes, room = [], PROMPT_TOKENS
-        for slot in self.slots:
-            if slot.job is None:
-                continue
+        running = [slot for slot in self.slots if slot.job is not None]
+        for slot in sorted(running, key=lambda slot: slot.order):
             count = 1 if len(slot.todo) == 1 else min(len(slot.todo), room)
             if count:
                 room -= count if count > 1 else 0
@@ -270,6 +302,17 @@ class Engine:
         return lanes
 
     def _hand_out(self, slot: Slot, logits: torch.Tensor) -> None:
+        """The next token of one answer; what goes wrong in it ends no other."""
+        try:
+            self._choose(slot, logits)
+        except GrammarError as error:
+            self._end(slot, "grammar", str(error))
+        except Exception as error:
+            self.counts.errors += 1
+            print(f"engine, one answer: {type(error).__name__}: {error}", flush=True)
+            self._end(slot, "error")
+
+    def _choose(self, slot: Slot, logits: torch.Tensor) -> None:
         job = slot.job
         assert job is not None
         choice = job.sampler.choose(logits)
@@ -287,8 +330,9 @@ class Engine:
         elif job.num_generated >= job.max_tokens:
             self._end(slot, "length")
 
-    def _end(self, slot: Slot, reason: FinishReason) -> None:
+    def _end(self, slot: Slot, reason: FinishReason, told: str = "") -> None:
         job = slot.job
         assert job is not None
+        rest = job.stream.flush() if reason in ("stop", "length") else ""
         slot.job, slot.todo = None, []
-        job.emit(Event(job.stream.flush(), (), reason))
+        job.emit(Event(rest, (), reason, told))

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from halfbyte.errors import ModelError
-from halfbyte.model.adapter import adapted_layers
+from halfbyte.serve.mixed import UNSERVED, mix_adapters
 
 NAME = "halfbyte-lanes"  # of this attention in transformers
 GROWTH = 256  # tokens by which the cache grows
-UNSERVED = "Merge the run (train/merge.py) and serve runs/x/merged"
+ATTENDS = {
+    "full_attention",
+    "sliding_attention",
+}  # kinds of layers whose only state is keys and values
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,17 @@ class Lane:
 
 
 class Backend(Protocol):
-    """What computes: a model with a number of slots."""
+    """What computes: a model with a number of slots.
+
+    Attributes:
+        cache_bytes: keys and values of all slots when they are full.
+    """
 
     num_slots: int
     max_context: int
     vocab_size: int
+    can_copy: bool
+    cache_bytes: int
 
     def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
         """Logits (len(lanes), V), fp32, after the last token of each lane."""
@@ -59,8 +67,8 @@ class Backend(Protocol):
     def keep(self, slot: int, length: int) -> int:
         """Drop what a slot holds from token ``length`` on; returns how many could be kept."""
 
-    def copy(self, source: int, target: int, length: int) -> bool:
-        """Let a slot begin as another one does; False where that cannot be done."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a slot begin as another one does; where ``can_copy``."""
 
     def forget(self) -> None:
         """Give back what the cache holds; all slots are empty afterwards."""
@@ -74,19 +82,38 @@ class LaneModel:
         num_slots: requests at once.
         max_context: tokens of a prompt and its answer, at most.
         dtype: of keys and values.
+        cache_bytes: what they may take, which was found to be there.
 
     Raises:
         ModelError: its attention does not take part, or an adapter is of a kind that cannot be mixed.
     """
 
-    def __init__(self, model: Any, *, num_slots: int, max_context: int, dtype: torch.dtype) -> None:
+    can_copy = True
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_slots: int,
+        max_context: int,
+        dtype: torch.dtype,
+        cache_bytes: int = 0,
+    ) -> None:
         register()
         self.model = model
         self.num_slots, self.max_context = num_slots, max_context
+        self.cache_bytes = cache_bytes
         self.device = next(model.parameters()).device
         self.dtype = dtype
         text = model.config.get_text_config()
         self.vocab_size = int(text.vocab_size)
+        self.num_layers = int(text.num_hidden_layers)
+        others = set(getattr(text, "layer_types", None) or ATTENDS) - ATTENDS
+        if others:
+            raise ModelError(
+                f"{type(model).__name__}: layers of the kind {', '.join(sorted(others))}, which requests"
+                f" cannot share a pass in. {UNSERVED} by --engine vllm, or as GGUF by llama.cpp"
+            )
         self.adapters = mix_adapters(model)
         self._cache = Cache(num_slots, dtype, self.device)
         model.set_attn_implementation(NAME)
@@ -109,10 +136,11 @@ class LaneModel:
             logits_to_keep=step.last,
             lanes=step,
         )
-        if not step.layers:
+        if len(step.layers) != self.num_layers:
             raise ModelError(
-                f"{type(self.model).__name__}: its attention is not called by way of transformers'"
-                " interface, so requests cannot share a pass. Use --engine vllm or llama.cpp"
+                f"{type(self.model).__name__}: {len(step.layers)} of its {self.num_layers} layers attend by"
+                " way of transformers' interface, so requests cannot share a pass. Use --engine vllm or"
+                " llama.cpp"
             )
         logits: torch.Tensor = out.logits[0].float()
         inverse = torch.empty(len(order), dtype=torch.long)
@@ -124,10 +152,9 @@ class LaneModel:
         return length
 
     @torch.inference_mode()
-    def copy(self, source: int, target: int, length: int) -> bool:
+    def copy(self, source: int, target: int, length: int) -> None:
         """As ``Backend.copy``."""
         self._cache.copy(source, target, length)
-        return True
 
     def forget(self) -> None:
         """As ``Backend.forget``."""
@@ -300,56 +327,6 @@ class Step:
             mask = torch.zeros(hidden.shape, device=self.device)
             self._long_masks[number, window] = mask.masked_fill_(hidden, float("-inf"))
         return self._long_masks[number, window]
-
-
-class MixedLinear(nn.Module):
-    """A frozen linear layer with the LoRA matrices of several adapters, each for its tokens."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.ranges: list[tuple[str, slice]] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X (1, T, in) to (1, T, out)."""
-        out: torch.Tensor = self.base(x)
-        for name, place in self.ranges:
-            if name in self.lora:
-                down, up = self.lora[name]
-                out[:, place] += ((x[:, place].to(down.dtype) @ down) @ up).to(out.dtype)
-        return out
-
-
-def mix_adapters(model: nn.Module) -> list[MixedLinear]:
-    """Replace PEFT's layers, so that each token can have its own adapter.
-
-    Raises:
-        ModelError: an adapter is more than matrices on linear layers (DoRA, experts, embeddings).
-    """
-    made = []
-    layers: dict[str, Any] = dict(adapted_layers(model))
-    for name, layer in layers.items():
-        if layer.lora_embedding_A or any(layer.use_dora.values()) or not _is_linear(layer):
-            kind = "DoRA" if any(layer.use_dora.values()) else type(layer).__name__
-            raise ModelError(
-                f"{name}: {kind}, which cannot be mixed with other requests in one pass. {UNSERVED}"
-            )
-        mixed = MixedLinear(layer.base_layer)
-        for adapter in layer.lora_A:
-            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            scale = layer.scaling[adapter]
-            mixed.lora[adapter] = (down.detach().t(), up.detach().t() * scale)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, mixed)
-        made.append(mixed)
-    return made
-
-
-def _is_linear(layer: Any) -> bool:
-    return all(isinstance(layer.lora_A[name], nn.Linear) for name in layer.lora_A) and hasattr(
-        layer.base_layer, "in_features"
-    )
 
 
 def attend(

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from halfbyte.serve.refusal import error_reply
+from halfbyte.serve.refusal import RefusedError
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -24,6 +24,8 @@ LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 PUBLIC = ("/health", "/ready", "/")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADER_SECONDS = 10.0
+SEND_SECONDS = 60.0  # in which a client must take something of what waits for it
+NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2000}")  # of headers, in a list
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class Limits:
     """Bounds of requests.
 
     Attributes:
-        default_tokens: of an answer where none are asked for.
         body_bytes: of a request.
         body_seconds: in which it must be there.
         answer_seconds: from the request to the end of its answer.
@@ -41,7 +42,6 @@ class Limits:
         origins: of pages that may use the server from a browser, beside its own.
     """
 
-    default_tokens: int = 512
     body_bytes: int = 1 << 20
     body_seconds: float = 20.0
     answer_seconds: float = 600.0
@@ -146,6 +146,11 @@ class _Guarded:
         origin = self.headers.get("origin")
         return origin if origin in self.guard.limits.origins else None
 
+    def _wanted_headers(self) -> str:
+        """All that a page of a listed origin asks to send: OpenAI's client for browsers has its own."""
+        wanted = self.headers.get("access-control-request-headers", "")
+        return wanted if NAMES.fullmatch(wanted) else "authorization, content-type"
+
     async def _take(self) -> dict[str, Any]:
         """The next part of the body, if it is not too large or too slow.
 
@@ -176,16 +181,18 @@ class _Guarded:
             if self.origin:
                 extra |= {
                     "access-control-allow-origin": self.origin,
-                    "access-control-allow-headers": "authorization, content-type",
+                    "access-control-allow-headers": self._wanted_headers(),
                     "access-control-allow-methods": "GET, POST",
-                    "vary": "origin",
+                    "access-control-expose-headers": "x-request-id, retry-after",
+                    "access-control-max-age": "600",
+                    "vary": "origin, access-control-request-headers",
                 }
             made = [(name.encode(), value.encode()) for name, value in extra.items()]
             message = {**message, "headers": [*message.get("headers", []), *made]}
         await self._send(message)
 
     async def _error(self, status: int, text: str) -> None:
-        reply = error_reply(status, text)
+        reply = RefusedError(status, text).reply()
         headers = [*reply.raw_headers, (b"connection", b"close")]
         if status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
@@ -198,7 +205,9 @@ class _Guarded:
 
 
 class PatientProtocol(H11Protocol):
-    """Uvicorn's HTTP/1.1, which waits for the head of a request only so long."""
+    """Uvicorn's HTTP/1.1, which waits only so long for the head of a request, and for a client to read."""
+
+    _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A connection has been opened."""
@@ -219,7 +228,22 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed."""
         self._head_timer.cancel()
+        self._stop_send_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read what is there; uvicorn waits for it."""
+        super().pause_writing()
+        self._send_timer = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has."""
+        super().resume_writing()
+        self._stop_send_timer()
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
 
     def _watch_head(self) -> None:
         self._head_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)

@@ -21,13 +21,19 @@ class LlamaLanes:
         model: the loaded file.
         num_slots: requests at once; each has its own stream of the cache, allocated now.
         max_context: tokens of a prompt and its answer, at most.
+        cache_bytes: what keys and values may take, which was found to be there.
 
     Raises:
         ModelError: the cache cannot be allocated.
     """
 
-    def __init__(self, model: GgufModel, *, num_slots: int, max_context: int) -> None:
+    can_copy = False
+
+    def __init__(
+        self, model: GgufModel, *, num_slots: int, max_context: int, cache_bytes: int
+    ) -> None:
         self.gguf, self.num_slots, self.max_context = model, num_slots, max_context
+        self.cache_bytes = cache_bytes
         self.vocab_size = model.vocab_size
         lib = model.lib
         settings = lib.llama_context_default_params()
@@ -85,9 +91,9 @@ class LlamaLanes:
         lib.llama_memory_seq_rm(memory, slot, 0, -1)
         return 0
 
-    def copy(self, source: int, target: int, length: int) -> bool:
-        """As ``Backend.copy``: streams of the cache do not share."""
-        return False
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Streams of the cache do not share."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """As ``Backend.forget``."""

@@ -56,6 +56,19 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._first = Histogram(
+            "halfbyte_first_token_seconds",
+            "From the request to its first token, the wait for a slot included.",
+            ["model"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+
+    def first_token(self, model: str) -> Callable[[float], None]:
+        """What takes the seconds to a first token of a model."""
+        observe: Callable[[float], None] = self._first.labels(model).observe
+        return observe
+
     def told(self, route: str, status: int, seconds: float) -> None:
         """A request has ended."""
         self._requests.labels(route, str(status)).inc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
+from halfbyte.plan.llama_split import read_gguf
 from halfbyte.run_dir import RunDir, read_json
 from halfbyte.serve.asked import NAME, Asked
 from halfbyte.serve.engine import Engine
 from halfbyte.serve.fastest import Way, measure_ways, possible_ways, take_way
 from halfbyte.serve.lanes import Backend, Lane, LaneModel
 from halfbyte.serve.llama_lanes import LlamaLanes
+from halfbyte.serve.mixed import mix_adapters
 from halfbyte.serve.service import Served
 from halfbyte.serve.vllm import base_name
 from halfbyte.serve.words import Words
@@ -72,20 +75,32 @@ def open_models(asked: list[Asked], options: Options, say: Callable[[str], None]
     Raises:
         UserError: something cannot be loaded, is not what was trained, or two have one name.
     """
+    # In a thread that ends: OpenMP keeps idle workers for each thread that has computed, and where they
+    # and those of an engine's thread are more than cores, all of them wait in the slow way.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_open, asked, options, say).result()
+
+
+def _open(asked: list[Asked], options: Options, say: Callable[[str], None]) -> list[Served]:
     served: list[Served] = []
     runs = [one for one in asked if one.is_run]
     for group in _by_base(runs):
-        served += _open_runs(group, options, say)
+        served += _open_runs(group, options, _held_bytes(served), say)
     for one in asked:
         if one.is_gguf:
-            served.append(_open_gguf(one, options, say))
+            served.append(_open_gguf(one, options, _held_bytes(served), say))
         elif not one.is_run:
-            served.append(_open_plain(one, options, say))
+            served.append(_open_plain(one, options, _held_bytes(served), say))
     names = [one.name for one in served]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{', '.join(twice)}: two models of one name; give NAME=MODEL")
     return served
+
+
+def _held_bytes(served: list[Served]) -> int:
+    """What the caches of engines that are ready may yet take."""
+    return sum({id(one.engine): one.engine.backend.cache_bytes for one in served}.values())
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,9 @@ def _by_base(runs: list[Asked]) -> list[list[_OpenRun]]:
     return list(groups.values())
 
 
-def _open_runs(group: list[_OpenRun], options: Options, say: Callable[[str], None]) -> list[Served]:
+def _open_runs(
+    group: list[_OpenRun], options: Options, held: int, say: Callable[[str], None]
+) -> list[Served]:
     first = group[0]
     name = base_name(first.base)
     if options.precision is not None:
@@ -124,7 +141,7 @@ def _open_runs(group: list[_OpenRun], options: Options, say: Callable[[str], Non
         loaded.model = adapted
     loaded.model = adapted.get_base_model()
     renderers = [saved_renderer(one.folder, one.run, one.base) for one in group]
-    backend = _lanes(loaded, options, name, say)
+    backend = _lanes(loaded, options, name, held, say)
     for one, renderer in zip(group, renderers, strict=True):
         told = check_canary(
             _logits(backend, _inner(one.name)), _logits(backend, None), renderer, one.folder.adapter
@@ -144,7 +161,7 @@ def _inner(name: str) -> str:
     return "run_" + name.replace(".", "_dot_")
 
 
-def _open_plain(one: Asked, options: Options, say: Callable[[str], None]) -> Served:
+def _open_plain(one: Asked, options: Options, held: int, say: Callable[[str], None]) -> Served:
     base = resolve_base(one.target)
     folder = Path(base.path)
     precision, name = options.precision, one.name or base_name(base)
@@ -157,12 +174,12 @@ def _open_plain(one: Asked, options: Options, say: Callable[[str], None]) -> Ser
             precision = choose_compute(compute).name
     renderer = _renderer(base)
     loaded = load_as_asked(base, precision, True, compute)
-    backend = _lanes(loaded, options, name, say)
+    backend = _lanes(loaded, options, name, held, say)
     _check_finite(backend, renderer, name)
     return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
 
 
-def _open_gguf(one: Asked, options: Options, say: Callable[[str], None]) -> Served:
+def _open_gguf(one: Asked, options: Options, held: int, say: Callable[[str], None]) -> Served:
     path = Path(one.target)
     name = one.name or path.stem
     run = path.parent.parent.parent
@@ -182,11 +199,13 @@ def _open_gguf(one: Asked, options: Options, say: Callable[[str], None]) -> Serv
             f"{path}: the template or tokenizer in the file is not the one that transformers reads: a probe"
             f" has {len(theirs)} tokens in llama.cpp and {len(ours)} there"
         )
-    context = options.max_context or DEFAULT_CONTEXT
-    told_context = model.metadata(f"{model.metadata('general.architecture')}.context_length")
-    if told_context is not None:
-        context = min(context, int(told_context))
-    backend = LlamaLanes(model, num_slots=options.slots or MAX_SLOTS, max_context=context)
+    header = read_gguf(path)
+    context = min(options.max_context or DEFAULT_CONTEXT, header.context_length)
+    slot_bytes = sum(header.cache_bytes(context))
+    slots = _slots(options, name, context, slot_bytes, ram_bytes()[1] - held)
+    backend = LlamaLanes(
+        model, num_slots=slots, max_context=context, cache_bytes=slots * slot_bytes
+    )
     _check_finite(backend, renderer, name)
     say(f"{name}: {model.describe()}, {backend.num_slots} slots of {context} tokens")
     return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
@@ -205,33 +224,54 @@ def _compute(options: Options, folder: RunDir) -> Any:
     return choose_compute(options.compute_dtype)
 
 
-def _lanes(loaded: Loaded, options: Options, name: str, say: Callable[[str], None]) -> LaneModel:
+def _lanes(
+    loaded: Loaded, options: Options, name: str, held: int, say: Callable[[str], None]
+) -> LaneModel:
     """The model as a backend, with as many slots as there is room for, computing the fastest way."""
     model: Any = loaded.model
     device = loaded.compute.device
-    way = _way(loaded, options, say) if device.type == "cpu" else Way(loaded.compute.dtype, True)
+    mix_adapters(model)  # before its layers are measured and unpacked
+    way = Way(loaded.compute.dtype, True)
+    if device.type == "cpu":
+        way = _way(loaded, options, held, say)
+        take_way(model, way)
     text = model.config.get_text_config()
     context = options.max_context or DEFAULT_CONTEXT
     context = min(context, int(getattr(text, "max_position_embeddings", context)))
-    slot_bytes = context * _token_bytes(text, way.dtype)
-    available = (
-        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram_bytes()[1]
-    ) * CACHE_FRAC
-    slots = options.slots or min(MAX_SLOTS, int(available // slot_bytes))
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    slot_bytes = context * 2 * int(text.num_hidden_layers) * heads * width * way.dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram_bytes()[1]
+    slots = _slots(options, name, context, slot_bytes, free - held)
+    backend = LaneModel(
+        model,
+        num_slots=slots,
+        max_context=context,
+        dtype=way.dtype,
+        cache_bytes=slots * slot_bytes,
+    )
+    say(f"{name}: {way.name} on {device}, {slots} slots of {context} tokens")
+    return backend
+
+
+def _slots(options: Options, name: str, context: int, slot_bytes: int, free: int) -> int:
+    """Answers at once for which half of the free memory holds keys and values.
+
+    Raises:
+        ModelError: there is not room for as many as are asked for, or for one.
+    """
+    available = max(0, int(free * CACHE_FRAC))
+    slots = options.slots or min(MAX_SLOTS, available // slot_bytes)
     if slots * slot_bytes > available or not slots:
         raise ModelError(
             f"{name}: keys and values of {max(1, slots)} x {context} tokens may take"
             f" {max(1, slots) * slot_bytes / 1e9:.1f} GB, and {available / 1e9:.1f} GB are to be had. Use fewer"
             " --slots or a shorter --max-context"
         )
-    backend = LaneModel(model, num_slots=slots, max_context=context, dtype=way.dtype)
-    if device.type == "cpu":
-        take_way(model, way)
-    say(f"{name}: {way.name} on {device}, {slots} slots of {context} tokens")
-    return backend
+    return slots
 
 
-def _way(loaded: Loaded, options: Options, say: Callable[[str], None]) -> Way:
+def _way(loaded: Loaded, options: Options, held: int, say: Callable[[str], None]) -> Way:
     dtypes = [torch.float32, torch.bfloat16]
     if loaded.precision in DTYPES:
         # Plain weights were loaded in the dtype that computes.
@@ -239,7 +279,7 @@ def _way(loaded: Loaded, options: Options, say: Callable[[str], None]) -> Way:
     elif options.compute_dtype != "auto":
         dtypes = [DTYPES[options.compute_dtype]]
     packings = [True, False] if options.packed is None else [options.packed]
-    fits, too_large = possible_ways(loaded.model, dtypes, packings)
+    fits, too_large = possible_ways(loaded.model, dtypes, packings, held)
     if not fits:
         raise ModelError(
             f"{loaded.base.name}: {too_large[0].name} does not fit into memory; use --weights packed"
@@ -257,15 +297,17 @@ def _way(loaded: Loaded, options: Options, say: Callable[[str], None]) -> Way:
     return min(found, key=lambda way: sum(found[way]))
 
 
-def _token_bytes(text: Any, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of a token in all layers."""
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2 * int(text.num_hidden_layers) * heads * width * dtype.itemsize
-
-
 def _logits(backend: Backend, adapter: str | None) -> Callable[[list[int]], torch.Tensor]:
-    return lambda ids: backend.run([Lane(0, adapter, ids, 0)])[0]
+    """Logits after ids, as serving computes them: the last token on its own, beside another request."""
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        lead, last = ids[:-1], Lane(0, adapter, ids[-1:], len(ids) - 1)
+        if lead:
+            backend.run([Lane(0, adapter, lead, 0)])
+        beside = [Lane(1, None, ids, 0)] if backend.num_slots > 1 else []
+        return backend.run([last, *beside])[0]
+
+    return logits
 
 
 def _check_finite(backend: Backend, renderer: Renderer, name: str) -> None:

@@ -31,21 +31,25 @@ KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 class RefusedError(Exception):
     """A request that is not answered."""
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param = status, message, param
+        self.status, self.message, self.param, self.code = status, message, param, code
 
+    @property
+    def body(self) -> dict[str, Any]:
+        """As OpenAI words it."""
+        kind = KINDS.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        # A message may repeat what came, and what came may hold half a character.
+        shown = self.message.encode("utf-8", "replace").decode("utf-8")
+        return {"error": {"message": shown, "type": kind, "param": self.param, "code": self.code}}
 
-def error_reply(
-    status: int,
-    message: str,
-    param: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    """An error in OpenAI's form; those that pass say when to come back."""
-    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    # A message may repeat what came, and what came may hold half a character.
-    shown = message.encode("utf-8", "replace").decode("utf-8")
-    body = {"message": shown, "type": kind, "param": param, "code": None}
-    extra = {"Retry-After": "1"} if status in (429, 503) else {}
-    return JSONResponse({"error": body}, status, headers={**extra, **dict(headers or {})})
+    def reply(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """The response; it says when to come back, or that it is no use (408: the same would come)."""
+        extra = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        if self.status == 408:
+            extra["x-should-retry"] = "false"
+        return JSONResponse(self.body, self.status, headers={**extra, **dict(headers or {})})

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from halfbyte.serve.engine import Event, Job
 from halfbyte.serve.refusal import RefusedError
@@ -18,7 +19,9 @@ from halfbyte.serve.sampling import Choice
 from halfbyte.serve.schema import Generation
 from halfbyte.serve.service import Answers, Served, Service
 
-FAULTS = {"timeout", "cancelled", "error"}
+FAULTS = {"timeout", "cancelled", "grammar", "error"}
+KEEP_ALIVE_S = 15.0  # after which a stream that has nothing yet says so, lest a proxy cut it
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class Form:
@@ -60,13 +63,18 @@ class Collected:
     """An answer as it comes."""
 
     def __init__(self) -> None:
-        self.text, self.choices, self.finish_reason = "", list[Choice](), ""
+        self.text, self.choices, self.end = "", list[Choice](), Event()
 
     def add(self, event: Event) -> None:
         """A piece of it."""
         self.text += event.text
         self.choices += event.choices
-        self.finish_reason = event.finish_reason or ""
+        self.end = event
+
+    @property
+    def finish_reason(self) -> str:
+        """Why it ended."""
+        return self.end.finish_reason or ""
 
 
 class ChatForm(Form):
@@ -111,8 +119,8 @@ class ChatForm(Form):
         return {"content": content, "refusal": None}
 
     def _piece(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.model.words.piece(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, content = self.model.words.piece(token)
+        return {"token": text, "logprob": logprob, "bytes": list(content)}
 
 
 class TextForm(Form):
@@ -146,7 +154,10 @@ class TextForm(Form):
     def _logprobs(self, number: int, choices: Sequence[Choice]) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
-        piece = self.model.words.piece
+
+        def piece(token: int) -> str:
+            return self.model.words.piece(token)[0]
+
         pieces = [piece(choice.token) for choice in choices]
         offsets, at = [], self._offsets.get(number, 0)
         for text in pieces:
@@ -175,7 +186,7 @@ async def reply(
     if asked.stream:
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
         lines = _stream(service, jobs, answers, form, with_usage=usage)
-        return StreamingResponse(lines, media_type="text/event-stream")
+        return StreamingResponse(lines, media_type="text/event-stream", headers=STREAM_HEADERS)
     collected = [Collected() for _ in jobs]
     gone = asyncio.create_task(_until_gone(request))
     left = len(jobs)
@@ -194,9 +205,15 @@ async def reply(
         _cancel(jobs)
     for one in collected:
         if one.finish_reason in FAULTS:
-            raise _fault(one.finish_reason, service)
-    choices = [form.choice(number, one) for number, one in enumerate(collected)]
-    return {**form.head(), "choices": choices, "usage": _usage(jobs)}
+            raise _fault(one.end, service)
+
+    def whole() -> Response:
+        choices = [form.choice(number, one) for number, one in enumerate(collected)]
+        made = {**form.head(), "choices": choices, "usage": _usage(jobs)}
+        return Response(json.dumps(made), media_type="application/json")
+
+    # Log-probabilities of long answers take seconds to word.
+    return await run_in_threadpool(whole)
 
 
 async def _stream(
@@ -209,12 +226,14 @@ async def _stream(
             if first is not None:
                 yield _line({**form.head(stream=True), "choices": [first]})
         while left:
-            number, event = await answers.get()
+            try:
+                number, event = await asyncio.wait_for(answers.get(), KEEP_ALIVE_S)
+            except TimeoutError:
+                yield ": waiting\n\n"
+                continue
             left -= event.finish_reason is not None
             if event.finish_reason in FAULTS:
-                fault = _fault(event.finish_reason, service)
-                told = {"message": fault.message, "type": "server_error", "code": fault.status}
-                yield _line({"error": told})
+                yield _line(_fault(event, service).body)
                 return
             if event.text or event.finish_reason or (event.choices and form.wants_logprobs):
                 yield _line({**form.head(stream=True), "choices": [form.delta(number, event)]})
@@ -240,11 +259,15 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _fault(reason: str, service: Service) -> RefusedError:
-    if reason == "timeout":
+def _fault(event: Event, service: Service) -> RefusedError:
+    if event.finish_reason == "timeout":
         return RefusedError(408, f"no answer within {service.limits.answer_seconds:g} s")
-    if reason == "cancelled":
+    if event.finish_reason == "cancelled":
         return RefusedError(503, "the server is stopping")
+    if event.finish_reason == "grammar":
+        return RefusedError(
+            400, f"response_format: cannot be followed further: {event.told}", "response_format"
+        )
     return RefusedError(503, "the model failed on this request; see the server's log")
 
 

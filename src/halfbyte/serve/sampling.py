@@ -6,9 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 SEEDS = 1 << 63  # that a generator takes
+
+
+class GrammarError(Exception):
+    """A grammar that cannot be followed any further."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,17 @@ class Sampler:
         settings = self.settings
         scores = logits
         if self.seen and (settings.frequency_penalty or settings.presence_penalty):
+            tokens = torch.tensor(list(self.seen))
+            counts = torch.tensor(list(self.seen.values()), dtype=scores.dtype)
             scores = scores.clone()
-            for token, count in self.seen.items():
-                scores[token] -= settings.presence_penalty + settings.frequency_penalty * count
+            scores[tokens] -= settings.presence_penalty + settings.frequency_penalty * counts
         if self.matcher is not None:
             scores = self._allowed(scores)
         token = int(scores.argmax()) if settings.temperature == 0 else self._draw(scores)
         self.seen[token] += 1
         if self.matcher is not None:
             self.matcher.consume_token(token)
+            self._check_grammar()
         if settings.top_logprobs is None:
             return Choice(token)
         log_probs = torch.log_softmax(logits, dim=-1)
@@ -90,10 +97,15 @@ class Sampler:
         return int(probs.multinomial(1, generator=self._random))
 
     def _allowed(self, scores: torch.Tensor) -> torch.Tensor:
-        import llguidance.torch as guidance
+        """Scores with tokens that the grammar forbids at minus infinity."""
+        # Not llguidance.torch, which compiles C++ for this.
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        self._check_grammar()
+        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(scores)]).bool()
+        masked = torch.full_like(scores, float("-inf"))
+        masked[: len(allowed)][allowed] = scores[: len(allowed)][allowed]
+        return masked
 
-        mask = guidance.allocate_token_bitmask(1, scores.shape[0])
-        guidance.fill_next_token_bitmask(self.matcher, mask)
-        masked = scores[None].clone()
-        guidance.apply_token_bitmask_inplace(masked, mask)
-        return masked[0]
+    def _check_grammar(self) -> None:
+        if self.matcher.is_error():
+            raise GrammarError(str(self.matcher.get_error())[:300])

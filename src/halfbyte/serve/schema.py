@@ -26,10 +26,26 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None
+# The first fault of a list is enough: a body can hold hundreds of thousands of them.
 Ids = Annotated[
-    list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MAX_TOKENS)
+    list[Annotated[int, Field(ge=0, lt=1 << 31)]],
+    Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True),
 ]
+
+
+def _empty(given: Any) -> Any:
+    if given:
+        raise ValueError("is not supported here; leave it out or empty")
+    return given
+
+
+# What clients send though they do not use it. It may be there as long as it says nothing.
+NoList = Annotated[list[Any], AfterValidator(_empty), Field(json_schema_extra={"maxItems": 0})]
+NoDict = Annotated[
+    dict[str, Any], AfterValidator(_empty), Field(json_schema_extra={"maxProperties": 0})
+]
+Label = Annotated[str, Field(max_length=256)]
 
 
 class Strict(BaseModel):
@@ -48,11 +64,18 @@ class TextPart(Strict):
 class ChatMessage(Strict):
     """One turn."""
 
-    role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="developer is another word for system."
+    )
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64, fail_fast=True)]
     name: Annotated[str, Field(max_length=64)] | None = Field(
         None, description="Accepted; templates have no place for it."
     )
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: NoList | None = None
+    annotations: NoList | None = None
 
 
 class SchemaFormat(Strict):
@@ -75,6 +98,7 @@ class StreamOptions(Strict):
     """Whether a stream ends with the usage."""
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is padded.")
 
 
 class Generation(Strict):
@@ -93,19 +117,32 @@ class Generation(Strict):
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    user: Annotated[str, Field(max_length=256)] | None = Field(
-        None, description="Accepted, neither used nor logged."
-    )
+    logit_bias: NoDict | None = None
+    user: Label | None = Field(None, description="Accepted, neither used nor logged.")
 
 
 class ChatRequest(Generation):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+    tools: NoList | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: NoList | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
+    reasoning_effort: Literal["none"] | None = None
+    store: Literal[False] | None = None
+    metadata: Annotated[dict[str, Label], Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
 
 
 class CompletionRequest(Generation):
@@ -113,13 +150,14 @@ class CompletionRequest(Generation):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
 
 
 class ErrorBody(BaseModel):

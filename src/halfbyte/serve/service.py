@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from halfbyte.serve.text import TextStream
 from halfbyte.serve.words import Words
 
 CHARS_PER_TOKEN = 64  # longer texts than this are refused before they are tokenised
+TOO_LONG = "context_length_exceeded"
+MAX_LOGPROBS = 200_000  # that one request may be told
 Answers = asyncio.Queue[tuple[int, Event]]
 
 
@@ -69,7 +72,10 @@ class Service:
         if name not in self.served:
             known = ", ".join(self.served)
             raise RefusedError(
-                404, f"model {name[:200]!r} is not served; there are: {known}", "model"
+                404,
+                f"model {name[:200]!r} is not served; there are: {known}",
+                "model",
+                "model_not_found",
             )
         return self.served[name]
 
@@ -84,6 +90,7 @@ class Service:
                 400,
                 f"{num_chars} characters; at most {self.context(model)} tokens fit, and no token has so many",
                 param,
+                TOO_LONG,
             )
 
     def submit(
@@ -106,8 +113,19 @@ class Service:
         deadline = time.monotonic() + self.limits.answer_seconds
         sampling = _sampling(asked, top_logprobs)
         jobs: list[Job] = []
-        for prompt in prompts:
-            wanted = self._room(asked, model, len(prompt), max_tokens)
+        wanted = [self._room(asked, model, len(prompt), max_tokens) for prompt in prompts]
+        told = sum(wanted) * (asked.n or 1) * (top_logprobs or 0)
+        if told > MAX_LOGPROBS:
+            raise RefusedError(
+                400,
+                f"up to {told} log-probabilities (tokens x answers x the likeliest ones); at most"
+                f" {MAX_LOGPROBS} are told. Ask for fewer max_tokens",
+                "max_tokens",
+            )
+        first_token = self.metrics.first_token(model.name)
+        for prompt, tokens in zip(prompts, wanted, strict=True):
+            # A chat's answer begins a text of its own; a completion goes on with one.
+            lead = () if isinstance(asked, ChatRequest) else prompt
             for _ in range(asked.n or 1):
                 number = len(jobs)
                 seed = None if sampling.seed is None else sampling.seed + number
@@ -116,10 +134,10 @@ class Service:
                     prompt=prompt,
                     adapter=model.adapter,
                     sampler=Sampler(replace(sampling, seed=seed), matcher),
-                    stream=TextStream(model.words.decode, stops),
-                    max_tokens=wanted,
+                    stream=TextStream(model.words.decode, stops, lead),
+                    max_tokens=tokens,
                     stop_ids=model.words.stop_ids,
-                    emit=_sender(answers, number),
+                    emit=_sender(answers, number, first_token),
                     deadline=deadline,
                 )
                 jobs.append(job)
@@ -142,6 +160,7 @@ class Service:
                 400,
                 f"the prompt has {num_prompt} tokens; with an answer at most {self.context(model)} fit",
                 "messages" if isinstance(asked, ChatRequest) else "prompt",
+                TOO_LONG,
             )
         if max_tokens is not None and max_tokens > room:
             raise RefusedError(
@@ -149,13 +168,18 @@ class Service:
                 f"max_tokens {max_tokens}: after {num_prompt} tokens of the prompt there is room for {room}",
                 "max_tokens",
             )
-        return min(max_tokens or self.limits.default_tokens, room)
+        return max_tokens or room
 
 
-def _sender(answers: Answers, number: int) -> Any:
+def _sender(answers: Answers, number: int, first_token: Callable[[float], None]) -> Any:
     loop = asyncio.get_running_loop()
+    start, begun = time.monotonic(), False
 
     def emit(event: Event) -> None:
+        nonlocal begun
+        if event.choices and not begun:
+            begun = True
+            first_token(time.monotonic() - start)
         # A loop that has closed has nobody who waits.
         if not loop.is_closed():
             loop.call_soon_threadsafe(answers.put_nowait, (number, event))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 BROKEN = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 LOOK_BACK = 8  # tokens before the new ones, whose text decides how those begin
@@ -17,12 +17,20 @@ class TextStream:
     Args:
         decode: ids to text, control tokens left out.
         stops: strings that end the text; they are not part of it.
+        lead: ids before the text, where it goes on with one: some tokenizers drop the first space.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stops: tuple[str, ...] = (),
+        lead: Sequence[int] = (),
+    ) -> None:
         self._decode, self._stops = decode, stops
-        self._ids: list[int] = []
-        self._read = 0  # ids whose text is in
+        self._ids = list(lead[-LOOK_BACK:])
+        if decode(self._ids).endswith(BROKEN):
+            self._ids = []
+        self._read = len(self._ids)  # ids whose text is in
         self._held = ""
         self.stopped = False
 

@@ -14,6 +14,7 @@ from halfbyte.model.trained import trained_base
 from halfbyte.run_dir import RunDir, read_json
 from halfbyte.serve.asked import Asked
 
+OURS = ("--host", "--port", "--api-key")
 KEY_VARIABLE = "VLLM_API_KEY"  # in the environment it is not seen by every user, as a flag would be
 
 
@@ -28,6 +29,11 @@ def vllm_command(
         RunError: an adapter is not exported, or runs have different bases.
         UserError: models that vLLM cannot serve together.
     """
+    ours = [flag for flag in more if flag.partition("=")[0] in OURS]
+    if ours:
+        raise UserError(
+            f"{' '.join(ours)} behind --: give it before --, so that an address that others reach needs a key"
+        )
     runs = [one for one in asked if one.is_run]
     if not runs and len(asked) > 1:
         raise UserError("--engine vllm serves one model, or runs on one base; start one for each")

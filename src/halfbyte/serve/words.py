@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import DataError
+from halfbyte.serve.text import BROKEN
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _byte_of_char() -> dict[str, int]:
+    """How byte-level BPE writes bytes: visible Latin-1 characters as they are, others from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    shown = {chr(byte): byte for byte in visible}
+    return shown | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+BYTES = _byte_of_char()
 
 
 class Words:
@@ -21,6 +36,7 @@ class Words:
     def __init__(self, renderer: Renderer, vocab_size: int) -> None:
         self.renderer, self.vocab_size = renderer, vocab_size
         self.stop_ids = frozenset(renderer.stop_ids)
+        self._pieces: dict[int, tuple[str, bytes]] = {}
 
     def chat(self, messages: tuple[Message, ...]) -> list[int]:
         """Ids of a generation prompt.
@@ -42,9 +58,34 @@ class Words:
             )
         )
 
-    def piece(self, token: int) -> str:
-        """One token as text, control tokens too."""
-        return str(self.renderer.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    def piece(self, token: int) -> tuple[str, bytes]:
+        """One token as text, control tokens too, and its bytes, which may be half a character."""
+        if token not in self._pieces:
+            self._pieces[token] = self._piece(token)
+        return self._pieces[token]
+
+    def _piece(self, token: int) -> tuple[str, bytes]:
+        tokenizer = self.renderer.tokenizer
+
+        def decode(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+        # Behind another token: some tokenizers drop the space that a text begins with.
+        lead = decode([self._anchor])
+        text = decode([self._anchor, token])[len(lead) :]
+        if BROKEN not in text:
+            return text, text.encode()
+        name = str(tokenizer.convert_ids_to_tokens(token))
+        if BYTE.fullmatch(name):  # SentencePiece's byte fallback
+            return text, bytes([int(name[3:5], 16)])
+        if all(char in BYTES for char in name):
+            return text, bytes(BYTES[char] for char in name)
+        return text, text.encode()
+
+    @functools.cached_property
+    def _anchor(self) -> int:
+        """A token of plain text."""
+        return int(self.renderer.tokenizer("a", add_special_tokens=False)["input_ids"][-1])
 
     def matcher(self, schema: dict[str, Any]) -> Any:
         """A grammar's state for answers of a JSON schema (llguidance's).
