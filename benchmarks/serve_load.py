@@ -2,13 +2,15 @@
 
 python benchmarks/serve_load.py runs/quickstart --minutes 30 --out benchmarks/results/serve_load_cpu_smollm2
 
-The server is ended by SIGTERM under load; answers that run by then must come, and it must exit with 0.
+The server is ended by SIGTERM under load. Ends with 1, and says why, where an answer is another one than it
+must be, /health is slow, memory grows, or the server does not end in peace.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import re
 import signal
@@ -19,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -28,6 +31,17 @@ from halfbyte.run_dir import provenance
 CLIENTS = 12
 HEALTH_EVERY_S = 0.25
 WARM_UP_FRAC = 0.1  # of the time: until then buffers and threads are made
+DRAWN_S = 0.5  # by which requests that were begun have reached the server
+MAX_HEALTH_S = 0.1  # at the 99th percentile
+MAX_GROWTH = 1.05  # of memory, from the first to the last tenth of the time after the warm-up
+# What each kind may end with.
+RIGHT: dict[str, set[int | str]] = {
+    "chat": {200},
+    "json": {200},
+    "stream": {"whole"},
+    "vanish": {"gone", "whole"},
+    "health": {200},
+}
 BAD = (
     b"{",
     b'{"model": "nobody", "messages": []}',
@@ -47,17 +61,26 @@ class Load:
         self.health: list[float] = []
         self.rss: list[tuple[float, int]] = []
         self.ended = threading.Event()
+        self.wrong: Counter[str] = Counter()
+
+    def note(self, kind: str, end: int | str) -> None:
+        """How a request ended, and whether it may."""
+        self.seen[f"{kind}: {end}"] += 1
+        refused = kind == "bad" and isinstance(end, int) and 400 <= end < 500
+        if not refused and end not in RIGHT.get(kind, ()):
+            self.wrong[f"{kind}: {end}"] += 1
 
     def client(self, seed: int) -> None:
         """One of many, until the end."""
         drawn = random.Random(seed)
         with httpx.Client(timeout=300) as http:
             while not self.ended.is_set():
-                kind = drawn.choices(("chat", "stream", "vanish", "bad"), (4, 3, 2, 1))[0]
+                kinds = ("chat", "json", "stream", "vanish", "bad")
+                (kind,) = drawn.choices(kinds, (4, 1, 3, 2, 1))
                 try:
-                    self.seen[f"{kind}: {self.once(http, kind, drawn)}"] += 1
+                    self.note(kind, self.once(http, kind, drawn))
                 except httpx.HTTPError as error:
-                    self.seen[f"{kind}: {type(error).__name__}"] += 1
+                    self.note(kind, type(error).__name__)
 
     def once(self, http: httpx.Client, kind: str, drawn: random.Random) -> int | str:
         """One request of a kind."""
@@ -74,9 +97,13 @@ class Load:
             "messages": [{"role": "user", "content": text}],
             "max_tokens": drawn.choice((4, 16, 64)),
             "temperature": drawn.choice((0, 1)),
-            "stream": kind != "chat",
+            "stream": kind in ("stream", "vanish"),
         }
-        if kind == "chat":
+        if drawn.random() < 0.3:
+            asked |= {"logprobs": True, "top_logprobs": drawn.choice((0, 5, 20))}
+        if kind == "json":
+            asked["response_format"] = {"type": "json_object"}
+        if not asked["stream"]:
             return http.post(url, json=asked).status_code
         with http.stream("POST", url, json=asked) as reply:
             for number, line in enumerate(reply.iter_lines()):
@@ -86,19 +113,7 @@ class Load:
                     return "whole"
         return f"cut after {reply.status_code}"
 
-    def watch(self) -> None:
-        """How fast /health answers, and the memory, until the end."""
-        start = time.monotonic()
-        with httpx.Client(timeout=30) as http:
-            while not self.ended.is_set():
-                begun = time.perf_counter()
-                status = http.get(f"{self.url}/health").status_code
-                self.health.append(time.perf_counter() - begun)
-                self.seen[f"health: {status}"] += 1
-                self.rss.append((time.monotonic() - start, self.process.memory_info().rss))
-                time.sleep(HEALTH_EVERY_S)
-
-    def figures(self, seconds: float) -> dict[str, object]:
+    def figures(self, seconds: float) -> dict[str, Any]:
         """All of it."""
         settled = [rss for at, rss in self.rss if at > WARM_UP_FRAC * seconds]
         tenth = max(1, len(settled) // 10)
@@ -120,17 +135,42 @@ class Load:
         }
 
     def run(self, seconds: float) -> None:
-        """Clients and the watch; at the end the server is told to stop while they ask on."""
+        """Clients and the watch; at the end the server is told to stop while answers are being made."""
+        apart = multiprocessing.get_context("spawn")
+        queue, stop = apart.Queue(), apart.Event()
+        watcher = apart.Process(target=watch, args=(self.url, self.process.pid, stop, queue))
+        watcher.start()
         clients = [threading.Thread(target=self.client, args=(seed,)) for seed in range(CLIENTS)]
-        watch = threading.Thread(target=self.watch)
-        for thread in (watch, *clients):
+        for thread in clients:
             thread.start()
         time.sleep(seconds)
+        stop.set()
+        self.health, self.rss, statuses = queue.get(timeout=60)
+        for status in statuses:
+            self.note("health", status)
+        watcher.join(60)
         self.metrics = httpx.get(f"{self.url}/metrics").text
         self.ended.set()
+        time.sleep(DRAWN_S)
         self.process.send_signal(signal.SIGTERM)
-        for thread in (watch, *clients):
+        for thread in clients:
             thread.join(300)
+
+
+def watch(url: str, pid: int, stop: Any, queue: Any) -> None:
+    """How fast /health answers, and the memory, until the end; a process of its own, which no client slows."""
+    process, start = psutil.Process(pid), time.monotonic()
+    health: list[float] = []
+    rss: list[tuple[float, int]] = []
+    statuses: list[int] = []
+    with httpx.Client(timeout=30) as http:
+        while not stop.is_set():
+            begun = time.perf_counter()
+            statuses.append(http.get(f"{url}/health").status_code)
+            health.append(time.perf_counter() - begun)
+            rss.append((time.monotonic() - start, process.memory_info().rss))
+            time.sleep(HEALTH_EVERY_S)
+    queue.put((health, rss, statuses))
 
 
 def main() -> None:
@@ -151,11 +191,29 @@ def main() -> None:
     load = Load(found.group(1), psutil.Process(server.pid))
     load.run(60 * arguments.minutes)
     figures = {"command": sys.argv, **load.figures(60 * arguments.minutes)}
-    figures |= {"exit": server.wait(60), "engine errors": log.read_text().count("engine: ")}
+    figures |= {"exit": server.wait(60), "engine errors": log.read_text().count("engine")}
+    figures["faults"] = faults(load, figures)
     print(json.dumps(figures, indent=1))
     if arguments.out:
         record = {**figures, **provenance()}
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    if figures["faults"]:
+        sys.exit("; ".join(figures["faults"]))
+
+
+def faults(load: Load, figures: dict[str, Any]) -> list[str]:
+    """What must not be."""
+    rss, p99 = figures["rss_mb"], figures["health_ms"]["p99"]
+    checks = {
+        f"answers that are wrong: {dict(load.wrong)}": not load.wrong,
+        f"/health took {p99:.0f} ms at the 99th percentile": p99 <= 1e3 * MAX_HEALTH_S,
+        f"memory grew from {rss['first tenth']:.0f} to {rss['last tenth']:.0f} MB": (
+            rss["last tenth"] <= MAX_GROWTH * rss["first tenth"]
+        ),
+        f"exit code {figures['exit']}": figures["exit"] == 0,
+        f"{figures['engine errors']} errors of the engine": not figures["engine errors"],
+    }
+    return [told for told, is_right in checks.items() if not is_right]
 
 
 if __name__ == "__main__":

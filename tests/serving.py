@@ -43,7 +43,9 @@ class Process:
 def serving(log: Path, *arguments: object, keys: str = "") -> Iterator[Process]:
     """Start eval/serve.py on a free port, wait until it serves, and end it at last."""
     command = [sys.executable, str(ROOT / "eval" / "serve.py"), *map(str, arguments), "--port", "0"]
-    environment = dict(os.environ) | {"HALFBYTE_API_KEYS": keys, "OMP_NUM_THREADS": "2"}
+    # Nothing may want to compile: an image for servers has no compiler.
+    told = {"HALFBYTE_API_KEYS": keys, "OMP_NUM_THREADS": "2", "CXX": "/nonexistent"}
+    environment = dict(os.environ) | told
     with log.open("w") as stream:
         popen = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, text=True, env=environment

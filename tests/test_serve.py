@@ -78,8 +78,9 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
     models = {model.id: model for model in client.models.list()}
     assert list(models) == ["base", "first", "other"]
     assert client.models.retrieve("other").id == "other"
-    with pytest.raises(openai.NotFoundError, match="there are: base, first, other"):
+    with pytest.raises(openai.NotFoundError, match="there are: base, first, other") as refused:
         ask(client, "gpt-4", "Hello")
+    assert refused.value.code == "model_not_found"
 
 
 def test_base_and_adapters_answer_as_evaluation_does(
@@ -169,9 +170,63 @@ def test_json_mode_gives_json(client: openai.OpenAI) -> None:
         ask(client, "base", "x", response_format=broken)
 
 
+def test_a_form_that_cannot_be_followed_is_told_not_cut(client: openai.OpenAI) -> None:
+    """A grammar with too many ways onward fails while the answer is made."""
+    properties = {f"name_{number}": {"type": "integer"} for number in range(8000)}
+    schema = {"type": "object", "properties": properties}
+    form = {"type": "json_schema", "json_schema": {"name": "wide", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        ask(client, "base", ASKED[4], response_format=form)
+    assert ask(client, "base", ASKED[4]).choices[0].finish_reason in ("stop", "length")
+
+
+def test_fields_that_say_nothing_are_taken(client: openai.OpenAI) -> None:
+    nothing: dict[str, Any] = {
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "logit_bias": {},
+        "functions": None,
+        "store": False,
+        "metadata": {"from": "a test"},
+        "service_tier": "auto",
+    }
+    plain: list[Any] = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hello"},
+    ]
+    spelt: list[Any] = [
+        {"role": "developer", "content": "Be short.", "name": "x"},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}], "tool_calls": []},
+    ]
+    told = [
+        client.chat.completions.create(
+            model="base", messages=messages, max_tokens=6, extra_body=more
+        )
+        for messages, more in ((plain, {}), (spelt, nothing))
+    ]
+    assert told[0].choices[0].message.content == told[1].choices[0].message.content
+    assert told[0].usage
+    assert told[1].usage
+    assert told[0].usage.prompt_tokens == told[1].usage.prompt_tokens
+    tool = {"type": "function", "function": {"name": "look_up"}}
+    with pytest.raises(openai.BadRequestError, match=r"tools: .*not supported"):
+        ask(client, "base", "Hello", tools=[tool])
+
+
+def test_lengths_that_are_not_asked_for_are_openais(client: openai.OpenAI) -> None:
+    made = client.completions.create(model="base", prompt="The heart", temperature=1, seed=3)
+    assert made.usage
+    assert made.usage.completion_tokens == 16 or made.choices[0].finish_reason == "stop"
+    hot = ask(client, "base", "Hello", max_tokens=None, temperature=2, seed=1)
+    if hot.choices[0].finish_reason == "length":
+        assert hot.usage.total_tokens == 512
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"n": 8, "max_tokens": 2000, "logprobs": True, "top_logprobs": 20}, "there is room for"),
         ({"max_tokens": 5000}, "there is room for"),
         ({"max_tokens": 0}, "greater than or equal to 1"),
         ({"temperature": 3}, "less than or equal to 2"),
@@ -188,8 +243,9 @@ def test_wrong_settings_are_told(client: openai.OpenAI, options: dict[str, Any],
 
 
 def test_a_conversation_that_does_not_fit_is_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="with an answer at most 512 fit"):
+    with pytest.raises(openai.BadRequestError, match="with an answer at most 512 fit") as refused:
         ask(client, "base", "heart attack " * 400)
+    assert refused.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="no token has so many"):
         ask(client, "base", "x" * 40_000)
 
@@ -213,6 +269,7 @@ def test_metrics_and_health(server: Process, client: openai.OpenAI) -> None:
     text = httpx.get(f"{server.url}/metrics").text
     assert 'halfbyte_requests_total{route="/v1/chat/completions",status="200"}' in text
     assert "halfbyte_generated_tokens_total" in text
+    assert 'halfbyte_first_token_seconds_count{model="base"}' in text
     assert httpx.get(f"{server.url}/health").text == "ok"
     ready = httpx.get(f"{server.url}/ready", headers={"x-request-id": "mine-1"})
     assert ready.text == "ready"
@@ -259,9 +316,14 @@ def test_only_listed_origins_may_read(guarded: Process) -> None:
     for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
         reply = httpx.get(f"{guarded.url}/v1/models", headers={**auth, "origin": origin})
         assert (reply.headers.get("access-control-allow-origin") == origin) is allowed
+        wanted = "authorization,content-type,x-stainless-os"  # OpenAI's own client adds such
         asked = {"origin": origin, "access-control-request-method": "POST"}
+        asked["access-control-request-headers"] = wanted
         preflight = httpx.options(f"{guarded.url}/v1/chat/completions", headers=asked)
         assert (preflight.status_code == 204) is allowed
+        assert (preflight.headers.get("access-control-allow-headers") == wanted) is allowed
+        exposed = reply.headers.get("access-control-expose-headers", "")
+        assert ("x-request-id" in exposed) is allowed
         assert "access-control-allow-credentials" not in preflight.headers
 
 

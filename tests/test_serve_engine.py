@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from halfbyte.model.trained import saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
 from halfbyte.serve.engine import Engine, Event, Job
 from halfbyte.serve.lanes import Lane, LaneModel
-from halfbyte.serve.mixed import mix_adapters
+from halfbyte.serve.mixed import MixedLinear, mix_adapters
 from halfbyte.serve.sampling import Sampler, Sampling
 from halfbyte.serve.text import TextStream
 
@@ -269,3 +269,168 @@ def test_text_comes_whole_and_without_stop_strings(stops: tuple[str, ...], expec
     pieces.append(stream.flush())
     assert "".join(pieces) == expected
     assert "\ufffd" not in "".join(pieces)
+
+
+# --- scheduling and faults, on a backend that computes nothing ---
+
+
+class Counting:
+    """A backend that names as the next token the number of tokens of the lane's slot."""
+
+    num_slots, max_context, vocab_size, can_copy, cache_bytes = 4, 10_000, 50, False, 0
+
+    def __init__(self) -> None:
+        self.broken: set[str] = set()
+
+    def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
+        """As ``Backend.run``."""
+        self._may("run")
+        return torch.nn.functional.one_hot(
+            torch.tensor([lane.end % self.vocab_size for lane in lanes]), self.vocab_size
+        ).float()
+
+    def keep(self, slot: int, length: int) -> int:
+        """As ``Backend.keep``."""
+        self._may("keep")
+        return length
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Never called."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """As ``Backend.forget``."""
+        self._may("forget")
+
+    def _may(self, what: str) -> None:
+        if what in self.broken:
+            raise RuntimeError(f"{what} is broken")
+
+
+def counted(prompt: list[int], max_tokens: int, emit: Any) -> Job:
+    stream = TextStream(lambda ids: "".join(chr(97 + token % 26) for token in ids))
+    return Job(
+        prompt,
+        None,
+        Sampler(Sampling()),
+        stream,
+        max_tokens,
+        frozenset(),
+        emit,
+        time.monotonic() + 60,
+    )
+
+
+def test_no_prompt_waits_for_those_that_came_later() -> None:
+    """Long prompts from steady clients: whoever came first is computed first, in whatever slot."""
+    engine = Engine(Counting(), max_waiting=100)
+    begun: list[int] = []
+
+    def ask(number: int) -> None:
+        if number >= 200:
+            return
+
+        def emit(event: Event) -> None:
+            if event.choices:
+                begun.append(number)
+            if event.finish_reason:
+                ask(number + Counting.num_slots)  # a client asks again at once
+
+        # Each begins differently, and is longer than what a pass takes of prompts.
+        engine.submit([counted([number % 7, *range(700)], 1, emit)])
+
+    for number in range(Counting.num_slots):
+        ask(number)
+    while engine.num_waiting or engine.num_running:
+        engine._turn()
+    assert sorted(begun) == list(range(200))
+    late = [abs(place - number) for place, number in enumerate(begun)]
+    assert max(late) <= Counting.num_slots
+
+
+def test_what_is_wrong_with_one_answer_ends_no_other(served: Run, engine: Engine) -> None:
+    class Broken:
+        def compute_bitmask(self) -> bytes:
+            raise RuntimeError("broken")
+
+    good, events = make_job(served, served.prompts[0], None)
+    bad, faults = make_job(served, served.prompts[1], None)
+    bad.sampler.matcher = Broken()
+    engine.submit([good, bad])
+    assert finish(faults)[2] == "error"
+    ids, _, reason = finish(events)
+    assert reason in ("stop", "length")
+    assert ids == served.plain[None][0]
+    assert engine.failure is None
+
+
+@pytest.mark.parametrize("part", ["run", "keep"])
+def test_a_model_that_fails_again_and_again_is_given_up(part: str) -> None:
+    backend = Counting()
+    backend.broken = {part}
+    engine = Engine(backend, max_waiting=100)
+    events: queue.Queue[Event] = queue.Queue()
+    jobs = [counted([1, 2, number], 2, events.put) for number in range(12)]
+    assert engine.submit(jobs)
+    engine.start()
+    ends = [events.get(timeout=20).finish_reason for _ in jobs]
+    assert set(ends) == {"error"}
+    engine._thread.join(20)
+    assert engine.failure is not None
+    assert "RuntimeError in 3 passes in a row" in engine.failure
+    assert not engine.submit([counted([1], 1, events.put)])
+    assert engine.num_waiting == engine.num_running == 0
+
+
+def test_a_model_that_cannot_begin_anew_is_given_up_at_once() -> None:
+    backend = Counting()
+    backend.broken = {"run", "forget"}
+    engine = Engine(backend, max_waiting=100)
+    events: queue.Queue[Event] = queue.Queue()
+    engine.submit([counted([1, 2], 2, events.put)])
+    engine.start()
+    assert events.get(timeout=20).finish_reason == "error"
+    engine._thread.join(20)
+    assert engine.failure is not None
+    assert "in 1 passes" in engine.failure
+
+
+def test_a_fault_that_passes_is_forgotten() -> None:
+    backend = Counting()
+    engine = Engine(backend, max_waiting=100)
+    engine.start()
+    for broken in (set(), {"run"}, set(), {"run"}, set(), {"run"}, set(), {"run"}, set()):
+        backend.broken = broken
+        events: queue.Queue[Event] = queue.Queue()
+        assert engine.submit([counted([1, 2, 3], 2, events.put)])
+        assert finish(events)[2] == ("error" if broken else "length")
+    assert engine.failure is None
+    engine.stop()
+
+
+def test_layers_with_another_state_are_refused() -> None:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    with pytest.raises(ModelError, match="layers of the kind conv"):
+        LaneModel(Lfm2ForCausalLM(config), num_slots=2, max_context=64, dtype=torch.float32)
+
+
+def test_an_adapter_changes_its_own_tokens_alone_in_experts_too() -> None:
+    layer = MixedLinear(torch.nn.Linear(4, 4))
+    layer.lora = {"one": (torch.ones(4, 2), torch.ones(2, 4))}
+    layer.ranges = [("one", slice(2, 5))]
+    x = torch.randn(6, 4)
+    with torch.no_grad():
+        flat, rows, plain = layer(x), layer(x[None])[0], layer.base(x)
+    torch.testing.assert_close(flat, rows)
+    changed = (flat - plain).abs().amax(dim=1) > 1e-3
+    assert changed.tolist() == [False, False, True, True, True, False]

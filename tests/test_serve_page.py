@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -127,6 +128,27 @@ def test_an_answer_can_be_stopped_and_begun_anew(page: Any) -> None:
     assert max(page.evaluate(PIECES)) < 400
     page.click("#anew")
     assert page.evaluate("document.querySelectorAll('.turn').length") == 0
+
+
+def test_a_conversation_begun_anew_while_an_answer_comes_holds_nothing_of_it(page: Any) -> None:
+    page.click("details summary")
+    page.fill("#tokens", "400")
+    page.fill("#temperature", "2")
+    sent: list[str] = []
+    page.on("request", lambda made: sent.append(made.post_data or ""))
+    ask(page, "Tell a very long story")
+    once(page, f"Math.min(...{PIECES}) > 1", "document.getElementById('anew').click()")
+    wait(page, DONE)
+    assert page.evaluate("document.querySelectorAll('.turn').length") == 0
+    sent.clear()
+    page.fill("#tokens", "4")
+    ask(page, "Something else")
+    wait(page, f"Math.min(...{PIECES}) > 0")
+    wait(page, DONE)
+    bodies = [json.loads(text) for text in sent if text]
+    assert len(bodies) == 2
+    for body in bodies:
+        assert body["messages"] == [{"role": "user", "content": "Something else"}]
 
 
 def test_an_error_is_told_and_the_question_stays_askable(page: Any) -> None:
