@@ -140,7 +140,10 @@ class Load:
         queue, stop = apart.Queue(), apart.Event()
         watcher = apart.Process(target=watch, args=(self.url, self.process.pid, stop, queue))
         watcher.start()
-        clients = [threading.Thread(target=self.client, args=(seed,)) for seed in range(CLIENTS)]
+        clients = [
+            threading.Thread(target=self.client, args=(seed,), daemon=True)
+            for seed in range(CLIENTS)
+        ]
         for thread in clients:
             thread.start()
         time.sleep(seconds)
@@ -162,11 +165,14 @@ def watch(url: str, pid: int, stop: Any, queue: Any) -> None:
     process, start = psutil.Process(pid), time.monotonic()
     health: list[float] = []
     rss: list[tuple[float, int]] = []
-    statuses: list[int] = []
+    statuses: list[int | str] = []
     with httpx.Client(timeout=30) as http:
         while not stop.is_set():
             begun = time.perf_counter()
-            statuses.append(http.get(f"{url}/health").status_code)
+            try:
+                statuses.append(http.get(f"{url}/health").status_code)
+            except httpx.HTTPError as error:
+                statuses.append(type(error).__name__)
             health.append(time.perf_counter() - begun)
             rss.append((time.monotonic() - start, process.memory_info().rss))
             time.sleep(HEALTH_EVERY_S)
@@ -188,10 +194,16 @@ def main() -> None:
         if server.poll() is not None:
             sys.exit(log.read_text())
         time.sleep(0.5)
-    load = Load(found.group(1), psutil.Process(server.pid))
-    load.run(60 * arguments.minutes)
+    try:
+        load = Load(found.group(1), psutil.Process(server.pid))
+        load.run(60 * arguments.minutes)
+        ended: int | str = server.wait(60)
+    except subprocess.TimeoutExpired:
+        ended = "none within 60 s"
+    finally:
+        server.kill()
     figures = {"command": sys.argv, **load.figures(60 * arguments.minutes)}
-    figures |= {"exit": server.wait(60), "engine errors": log.read_text().count("engine")}
+    figures |= {"exit": ended, "engine errors": log.read_text().count("engine")}
     figures["faults"] = faults(load, figures)
     print(json.dumps(figures, indent=1))
     if arguments.out:

@@ -97,15 +97,16 @@ def measure(command: list[str], model: str | None, *, both: bool) -> dict[str, f
         model: by its name there; None: the first one that it lists.
         both: every other request goes to the second one.
     """
-    with serving(command) as url:
-        models = [model or ""]
-        if model is None:
-            listed = httpx.get(f"{url}/v1/models").json()["data"]
-            models = [one["id"] for one in listed][: 1 + both]
+    with tempfile.TemporaryDirectory() as scratch, serving(command, Path(scratch)) as (url, log):
         try:
+            models = [model or ""]
+            if model is None:
+                listed = httpx.get(f"{url}/v1/models").json()["data"]
+                models = [one["id"] for one in listed][: 1 + both]
             return speeds(url, models)
         except (httpx.HTTPError, KeyError, RuntimeError) as error:
-            return {"failed": f"{type(error).__name__}: {error}"[:300]}
+            said = log.read_text(errors="replace").strip().splitlines()[-1:]
+            return {"failed": f"{type(error).__name__}: {error}; {' '.join(said)}"[:300]}
 
 
 def speeds(url: str, models: list[str]) -> dict[str, float | str]:
@@ -173,13 +174,13 @@ def table(results: dict[str, dict[str, float | str]]) -> str:
 
 
 @contextlib.contextmanager
-def serving(command: list[str]) -> Iterator[str]:
-    """Start a server, wait until it is healthy, and end it."""
-    url = "http://127.0.0.1:8131"
-    with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": cache}
+def serving(command: list[str], scratch: Path) -> Iterator[tuple[str, Path]]:
+    """Start a server, wait until it is healthy, and end it; its address and its log."""
+    url, log = "http://127.0.0.1:8131", scratch / "log"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(scratch)}
+    with log.open("w") as stream:
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, env=environment, stdout=stream, stderr=subprocess.STDOUT
         )
         try:
             until = time.monotonic() + START_S
@@ -188,7 +189,7 @@ def serving(command: list[str]) -> Iterator[str]:
                     if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
                         break
                 time.sleep(0.5)
-            yield url
+            yield url, log
         finally:
             process.terminate()
             try:

@@ -25,6 +25,7 @@ def compose(name: str = "compose.yaml") -> dict[str, Any]:
 def test_dashboard_shows_figures_that_the_server_has() -> None:
     metrics = Metrics([])
     metrics.told("/v1/models", 200, 0.1)
+    metrics.first_token("base")(0.1)
     told = set(re.findall(r"^(\w+)(?:\{\S+\})? ", metrics.text().decode(), re.MULTILINE))
     board = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
     asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]

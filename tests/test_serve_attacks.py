@@ -104,7 +104,7 @@ BROKEN: dict[str, bytes] = {
     "negative length": json.dumps(body(max_tokens=-1)).encode(),
     "huge length": json.dumps(body(max_tokens=2**63)).encode(),
     "a number of 5,000 digits": b'{"model": "first", "seed": ' + b"9" * 5000 + b"}",
-    "300,000 wrong tokens": json.dumps(body(prompt=[[-1] * 20_000] * 15)).encode(),
+    "100,000 unknown fields": json.dumps(body(**{f"a{n}": 0 for n in range(90_000)})).encode(),
     "a million answers": json.dumps(body(n=10**6)).encode(),
     "5,000 stops": json.dumps(body(stop=["x"] * 5000)).encode(),
     "empty stop": json.dumps(body(stop="")).encode(),
@@ -134,6 +134,14 @@ def test_broken_requests_are_told_what_is_wrong(server: Process, name: str) -> N
     reply = httpx.post(server.url + CHAT, content=BROKEN[name], headers=headers, timeout=120)
     assert 400 <= reply.status_code < 500, reply.text
     assert reply.json()["error"]["message"]
+    assert is_alive(server)
+
+
+def test_many_wrong_tokens_are_told_once(server: Process) -> None:
+    asked = {"model": "first", "prompt": [[-1] * 20_000] * 15}
+    reply = httpx.post(server.url + "/v1/completions", json=asked, timeout=120)
+    assert reply.status_code == 400
+    assert "prompt" in reply.json()["error"]["message"]
     assert is_alive(server)
 
 

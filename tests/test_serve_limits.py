@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 import time
+import types
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ from pydantic import ValidationError
 
 from halfbyte.errors import ModelError
 from halfbyte.serve import limits
-from halfbyte.serve.limits import PatientProtocol
+from halfbyte.serve.limits import Limits, PatientProtocol
 from halfbyte.serve.opening import Options, _slots
+from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.schema import ChatRequest, CompletionRequest
+from halfbyte.serve.server import serve
+from halfbyte.serve.service import Service
 
 
 def test_a_body_full_of_faults_is_refused_by_its_first_ones() -> None:
@@ -24,6 +28,11 @@ def test_a_body_full_of_faults_is_refused_by_its_first_ones() -> None:
     with pytest.raises(ValidationError) as refused:
         CompletionRequest.model_validate({"model": "m", "prompt": bad})
     assert len(refused.value.errors()) < 60
+    unknown = {f"field {number}": number for number in range(100_000)}
+    for body in ({"metadata": unknown}, unknown, {"messages": [unknown]}):
+        with pytest.raises(ValidationError) as refused:
+            ChatRequest.model_validate({"model": "m", "messages": [], **body})
+        assert len(refused.value.errors()) < 5
     messages = [{"role": "nobody", "content": 1, "more": 2}] * 250
     with pytest.raises(ValidationError) as refused:
         ChatRequest.model_validate({"model": "m", "messages": messages})
@@ -63,6 +72,7 @@ def test_a_client_that_does_not_read_is_let_go(monkeypatch: pytest.MonkeyPatch) 
                 assert not ended.is_set()  # one that reads is served on
             else:
                 assert ended.wait(20)
+        assert ended.wait(20)  # of this connection, before the next one begins
     server.should_exit = True
     thread.join(20)
 
@@ -76,3 +86,30 @@ def test_as_many_slots_as_half_of_the_free_memory_holds() -> None:
         _slots(Options(), "m", 4096, 1000, 1_500)
     with pytest.raises(ModelError):
         _slots(Options(), "m", 4096, 1000, -5)
+
+
+def test_a_lost_model_ends_the_server_with_an_error() -> None:
+    class Lost:
+        failure, num_waiting, num_running = "it is lost", 0, 0
+
+        def start(self) -> None:
+            """Nothing to do."""
+
+        stop = cancel_all = start
+
+    service = Service([], Limits())
+    service.engines = [Lost()]  # type: ignore[list-item]
+    with pytest.raises(ModelError, match="it is lost"):
+        serve(service, "127.0.0.1", 0, 1.0)
+
+
+def test_log_probabilities_of_a_request_are_bounded() -> None:
+    asked = ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "x"}], "n": 8}
+    )
+    backend = types.SimpleNamespace(max_context=4096)
+    model = types.SimpleNamespace(name="m", engine=types.SimpleNamespace(backend=backend))
+    service = Service([], Limits())
+    for top in (0, 20):
+        with pytest.raises(RefusedError, match="at most 200000 are told"):
+            service.submit(asked, model, [[1] * 10] * 8, None, top)  # type: ignore[arg-type]

@@ -211,6 +211,13 @@ def mapped_blocks() -> Iterator[None]:
         mallopt(M_TRIM_THRESHOLD, 2 * MOST_MAPPED_BYTES)
 
 
+def trim_heap() -> None:
+    """Give freed blocks back to the system, holes among used ones too (malloc_trim(3)); glibc alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def release_pages() -> None:
     """Give back what loading has left resident: pages of checkpoints that were read, freed blocks.
 
@@ -225,6 +232,4 @@ def release_pages() -> None:
         if line.endswith(".safetensors"):
             start, end = (int(number, 16) for number in line.split()[0].split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
-    trim = getattr(libc, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_heap()

@@ -192,8 +192,6 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype) -> None:
     for name, layer in list(model.named_modules()):
         if getattr(getattr(layer, "weight", None), "quant_state", None) is None:
             continue
-        if hasattr(layer, "base_layer"):  # PEFT's, which shows its base's weight as its own
-            continue
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(plain_weight(layer, dtype), requires_grad=False)
         if layer.bias is not None:

@@ -17,13 +17,14 @@ from typing import Literal
 
 import torch
 
+from halfbyte.model.host import trim_heap
 from halfbyte.serve.lanes import Backend, Lane
 from halfbyte.serve.sampling import Choice, GrammarError, Sampler
 from halfbyte.serve.text import TextStream
 
 PROMPT_TOKENS = 512  # of prompts in one pass, so that running answers go on
+TRIM_S = 30.0  # after which freed memory is given back: passes of all lengths leave holes
 MIN_SHARED = 16  # tokens worth copying or waiting for
-MAX_FAILED = 3  # passes in a row, after which the model is given up
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "grammar", "error"]
 
 
@@ -101,7 +102,8 @@ class Counts:
     generated_tokens: int = 0
     passes: int = 0
     lanes: int = 0
-    errors: int = 0
+    failed_passes: int = 0
+    failed_answers: int = 0
 
 
 class Engine:
@@ -117,8 +119,8 @@ class Engine:
         self.counts = Counts()
         self.slots = [Slot(number) for number in range(backend.num_slots)]
         self._given_up: str | None = None
-        self._failed = 0  # passes in a row
         self._placed = 0
+        self._trimmed = time.monotonic()
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -191,24 +193,23 @@ class Engine:
             job.emit(Event(finish_reason="cancelled" if self._stopping else "error"))
 
     def _recovers(self, error: Exception) -> bool:
-        """End what is running: what the cache holds is not known any more."""
-        self.counts.errors += 1
-        self._failed += 1
+        """End what is running, as what the cache holds is not known any more; whether the model goes on."""
+        self.counts.failed_passes += 1
         print(f"engine: {type(error).__name__}: {error}", flush=True)
         for slot in self.slots:
             if slot.job is not None:
                 slot.job.emit(Event(finish_reason="error"))
             slot.job, slot.tokens, slot.todo = None, [], []
-        told = f"{type(error).__name__} in {self._failed} passes in a row"
         try:
+            # Was it that request, or is it all of them, such as where a CUDA context is lost?
             self.backend.forget()
-        except Exception as second:  # such as a CUDA context that is lost
-            told, self._failed = f"{type(second).__name__} after {told}", MAX_FAILED
-        if self._failed >= MAX_FAILED:
+            self.backend.run([Lane(0, None, [0], 0)])
+            self.backend.forget()
+        except Exception as second:
             with self._wake:
-                self._given_up = told
-            return False
-        return True
+                self._given_up = f"{type(second).__name__}: {second}"
+            print(f"engine: given up: {self._given_up}", flush=True)
+        return self._given_up is None
 
     def _turn(self) -> None:
         """Admit, one pass, hand out."""
@@ -218,7 +219,6 @@ class Engine:
         if not lanes:
             return
         logits = self.backend.run([lane for _, lane in lanes])
-        self._failed = 0
         self.counts.passes += 1
         self.counts.lanes += len(lanes)
         for row, (slot, lane) in enumerate(lanes):
@@ -227,6 +227,9 @@ class Engine:
             slot.used = time.monotonic()
             if not slot.todo:
                 self._hand_out(slot, logits[row])
+        if time.monotonic() > self._trimmed + TRIM_S:
+            trim_heap()
+            self._trimmed = time.monotonic()
 
     def _drop(self) -> None:
         """Let go of jobs that nobody waits for, or whose time is up."""
@@ -254,9 +257,14 @@ class Engine:
                 break
             if self._is_being_computed(job):
                 continue
-            self._place(job)
-            with self._wake:
-                self._waiting.remove(job)
+            try:
+                self._place(job)
+            except Exception:
+                job.emit(Event(finish_reason="error"))
+                raise
+            finally:
+                with self._wake:
+                    self._waiting.remove(job)
 
     def _is_being_computed(self, job: Job) -> bool:
         if not self.backend.can_copy:
@@ -308,7 +316,7 @@ class Engine:
         except GrammarError as error:
             self._end(slot, "grammar", str(error))
         except Exception as error:
-            self.counts.errors += 1
+            self.counts.failed_answers += 1
             print(f"engine, one answer: {type(error).__name__}: {error}", flush=True)
             self._end(slot, "error")
 

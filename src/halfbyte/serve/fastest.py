@@ -56,11 +56,11 @@ def measure_ways(model: Any, ways: list[Way], num_rows: int) -> dict[Way, tuple[
 
 
 def possible_ways(
-    model: Any, dtypes: list[torch.dtype], packings: list[bool], held_bytes: int
+    model: Any, dtypes: list[torch.dtype], packings: list[bool], promised_bytes: int
 ) -> tuple[list[Way], list[Way]]:
-    """Ways that fit into memory, and those that do not; ``held_bytes`` of it are promised already."""
+    """Ways that fit into memory, and those that do not; ``promised_bytes`` are not to be had."""
     num_weights = sum(m.in_features * m.out_features for m in model.modules() if is_packed_layer(m))
-    available = (ram_bytes()[1] - held_bytes) * USABLE_FRAC
+    available = (ram_bytes()[1] - promised_bytes) * USABLE_FRAC
     fits: list[Way] = []
     too_large: list[Way] = []
     for dtype, is_packed in itertools.product(dtypes, packings if num_weights else [True]):

@@ -52,14 +52,19 @@ class Backend(Protocol):
     """What computes: a model with a number of slots.
 
     Attributes:
-        cache_bytes: keys and values of all slots when they are full.
+        device: where the cache lies.
+        unused_bytes: what it may yet take there.
     """
 
     num_slots: int
     max_context: int
     vocab_size: int
     can_copy: bool
-    cache_bytes: int
+    device: torch.device
+
+    @property
+    def unused_bytes(self) -> int:
+        """See the class."""
 
     def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
         """Logits (len(lanes), V), fp32, after the last token of each lane."""
@@ -102,7 +107,7 @@ class LaneModel:
         register()
         self.model = model
         self.num_slots, self.max_context = num_slots, max_context
-        self.cache_bytes = cache_bytes
+        self._cache_bytes = cache_bytes
         self.device = next(model.parameters()).device
         self.dtype = dtype
         text = model.config.get_text_config()
@@ -118,6 +123,11 @@ class LaneModel:
         self._cache = Cache(num_slots, dtype, self.device)
         model.set_attn_implementation(NAME)
         model.eval()
+
+    @property
+    def unused_bytes(self) -> int:
+        """As ``Backend.unused_bytes``."""
+        return max(0, self._cache_bytes - self._cache.num_bytes)
 
     @torch.inference_mode()
     def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
@@ -167,6 +177,11 @@ class Cache:
     def __init__(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_slots, self.dtype, self.device = num_slots, dtype, device
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes now."""
+        return sum(tensor.nbytes for pair in self.layers.values() for tensor in pair)
 
     def of(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, length: int

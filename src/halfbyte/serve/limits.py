@@ -234,12 +234,22 @@ class PatientProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The client does not read what is there; uvicorn waits for it."""
         super().pause_writing()
-        self._send_timer = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+        self._watch_send()
 
     def resume_writing(self) -> None:
         """It has."""
         super().resume_writing()
         self._stop_send_timer()
+
+    def _watch_send(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._send_timer = self.loop.call_later(SEND_SECONDS, self._check_send, left)
+
+    def _check_send(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_send()
+        else:
+            self.transport.abort()
 
     def _stop_send_timer(self) -> None:
         if self._send_timer is not None:

@@ -21,19 +21,17 @@ class LlamaLanes:
         model: the loaded file.
         num_slots: requests at once; each has its own stream of the cache, allocated now.
         max_context: tokens of a prompt and its answer, at most.
-        cache_bytes: what keys and values may take, which was found to be there.
 
     Raises:
         ModelError: the cache cannot be allocated.
     """
 
     can_copy = False
+    unused_bytes = 0  # llama.cpp takes its cache at once
 
-    def __init__(
-        self, model: GgufModel, *, num_slots: int, max_context: int, cache_bytes: int
-    ) -> None:
+    def __init__(self, model: GgufModel, *, num_slots: int, max_context: int) -> None:
         self.gguf, self.num_slots, self.max_context = model, num_slots, max_context
-        self.cache_bytes = cache_bytes
+        self.device = torch.device("cpu")
         self.vocab_size = model.vocab_size
         lib = model.lib
         settings = lib.llama_context_default_params()

@@ -25,7 +25,11 @@ TOTALS: dict[str, tuple[str, Callable[[Engine], int]]] = {
     "generated_tokens": ("Tokens generated.", lambda engine: engine.counts.generated_tokens),
     "passes": ("Passes of the model.", lambda engine: engine.counts.passes),
     "lanes": ("Requests in all passes; by passes: the batch.", lambda engine: engine.counts.lanes),
-    "failed_passes": ("Passes that failed.", lambda engine: engine.counts.errors),
+    "failed_passes": ("Passes that failed.", lambda engine: engine.counts.failed_passes),
+    "failed_answers": (
+        "Answers that failed and ended no other.",
+        lambda engine: engine.counts.failed_answers,
+    ),
 }
 STANDS: dict[str, tuple[str, Callable[[Engine], int]]] = {
     "running": ("Answers being made.", lambda engine: engine.num_running),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ from halfbyte.serve.words import Words
 MAX_SLOTS = 16  # where nothing else is asked for
 DEFAULT_CONTEXT = 4096
 CACHE_FRAC = 0.5  # of the available memory, for keys and values
+KERNELS = 128  # that oneDNN keeps
 PROBE = (Message("user", "Hello, what is 2 + 2?"),)
 MERGE_REPORT = "merge_report.json"
 
@@ -75,22 +78,36 @@ def open_models(asked: list[Asked], options: Options, say: Callable[[str], None]
     Raises:
         UserError: something cannot be loaded, is not what was trained, or two have one name.
     """
+    # oneDNN keeps a kernel for each shape of a product, 1,024 of them and 0.3 MB each, and passes have
+    # hundreds of lengths. Those of single tokens fit in this; making one anew takes half a millisecond.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
     # In a thread that ends: OpenMP keeps idle workers for each thread that has computed, and where they
     # and those of an engine's thread are more than cores, all of them wait in the slow way.
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_open, asked, options, say).result()
+    done: Future[list[Served]] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(_open(asked, options, say))
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = Thread(target=work, daemon=True)  # Ctrl-C need not wait for it
+    thread.start()
+    served = done.result()
+    thread.join()
+    return served
 
 
 def _open(asked: list[Asked], options: Options, say: Callable[[str], None]) -> list[Served]:
     served: list[Served] = []
     runs = [one for one in asked if one.is_run]
     for group in _by_base(runs):
-        served += _open_runs(group, options, _held_bytes(served), say)
+        served += _open_runs(group, options, served, say)
     for one in asked:
         if one.is_gguf:
-            served.append(_open_gguf(one, options, _held_bytes(served), say))
+            served.append(_open_gguf(one, options, served, say))
         elif not one.is_run:
-            served.append(_open_plain(one, options, _held_bytes(served), say))
+            served.append(_open_plain(one, options, served, say))
     names = [one.name for one in served]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -98,9 +115,10 @@ def _open(asked: list[Asked], options: Options, say: Callable[[str], None]) -> l
     return served
 
 
-def _held_bytes(served: list[Served]) -> int:
-    """What the caches of engines that are ready may yet take."""
-    return sum({id(one.engine): one.engine.backend.cache_bytes for one in served}.values())
+def _promised_bytes(served: list[Served], device: torch.device) -> int:
+    """What the caches of engines that are ready may yet take on a device."""
+    backends = {id(one.engine): one.engine.backend for one in served}.values()
+    return sum(one.unused_bytes for one in backends if one.device == device)
 
 
 @dataclass(frozen=True)
@@ -125,7 +143,7 @@ def _by_base(runs: list[Asked]) -> list[list[_OpenRun]]:
 
 
 def _open_runs(
-    group: list[_OpenRun], options: Options, held: int, say: Callable[[str], None]
+    group: list[_OpenRun], options: Options, others: list[Served], say: Callable[[str], None]
 ) -> list[Served]:
     first = group[0]
     name = base_name(first.base)
@@ -141,7 +159,7 @@ def _open_runs(
         loaded.model = adapted
     loaded.model = adapted.get_base_model()
     renderers = [saved_renderer(one.folder, one.run, one.base) for one in group]
-    backend = _lanes(loaded, options, name, held, say)
+    backend = _lanes(loaded, options, name, others, say)
     for one, renderer in zip(group, renderers, strict=True):
         told = check_canary(
             _logits(backend, _inner(one.name)), _logits(backend, None), renderer, one.folder.adapter
@@ -161,7 +179,9 @@ def _inner(name: str) -> str:
     return "run_" + name.replace(".", "_dot_")
 
 
-def _open_plain(one: Asked, options: Options, held: int, say: Callable[[str], None]) -> Served:
+def _open_plain(
+    one: Asked, options: Options, others: list[Served], say: Callable[[str], None]
+) -> Served:
     base = resolve_base(one.target)
     folder = Path(base.path)
     precision, name = options.precision, one.name or base_name(base)
@@ -174,12 +194,14 @@ def _open_plain(one: Asked, options: Options, held: int, say: Callable[[str], No
             precision = choose_compute(compute).name
     renderer = _renderer(base)
     loaded = load_as_asked(base, precision, True, compute)
-    backend = _lanes(loaded, options, name, held, say)
+    backend = _lanes(loaded, options, name, others, say)
     _check_finite(backend, renderer, name)
     return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
 
 
-def _open_gguf(one: Asked, options: Options, held: int, say: Callable[[str], None]) -> Served:
+def _open_gguf(
+    one: Asked, options: Options, others: list[Served], say: Callable[[str], None]
+) -> Served:
     path = Path(one.target)
     name = one.name or path.stem
     run = path.parent.parent.parent
@@ -201,11 +223,11 @@ def _open_gguf(one: Asked, options: Options, held: int, say: Callable[[str], Non
         )
     header = read_gguf(path)
     context = min(options.max_context or DEFAULT_CONTEXT, header.context_length)
-    slot_bytes = sum(header.cache_bytes(context))
-    slots = _slots(options, name, context, slot_bytes, ram_bytes()[1] - held)
-    backend = LlamaLanes(
-        model, num_slots=slots, max_context=context, cache_bytes=slots * slot_bytes
-    )
+    slots = options.slots or MAX_SLOTS
+    if not options.gpu_layers:  # else llama.cpp says itself whether its part fits in VRAM
+        free = ram_bytes()[1] - _promised_bytes(others, torch.device("cpu"))
+        slots = _slots(options, name, context, sum(header.cache_bytes(context)), free)
+    backend = LlamaLanes(model, num_slots=slots, max_context=context)
     _check_finite(backend, renderer, name)
     say(f"{name}: {model.describe()}, {backend.num_slots} slots of {context} tokens")
     return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
@@ -225,15 +247,16 @@ def _compute(options: Options, folder: RunDir) -> Any:
 
 
 def _lanes(
-    loaded: Loaded, options: Options, name: str, held: int, say: Callable[[str], None]
+    loaded: Loaded, options: Options, name: str, others: list[Served], say: Callable[[str], None]
 ) -> LaneModel:
     """The model as a backend, with as many slots as there is room for, computing the fastest way."""
     model: Any = loaded.model
     device = loaded.compute.device
+    promised = _promised_bytes(others, device)
     mix_adapters(model)  # before its layers are measured and unpacked
     way = Way(loaded.compute.dtype, True)
     if device.type == "cpu":
-        way = _way(loaded, options, held, say)
+        way = _way(loaded, options, promised, say)
         take_way(model, way)
     text = model.config.get_text_config()
     context = options.max_context or DEFAULT_CONTEXT
@@ -242,7 +265,7 @@ def _lanes(
     width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     slot_bytes = context * 2 * int(text.num_hidden_layers) * heads * width * way.dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram_bytes()[1]
-    slots = _slots(options, name, context, slot_bytes, free - held)
+    slots = _slots(options, name, context, slot_bytes, free - promised)
     backend = LaneModel(
         model,
         num_slots=slots,
@@ -271,7 +294,7 @@ def _slots(options: Options, name: str, context: int, slot_bytes: int, free: int
     return slots
 
 
-def _way(loaded: Loaded, options: Options, held: int, say: Callable[[str], None]) -> Way:
+def _way(loaded: Loaded, options: Options, promised: int, say: Callable[[str], None]) -> Way:
     dtypes = [torch.float32, torch.bfloat16]
     if loaded.precision in DTYPES:
         # Plain weights were loaded in the dtype that computes.
@@ -279,7 +302,7 @@ def _way(loaded: Loaded, options: Options, held: int, say: Callable[[str], None]
     elif options.compute_dtype != "auto":
         dtypes = [DTYPES[options.compute_dtype]]
     packings = [True, False] if options.packed is None else [options.packed]
-    fits, too_large = possible_ways(loaded.model, dtypes, packings, held)
+    fits, too_large = possible_ways(loaded.model, dtypes, packings, promised)
     if not fits:
         raise ModelError(
             f"{loaded.base.name}: {too_large[0].name} does not fit into memory; use --weights packed"

@@ -67,6 +67,8 @@ class Sampler:
         if self.matcher is not None:
             scores = self._allowed(scores)
         token = int(scores.argmax()) if settings.temperature == 0 else self._draw(scores)
+        if not torch.isfinite(logits[token]):
+            raise ArithmeticError("the model gives NaN or infinity")
         self.seen[token] += 1
         if self.matcher is not None:
             self.matcher.consume_token(token)

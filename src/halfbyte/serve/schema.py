@@ -1,14 +1,22 @@
-"""Owns what may be asked: OpenAI's request bodies, with every number bounded and nothing ignored in silence."""
+"""Owns what may be asked: OpenAI's request bodies, with every number bounded and no wish ignored in silence."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from halfbyte.data.rows import SURROGATES
 
 MAX_MESSAGES = 256
+MAX_FIELDS = 64
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_TOP_LOGPROBS = 20
@@ -34,6 +42,13 @@ Ids = Annotated[
 ]
 
 
+def _few(given: Any) -> Any:
+    """Each unknown field would be an error of its own."""
+    if isinstance(given, dict) and len(given) > MAX_FIELDS:
+        raise ValueError(f"has {len(given)} fields; at most {MAX_FIELDS} are read")
+    return given
+
+
 def _empty(given: Any) -> Any:
     if given:
         raise ValueError("is not supported here; leave it out or empty")
@@ -52,6 +67,11 @@ class Strict(BaseModel):
     """Numbers are no strings, NaN is no number, and unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, given: Any) -> Any:
+        return _few(given)
 
 
 class TextPart(Strict):
@@ -139,7 +159,7 @@ class ChatRequest(Generation):
     modalities: list[Literal["text"]] | None = Field(None, max_length=1)
     reasoning_effort: Literal["none"] | None = None
     store: Literal[False] | None = None
-    metadata: Annotated[dict[str, Label], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, Label], BeforeValidator(_few), Field(max_length=16)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None

@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ModelError
 from halfbyte.serve.api import make_app
 from halfbyte.serve.limits import Guard, PatientProtocol
 from halfbyte.serve.service import Service
@@ -37,6 +37,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service, self._grace_s = service, grace_s
         self._until: float | None = None
+        self.lost: str | None = None  # why a model is given up
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -60,13 +61,17 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Every tenth of a second: whether to end now."""
         ending: bool = await super().on_tick(counter)
+        self.lost = next((one.failure for one in self._service.engines if one.failure), None)
+        if self.lost:
+            return True
         if self._until is None or ending:
             return ending
         if time.monotonic() > self._until:
             for engine in self._service.engines:
                 engine.cancel_all()
             return True
-        return self._service.is_idle
+        # Answers that are made may yet have to be worded and sent.
+        return self._service.is_idle and not self.server_state.tasks
 
 
 def serve(service: Service, host: str, port: int, grace_s: float) -> None:
@@ -80,6 +85,7 @@ def serve(service: Service, host: str, port: int, grace_s: float) -> None:
 
     Raises:
         ConfigError: the address cannot be listened on.
+        ModelError: a model answers nothing any more; whoever started the server may start it anew.
     """
     limits = service.limits
     sock = _listen(host, port)
@@ -111,6 +117,8 @@ def serve(service: Service, host: str, port: int, grace_s: float) -> None:
             engine.stop()
         sock.close()
     print("stopped", flush=True)
+    if server.lost:
+        raise ModelError(f"a model answers nothing any more: {server.lost}. Start the server anew")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -60,7 +60,8 @@ class Service:
     @property
     def is_idle(self) -> bool:
         """Whether no answer is being made or waited for."""
-        return not any(one.num_running or one.num_waiting for one in self.engines)
+        # A job goes from waiting to running, so that it is looked for in this order.
+        return not any(one.num_waiting or one.num_running for one in self.engines)
 
     def check_open(self) -> None:
         """Raises RefusedError while the server stops."""
@@ -114,11 +115,11 @@ class Service:
         sampling = _sampling(asked, top_logprobs)
         jobs: list[Job] = []
         wanted = [self._room(asked, model, len(prompt), max_tokens) for prompt in prompts]
-        told = sum(wanted) * (asked.n or 1) * (top_logprobs or 0)
+        told = sum(wanted) * (asked.n or 1) * (0 if top_logprobs is None else top_logprobs + 1)
         if told > MAX_LOGPROBS:
             raise RefusedError(
                 400,
-                f"up to {told} log-probabilities (tokens x answers x the likeliest ones); at most"
+                f"up to {told} log-probabilities (tokens x answers x the likeliest ones and their own); at most"
                 f" {MAX_LOGPROBS} are told. Ask for fewer max_tokens",
                 "max_tokens",
             )

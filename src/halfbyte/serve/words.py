@@ -103,6 +103,8 @@ class Words:
         if matcher.is_error():
             raise DataError(f"response_format: {matcher.get_error()}")
         allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error():
+            raise DataError(f"response_format: {matcher.get_error()}")
         for token in self.stop_ids:
             allowed &= ~(1 << token)
         if not allowed:  # such as a schema that is its own only definition
