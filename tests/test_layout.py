@@ -32,7 +32,7 @@ LIBRARIES = {
     "bitsandbytes": {"model/quantised.py"},
     "pydantic": {"config/schema.py", "config/read.py", "config/reference.py", "serve/schema.py"},
     "fastapi": {"serve/api.py", "serve/refusal.py", "serve/replies.py"},
-    "starlette": {"serve/api.py", "serve/limits.py"},
+    "starlette": {"serve/api.py", "serve/limits.py", "serve/replies.py"},
     "uvicorn": {"serve/limits.py", "serve/server.py"},
     "prometheus_client": {"serve/metrics.py"},
     "llguidance": {"serve/sampling.py", "serve/words.py"},

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from halfbyte.model.host import ram_bytes
 from halfbyte.model.precision import NAMES
 from halfbyte.model.quantised import compute_in, plain_weight, unpack_layers
 
@@ -56,11 +55,11 @@ def measure_ways(model: Any, ways: list[Way], num_rows: int) -> dict[Way, tuple[
 
 
 def possible_ways(
-    model: Any, dtypes: list[torch.dtype], packings: list[bool], promised_bytes: int
+    model: Any, dtypes: list[torch.dtype], packings: list[bool], free_bytes: int
 ) -> tuple[list[Way], list[Way]]:
-    """Ways that fit into memory, and those that do not; ``promised_bytes`` are not to be had."""
+    """Ways for which ``free_bytes`` have room, and those for which they do not."""
     num_weights = sum(m.in_features * m.out_features for m in model.modules() if is_packed_layer(m))
-    available = (ram_bytes()[1] - promised_bytes) * USABLE_FRAC
+    available = free_bytes * USABLE_FRAC
     fits: list[Way] = []
     too_large: list[Way] = []
     for dtype, is_packed in itertools.product(dtypes, packings if num_weights else [True]):

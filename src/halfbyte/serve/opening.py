@@ -20,7 +20,7 @@ from halfbyte.errors import DataError, ModelError, RunError, UserError
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.artefact import REPORT, read_artefact
 from halfbyte.model.canary import check_canary
-from halfbyte.model.host import ram_bytes
+from halfbyte.model.host import free_bytes
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
 from halfbyte.model.packaged import file_sha256
@@ -225,7 +225,7 @@ def _open_gguf(
     context = min(options.max_context or DEFAULT_CONTEXT, header.context_length)
     slots = options.slots or MAX_SLOTS
     if not options.gpu_layers:  # else llama.cpp says itself whether its part fits in VRAM
-        free = ram_bytes()[1] - _promised_bytes(others, torch.device("cpu"))
+        free = free_bytes(torch.device("cpu")) - _promised_bytes(others, torch.device("cpu"))
         slots = _slots(options, name, context, sum(header.cache_bytes(context)), free)
     backend = LlamaLanes(model, num_slots=slots, max_context=context)
     _check_finite(backend, renderer, name)
@@ -256,16 +256,17 @@ def _lanes(
     mix_adapters(model)  # before its layers are measured and unpacked
     way = Way(loaded.compute.dtype, True)
     if device.type == "cpu":
-        way = _way(loaded, options, promised, say)
+        way = _way(loaded, options, free_bytes(device) - promised, say)
         take_way(model, way)
+    elif options.packed is False:
+        raise UserError("--weights unpacked is for a CPU: on a GPU 4 bits are there to save memory")
     text = model.config.get_text_config()
     context = options.max_context or DEFAULT_CONTEXT
     context = min(context, int(getattr(text, "max_position_embeddings", context)))
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     slot_bytes = context * 2 * int(text.num_hidden_layers) * heads * width * way.dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram_bytes()[1]
-    slots = _slots(options, name, context, slot_bytes, free - promised)
+    slots = _slots(options, name, context, slot_bytes, free_bytes(device) - promised)
     backend = LaneModel(
         model,
         num_slots=slots,
@@ -294,7 +295,7 @@ def _slots(options: Options, name: str, context: int, slot_bytes: int, free: int
     return slots
 
 
-def _way(loaded: Loaded, options: Options, promised: int, say: Callable[[str], None]) -> Way:
+def _way(loaded: Loaded, options: Options, free: int, say: Callable[[str], None]) -> Way:
     dtypes = [torch.float32, torch.bfloat16]
     if loaded.precision in DTYPES:
         # Plain weights were loaded in the dtype that computes.
@@ -302,7 +303,7 @@ def _way(loaded: Loaded, options: Options, promised: int, say: Callable[[str], N
     elif options.compute_dtype != "auto":
         dtypes = [DTYPES[options.compute_dtype]]
     packings = [True, False] if options.packed is None else [options.packed]
-    fits, too_large = possible_ways(loaded.model, dtypes, packings, promised)
+    fits, too_large = possible_ways(loaded.model, dtypes, packings, free)
     if not fits:
         raise ModelError(
             f"{loaded.base.name}: {too_large[0].name} does not fit into memory; use --weights packed"
