@@ -78,9 +78,10 @@ def open_models(asked: list[Asked], options: Options, say: Callable[[str], None]
     Raises:
         UserError: something cannot be loaded, is not what was trained, or two have one name.
     """
-    # oneDNN keeps a kernel for each shape of a product, 1,024 of them and 0.3 MB each, and passes have
-    # hundreds of lengths. Those of single tokens fit in this; making one anew takes half a millisecond.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    # PyTorch's oneDNN keeps what it makes for each shape of a product in bf16, 1,024 of them and 0.3 MB each,
+    # and passes have hundreds of lengths. Those of single tokens fit in this; one anew takes half a millisecond.
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
     # In a thread that ends: OpenMP keeps idle workers for each thread that has computed, and where they
     # and those of an engine's thread are more than cores, all of them wait in the slow way.
     done: Future[list[Served]] = Future()

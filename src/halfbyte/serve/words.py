@@ -97,7 +97,7 @@ class Words:
 
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, {"whitespace_flexible": False})
-            matcher = LLMatcher(self._grammar_tokens, grammar)
+            matcher = LLMatcher(self._grammar_tokens, grammar, log_level=0)
         except (ValueError, TypeError) as error:
             raise DataError(f"response_format: {error}") from error
         if matcher.is_error():
