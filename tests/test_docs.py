@@ -147,3 +147,10 @@ def test_performance_page_has_the_figures_of_the_benchmark() -> None:
 def test_every_lever_is_explained() -> None:
     page = text_of("docs/performance.md")
     assert all(f"`speed.{name}`" in page for name in Speed.model_fields)
+
+
+def test_serving_page_has_the_figures_of_the_benchmark() -> None:
+    page = text_of("docs/serve.md")
+    measured = text_of("benchmarks/results/serve_cpu_smollm2.md").strip()
+    assert len(measured.splitlines()) == 8
+    assert measured in page
