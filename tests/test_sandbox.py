@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from pathlib import Path
@@ -178,4 +177,3 @@ def test_a_system_that_cannot_hold_programs_runs_none(
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match="Linux alone"):
         ends(RIGHT)
-    assert os.environ
