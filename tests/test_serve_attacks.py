@@ -216,9 +216,21 @@ def test_a_log_line_cannot_be_forged(server: Process) -> None:
     assert "forged" not in server.log.read_text()
 
 
+def test_an_idle_connection_outlives_the_clients_patience(server: Process) -> None:
+    # httpx gives up an idle connection after 5 s: a server that does so too races its clients.
+    limits = httpx.Limits(keepalive_expiry=60)
+    with httpx.Client(limits=limits) as client:
+        first = client.get(server.url + "/health").extensions["network_stream"]
+        time.sleep(6)
+        again = client.get(server.url + "/health")
+    assert again.is_success
+    assert again.extensions["network_stream"] is first
+
+
 @pytest.mark.slow
 def test_slow_heads_and_bodies_are_cut(server: Process) -> None:
     heads = [raw(server) for _ in range(50)]
+    heads[0].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")  # the next is as slow
     slow_body = raw(server)
     slow_body.sendall(
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"

@@ -90,6 +90,7 @@ class _Guarded:
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in scope["headers"]
         }
+        self.length = self.headers.get("content-length", "0")
         given = self.headers.get("x-request-id", "")
         self.id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         self.origin = self._allowed_origin()
@@ -124,11 +125,10 @@ class _Guarded:
             return 400, "called under another name than localhost, which needs an API key"
         if limits.api_keys and path not in PUBLIC and not self._has_key():
             return 401, "an API key is needed: Authorization: Bearer KEY"
-        length = self.headers.get("content-length", "0")
-        if not length.isdigit():
+        if not self.length.isdigit():
             return 400, "Content-Length is no number"
-        if int(length[:20]) > limits.body_bytes:
-            return 413, f"{length[:20]} bytes; at most {limits.body_bytes} are taken"
+        if int(self.length[:20]) > limits.body_bytes:
+            return 413, f"{self.length[:20]} bytes; at most {limits.body_bytes} are taken"
         return None
 
     def _host(self) -> str:
@@ -187,13 +187,20 @@ class _Guarded:
                     "access-control-max-age": "600",
                     "vary": "origin, access-control-request-headers",
                 }
+            if self._is_cut():
+                extra["connection"] = "close"
             made = [(name.encode(), value.encode()) for name, value in extra.items()]
             message = {**message, "headers": [*message.get("headers", []), *made]}
         await self._send(message)
 
+    def _is_cut(self) -> bool:
+        """Whether the reply comes before the whole body: nothing else can come on that connection."""
+        has_body = "transfer-encoding" in self.headers or self.length != "0"
+        return has_body and not self.is_read
+
     async def _error(self, status: int, text: str) -> None:
         reply = RefusedError(status, text).reply()
-        headers = [*reply.raw_headers, (b"connection", b"close")]
+        headers = list(reply.raw_headers)
         if status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         await self._give({"type": "http.response.start", "status": status, "headers": headers})
@@ -207,6 +214,7 @@ class _Guarded:
 class PatientProtocol(H11Protocol):
     """Uvicorn's HTTP/1.1, which waits only so long for the head of a request, and for a client to read."""
 
+    _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -216,18 +224,15 @@ class PatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
+        if self._head_timer is None:
+            self._watch_head()
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._head_timer.cancel()
-
-    def on_response_complete(self) -> None:
-        """A response is sent; the next head may come."""
-        super().on_response_complete()
-        self._watch_head()
+        if self._is_answering():
+            self._stop_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed."""
-        self._head_timer.cancel()
+        self._stop_head_timer()
         self._stop_send_timer()
         super().connection_lost(exc)
 
@@ -258,6 +263,15 @@ class PatientProtocol(H11Protocol):
     def _watch_head(self) -> None:
         self._head_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
 
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
     def _give_up(self) -> None:
-        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+        self._head_timer = None
+        if not self._is_answering() and not self.transport.is_closing():
             self.transport.close()
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete

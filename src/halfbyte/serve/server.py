@@ -17,7 +17,9 @@ from halfbyte.serve.api import make_app
 from halfbyte.serve.limits import Guard, PatientProtocol
 from halfbyte.serve.service import Service
 
-KEEP_ALIVE_S = 5
+KEEP_ALIVE_S = (
+    75  # idle; more than clients keep a connection (httpx 5 s, proxies 60 s), or they race
+)
 BACKLOG = 1024
 LAST_WORDS_S = 2  # for replies to be sent once the engines have stopped
 
