@@ -27,12 +27,15 @@ def main() -> None:
     quiet_libraries()
     from halfbyte.data.questions import held_out_rows
     from halfbyte.eval.compare import compare
+    from halfbyte.eval.harness import load_benchmarks
     from halfbyte.eval.report import as_markdown, write_report
     from halfbyte.run_dir import RunDir
 
     folder = RunDir(arguments.run.resolve())
-    variants = compare(folder, run)
-    report = write_report(folder, run, held_out_rows(folder, run.eval.rows, run.seed), variants)
+    benchmarks = load_benchmarks(run)
+    variants = compare(folder, run, benchmarks)
+    rows = held_out_rows(folder, run.eval.rows, run.seed)
+    report = write_report(folder, run, rows, variants, benchmarks)
     print(as_markdown(report))
     print(f"read it: {folder.eval / 'report.html'}")
 

@@ -14,7 +14,7 @@ from typing import get_args
 
 from halfbyte.config.options import check_generate
 from halfbyte.config.paths import absolute_if_local
-from halfbyte.config.schema import ComputeDtype, Precision
+from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.errors import exit_on_user_error
 
 

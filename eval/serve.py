@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from halfbyte.config.schema import ComputeDtype, Precision
+from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.errors import UserError, exit_on_user_error
 
 

@@ -153,8 +153,8 @@ def _variants(ours: list[float], theirs: list[float]) -> tuple[list[Row], list[V
             ["stop"] * len(scores),
             {"exact_match": scores},
             [(2.0, 2)] * len(scores),
-            100,
-            1.0,
+            weights_bytes=100,
+            tokens_per_s=1.0,
         )
 
     return rows, [variant("base-full", theirs), variant("adapter", ours)]

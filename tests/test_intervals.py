@@ -9,11 +9,17 @@ import pytest
 from scipy import stats
 
 from halfbyte.eval.intervals import (
+    GAIN,
+    LOSS,
     Estimate,
+    holm,
     judge,
     mean_interval,
+    p_value,
     paired_difference,
     ratio_interval,
+    rows_needed,
+    smallest_shown,
 )
 
 Z2 = float(stats.norm.ppf(0.975)) ** 2
@@ -229,3 +235,79 @@ def test_paired_intervals_cover_the_true_difference_of_right_and_wrong_answers()
         )
     truth = 0.1  # of uniform hard rows, 60 % and 50 % are right; noise of 0.1 cancels out
     assert 0.90 <= share_covered(found, truth) <= 0.985
+
+
+def verdicts(skills: tuple[float, float], repetitions: int = 400, n: int = 400) -> list[str]:
+    """Verdicts on two models of known skill, whose rows share a part of their hardness."""
+    found = []
+    for seed in range(repetitions):
+        draw = np.random.default_rng(seed)
+        hardness = draw.random(n)
+        # On 30 % of the rows both meet the same luck, on the others each its own.
+        luck = np.where(draw.random(n) < 0.3, hardness, draw.random((2, n)))
+        ours, theirs = (
+            (row < skill).astype(float).tolist() for row, skill in zip(luck, skills, strict=True)
+        )
+        difference = paired_difference(ours, theirs, 0.95, 400, seed)
+        found.append(judge(difference, ours, theirs, 0.95))
+    return found
+
+
+def test_equal_models_are_rarely_told_apart() -> None:
+    found = verdicts((0.6, 0.6))
+    assert found.count(GAIN) <= 0.05 * len(found)
+    assert 0 < found.count(GAIN) + found.count(LOSS) <= 0.07 * len(found)
+
+
+def test_ten_points_are_found_with_400_rows() -> None:
+    found = verdicts((0.6, 0.5))
+    assert found.count(GAIN) >= 0.8 * len(found)
+    assert found.count(LOSS) == 0
+
+
+def test_rows_needed_are_those_that_find_the_difference_in_four_of_five_studies() -> None:
+    draw = np.random.default_rng(1)
+    ours, theirs = ((draw.random(200_000) < skill).astype(float).tolist() for skill in (0.6, 0.5))
+    n = rows_needed(ours, theirs, 0.95)
+    assert n is not None
+    found = [judge_many((0.6, 0.5), n, seed) for seed in range(400)]
+    assert 0.75 <= found.count(True) / len(found) <= 0.88
+    assert rows_needed([1.0, 0.0], [1.0, 0.0], 0.95) is None
+
+
+def judge_many(skills: tuple[float, float], n: int, seed: int) -> bool:
+    """Whether a z-test finds ours better."""
+    draw = np.random.default_rng(seed)
+    ours, theirs = ((draw.random(n) < skill).astype(float) for skill in skills)
+    values = ours - theirs
+    return bool(abs(values.mean()) > 1.96 * values.std(ddof=1) / np.sqrt(n))
+
+
+def test_the_smallest_difference_shown_is_the_one_whose_rows_these_are() -> None:
+    draw = np.random.default_rng(2)
+    ours, theirs = ((draw.random(500) < skill).astype(float).tolist() for skill in (0.6, 0.5))
+    smallest = smallest_shown(ours, theirs, 0.95)
+    needed = rows_needed(ours, theirs, 0.95)
+    assert smallest is not None
+    assert needed is not None
+    mean = float(np.mean(ours) - np.mean(theirs))
+    assert smallest * np.sqrt(500) == pytest.approx(mean * np.sqrt(needed), rel=0.01)
+    assert smallest_shown([1.0, 1.0], [1.0, 1.0], 0.95) is None
+
+
+def test_p_values_are_those_of_the_exact_tests() -> None:
+    ours, theirs = [1.0] * 9 + [0.0] * 3, [0.0] * 8 + [1.0] * 4
+    # 8 rows won, 3 lost: 2·(C(11,0) + … + C(11,3)) / 2^11
+    assert p_value(ours, theirs, 1000, 0) == pytest.approx(2 * (1 + 11 + 55 + 165) / 2**11)
+    assert p_value([0.5], [0.5], 1000, 0) == 1
+    # Four fractions, all better: 2 of the 2^4 sign patterns are as large.
+    assert p_value([0.9, 0.8, 0.7, 0.6], [0.1, 0.1, 0.2, 0.1], 1000, 0) == pytest.approx(2 / 16)
+    draw = np.random.default_rng(0)
+    same = [p_value(*draw.random((2, 30)).tolist(), 400, seed) for seed in range(200)]
+    assert 0.01 <= np.mean(np.array(same) < 0.05) <= 0.1
+
+
+def test_holm_corrects_as_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
-from halfbyte.config.schema import Baseline, OwnVariant, Run
+from halfbyte.config.evaluation import Baseline
+from halfbyte.config.schema import Run
+from halfbyte.config.section import OwnVariant
 from halfbyte.config.source import SECRET, KeyPath, Source
 
 FOUR_BIT = ("nf4", "fp4")
@@ -193,6 +195,8 @@ def _baseline_rules(baseline: Baseline) -> list[Rule]:
 def _eval_rules(run: Run, written: Written) -> list[Rule]:
     pattern, names = run.eval.answer_pattern, [baseline.name for baseline in run.eval.baselines]
     repeated = sorted({name for name in names if names.count(name) > 1})
+    tasks = [benchmark.task for benchmark in run.eval.benchmarks]
+    twice = sorted({task for task in tasks if tasks.count(task) > 1})
     taken = sorted(set(names) & {*get_args(OwnVariant), *run.eval.variants})
     return [
         (
@@ -214,6 +218,15 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
             "gguf-lora" in run.eval.variants,
             "eval.variants",
             "names gguf-lora, an adapter without its base; export the merged model: --to gguf --quant q8_0",
+        ),
+        (bool(twice), "eval.benchmarks", f"names {', '.join(twice)} more than once"),
+        *(
+            (
+                written(f"eval.{key}") and not tasks,
+                f"eval.{key}",
+                "has no effect without eval.benchmarks",
+            )
+            for key in ("benchmark_data", "benchmark_chat", "run_code")
         ),
         (bool(repeated), "eval.baselines", f"names {', '.join(repeated)} more than once"),
         *(rule for baseline in run.eval.baselines for rule in _baseline_rules(baseline)),

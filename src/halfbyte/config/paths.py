@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from halfbyte.config.schema import Run
 from halfbyte.config.source import KeyPath, Source
@@ -49,11 +50,15 @@ def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool
         )
         for i, baseline in enumerate(run.eval.baselines)
     ]
+    evaluation: dict[str, Any] = {"baselines": baselines}
+    if run.eval.benchmark_data is not None:
+        folder = resolver.absolute(("eval", "benchmark_data"), run.eval.benchmark_data)
+        evaluation["benchmark_data"] = folder
     return run.model_copy(
         update={
             "model": run.model.model_copy(update={"name": name}),
             "data": run.data.model_copy(update=data),
-            "eval": run.eval.model_copy(update={"baselines": baselines}),
+            "eval": run.eval.model_copy(update=evaluation),
             "runs_dir": resolver.absolute(("runs_dir",), run.runs_dir),
         }
     )

@@ -17,7 +17,8 @@ from ruamel.yaml import YAML
 
 from halfbyte.config.checks import cross_faults, environment_faults, secret_faults
 from halfbyte.config.paths import resolve_paths
-from halfbyte.config.schema import Name, Positive, Run
+from halfbyte.config.schema import Run
+from halfbyte.config.section import Name, Positive
 from halfbyte.config.source import SECRET, KeyPath, Source, read_source, source_of
 from halfbyte.errors import ConfigError, RunError
 

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4", "fp4"]
-ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
-Metric = Literal["exact_match", "field_match", "chrf", "rouge_l", "held_out_loss"]
-OwnVariant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
-Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of train/export.py
-Variant = OwnVariant | Artefact
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A part of the config: strict types, no unknown key, frozen after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
+from halfbyte.config.evaluation import Eval
+from halfbyte.config.section import (
+    ComputeDtype,
+    Count,
+    Fraction,
+    Name,
+    Positive,
+    Precision,
+    Section,
+)
 
 
 class Model(Section):
@@ -254,62 +245,6 @@ class Speed(Section):
         """Whether rows share their beginnings, and whether they are padded; ``refusal``: why they must be."""
         padded = not self.no_padding or bool(refusal)
         return self.share_prefixes and not padded, padded
-
-
-class Baseline(Section):
-    """A further model that the comparison measures."""
-
-    name: Name = Field(description="Name of the variant in the report.")
-    model: Name = Field(description="As `model.name`.")
-    revision: Name | None = Field(None, description="As `model.revision`.")
-    precision: Precision | None = Field(
-        None,
-        description="As `model.precision`. Default: as stored if that is quantised (AWQ), else"
-        " unquantised, in the run's compute dtype.",
-    )
-    engine: Literal["transformers", "llama.cpp"] = Field(
-        "transformers", description="`llama.cpp`: for a `.gguf` file, which stays as it is."
-    )
-    gpu_layers: Annotated[int, Field(ge=-1)] = Field(
-        0, description="Layers in VRAM with llama.cpp, the rest in RAM; -1: all."
-    )
-
-
-class Eval(Section):
-    """The comparison with the full-size baseline."""
-
-    variants: list[Variant] = Field(
-        default=["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"],
-        description="What is compared, on the same prompts with the same decoding. Also artefacts of"
-        " train/export.py by their names: `awq`, `gguf-q4_k_m` and the like.",
-    )
-    baselines: list[Baseline] = Field(
-        default_factory=list,
-        description="Further models: `{name, model, revision, precision, engine, gpu_layers}`.",
-    )
-    metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
-        default=["exact_match"],
-        description="`exact_match`, `field_match` (share of equal JSON fields), `chrf` (sacreBLEU),"
-        " `rouge_l`, `held_out_loss` (always measured; the only one for raw text). The first decides the"
-        " verdict.",
-    )
-    answer_pattern: Name | None = Field(
-        None,
-        description="Regular expression with one group: `exact_match` compares its last match"
-        " instead of the whole answer.",
-    )
-    rows: Positive = Field(200, description="Held-out rows, the same for every variant.")
-    fewshot: Annotated[int, Field(ge=1, le=64)] = Field(
-        5, description="Training examples in the prompt of `base-full-fewshot`."
-    )
-    max_new_tokens: Positive = Field(64, description="Longest answer, in tokens.")
-    batch_size: Positive = Field(16, description="Prompts generated at once.")
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
-        0.95,
-        description="Level of the intervals: BCa bootstrap over rows, paired for differences; Wilson's for"
-        " scores of 0 and 1.",
-    )
-    resamples: Annotated[int, Field(ge=200)] = Field(5000, description="Bootstrap resamples.")
 
 
 class Merge(Section):

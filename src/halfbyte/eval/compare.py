@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from halfbyte.config import Run
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
 from halfbyte.data.rows import Row
 from halfbyte.errors import RunError
+from halfbyte.eval.harness import Answered, Asked, ask
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
 from halfbyte.eval.variants import (
@@ -46,6 +47,7 @@ class Variant:
     finish_reasons: list[str] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
     losses: list[tuple[float, int]] = field(default_factory=list)  # nats and tokens of each row
+    benchmarks: dict[str, Answered] = field(default_factory=dict)
     weights_bytes: int = 0
     tokens_per_s: float = 0.0
     seconds: float = 0.0
@@ -75,8 +77,10 @@ class Variant:
         }
 
 
-def compare(folder: RunDir, run: Run) -> list[Variant]:
+def compare(folder: RunDir, run: Run, benchmarks: Sequence[Asked] = ()) -> list[Variant]:
     """Measure every variant of ``eval.variants`` and ``eval.baselines``, in that order.
+
+    Benchmarks are asked of every model but those in llama.cpp; of the base once, not again with examples.
 
     Raises:
         RunError: the run is not trained, or not merged while ``merged`` is asked for.
@@ -104,7 +108,14 @@ def compare(folder: RunDir, run: Run) -> list[Variant]:
 
     found = {}
     for contender in contenders(trained):
-        found[contender.name] = measure(contender, run)
+        found[contender.name] = variant = measure(contender, run)
+        if contender.name != FEWSHOT and not isinstance(contender.model, GgufModel):
+            for asked_of_all in benchmarks:
+                task = asked_of_all.settings.task
+                print(f"{contender.name}: {task}", file=sys.stderr, flush=True)
+                variant.benchmarks[task] = ask(
+                    asked_of_all, contender.model, contender.renderer.tokenizer, run
+                )
         # The next model is loaded only when nothing holds this one any more.
         del contender
     order = [*wanted, *(baseline.name for baseline in run.eval.baselines)]

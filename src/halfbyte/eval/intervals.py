@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from scipy import stats
 
 GAIN, NO_GAIN, LOSS = "gain", "no gain", "loss"
+POWER = 0.8  # of the comparisons that would find a difference, where rows are counted
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,71 @@ def _ratio(
 ) -> npt.NDArray[np.float64]:
     quotient: npt.NDArray[np.float64] = totals.sum(axis=axis) / weights.sum(axis=axis)
     return quotient
+
+
+def p_value(ours: list[float], theirs: list[float], resamples: int, seed: int) -> float:
+    """Chance of so large a mean difference of pairs, either way, if both were equally good.
+
+    Where every row is right or wrong it is McNemar's exact test, the sign test on the rows that differ;
+    else a permutation test that swaps the two answers of rows.
+    """
+    values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    differing = values[values != 0]
+    if not len(differing):
+        return 1.0
+    if np.isin(differing, (-1.0, 1.0)).all():
+        return float(stats.binomtest(int((differing > 0).sum()), len(differing)).pvalue)
+    found = stats.permutation_test(
+        (differing,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=resamples,
+        vectorized=True,
+        batch=256,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """P-values corrected for their number (Holm 1979): each at most its level with all of them together."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[at]))
+        corrected[at] = highest
+    return corrected
+
+
+def rows_needed(ours: list[float], theirs: list[float], confidence: float) -> int | None:
+    """Rows that would show a difference as large as this one, in ``POWER`` of such comparisons.
+
+    ((z of the level + z of the power)·s / d)² for a mean difference d with standard deviation s of rows;
+    None if there is no difference.
+    """
+    mean, spread = _moments(ours, theirs)
+    if mean == 0:
+        return None
+    return max(2, math.ceil((_reach(confidence) * spread / mean) ** 2))
+
+
+def smallest_shown(ours: list[float], theirs: list[float], confidence: float) -> float | None:
+    """The mean difference that so many rows, so spread, would show in ``POWER`` of such comparisons.
+
+    None where the rows do not differ, which says nothing of their spread.
+    """
+    _, spread = _moments(ours, theirs)
+    return _reach(confidence) * spread / math.sqrt(len(ours)) if spread else None
+
+
+def _reach(confidence: float) -> float:
+    return float(stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(POWER))
+
+
+def _moments(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation of the rows' differences."""
+    values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def judge(difference: Estimate, ours: list[float], theirs: list[float], confidence: float) -> str:

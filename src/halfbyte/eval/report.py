@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.data.rows import Row
 from halfbyte.eval.compare import LOSS_METRIC, Variant
+from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
+from halfbyte.eval.harness import Asked
 from halfbyte.eval.intervals import (
     GAIN,
     LOSS,
@@ -19,7 +22,7 @@ from halfbyte.eval.intervals import (
     ratio_interval,
 )
 from halfbyte.eval.plots import estimate_of, loss_curve, memory_against_quality, metric_bars
-from halfbyte.eval.variants import ADAPTER, BASE_FULL, FEWSHOT, MERGED, is_artefact
+from halfbyte.eval.variants import ADAPTER, BASE_FULL, BASE_NF4, FEWSHOT, MERGED, is_artefact
 from halfbyte.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 MAX_LENGTH_FINISHES = 0.01
@@ -27,24 +30,32 @@ MAX_TABLE_ROWS = 150
 
 
 def write_report(
-    folder: RunDir, run: Run, rows: list[Row], variants: list[Variant]
+    folder: RunDir,
+    run: Run,
+    rows: list[Row],
+    variants: list[Variant],
+    benchmarks: Sequence[Asked] = (),
 ) -> dict[str, Any]:
-    """Write report.json, report.md, report.html and answers.jsonl; returns report.json's content."""
-    report = build_report(folder, run, variants)
+    """Write report.json, .md and .html, answers.jsonl and benchmarks.jsonl; returns report.json's content."""
+    report = build_report(folder, run, variants, benchmarks)
     answered = [] if not variants[0].answers else _answers(rows, variants)
     write_jsonl(folder.eval / "answers.jsonl", answered)
+    write_jsonl(folder.eval / "benchmarks.jsonl", _benchmark_answers(variants))
     write_json(folder.eval / "report.json", report)
     write_text(folder.eval / "report.md", as_markdown(report))
     write_text(folder.eval / "report.html", _as_html(folder, report, rows, variants))
     return report
 
 
-def build_report(folder: RunDir, run: Run, variants: list[Variant]) -> dict[str, Any]:
+def build_report(
+    folder: RunDir, run: Run, variants: list[Variant], benchmarks: Sequence[Asked] = ()
+) -> dict[str, Any]:
     """Figures, differences and the verdict, as plain values."""
     manifest, ledger = read_json(folder.manifest), read_json(folder.ledger)
     entries = [variant.as_json(run) for variant in variants]
     metric = run.eval.metrics[0]
     differences = _differences(run, variants, metric)
+    elsewhere = benchmark_entries(run, benchmarks, variants, _ours(variants))
     for entry in entries:
         found = differences.get(entry["name"])
         entry["verdict"] = found["verdict"] if found else _overall(differences)
@@ -59,6 +70,12 @@ def build_report(folder: RunDir, run: Run, variants: list[Variant]) -> dict[str,
         "verdict": _verdict_line(entries, differences, metric, run),
         "variants": entries,
         "differences": differences,
+        "forgetting": [
+            line
+            for name in (BASE_FULL, BASE_NF4, *(baseline.name for baseline in run.eval.baselines))
+            if (line := forgetting_line(elsewhere, name))
+        ],
+        "benchmarks": elsewhere,
         "decoding": {
             "greedy": True,
             "max_new_tokens": run.eval.max_new_tokens,
@@ -99,8 +116,47 @@ def as_markdown(report: dict[str, Any]) -> str:
         difference = report["differences"].get(entry["name"])
         cells.append(_signed(difference) if difference else "")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *(f"- {note}" for note in report["notes"]), ""]
+    lines += ["", *_benchmark_table(report), *(f"- {note}" for note in report["notes"]), ""]
     return "\n".join(lines)
+
+
+def _benchmark_table(report: dict[str, Any]) -> list[str]:
+    """Benchmarks in rows, variants in columns."""
+    entries = report["benchmarks"]
+    if not entries:
+        return []
+    names = [
+        v["name"] for v in report["variants"] if any(v["name"] in e["variants"] for e in entries)
+    ]
+    lines = [f"**{line}**" for line in report["forgetting"]]
+    lines += [
+        "",
+        "| benchmark | questions | " + " | ".join(names) + " |",
+        "|" + " --- |" * (len(names) + 2),
+    ]
+    for entry in entries:
+        cells = [f"{entry['task']} ({entry['metric']})", str(entry["n"])]
+        cells += [
+            _interval(entry["variants"][name]) if name in entry["variants"] else ""
+            for name in names
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _benchmark_answers(variants: list[Variant]) -> list[dict[str, Any]]:
+    """What each variant answered to each question of each benchmark, and what that scored."""
+    return [
+        {
+            "benchmark": task,
+            "variant": variant.name,
+            **sample,
+            "scores": {metric: scores[i] for metric, scores in told.scores.items()},
+        }
+        for variant in variants
+        for task, told in variant.benchmarks.items()
+        for i, sample in enumerate(told.samples)
+    ]
 
 
 def _scored(report: dict[str, Any]) -> list[str]:
@@ -110,8 +166,7 @@ def _scored(report: dict[str, Any]) -> list[str]:
 
 def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, dict[str, Any]]:
     """The adapter's paired difference to every other variant on the deciding metric."""
-    by_name = {variant.name: variant for variant in variants}
-    ours = by_name.get(ADAPTER) or by_name.get(MERGED)
+    ours = _ours(variants)
     if ours is None:
         return {}
     found = {}
@@ -126,6 +181,12 @@ def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, di
                 "held_out_loss_drop": loss.as_json(),
             }
     return found
+
+
+def _ours(variants: list[Variant]) -> Variant | None:
+    """The trained variant that the verdict is about."""
+    by_name = {variant.name: variant for variant in variants}
+    return by_name.get(ADAPTER) or by_name.get(MERGED)
 
 
 def _difference(run: Run, ours: Variant, other: Variant, metric: str) -> Estimate:
@@ -155,7 +216,7 @@ def _verdict_line(
     baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines)]
     parts = [
         f"{differences[name]['verdict']} against {name} ({_signed(differences[name])})"
-        for name in (*baselines, "base-nf4")
+        for name in (*baselines, BASE_NF4)
         if name in differences
     ]
     if own is None or not parts:
@@ -223,6 +284,7 @@ def _as_html(
     return environment.from_string(template).render(
         report=report,
         metrics=_scored(report),
+        benchmarked={name for entry in report["benchmarks"] for name in entry["variants"]},
         plots=[
             ("Score with interval", metric_bars(report)),
             ("Memory against quality", memory_against_quality(report)),

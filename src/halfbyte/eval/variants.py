@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from halfbyte.config import Run
-from halfbyte.config.schema import Baseline, Precision
+from halfbyte.config.evaluation import Baseline
+from halfbyte.config.section import Precision
 from halfbyte.data.questions import Question, fewshot_examples, questions
 from halfbyte.data.render import Renderer
 from halfbyte.model.adapter import load_adapter

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halfbyte.config.schema import ComputeDtype, Model, Precision
+from halfbyte.config.schema import Model
+from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.host import mapped_blocks, release_pages
 from halfbyte.model.precision import (

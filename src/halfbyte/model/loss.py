@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 # Larger temporaries are mapped and unmapped on every use by glibc, which costs more than the sums.
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 TILE_ROWS = 1024  # predictions that share a block's logits
+SCORED_ROWS = 64  # predictions whose logits are held at once when they are scored
 
 
 class TokenLoss(torch.autograd.Function):
@@ -125,3 +127,26 @@ def head_losses(
     with torch.autocast(picked.device.type, enabled=False):
         losses: torch.Tensor = TokenLoss.apply(picked.to(head.dtype), head, labels, softcap, starts)  # type: ignore[no-untyped-call]
     return losses
+
+
+@torch.no_grad()
+def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Loss in nats, and 1 where the label is the likeliest token: (2, N) from logits (N, V)."""
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return torch.stack([losses, (logits.argmax(dim=1) == labels).float()])
+
+
+@torch.no_grad()
+def head_scores(
+    model: Any, picked: torch.Tensor, labels: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """``score_logits`` (2, N) of hidden states (N, D), without ever holding all of their logits."""
+    head = model.get_output_embeddings().weight
+    parts = []
+    for start in range(0, len(labels), SCORED_ROWS):
+        part = slice(start, start + SCORED_ROWS)
+        logits = (picked[part].to(head.dtype) @ head.T).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        parts.append(score_logits(logits, labels[part]))
+    return torch.cat(parts, dim=1)

@@ -13,7 +13,7 @@ from torch import nn
 from halfbyte.data.render import IGNORED
 from halfbyte.data.tree import Layout, Tokens, cut_step, lay_out, pass_tokens
 from halfbyte.model import attention
-from halfbyte.model.loss import head_losses, tile_starts
+from halfbyte.model.loss import head_losses, head_scores, score_logits, tile_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +30,9 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str:
     """Teach ``model`` the call ``model(layout=…, token_loss="sum")``.
 
-    It returns the summed loss of a pass in nats, or with ``"each"`` the loss of each of its
-    predictions. Other calls give what they gave.
+    It returns the summed loss of a pass in nats, with ``"each"`` the loss of each of its
+    predictions, or with ``"scores"`` (2, N) these losses and 1 where the label is the likeliest token.
+    Other calls give what they gave.
 
     The head is computed block by block where a probe shows that to be exact; where a model scales its
     logits its own are taken.
@@ -55,7 +56,7 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
         self: PreTrainedModel,
         *args: Any,
         layout: Layout | None = None,
-        token_loss: Literal["sum", "each"] = "sum",
+        token_loss: Literal["sum", "each", "scores"] = "sum",
         **options: Any,
     ) -> Any:
         if layout is None:
@@ -72,9 +73,13 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
         if blocks:
             hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
             states = pick(hidden, sources)
+            if token_loss == "scores":
+                return head_scores(self, states, targets, softcap)
             losses = head_losses(self, states, targets, softcap, tile_starts(len(targets)))
         else:
             logits = pick(own_forward(self, **inputs, use_cache=False).logits, sources)
+            if token_loss == "scores":
+                return score_logits(logits, targets)
             losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         return (losses * counts).sum() if token_loss == "sum" else losses
 
@@ -154,7 +159,6 @@ def pad_right(
     }
 
 
-@torch.no_grad()
 def row_losses(
     model: nn.Module,
     rows: Sequence[Tokens],
@@ -168,18 +172,42 @@ def row_losses(
     ``model`` knows ``token_loss``; a pass takes at most the tokens of the ``num_rows`` longest rows. The
     result does not depend on how rows are put together but for rounding.
     """
+    found = _predictions(model, rows, num_rows, "each", share=share, padded=padded)
+    return [(sum(losses.tolist()), len(losses)) for losses in found]
+
+
+def row_scores(model: nn.Module, rows: Sequence[Tokens], num_rows: int) -> list[tuple[float, bool]]:
+    """For each row the log-probability of its labelled tokens, and whether each is the likeliest one.
+
+    As ``row_losses``: rows that begin alike, such as the choices of a question, share that beginning.
+    """
+    found = _predictions(model, rows, num_rows, "scores", share=True, padded=False)
+    return [(-sum(losses.tolist()), bool(hits.all())) for losses, hits in found]
+
+
+@torch.no_grad()
+def _predictions(
+    model: nn.Module,
+    rows: Sequence[Tokens],
+    num_rows: int,
+    token_loss: Literal["each", "scores"],
+    *,
+    share: bool,
+    padded: bool,
+) -> list[torch.Tensor]:
+    """What the model says of each row's predictions, (…, number of them)."""
     if not rows:
         return []
-    found: dict[int, tuple[float, int]] = {}
+    found: dict[int, torch.Tensor] = {}
     most = pass_tokens(rows, num_rows, share=share, padded=padded)
     training = model.training
     model.eval()
     for numbers in cut_step(rows, most, share=share, padded=padded):
         members = [rows[number] for number in numbers]
         layout = lay_out(members, share=share, padded=padded)
-        losses = model(layout=layout, token_loss="each").double().tolist()
+        told = model(layout=layout, token_loss=token_loss).double().cpu()
         for number, mine in zip(numbers, layout.predictions, strict=True):
-            found[number] = (sum(losses[i] for i in mine), len(mine))
+            found[number] = told[..., mine]
     model.train(training)
     return [found[row] for row in range(len(rows))]
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from halfbyte.config.schema import ComputeDtype, Model
+from halfbyte.config.schema import Model
+from halfbyte.config.section import ComputeDtype
 from halfbyte.errors import ModelError
 
 PlainPrecision = Literal["fp32", "bf16", "fp16"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.config.schema import Precision
+from halfbyte.config.section import Precision
 
 BLOCK = 64  # weights that share one maximum (QLoRA §3)
 NESTED_BLOCK = 256  # maxima that share one of their own

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from halfbyte.config.schema import Precision
+from halfbyte.config.section import Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.load import language_part, quantisation
 from halfbyte.model.precision import DTYPES

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte.config.schema import Precision
+from halfbyte.config.section import Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.precision import DTYPES

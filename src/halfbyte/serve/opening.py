@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from halfbyte.config import Run, read_run_folder
-from halfbyte.config.schema import ComputeDtype, Precision
+from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import DataError, ModelError, RunError, UserError

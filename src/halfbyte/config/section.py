@@ -1,0 +1,27 @@
+"""Owns what the sections of a config have in common: strict types, and the names of what many keys take."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4", "fp4"]
+ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
+Metric = Literal["exact_match", "field_match", "chrf", "rouge_l", "held_out_loss"]
+OwnVariant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
+Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of train/export.py
+Variant = OwnVariant | Artefact
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: strict types, no unknown key, frozen after reading."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )

@@ -1,0 +1,358 @@
+"""Owns standard benchmarks: lm-evaluation-harness's own tasks, asked of a model that is in memory.
+
+The harness makes the prompts, reads the answers and scores them. Drawn here, once for all variants: which
+questions are asked. Rehearsed here, before any model is loaded: that each task loads, runs and scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from halfbyte.config import Run
+from halfbyte.config.evaluation import Benchmark
+from halfbyte.errors import ConfigError, UserError
+from halfbyte.eval.sandbox import run_program
+
+# lm-evaluation-harness's own defaults: with them the prompts are those of its command line.
+RANDOM_SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234
+BOOTSTRAP = 100  # resamples of the harness's standard errors where it has no formula
+CODE_TIMEOUT_S = 3.0  # of a program, as in the harness
+
+Question = tuple[str, int]  # task and number of the question in it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A benchmark that is ready to be asked.
+
+    Attributes:
+        settings: of the config.
+        tasks: the harness's, by name; a group has several.
+        questions: in the order of their scores.
+        metric: ``metric,filter`` that decides.
+        higher_is_better: whether more of it is better.
+    """
+
+    settings: Benchmark
+    tasks: dict[str, Any]
+    questions: list[Question]
+    metric: str
+    higher_is_better: bool
+
+    def described(self, run: Run) -> dict[str, Any]:
+        """What was asked, for the report: enough to ask it again."""
+        chat = run.eval.benchmark_chat
+        return {
+            "task": self.settings.task,
+            "n": len(self.questions),
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "chat_template": chat,
+            "tasks": {
+                name: {
+                    "version": task.VERSION,
+                    "fewshot": task.config.num_fewshot,
+                    "questions": [number for own, number in self.questions if own == name],
+                }
+                for name, task in self.tasks.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one model got in a benchmark.
+
+    Attributes:
+        scores: for each ``metric,filter`` the score of every question.
+        harness: the harness's own figures with their standard errors, for each task.
+        samples: what was answered, for each question.
+        seconds: it took.
+    """
+
+    scores: dict[str, list[float]]
+    harness: dict[str, dict[str, float]]
+    samples: list[dict[str, Any]]
+    seconds: float
+
+
+def load_benchmarks(run: Run) -> list[Asked]:
+    """Every benchmark of the config, its questions drawn, rehearsed without a model.
+
+    Raises:
+        ConfigError: a task is unknown, lacks its data, runs code that is not allowed, or has not what is
+            asked of it.
+        UserError: lm-evaluation-harness is not installed, or programs cannot be run here.
+    """
+    if not run.eval.benchmarks:
+        return []
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "eval.benchmarks need lm-evaluation-harness: pip install 'halfbyte[bench]'"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _task_manager([benchmark.task for benchmark in run.eval.benchmarks])
+    return [_load(benchmark, manager, run) for benchmark in run.eval.benchmarks]
+
+
+def ask(asked: Asked, model: nn.Module, tokenizer: Any, run: Run) -> Answered:
+    """Ask a model that knows ``token_loss`` the questions of a benchmark."""
+    from halfbyte.eval.harness_model import SharedPrefixLM
+
+    answers = SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=run.eval.batch_size)
+    training = model.training
+    model.eval()
+    start = time.perf_counter()
+    found = _evaluate(asked.tasks, asked.questions, answers, run)
+    model.train(training)
+    return _collect(found, asked.questions, time.perf_counter() - start)
+
+
+def _task_manager(names: list[str]) -> Any:
+    """The harness's index of the folders that define these names; the whole takes it a minute to read."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    wanted = "|".join(map(re.escape, names))
+    defines = re.compile(rf"""^["']?(?:task|group|tag)["']?:\s*["']?(?:{wanted})["']?\s*$""", re.M)
+    folders = {
+        root / path.relative_to(root).parts[0]
+        for path in root.rglob("*.yaml")
+        if defines.search(path.read_text(encoding="utf-8", errors="replace"))
+    }
+    quick = lm_eval.tasks.TaskManager(include_path=sorted(folders), include_defaults=False)
+    if all(_is_whole(quick, name) for name in names):
+        return quick
+    return lm_eval.tasks.TaskManager()
+
+
+def _is_whole(manager: Any, name: str) -> bool:
+    """Whether a name and all that belongs to it are in the index."""
+    entry = manager.task_index.get(name)
+    return entry is not None and all(_is_whole(manager, child) for child in _children(entry))
+
+
+def _children(entry: Any) -> list[str]:
+    parts = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
+    named = [part if isinstance(part, str) else part.get("task") for part in parts or []]
+    return [*(name for name in named if isinstance(name, str)), *_tagged(entry)]
+
+
+def _tagged(entry: Any) -> list[str]:
+    return sorted(entry.tags) if entry.kind.name == "TAG" else []
+
+
+def _leaves(manager: Any, name: str) -> Iterator[Any]:
+    """The index's entries of the tasks that belong to a name."""
+    entry = manager.task_index[name]
+    children = _children(entry)
+    if not children:
+        yield entry
+    for child in children:
+        yield from _leaves(manager, child)
+
+
+def _load(benchmark: Benchmark, manager: Any, run: Run) -> Asked:
+    where = f"eval.benchmarks: {benchmark.task}"
+    if not _is_whole(manager, benchmark.task):
+        raise ConfigError(
+            [f"{where}: lm-evaluation-harness has no such task; its list: lm-eval ls tasks"]
+        )
+    leaves = list(_leaves(manager, benchmark.task))
+    if any((leaf.cfg or {}).get("unsafe_code") for leaf in leaves) and not run.eval.run_code:
+        raise ConfigError(
+            [f"{where}: runs programs that the model writes; allow it with eval.run_code=true"]
+        )
+    data = Path(run.eval.benchmark_data) if run.eval.benchmark_data else None
+    if data is not None:
+        needed = {str((leaf.cfg or {}).get("dataset_path")) for leaf in leaves}
+        lacking = sorted(name for name in needed if not (data / name).is_dir())
+        if lacking:
+            raise ConfigError(
+                [f"{where}: eval.benchmark_data has no {', '.join(lacking)} in {data}"]
+            )
+    with contextlib.chdir(data or Path.cwd()), _sandboxed_code():
+        tasks: dict[str, Any] = dict(manager.load([benchmark.task])["tasks"])
+    for task in tasks.values():
+        _configure(task, benchmark, where)
+    questions = _draw(tasks, benchmark, run.seed)
+    tasks = {name: task for name, task in tasks.items() if name in {own for own, _ in questions}}
+    metric, higher = _rehearse(tasks, questions, benchmark, run)
+    return Asked(benchmark, tasks, questions, metric, higher)
+
+
+def _configure(task: Any, benchmark: Benchmark, where: str) -> None:
+    """Settings of the config on a task, as the harness's command line sets them."""
+    own = task.config.num_fewshot
+    if benchmark.fewshot is not None and own == 0 and benchmark.fewshot != 0:
+        raise ConfigError(
+            [f"{where}: fewshot has no effect: the task itself asks without examples"]
+        )
+    if benchmark.fewshot is not None or own is None:
+        task.set_config(key="num_fewshot", value=benchmark.fewshot or 0)
+    if benchmark.max_new_tokens is None:
+        return
+    if task.config.output_type != "generate_until":
+        raise ConfigError([f"{where}: max_new_tokens has no effect: the task generates nothing"])
+    limit = {"max_gen_toks": benchmark.max_new_tokens}
+    task.set_config(key="generation_kwargs", value=limit, update=True)
+
+
+def _draw(tasks: dict[str, Any], benchmark: Benchmark, seed: int) -> list[Question]:
+    """A seeded sample over all tasks of a benchmark, in the harness's order."""
+    every = [(name, i) for name, task in tasks.items() for i in range(len(task.eval_docs))]
+    if benchmark.limit is None or benchmark.limit >= len(every):
+        return every
+    chosen = random.Random(f"{seed} {benchmark.task}").sample(range(len(every)), benchmark.limit)
+    return [every[i] for i in sorted(chosen)]
+
+
+def _rehearse(
+    tasks: dict[str, Any], questions: list[Question], benchmark: Benchmark, run: Run
+) -> tuple[str, bool]:
+    """Ask a dummy the first question of each task; returns the metric that decides, and its direction."""
+    from lm_eval.models.dummy import DummyLM
+
+    firsts = [next(question for question in questions if question[0] == name) for name in tasks]
+    scores = _collect(_evaluate(tasks, firsts, DummyLM(), run, chat=False), firsts, 0).scores
+    where = f"eval.benchmarks: {benchmark.task}"
+    if not scores:
+        raise ConfigError(
+            [f"{where}: has no metric that scores every question of all its tasks by a number"]
+        )
+    metric = next(
+        (
+            name
+            for name in scores
+            if benchmark.metric
+            in (None, name, name.rpartition(",")[0])  # with its filter or without
+        ),
+        None,
+    )
+    if metric is None:
+        raise ConfigError([f"{where}: metric {benchmark.metric!r}; there are: {'; '.join(scores)}"])
+    directions = next(iter(tasks.values())).higher_is_better()
+    # A function that gives several metrics, as pass@k, is known by its own name alone.
+    default = next(iter(directions.values()), True)
+    return metric, bool(directions.get(metric.rpartition(",")[0], default))
+
+
+def _evaluate(
+    tasks: dict[str, Any],
+    questions: list[Question],
+    model: Any,
+    run: Run,
+    *,
+    chat: bool | None = None,
+) -> dict[str, Any]:
+    """The harness's own evaluation of these questions, seeded as its command line."""
+    from lm_eval.evaluator import evaluate
+
+    chat = run.eval.benchmark_chat if chat is None else chat
+    random.seed(RANDOM_SEED)
+    np.random.seed(NUMPY_SEED)
+    torch.manual_seed(TORCH_SEED)
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    samples = {name: [number for own, number in questions if own == name] for name in tasks}
+    found: dict[str, Any] = evaluate(
+        lm=model,
+        task_dict={"tasks": tasks},
+        samples=samples,
+        bootstrap_iters=BOOTSTRAP,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        confirm_run_unsafe_code=run.eval.run_code,
+    )
+    return found
+
+
+def _collect(found: dict[str, Any], questions: list[Question], seconds: float) -> Answered:
+    """Scores of each question from the harness's samples."""
+    values: dict[str, dict[Question, float]] = {}
+    samples: dict[Question, dict[str, Any]] = {}
+    for name, told in found["samples"].items():
+        for sample in told:
+            question = (name, int(sample["doc_id"]))
+            kept = samples.setdefault(
+                question, {"task": name, "doc_id": question[1], "target": sample["target"]}
+            )
+            kept["answers"] = sample["resps"]
+            for metric in sample["metrics"]:
+                if isinstance(sample[metric], (bool, int, float, np.number)):
+                    number = float(sample[metric])
+                    values.setdefault(f"{metric},{sample['filter']}", {})[question] = number
+    scores = {
+        metric: [own[question] for question in questions]
+        for metric, own in values.items()
+        if len(own) == len(questions) and all(map(math.isfinite, own.values()))
+    }
+    harness = {
+        name: {key: float(value) for key, value in figures.items() if _is_figure(key, value)}
+        for name, figures in found["results"].items()
+    }
+    return Answered(scores, harness, [samples[question] for question in questions], seconds)
+
+
+def _is_figure(key: str, value: Any) -> bool:
+    return "," in key and isinstance(value, (int, float, np.number)) and math.isfinite(value)
+
+
+class _SandboxedCode:
+    """Stands in for the metric ``code_eval``, which would run programs unbound in this process's children."""
+
+    def compute(
+        self, references: list[str], predictions: list[list[str]], k: list[int], **_: Any
+    ) -> tuple[dict[str, float], dict[int, list[bool]]]:
+        """Chance that at least one of k answers passes its tests (Chen et al. 2021, equation 1)."""
+        passed = {
+            number: [
+                run_program(f"{answer}\n{test}", timeout_s=CODE_TIMEOUT_S).end == "passed"
+                for answer in answers
+            ]
+            for number, (test, answers) in enumerate(zip(references, predictions, strict=True))
+        }
+        rates = {
+            f"pass@{size}": float(np.mean([_pass_at(size, own) for own in passed.values()]))
+            for size in k
+            if all(len(own) >= size for own in passed.values())
+        }
+        return rates, passed
+
+
+def _pass_at(k: int, passed: list[bool]) -> float:
+    wrong = len(passed) - sum(passed)
+    return 1 - math.comb(wrong, k) / math.comb(len(passed), k)
+
+
+@contextlib.contextmanager
+def _sandboxed_code() -> Iterator[None]:
+    """While tasks load, those that ask ``evaluate`` for ``code_eval`` are given halfbyte's sandbox."""
+    import evaluate
+
+    own = evaluate.load
+
+    def load(path: str, *arguments: Any, **options: Any) -> Any:
+        return _SandboxedCode() if path == "code_eval" else own(path, *arguments, **options)
+
+    evaluate.load = load
+    try:
+        yield
+    finally:
+        evaluate.load = own
