@@ -1,43 +1,87 @@
-"""Compare a trained run with its full-size base on the same held-out rows.
+"""Compare a trained run with its full-size base on the same held-out rows, or finished runs with each other.
 
 python eval/compare.py runs/quickstart [eval.rows=100 …]
+python eval/compare.py runs/a runs/b …    (each compared before; --out FOLDER keeps the table)
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from halfbyte.config import read_run_folder
-from halfbyte.errors import exit_on_user_error
+from halfbyte.errors import ConfigError, exit_on_user_error
 
 
 def main() -> None:
-    """Run folder → report.json, report.md, report.html and a verdict."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("overrides", nargs="*", metavar="eval.key=value")
-    arguments = parser.parse_args()
-    run = read_run_folder(arguments.run, arguments.overrides)
+    """Run folder → report.json, report.md, report.html and a verdict; several → one table."""
+    arguments = _arguments()
+    if len(arguments.runs) > 1:
+        _several(arguments)
+        return
+    (path,) = arguments.runs
+    run = read_run_folder(path, arguments.overrides)
 
     from halfbyte.libraries import quiet_libraries
 
     quiet_libraries()
     from halfbyte.data.questions import held_out_rows
     from halfbyte.eval.compare import compare
+    from halfbyte.eval.dashboard import check_workspace, track_report
     from halfbyte.eval.harness import load_benchmarks
-    from halfbyte.eval.report import as_markdown, write_report
-    from halfbyte.run_dir import RunDir
+    from halfbyte.eval.pages import as_markdown
+    from halfbyte.eval.report import write_report
+    from halfbyte.run_dir import RunDir, read_jsonl
 
-    folder = RunDir(arguments.run.resolve())
+    folder = RunDir(path.resolve())
+    if arguments.workspace:
+        check_workspace(run)
     benchmarks = load_benchmarks(run)
     variants = compare(folder, run, benchmarks)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
-    report = write_report(folder, run, rows, variants, benchmarks)
+    command = shlex.join(["python", "eval/compare.py", *sys.argv[1:]])
+    report = write_report(folder, run, rows, variants, benchmarks, command=command)
+    answered = list(read_jsonl(folder.eval / "answers.jsonl"))
+    where = track_report(run, folder, report, answered, save_view=arguments.workspace)
     print(as_markdown(report))
-    print(f"read it: {folder.eval / 'report.html'}")
+    print(f"W&B: {where}\nread it: {folder.eval / 'report.html'}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", nargs="+", metavar="RUN|eval.key=value")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table of several runs")
+    parser.add_argument("--workspace", action="store_true", help="save a view in W&B's project")
+    arguments = parser.parse_intermixed_args()
+    # Names of runs may have "=" in them too.
+    is_run = {text: "=" not in text or Path(text).is_dir() for text in arguments.target}
+    arguments.overrides = [text for text in arguments.target if not is_run[text]]
+    arguments.runs = [Path(text) for text in arguments.target if is_run[text]]
+    if not arguments.runs:
+        parser.error("names no run folder")
+    if arguments.out and len(arguments.runs) == 1:
+        parser.error("--out is for several runs; one run's report goes to its folder")
+    return arguments
+
+
+def _several(arguments: argparse.Namespace) -> None:
+    from halfbyte.eval.runs import as_markdown, compare_runs
+    from halfbyte.run_dir import RunDir, write_json, write_text
+
+    if arguments.overrides or arguments.workspace:
+        raise ConfigError(
+            ["several runs are compared as they were measured: no keys, no --workspace"]
+        )
+    found = compare_runs([RunDir(path.resolve()) for path in arguments.runs])
+    print(as_markdown(found))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.out / "runs.json", found)
+        write_text(arguments.out / "runs.md", as_markdown(found))
 
 
 if __name__ == "__main__":

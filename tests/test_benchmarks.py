@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from toys import run_script
 
 from halfbyte.config import Run, read_run_folder
+from halfbyte.errors import ConfigError
+from halfbyte.eval import code_metric
 from halfbyte.eval.harness import Asked, ask, load_benchmarks
+from halfbyte.eval.sandbox import run_program
+from halfbyte.eval.variants import unpack_for_speed
 from halfbyte.model.load import load_model, load_tokenizer
 from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
@@ -156,7 +162,8 @@ def test_official_tasks_score_as_the_harness_command_line_does(
         hub,
         "{task: truthfulqa_mc1, limit: 8}",
         "{task: truthfulqa_mc2, limit: 8}",
-        "{task: mmlu_anatomy, limit: 6, fewshot: 2}",
+        "{task: mmlu_anatomy, limit: 6}",
+        "{task: gsm8k, limit: 5, max_new_tokens: 12}",
         batch_size=4,
     )
     asked = load_benchmarks(run)
@@ -164,17 +171,171 @@ def test_official_tasks_score_as_the_harness_command_line_does(
     loaded = load_model(base, "fp32", compute=CPU32)
     assert add_token_loss(loaded.model) == ""
     ours = [ask(benchmark, loaded.model, load_tokenizer(base), run) for benchmark in asked]
-    for number, fewshot in ((slice(0, 2), "0"), (slice(2, 3), "2")):
-        results, samples = harness_itself(
-            small_base, hub, asked[number], tmp_path / fewshot, "--num_fewshot", fewshot
-        )
-        for benchmark, answered in zip(asked[number], ours[number], strict=True):
-            (task,) = benchmark.tasks
-            for key, value in answered.harness[task].items():
-                assert value == pytest.approx(results[task][key], abs=1e-5), key
-            for at, question in enumerate(benchmark.questions):
-                theirs = samples[question]
-                assert answered.scores["acc,none"][at] == pytest.approx(theirs["acc"], abs=1e-5)
-                logged = [float(told[0][0]) for told in theirs["resps"]]
-                own = [told[0][0] for told in answered.samples[at]["answers"]]
-                assert own == pytest.approx(logged, abs=1e-3)
+    results, samples = harness_itself(
+        small_base, hub, asked, tmp_path, "--gen_kwargs", "max_gen_toks=12"
+    )
+    for benchmark, answered in zip(asked[:3], ours[:3], strict=True):
+        (task,) = benchmark.tasks
+        assert "acc_stderr,none" in answered.harness[task]
+        for key, value in answered.harness[task].items():
+            assert value == pytest.approx(results[task][key], abs=1e-5), key
+        for at, question in enumerate(benchmark.questions):
+            theirs = samples[question]
+            assert answered.scores["acc,none"][at] == pytest.approx(theirs["acc"], abs=1e-5)
+            logged = [float(told[0][0]) for told in theirs["resps"]]
+            own = [told[0][0] for told in answered.samples[at]["answers"]]
+            assert own == pytest.approx(logged, abs=1e-3)
+            greedy = [told[0][1] for told in theirs["resps"]]
+            assert [str(told[0][1]) for told in answered.samples[at]["answers"]] == greedy
+    generated = ours[3]
+    assert set(generated.scores) == {"exact_match,strict-match", "exact_match,flexible-extract"}
+    assert generated.harness["gsm8k"] == {
+        key: results["gsm8k"][key] for key in generated.harness["gsm8k"]
+    }
+    for sample in generated.samples:
+        assert sample["answers"] == samples["gsm8k", sample["doc_id"]]["resps"]
+        assert sample["answers"][0][0]
+
+
+def test_programs_run_in_the_sandbox_alone(
+    small_run: Path, small_base: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs: list[str] = []
+
+    def noted(source: str, **options: Any) -> Any:
+        programs.append(source)
+        return run_program(source, **options)
+
+    monkeypatch.setattr(code_metric, "run_program", noted)
+    # The prompts of these questions are whole functions, right for the even ones: what follows them is
+    # cut to nothing.
+    run = run_with(small_run, hub, "{task: humaneval, max_new_tokens: 1}", run_code=True)
+    (asked,) = load_benchmarks(run)
+    assert asked.metric == "pass@1,create_test"
+    assert programs  # the rehearsal's
+    programs.clear()
+    base = resolve_base(str(small_base))
+    loaded = load_model(base, "fp32", compute=CPU32)
+    add_token_loss(loaded.model)
+    tokenizer = load_tokenizer(base)
+    decode = tokenizer.decode
+
+    def say_nothing(ids: Any, **options: Any) -> Any:
+        return "" if isinstance(ids, list) else decode(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", say_nothing)
+    told = ask(asked, loaded.model, tokenizer, run)
+    assert told.scores[asked.metric] == [1, 0, 1, 0]
+    assert len(programs) == 4
+    assert all("check(add_" in program for program in programs)
+
+
+def test_a_group_is_drawn_from_all_its_tasks_and_always_alike(small_run: Path, hub: Path) -> None:
+    tag = "{task: mmlu_stem_tasks, limit: 7}"
+    with pytest.raises(
+        ConfigError, match="cannot be loaded"
+    ):  # 18 subjects, of which two are there
+        load_benchmarks(run_with(small_run, hub, tag))
+    alone = run_with(small_run, hub, "{task: mmlu_anatomy, limit: 4}")
+    first, second = (load_benchmarks(alone)[0].questions for _ in range(2))
+    assert first == second
+    assert len(first) == 4
+    assert first != [("mmlu_anatomy", number) for number in range(4)]
+    seeded = alone.model_copy(update={"seed": 7})
+    assert load_benchmarks(seeded)[0].questions != first
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "settings", "wanted"),
+    [
+        ("{task: no_such_task}", {}, "has no such task"),
+        ("{task: humaneval}", {}, r"allow it with eval\.run_code=true"),
+        ("{task: truthfulqa_mc1, fewshot: 2}", {}, "asks without examples"),
+        ("{task: mmlu_anatomy, max_new_tokens: 5}", {}, "generates nothing"),
+        ("{task: mmlu_anatomy, metric: f1}", {}, "there are: acc,none"),
+        ("{task: hellaswag}", {}, r"has no .*hellaswag"),
+        ("{task: score_robustness_math}", {}, "runs them as Python"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(
+    small_run: Path, hub: Path, benchmark: str, settings: dict[str, Any], wanted: str
+) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        load_benchmarks(run_with(small_run, hub, benchmark, **settings))
+
+
+def test_programs_without_the_sandbox_are_refused() -> None:
+    class Task:
+        UNSAFE_CODE = True
+
+        class config:  # noqa: N801  as the harness has it
+            metric_list = ({"metric": lambda **_: 0},)
+
+    assert not code_metric.is_held(Task())
+    Task.UNSAFE_CODE = False
+    assert code_metric.is_held(Task())
+
+
+@pytest.fixture(scope="module")
+def compared(small_run: Path, hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("benchmarked") / "run"
+    shutil.copytree(small_run, copy)
+    tasks = "[{task: mmlu_anatomy, limit: 6}, {task: truthfulqa_mc2, limit: 5}]"
+    run_script(
+        "eval/compare.py",
+        *(copy, f"eval.benchmarks={tasks}", f"eval.benchmark_data={hub}", "eval.rows=4"),
+        "eval.variants=[base-full, base-full-fewshot, base-nf4, adapter, merged]",
+    )
+    return copy
+
+
+def test_the_report_has_each_benchmark_of_each_model(compared: Path) -> None:
+    report = json.loads((compared / "eval" / "report.json").read_text())
+    anatomy, truth = report["benchmarks"]
+    assert (anatomy["task"], anatomy["n"], truth["n"]) == ("mmlu_anatomy", 6, 5)
+    asked = {"base-full", "base-nf4", "adapter", "merged"}
+    assert set(anatomy["variants"]) == set(truth["variants"]) == asked
+    assert set(anatomy["differences"]) == asked - {"adapter"}
+    rows = list(read_jsonl(compared / "eval" / "benchmarks.jsonl"))
+    assert len(rows) == 4 * (6 + 5)
+    for entry in report["benchmarks"]:
+        for name, told in entry["variants"].items():
+            mine = [
+                row["scores"][entry["metric"]]
+                for row in rows
+                if (row["benchmark"], row["variant"]) == (entry["task"], name)
+            ]
+            assert told["value"] == pytest.approx(sum(mine) / len(mine))
+            figures = told["harness"][entry["task"]]
+            assert figures["acc,none"] == pytest.approx(told["value"])
+            assert figures["acc_stderr,none"] >= 0
+    assert "base-full-fewshot: not asked the benchmarks" in " ".join(report["notes"])
+    text = (compared / "eval" / "report.md").read_text()
+    assert "Elsewhere, against base-full" in text
+    assert "| truthfulqa_mc2 (acc,none) | 5 |" in text
+    page = (compared / "eval" / "report.html").read_text()
+    assert "<h2>Elsewhere</h2>" in page
+
+
+def test_adapter_off_answers_as_the_4_bit_base_alone(
+    compared: Path, small_base: Path, hub: Path
+) -> None:
+    run = run_with(
+        compared, hub, "{task: mmlu_anatomy, limit: 6}", "{task: truthfulqa_mc2, limit: 5}"
+    )
+    loaded = load_model(resolve_base(str(small_base)), "nf4", compute=CPU32)
+    add_token_loss(loaded.model)
+    unpack_for_speed(loaded.model)
+    tokenizer = load_tokenizer(resolve_base(str(small_base)))
+    rows = list(read_jsonl(compared / "eval" / "benchmarks.jsonl"))
+    for benchmark in load_benchmarks(run):
+        alone = ask(benchmark, loaded.model, tokenizer, run).samples
+        task = benchmark.settings.task
+        told = {
+            name: [
+                row["answers"] for row in rows if (row["benchmark"], row["variant"]) == (task, name)
+            ]
+            for name in ("base-nf4", "adapter")
+        }
+        assert json.loads(json.dumps([sample["answers"] for sample in alone])) == told["base-nf4"]
+        assert told["adapter"] != told["base-nf4"]

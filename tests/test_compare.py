@@ -14,8 +14,9 @@ from toys import run_script
 from halfbyte.config import read_run_folder
 from halfbyte.data.questions import held_out_rows, questions
 from halfbyte.data.rows import Message, Row
-from halfbyte.eval.compare import Variant, measure
-from halfbyte.eval.report import as_markdown, build_report, write_report
+from halfbyte.eval.measure import Variant, measure
+from halfbyte.eval.pages import as_markdown, marked_words
+from halfbyte.eval.report import build_report, write_report
 from halfbyte.eval.variants import Contender
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_model
@@ -53,6 +54,7 @@ def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
         loss = entry["held_out_loss_interval"]
         assert 0 < loss["ci_low"] <= entry["held_out_loss"] == loss["value"] <= loss["ci_high"]
         assert entry["weights_bytes"] > 0
+        assert entry["disk_bytes"] > 0
         assert entry["tokens_per_s"] > 0
         assert sum(entry["finish_reasons"].values()) == 8
         assert entry["verdict"] in ("gain", "no gain", "loss")
@@ -130,8 +132,15 @@ def test_report_repeats_exactly(compared: Path, tmp_path: Path) -> None:
     second = report_of(copy)
     for report in (first, second):
         del report["created"]
+        assert "eval/compare.py" in report.pop("command")
         for entry in report["variants"]:
-            del entry["tokens_per_s"], entry["seconds"]
+            for timing in (
+                "tokens_per_s",
+                "prompt_tokens_per_s",
+                "seconds_per_1000_rows",
+                "seconds",
+            ):
+                del entry[timing]
     assert first == second
 
 
@@ -151,8 +160,9 @@ def _variants(ours: list[float], theirs: list[float]) -> tuple[list[Row], list[V
             name,
             answers,
             ["stop"] * len(scores),
-            {"exact_match": scores},
-            [(2.0, 2)] * len(scores),
+            scores={"exact_match": scores},
+            losses=[(2.0, 2)] * len(scores),
+            lengths=[3] * len(scores),
             weights_bytes=100,
             tokens_per_s=1.0,
         )
@@ -183,14 +193,32 @@ def test_html_is_self_contained_and_escapes_what_models_say(compared: Path, tmp_
     copy = tmp_path / "run"
     shutil.copytree(compared, copy)
     rows, variants = _variants([1.0, 0.0, 1.0], [0.0, 1.0, 1.0])
-    write_report(RunDir(copy), read_run_folder(copy), rows, variants)
+    write_report(RunDir(copy), read_run_folder(copy), rows, variants, command="python <it>")
     page = (copy / "eval" / "report.html").read_text()
-    assert "<script" not in page
+    assert page.count("<script") == 1
+    assert "<script>alert" not in page
     assert "&lt;script&gt;alert(0)" in page
-    assert page.count("<svg") == 3
+    assert "python &lt;it&gt;" in page
+    assert page.count("<svg") == 5
     assert 'src="http' not in page
     assert 'href="http' not in page.replace('xlink:href="#', "")
-    assert "1 wins and 1 losses of adapter against base-full" in page
+    assert page.count("<article") == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "marked"),
+    [
+        ("Asthma (J45)", "Asthma (J45)", []),
+        ("Asthma (J44)", "Asthma (J45)", ["J44"]),
+        ("Acute asthma (J45).", "Asthma (J45)", ["Acute asthma", "."]),
+        ("", "x", []),
+        ("ربو حاد", "ربو", [" حاد"]),
+    ],
+)
+def test_words_that_differ_are_marked(answer: str, wanted: str, marked: list[str]) -> None:
+    pieces = marked_words(answer, wanted)
+    assert "".join(text for text, _ in pieces) == answer
+    assert [text for text, differs in pieces if differs] == marked
 
 
 def test_cut_off_answers_are_noted(compared: Path) -> None:

@@ -248,7 +248,7 @@ def test_section_is_refused_with_its_line_when_it_is_a_value(tmp_path: Path) -> 
         (
             "eval",
             "metrics: [exact]",
-            "eval.metrics.0 is 'exact'; allowed: exact_match, field_match,",
+            "eval.metrics.0 is 'exact'; allowed: exact_match, normalised_match,",
         ),
         ("track", "wandb: of", "track.wandb is 'of'; allowed: auto, online, offline, off"),
     ],
@@ -1149,7 +1149,7 @@ def test_read_run_folder_takes_an_override_when_it_is_about_evaluation_or_mergin
 
 @pytest.mark.parametrize(
     "override",
-    ["train.epochs=1", "seed=1", "name=x", "track.wandb=off", "evaluate.rows=1", "eval={}"],
+    ["train.epochs=1", "seed=1", "name=x", "evaluate.rows=1", "eval={}"],
 )
 def test_read_run_folder_refuses_an_override_when_the_run_has_fixed_it(
     tmp_path: Path, override: str
@@ -1159,7 +1159,7 @@ def test_read_run_folder_refuses_an_override_when_the_run_has_fixed_it(
     with pytest.raises(ConfigError) as caught:
         read_run_folder(folder, ["eval.rows=7", override])
     assert caught.value.faults == [
-        f"override {override!r}: the run is trained; only eval.*, merge.* and export.* still vary"
+        f"override {override!r}: the run is trained; only eval.*, merge.*, export.* and track.* still vary"
     ]
 
 

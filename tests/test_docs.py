@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from importlib import metadata
@@ -24,6 +25,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/evaluate.md",
     "docs/export.md",
     "docs/serve.md",
     "data/README.md",
@@ -154,3 +156,13 @@ def test_serving_page_has_the_figures_of_the_benchmark() -> None:
     measured = text_of("benchmarks/results/serve_cpu_smollm2.md").strip()
     assert len(measured.splitlines()) == 8
     assert measured in page
+    load = json.loads(text_of("benchmarks/results/serve_load_cpu_smollm2.json"))
+    assert load["faults"] == []
+    asked = {kind: count for kind, count in load["requests"].items() if "health" not in kind}
+    words = " ".join(page.split())
+    for count in (sum(asked.values()), *asked.values(), load["requests"]["health: 200"]):
+        assert f"{count:,}" in words
+    median, slow = load["health_ms"]["median"], load["health_ms"]["p99"]
+    assert f"a median of {median:.1f} ms and {slow:.1f} ms at the 99th" in words
+    first, last = load["rss_mb"].values()
+    assert f"{first:,.0f} MB in the first tenth of the time and {last:,.0f} MB in the last" in words

@@ -303,7 +303,10 @@ def test_p_values_are_those_of_the_exact_tests() -> None:
     # Four fractions, all better: 2 of the 2^4 sign patterns are as large.
     assert p_value([0.9, 0.8, 0.7, 0.6], [0.1, 0.1, 0.2, 0.1], 1000, 0) == pytest.approx(2 / 16)
     draw = np.random.default_rng(0)
-    same = [p_value(*draw.random((2, 30)).tolist(), 400, seed) for seed in range(200)]
+    same = []
+    for seed in range(200):
+        ours, theirs = draw.random((2, 30)).tolist()
+        same.append(p_value(ours, theirs, 400, seed))
     assert 0.01 <= np.mean(np.array(same) < 0.05) <= 0.1
 
 
@@ -311,3 +314,8 @@ def test_holm_corrects_as_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_equal_scores_beyond_one_keep_their_mean_in_the_interval() -> None:
+    found = mean_interval([35.0] * 20, 0.95, 200, 0)
+    assert found.ci_low < found.value == 35 == found.ci_high

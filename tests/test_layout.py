@@ -19,6 +19,7 @@ LAYERS = [
     "model",
     "data",
     "libraries",
+    "tracking",
     "config",
     "run_dir",
     "errors",
@@ -27,7 +28,8 @@ PEERS = {"serve", "ship", "eval", "train"}
 # Which files may import a library.
 LIBRARIES = {
     "trl": {"train/trainer.py"},
-    "wandb": {"train/tracking.py"},
+    "wandb": {"eval/dashboard.py", "tracking.py", "train/tracking.py"},
+    "wandb_workspaces": {"eval/dashboard.py"},
     "peft": {"model/adapter.py", "train/trainer.py"},
     "bitsandbytes": {"model/quantised.py"},
     "pydantic": {
@@ -48,6 +50,9 @@ LIBRARIES = {
     "scipy": {"data/leaks.py", "eval/intervals.py"},
     "matplotlib": {"eval/plots.py", "plan/plots.py"},
     "huggingface_hub": {"model/resolve.py", "ship/hub.py"},
+    "httpx": {"eval/judge.py", "model/resolve.py"},
+    "jsonschema": {"eval/metrics.py"},
+    "evaluate": {"eval/code_metric.py"},
     "llmcompressor": {"ship/awq_worker.py"},
     "sacrebleu": {"eval/metrics.py"},
     "rouge_score": {"eval/metrics.py"},

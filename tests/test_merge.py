@@ -16,9 +16,9 @@ from toys import run_script
 from halfbyte.config.schema import Adapter
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter, save_adapter
+from halfbyte.model.fidelity import fidelity, reference, torch_predict
 from halfbyte.model.quantised import compute_in, dequantised_weight
 from halfbyte.ship import fold
-from halfbyte.ship.fidelity import fidelity, reference, torch_predict
 from halfbyte.ship.fold import Update, merged_tensors, read_updates, write_shards
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from halfbyte.config.evaluation import Eval
 from halfbyte.errors import UserError
 from halfbyte.eval import metrics
-from halfbyte.eval.metrics import exact_match, extract, field_match, scorer
+from halfbyte.eval.metrics import (
+    exact_match,
+    extract,
+    field_match,
+    last_number,
+    normalised_match,
+    numeric_match,
+    scorer,
+)
 
 CODE = r"\(([A-Z]\d\d)\)"
 
@@ -34,7 +45,7 @@ def test_exact_match_compares_text_with_case_and_outer_spaces_aside(
     answer: str, wanted: str, score: float
 ) -> None:
     assert exact_match(answer, wanted) == score
-    assert scorer("exact_match", None)(answer, wanted) == score
+    assert scorer("exact_match", Eval())(answer, wanted) == score
 
 
 @pytest.mark.parametrize(
@@ -55,7 +66,7 @@ def test_exact_match_with_a_pattern_compares_last_matches(
     answer: str, wanted: str, score: float
 ) -> None:
     assert exact_match(answer, wanted, CODE) == score
-    assert scorer("exact_match", CODE)(answer, wanted) == score
+    assert scorer("exact_match", Eval(answer_pattern=CODE))(answer, wanted) == score
 
 
 def test_exact_match_with_an_optional_group_is_wrong_where_both_have_none() -> None:
@@ -113,7 +124,7 @@ TWO = '{"code": "I21", "title": "Heart attack"}'
 )
 def test_field_match_is_the_share_of_equal_fields(answer: str, wanted: str, score: float) -> None:
     assert field_match(answer, wanted) == pytest.approx(score)
-    assert scorer("field_match", None)(answer, wanted) == pytest.approx(score)
+    assert scorer("field_match", Eval())(answer, wanted) == pytest.approx(score)
 
 
 def test_field_match_scores_brackets_without_end_0() -> None:
@@ -138,7 +149,7 @@ def test_field_match_scores_brackets_without_end_0() -> None:
 def test_text_metrics_are_1_for_identical_and_0_for_disjoint_text(
     metric: str, answer: str, wanted: str, score: float
 ) -> None:
-    assert scorer(metric, None)(answer, wanted) == pytest.approx(score, abs=1e-9)
+    assert scorer(metric, Eval())(answer, wanted) == pytest.approx(score, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +163,7 @@ def test_text_metrics_are_1_for_identical_and_0_for_disjoint_text(
     ],
 )
 def test_chrf_has_its_known_values(answer: str, wanted: str, score: float) -> None:
-    assert scorer("chrf", None)(answer, wanted) == pytest.approx(score)
+    assert scorer("chrf", Eval())(answer, wanted) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -168,11 +179,11 @@ def test_chrf_has_its_known_values(answer: str, wanted: str, score: float) -> No
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(
     answer: str, wanted: str, score: float
 ) -> None:
-    assert scorer("rouge_l", None)(answer, wanted) == pytest.approx(score)
+    assert scorer("rouge_l", Eval())(answer, wanted) == pytest.approx(score)
 
 
 def test_chrf_weighs_recall_more_than_precision() -> None:
-    chrf = scorer("chrf", None)
+    chrf = scorer("chrf", Eval())
     assert chrf("abcd", "ab") > chrf("ab", "abcd")
 
 
@@ -199,7 +210,95 @@ def test_scorer_says_what_to_install_when_a_library_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError) as caught:
-        scorer(metric, None)
+        scorer(metric, Eval())
     assert str(caught.value) == (
         f"eval.metrics: {metric} needs {package}: pip install 'halfbyte[metrics]'"
     )
+
+
+# --- normalised_match, numeric_match ---
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "score"),
+    [
+        ("Heart-attack!", "heart attack", 1),
+        ("ﬁne １２", "fine 12", 1),
+        ("«ربو» حاد.", "ربو حاد", 1),
+        ("naïve", "naive", 0),
+        ("heartattack", "heart attack", 0),
+        ("", "...", 0),
+        ("👍", "👎", 0),
+        ("+", "-", 0),
+        ("?", "?", 1),
+    ],
+)
+def test_normalised_match_hears_words_alone(answer: str, wanted: str, score: float) -> None:
+    assert normalised_match(answer, wanted) == scorer("normalised_match", Eval())(answer, wanted)
+    assert normalised_match(answer, wanted) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It is 1,234.50 dollars.", 1234.5),
+        ("from 3 to -7", -7),
+        ("6.02e23", 6.02e23),
+        ("٣٫٥", 3.5),
+        ("−2", -2),
+        ("12,34", 34),  # no thousands
+        ("pages 10-12", 12),
+        ("5-3", 3),
+        ("(-4)", -4),
+        ("x=-4", -4),
+        ("none", None),
+        ("version 1.2.3", 3),
+    ],
+)
+def test_last_number_is_read_as_people_write_it(text: str, number: float | None) -> None:
+    assert last_number(text) == number
+
+
+def test_numeric_match_compares_values() -> None:
+    assert numeric_match("so 4 x 3 = 12.0", "#### 12") == 1
+    assert numeric_match("12 or 13", "12") == 0
+    assert numeric_match("twelve", "12") == 0
+    assert numeric_match("12", "twelve") == 0
+    assert scorer("numeric_match", Eval())("0.1", "0.10") == 1
+
+
+# --- schema_valid ---
+
+
+def test_schema_valid_holds_the_first_value_to_the_schema(tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    schema = {"type": "object", "required": ["code"], "properties": {"code": {"type": "string"}}}
+    path.write_text(json.dumps(schema))
+    score = scorer("schema_valid", Eval(json_schema=str(path)))
+    assert score('It is {"code": "I21"}.', "") == 1
+    assert score('{"code": 21}', "") == 0
+    assert score('[{"code": "I21"}]', "") == 0
+    assert score('{"code": "I21"', "") == 0
+    assert score("no JSON", "") == 0
+    path.write_text(json.dumps({"type": "array", "items": {"type": "integer"}}))
+    assert scorer("schema_valid", Eval(json_schema=str(path)))("[1, 2]", "") == 1
+
+
+@pytest.mark.parametrize("text", ["{", '{"type": "nonsense"}', None])
+def test_a_schema_that_is_none_is_named(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "schema.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"eval\.json_schema: .*schema\.json"):
+        scorer("schema_valid", Eval(json_schema=str(path)))
+
+
+# --- bleu ---
+
+
+def test_bleu_is_sacrebleu_s_of_a_sentence() -> None:
+    score = scorer("bleu", Eval())
+    assert score("the cat sat on the mat", "the cat sat on the mat") == pytest.approx(1)
+    assert score("", "the cat") == 0
+    # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples, no run of four (1/2 of one, smoothed): no brevity penalty
+    assert score("a b c e", "a b c d") == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)

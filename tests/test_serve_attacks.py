@@ -227,6 +227,22 @@ def test_an_idle_connection_outlives_the_clients_patience(server: Process) -> No
     assert again.extensions["network_stream"] is first
 
 
+def test_a_reply_comes_whole_though_the_body_is_late(server: Process) -> None:
+    content = json.dumps(body()).encode()
+    for method, path, status in (("TRACE", CHAT, b" 405 "), ("POST", "/nowhere", b" 404 ")):
+        with raw(server) as sock:
+            for _ in range(2):  # the connection is of use afterwards
+                head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
+                sock.sendall(head.encode())
+                reply = sock.recv(100)
+                time.sleep(0.2)
+                sock.sendall(content)
+                time.sleep(0.2)
+                while not reply.endswith(b"}"):
+                    reply += sock.recv(65_536)
+                assert status in reply
+
+
 @pytest.mark.slow
 def test_slow_heads_and_bodies_are_cut(server: Process) -> None:
     heads = [raw(server) for _ in range(50)]

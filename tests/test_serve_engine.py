@@ -17,14 +17,14 @@ from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.generate import generate
+from halfbyte.model.lanes import Lane, LaneModel
 from halfbyte.model.load import load_base
+from halfbyte.model.mixed import MixedLinear, mix_adapters
 from halfbyte.model.precision import choose_compute, default_device
 from halfbyte.model.quantised import unpack_layers
 from halfbyte.model.trained import saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
 from halfbyte.serve.engine import Engine, Event, Job
-from halfbyte.serve.lanes import Lane, LaneModel
-from halfbyte.serve.mixed import MixedLinear, mix_adapters
 from halfbyte.serve.sampling import Sampler, Sampling
 from halfbyte.serve.text import TextStream
 

@@ -72,7 +72,8 @@ def main() -> None:
 def _examine(work: Work, run: Run) -> Exam | None:
     """The questions of the run's comparison, and how answers are graded."""
     from halfbyte.data.questions import held_out_rows, questions
-    from halfbyte.eval.compare import check_answers, row_scores, score_intervals
+    from halfbyte.eval.compare import check_answers
+    from halfbyte.eval.measure import metric_scores, score_intervals
     from halfbyte.ship.proof import Exam
 
     if any(row.text is not None for row in work.measuring):
@@ -81,7 +82,7 @@ def _examine(work: Work, run: Run) -> Exam | None:
     check_answers(rows, run)
 
     def grade(answers: list[str]) -> dict[str, dict[str, float]]:
-        return score_intervals(row_scores(answers, rows, run), run)
+        return score_intervals(metric_scores(answers, rows, run), run)
 
     return Exam(questions(rows, work.renderer), grade, run.eval.max_new_tokens)
 

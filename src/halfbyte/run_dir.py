@@ -10,7 +10,7 @@ checkpoints/       checkpoint-<step>/ of the Trainer
 adapter/           the trained adapter with tokenizer and chat template
 merged/            the merged model, and merge_report.json
 export/            one folder for each artefact with its proof, export_report.json, export_report.md
-eval/              report.json, report.md, report.html, answers.jsonl
+eval/              report.json, .md, .html; answers.jsonl, benchmarks.jsonl, judge.jsonl; ladder.json, .md
 """
 
 from __future__ import annotations

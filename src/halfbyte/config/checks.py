@@ -236,6 +236,11 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
             f"names {', '.join(taken)}, which halfbyte's own variant has",
         ),
         (
+            ("schema_valid" in run.eval.metrics) != (run.eval.json_schema is not None),
+            "eval.json_schema",
+            "and the metric schema_valid need each other",
+        ),
+        (
             pattern is not None and "exact_match" not in run.eval.metrics,
             "eval.answer_pattern",
             "has no effect without exact_match in eval.metrics",

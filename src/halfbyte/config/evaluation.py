@@ -26,6 +26,12 @@ class Baseline(Section):
     gpu_layers: Annotated[int, Field(ge=-1)] = Field(
         0, description="Layers in VRAM with llama.cpp, the rest in RAM; -1: all."
     )
+    fewshot: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="Training examples in its prompts."
+    )
+    chat_template: Name | None = Field(
+        None, description="As `data.chat_template`; for a model that has none of its own."
+    )
 
 
 class Benchmark(Section):
@@ -48,6 +54,20 @@ class Benchmark(Section):
     )
 
 
+class Judge(Section):
+    """A model that compares answers, behind any OpenAI-compatible endpoint."""
+
+    url: Name = Field(
+        description="Up to `/v1`. Its key, if it needs one, is in HALFBYTE_JUDGE_KEY."
+    )
+    model: Name = Field(description="Its name there.")
+    rows: Positive = Field(100, description="Rows that are judged, the first of the comparison's.")
+    question: Name = Field(
+        "Which answer is better: more correct, more complete, and no longer than it needs to be?",
+        description="What it is asked of two answers.",
+    )
+
+
 class Eval(Section):
     """The comparison with the full-size baseline."""
 
@@ -58,13 +78,18 @@ class Eval(Section):
     )
     baselines: list[Baseline] = Field(
         default_factory=list,
-        description="Further models: `{name, model, revision, precision, engine, gpu_layers}`.",
+        description="Further models: `{name, model, revision, precision, engine, gpu_layers, fewshot,"
+        " chat_template}`.",
     )
     metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
         default=["exact_match"],
-        description="`exact_match`, `field_match` (share of equal JSON fields), `chrf` (sacreBLEU),"
-        " `rouge_l`, `held_out_loss` (always measured; the only one for raw text). The first decides the"
-        " verdict.",
+        description="`exact_match`; `normalised_match` (case, punctuation and spaces aside);"
+        " `numeric_match` (the last number); `field_match` (share of equal JSON fields); `schema_valid`"
+        " (JSON that keeps to `eval.json_schema`); `chrf` and `bleu` (sacreBLEU); `rouge_l`;"
+        " `held_out_loss` (always measured; the only one for raw text). The first decides the verdict.",
+    )
+    json_schema: Name | None = Field(
+        None, description="File with the JSON Schema that `schema_valid` holds answers to."
     )
     answer_pattern: Name | None = Field(
         None,
@@ -95,6 +120,16 @@ class Eval(Section):
     )
     max_new_tokens: Positive = Field(64, description="Longest answer, in tokens.")
     batch_size: Positive = Field(16, description="Prompts generated at once.")
+    judge: Judge | None = Field(
+        None,
+        description="`{url, model, rows, question}`: a model that says which of two answers is better, asked twice"
+        " with their places swapped. Sends rows and answers there; null: nobody.",
+    )
+    watts: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Power to reckon with where the hardware does not count its energy (NVML on GPUs, RAPL on"
+        " Intel and AMD CPUs); null: then no energy is told.",
+    )
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
         0.95,
         description="Level of the intervals: BCa bootstrap over rows, paired for differences; Wilson's for"

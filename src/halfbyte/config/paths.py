@@ -39,21 +39,25 @@ def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool
             if source.values["data"].get(key) is not None:
                 resolver.fault(("data", key), "has no effect: the rows come from local files")
     if run.data.chat_template is not None:
-        data["chat_template"] = resolver.template(run.data.chat_template)
+        data["chat_template"] = resolver.template(("data", "chat_template"), run.data.chat_template)
     baselines = [
         baseline.model_copy(
             update={
                 "model": resolver.local(
                     ("eval", "baselines", i, "model"), baseline.model, MODEL_SUFFIXES
-                )
+                ),
+                "chat_template": baseline.chat_template
+                and resolver.template(
+                    ("eval", "baselines", i, "chat_template"), baseline.chat_template
+                ),
             }
         )
         for i, baseline in enumerate(run.eval.baselines)
     ]
     evaluation: dict[str, Any] = {"baselines": baselines}
-    if run.eval.benchmark_data is not None:
-        folder = resolver.absolute(("eval", "benchmark_data"), run.eval.benchmark_data)
-        evaluation["benchmark_data"] = folder
+    for key in ("benchmark_data", "json_schema"):
+        if getattr(run.eval, key) is not None:
+            evaluation[key] = resolver.absolute(("eval", key), getattr(run.eval, key))
     return run.model_copy(
         update={
             "model": run.model.model_copy(update={"name": name}),
@@ -92,8 +96,7 @@ class _Resolver:
             self.fault(path, f"is {value!r}, neither a path nor a Hub id such as org/name")
         return value
 
-    def template(self, value: str) -> str:
-        path = ("data", "chat_template")
+    def template(self, path: KeyPath, value: str) -> str:
         if value in TEMPLATE_NAMES:
             return value
         if not value.endswith(TEMPLATE_SUFFIXES):

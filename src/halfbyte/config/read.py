@@ -74,12 +74,12 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
             f"{folder}: no run folder: it holds no run.yaml. Train one first: "
             "accelerate launch train/sft.py CONFIG"
         )
-    allowed = ("eval.", "merge.", "export.")
+    allowed = ("eval.", "merge.", "export.", "track.")
     wrong = [text for text in overrides or [] if not text.startswith(allowed)]
     if wrong:
         raise ConfigError(
             [
-                f"override {text!r}: the run is trained; only eval.*, merge.* and export.* still vary"
+                f"override {text!r}: the run is trained; only eval.*, merge.*, export.* and track.* still vary"
                 for text in wrong
             ]
         )

@@ -8,7 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4", "fp4"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
-Metric = Literal["exact_match", "field_match", "chrf", "rouge_l", "held_out_loss"]
+Metric = Literal[
+    "exact_match",
+    "normalised_match",
+    "numeric_match",
+    "field_match",
+    "schema_valid",
+    "chrf",
+    "bleu",
+    "rouge_l",
+    "held_out_loss",
+]
 OwnVariant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
 Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of train/export.py
 Variant = OwnVariant | Artefact

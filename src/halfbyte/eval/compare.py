@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from halfbyte.config import Run
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
 from halfbyte.data.rows import Row
 from halfbyte.errors import RunError
-from halfbyte.eval.harness import Answered, Asked, ask
-from halfbyte.eval.intervals import mean_interval, ratio_interval
+from halfbyte.eval.harness import Asked, ask
+from halfbyte.eval.measure import LOSS_METRIC, Variant, measure
 from halfbyte.eval.metrics import scorer
 from halfbyte.eval.variants import (
     ADAPTER,
@@ -21,60 +18,22 @@ from halfbyte.eval.variants import (
     BASE_NF4,
     FEWSHOT,
     MERGED,
-    Contender,
     Trained,
     contenders,
     is_artefact,
 )
 from halfbyte.model.artefact import read_artefact
-from halfbyte.model.generate import generate
 from halfbyte.model.llama_cpp import GgufModel
-from halfbyte.model.passes import row_losses
 from halfbyte.model.resolve import resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
 
-LOSS_METRIC = "held_out_loss"
-
-
-@dataclass
-class Variant:
-    """What one variant answered and what that is worth."""
-
-    name: str
-    what: str
-    answers: list[str] = field(default_factory=list)
-    finish_reasons: list[str] = field(default_factory=list)
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    losses: list[tuple[float, int]] = field(default_factory=list)  # nats and tokens of each row
-    benchmarks: dict[str, Answered] = field(default_factory=dict)
-    weights_bytes: int = 0
-    tokens_per_s: float = 0.0
-    seconds: float = 0.0
-
-    def loss_columns(self) -> tuple[list[float], list[int]]:
-        """Summed losses and token counts of the rows."""
-        return [loss for loss, _ in self.losses], [count for _, count in self.losses]
-
-    def as_json(self, run: Run) -> dict[str, Any]:
-        """The variant's entry in report.json."""
-        settings = run.eval
-        estimates = score_intervals(self.scores, run)
-        loss = ratio_interval(
-            *self.loss_columns(), settings.confidence, settings.resamples, run.seed
-        )
-        reasons = {reason: self.finish_reasons.count(reason) for reason in ("stop", "length")}
-        return {
-            "name": self.name,
-            "what": self.what,
-            **estimates,
-            "held_out_loss": loss.value,
-            "held_out_loss_interval": loss.as_json(),
-            "weights_bytes": self.weights_bytes,
-            "tokens_per_s": round(self.tokens_per_s, 2),
-            "finish_reasons": reasons,
-            "seconds": round(self.seconds, 1),
-        }
+UNSCORABLE = {  # what is wrong with an answer that does not even match itself
+    "exact_match": "matches eval.answer_pattern {0.answer_pattern!r} nowhere",
+    "numeric_match": "holds no number",
+    "field_match": "is no JSON object",
+    "schema_valid": "does not keep to {0.json_schema}",
+}
 
 
 def compare(folder: RunDir, run: Run, benchmarks: Sequence[Asked] = ()) -> list[Variant]:
@@ -104,6 +63,7 @@ def compare(folder: RunDir, run: Run, benchmarks: Sequence[Asked] = ()) -> list[
         fewshot_examples(folder, run.eval.fewshot, run.seed)
     for baseline in run.eval.baselines:
         resolve_base(baseline.model, baseline.revision)
+        fewshot_examples(folder, baseline.fewshot, run.seed)
     trained = Trained(folder, run, base, same_compute(folder), asked, renderer)
 
     found = {}
@@ -139,90 +99,11 @@ def check_answers(rows: list[Row], run: Run) -> None:
             )
         return
     for metric in metrics:
-        score = scorer(metric, run.eval.answer_pattern)
+        score = scorer(metric, run.eval)
         for row in rows:
-            if metric in ("exact_match", "field_match") and score(row.answer, row.answer) != 1:
-                what = (
-                    f"matches eval.answer_pattern {run.eval.answer_pattern!r} nowhere"
-                    if metric == "exact_match"
-                    else "is no JSON object"
-                )
+            if metric in UNSCORABLE and score(row.answer, row.answer) != 1:
+                what = UNSCORABLE[metric].format(run.eval)
                 raise RunError(
                     f"{row.place}: the wanted answer {row.answer[:60]!r} {what}, so that {metric} could"
                     " never count it as right; change eval.metrics or eval.answer_pattern"
                 )
-
-
-def measure(contender: Contender, run: Run) -> Variant:
-    """Answers, scores, held-out loss and speed of one model on its questions."""
-    variant = Variant(contender.name, contender.what, weights_bytes=contender.num_bytes)
-    asked, _renderer = contender.asked, contender.renderer
-    start = time.perf_counter()
-    if not any(question.row.text for question in asked):
-        _answer(variant, contender, run)
-    rows = [(question.ids, question.labels) for question in asked]
-    if isinstance(contender.model, GgufModel):
-        variant.losses = contender.model.losses(rows)
-    else:
-        variant.losses = row_losses(contender.model, rows, max(1, run.eval.batch_size // 4))
-    variant.seconds = time.perf_counter() - start
-    return variant
-
-
-def _answer(variant: Variant, contender: Contender, run: Run) -> None:
-    """Let the model answer every question, and score the answers."""
-    asked, renderer = contender.asked, contender.renderer
-    start = time.perf_counter()
-    prompts = [question.prompt for question in asked]
-    progress = _progress(contender.name, len(asked))
-    if isinstance(contender.model, GgufModel):
-        made = contender.model.answers(
-            prompts,
-            stop_ids=renderer.stop_ids,
-            max_new_tokens=run.eval.max_new_tokens,
-            progress=progress,
-        )
-    else:
-        made = generate(
-            contender.model,
-            prompts,
-            stop_ids=renderer.stop_ids,
-            pad_id=renderer.pad_id,
-            max_new_tokens=run.eval.max_new_tokens,
-            batch_rows=run.eval.batch_size,
-            progress=progress,
-        )
-    num_tokens = sum(len(answer.ids) + (answer.finish_reason == "stop") for answer in made)
-    variant.tokens_per_s = num_tokens / (time.perf_counter() - start)
-    variant.answers = [renderer.decode(answer.ids) for answer in made]
-    variant.finish_reasons = [answer.finish_reason for answer in made]
-    variant.scores = row_scores(variant.answers, [question.row for question in asked], run)
-
-
-def row_scores(answers: list[str], rows: list[Row], run: Run) -> dict[str, list[float]]:
-    """The score of each answer by each metric of the run but the loss."""
-    scores: dict[str, list[float]] = {}
-    for metric in run.eval.metrics:
-        if metric != LOSS_METRIC:
-            score = scorer(metric, run.eval.answer_pattern)
-            scores[metric] = [
-                score(answer, row.answer) for answer, row in zip(answers, rows, strict=True)
-            ]
-    return scores
-
-
-def score_intervals(scores: dict[str, list[float]], run: Run) -> dict[str, dict[str, Any]]:
-    """Each metric's mean with its interval."""
-    settings = run.eval
-    return {
-        metric: mean_interval(values, settings.confidence, settings.resamples, run.seed).as_json()
-        for metric, values in scores.items()
-    }
-
-
-def _progress(name: str, total: int) -> Callable[[int], None]:
-    def show(done: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\r{name}: {done} of {total} rows", end=end, file=sys.stderr, flush=True)
-
-    return show

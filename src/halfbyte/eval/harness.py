@@ -7,6 +7,7 @@ questions are asked. Rehearsed here, before any model is loaded: that each task 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import random
@@ -23,13 +24,12 @@ from torch import nn
 
 from halfbyte.config import Run
 from halfbyte.config.evaluation import Benchmark
-from halfbyte.errors import ConfigError, UserError
-from halfbyte.eval.sandbox import run_program
+from halfbyte.errors import ConfigError, RunError, UserError, last_line
+from halfbyte.eval.code_metric import is_held, sandboxed_code
 
 # lm-evaluation-harness's own defaults: with them the prompts are those of its command line.
 RANDOM_SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234
 BOOTSTRAP = 100  # resamples of the harness's standard errors where it has no formula
-CODE_TIMEOUT_S = 3.0  # of a program, as in the harness
 
 Question = tuple[str, int]  # task and number of the question in it
 
@@ -112,16 +112,25 @@ def load_benchmarks(run: Run) -> list[Asked]:
 
 
 def ask(asked: Asked, model: nn.Module, tokenizer: Any, run: Run) -> Answered:
-    """Ask a model that knows ``token_loss`` the questions of a benchmark."""
+    """Ask a model that knows ``token_loss`` the questions of a benchmark.
+
+    Raises:
+        RunError: a question got no score, such as from a model that gives NaN.
+    """
     from halfbyte.eval.harness_model import SharedPrefixLM
 
-    answers = SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=run.eval.batch_size)
     training = model.training
-    model.eval()
+    answers = SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=run.eval.batch_size)
     start = time.perf_counter()
     found = _evaluate(asked.tasks, asked.questions, answers, run)
     model.train(training)
-    return _collect(found, asked.questions, time.perf_counter() - start)
+    told = _collect(asked.tasks, found, asked.questions, time.perf_counter() - start)
+    if asked.metric not in told.scores:
+        raise RunError(
+            f"eval.benchmarks: {asked.settings.task}: {asked.metric} is no finite number for some of the"
+            " questions, so that this model cannot be compared on it"
+        )
+    return told
 
 
 def _task_manager(names: list[str]) -> Any:
@@ -149,13 +158,21 @@ def _is_whole(manager: Any, name: str) -> bool:
 
 
 def _children(entry: Any) -> list[str]:
-    parts = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
-    named = [part if isinstance(part, str) else part.get("task") for part in parts or []]
-    return [*(name for name in named if isinstance(name, str)), *_tagged(entry)]
+    """Names that a group or a tag stands for."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    return list(_named((entry.cfg or {}).get("task"))) if entry.kind.name == "GROUP" else []
 
 
-def _tagged(entry: Any) -> list[str]:
-    return sorted(entry.tags) if entry.kind.name == "TAG" else []
+def _named(part: Any) -> Iterator[str]:
+    """Task names of a group's list, in which groups may stand written out."""
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, dict):
+        yield from _named(part.get("task"))
+    elif isinstance(part, list):
+        for inner in part:
+            yield from _named(inner)
 
 
 def _leaves(manager: Any, name: str) -> Iterator[Any]:
@@ -175,21 +192,39 @@ def _load(benchmark: Benchmark, manager: Any, run: Run) -> Asked:
             [f"{where}: lm-evaluation-harness has no such task; its list: lm-eval ls tasks"]
         )
     leaves = list(_leaves(manager, benchmark.task))
+    if any("score" in (leaf.yaml_path or Path()).parts for leaf in leaves):
+        raise ConfigError(
+            [
+                f"{where}: reads answers by sympy's parser, which runs them as Python; take another task"
+            ]
+        )
     if any((leaf.cfg or {}).get("unsafe_code") for leaf in leaves) and not run.eval.run_code:
         raise ConfigError(
             [f"{where}: runs programs that the model writes; allow it with eval.run_code=true"]
         )
     data = Path(run.eval.benchmark_data) if run.eval.benchmark_data else None
     if data is not None:
-        needed = {str((leaf.cfg or {}).get("dataset_path")) for leaf in leaves}
+        paths = [(leaf.cfg or {}).get("dataset_path") for leaf in leaves]
+        needed = {str(path) for path in paths if path}
         lacking = sorted(name for name in needed if not (data / name).is_dir())
         if lacking:
             raise ConfigError(
                 [f"{where}: eval.benchmark_data has no {', '.join(lacking)} in {data}"]
             )
-    with contextlib.chdir(data or Path.cwd()), _sandboxed_code():
-        tasks: dict[str, Any] = dict(manager.load([benchmark.task])["tasks"])
+    try:
+        with contextlib.chdir(data or Path.cwd()), sandboxed_code():
+            tasks: dict[str, Any] = dict(manager.load([benchmark.task])["tasks"])
+    except UserError:
+        raise
+    except Exception as error:  # the Hub's, a dataset's, a missing package's: each has its own
+        raise ConfigError([f"{where}: cannot be loaded: {last_line(str(error))}"]) from error
     for task in tasks.values():
+        if not is_held(task):
+            raise ConfigError(
+                [
+                    f"{where}: runs programs by means of its own, which nothing holds; it cannot be asked"
+                ]
+            )
         _configure(task, benchmark, where)
     questions = _draw(tasks, benchmark, run.seed)
     tasks = {name: task for name, task in tasks.items() if name in {own for own, _ in questions}}
@@ -230,11 +265,12 @@ def _rehearse(
     from lm_eval.models.dummy import DummyLM
 
     firsts = [next(question for question in questions if question[0] == name) for name in tasks]
-    scores = _collect(_evaluate(tasks, firsts, DummyLM(), run, chat=False), firsts, 0).scores
+    found = _evaluate(tasks, firsts, DummyLM(), run, chat=False)
+    scores = _collect(tasks, found, firsts, 0).scores
     where = f"eval.benchmarks: {benchmark.task}"
     if not scores:
         raise ConfigError(
-            [f"{where}: has no metric that scores every question of all its tasks by a number"]
+            [f"{where}: has no metric that scores every question by itself, in all of its tasks"]
         )
     metric = next(
         (
@@ -283,19 +319,29 @@ def _evaluate(
     return found
 
 
-def _collect(found: dict[str, Any], questions: list[Question], seconds: float) -> Answered:
-    """Scores of each question from the harness's samples."""
+def _collect(
+    tasks: dict[str, Any], found: dict[str, Any], questions: list[Question], seconds: float
+) -> Answered:
+    """Scores of each question from the harness's samples.
+
+    Only of metrics that are the mean of them: others (perplexity, F1 of a corpus) keep for a question what
+    is no score of it.
+    """
+    from lm_eval.utils import handle_non_serializable
+
     values: dict[str, dict[Question, float]] = {}
     samples: dict[Question, dict[str, Any]] = {}
     for name, told in found["samples"].items():
         for sample in told:
             question = (name, int(sample["doc_id"]))
-            kept = samples.setdefault(
-                question, {"task": name, "doc_id": question[1], "target": sample["target"]}
-            )
+            kept = {"task": name, "doc_id": question[1], "target": sample["target"]}
             kept["answers"] = sample["resps"]
+            plain = json.loads(json.dumps(kept, default=handle_non_serializable))
+            samples[question] = _finite(plain)
             for metric in sample["metrics"]:
-                if isinstance(sample[metric], (bool, int, float, np.number)):
+                if _is_mean(tasks[name], metric) and isinstance(
+                    sample[metric], (bool, int, float, np.number)
+                ):
                     number = float(sample[metric])
                     values.setdefault(f"{metric},{sample['filter']}", {})[question] = number
     scores = {
@@ -310,49 +356,24 @@ def _collect(found: dict[str, Any], questions: list[Question], seconds: float) -
     return Answered(scores, harness, [samples[question] for question in questions], seconds)
 
 
+def _is_mean(task: Any, metric: str) -> bool:
+    """Whether a task's metric is the mean of its questions'."""
+    known = task.aggregation()
+    # A function that gives several metrics, as pass@k, is known by its own name alone.
+    how = known.get(metric) or next(iter(known.values()), None)
+    return getattr(how, "__name__", "") in ("mean", "nanmean")
+
+
+def _finite(value: Any) -> Any:
+    """JSON without NaN and infinity, which become words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return value
+
+
 def _is_figure(key: str, value: Any) -> bool:
     return "," in key and isinstance(value, (int, float, np.number)) and math.isfinite(value)
-
-
-class _SandboxedCode:
-    """Stands in for the metric ``code_eval``, which would run programs unbound in this process's children."""
-
-    def compute(
-        self, references: list[str], predictions: list[list[str]], k: list[int], **_: Any
-    ) -> tuple[dict[str, float], dict[int, list[bool]]]:
-        """Chance that at least one of k answers passes its tests (Chen et al. 2021, equation 1)."""
-        passed = {
-            number: [
-                run_program(f"{answer}\n{test}", timeout_s=CODE_TIMEOUT_S).end == "passed"
-                for answer in answers
-            ]
-            for number, (test, answers) in enumerate(zip(references, predictions, strict=True))
-        }
-        rates = {
-            f"pass@{size}": float(np.mean([_pass_at(size, own) for own in passed.values()]))
-            for size in k
-            if all(len(own) >= size for own in passed.values())
-        }
-        return rates, passed
-
-
-def _pass_at(k: int, passed: list[bool]) -> float:
-    wrong = len(passed) - sum(passed)
-    return 1 - math.comb(wrong, k) / math.comb(len(passed), k)
-
-
-@contextlib.contextmanager
-def _sandboxed_code() -> Iterator[None]:
-    """While tasks load, those that ask ``evaluate`` for ``code_eval`` are given halfbyte's sandbox."""
-    import evaluate
-
-    own = evaluate.load
-
-    def load(path: str, *arguments: Any, **options: Any) -> Any:
-        return _SandboxedCode() if path == "code_eval" else own(path, *arguments, **options)
-
-    evaluate.load = load
-    try:
-        yield
-    finally:
-        evaluate.load = own

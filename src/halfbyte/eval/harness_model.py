@@ -32,8 +32,7 @@ class SharedPrefixLM(HFLM):
             labels = [IGNORED] * (len(ids) - len(continuation)) + continuation
             rows.append((ids, labels))
         num_rows = override_bs or int(self.batch_size)
-        found: list[tuple[float, bool]] = row_scores(self.model, rows, num_rows)
-        return found
+        return [(-loss, all(hits)) for loss, hits in row_scores(self.model, rows, num_rows)]
 
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: the report says which model it is."""

@@ -42,7 +42,7 @@ def mean_interval(scores: list[float], confidence: float, resamples: int, seed: 
             confidence_level=confidence, method="wilson"
         )
         return Estimate(float(values.mean()), float(found.low), float(found.high), len(values))
-    if np.ptp(values) == 0:
+    if np.ptp(values) == 0 and 0 <= values[0] <= 1:
         # Equal scores have no spread to resample: as far from 0 and 1 as n successes of n leave room.
         value, share = float(values[0]), _agreement(len(values), confidence)
         return Estimate(value, value * share, 1 - (1 - value) * share, len(values))

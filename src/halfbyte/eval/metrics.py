@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from halfbyte.config.evaluation import Eval
 from halfbyte.errors import UserError
 
 Score = Callable[[str, str], float]
+NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?")
+ARABIC_MARKS = {0x066B: ".", 0x066C: ",", 0x2212: "-"}  # decimal, thousands, the minus sign
+NO_JSON = object()
 
 
-def scorer(metric: str, answer_pattern: str | None) -> Score:
+def scorer(metric: str, settings: Eval) -> Score:
     """A function (answer, wanted) → score.
 
     Args:
-        metric: a name of ``eval.metrics``.
-        answer_pattern: for ``exact_match``: a regular expression with one group.
+        metric: a name of ``eval.metrics`` that scores answers.
+        settings: with ``answer_pattern`` for ``exact_match`` and ``json_schema`` for ``schema_valid``.
 
     Raises:
-        UserError: the metric needs a library that is not installed.
+        UserError: the metric needs a library that is not installed, or the schema cannot be read.
     """
     if metric == "exact_match":
-        return lambda answer, wanted: exact_match(answer, wanted, answer_pattern)
-    if metric == "field_match":
-        return field_match
-    if metric == "chrf":
-        return _chrf()
-    return _rouge_l()
+        return lambda answer, wanted: exact_match(answer, wanted, settings.answer_pattern)
+    if metric == "schema_valid":
+        return _schema_valid(Path(settings.json_schema or ""))
+    return LIBRARIES[metric]() if metric in LIBRARIES else PLAIN[metric]
+
+
+def normalised_match(answer: str, wanted: str) -> float:
+    """1 if both are the same words: case, punctuation, width and spaces aside, in any script."""
+    if not _words(wanted):  # signs alone, such as + or 👍
+        return exact_match(answer, wanted)
+    return float(_words(answer) == _words(wanted))
+
+
+def numeric_match(answer: str, wanted: str) -> float:
+    """1 if the last number in both is the same, to 9 digits; an answer without a number is wrong."""
+    found, needed = last_number(answer), last_number(wanted)
+    if found is None or needed is None:
+        return 0.0
+    return float(math.isclose(found, needed, rel_tol=1e-9))
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text: ``1,234.5``, ``-3``, ``6.02e23``, digits of any script; else None."""
+    found = NUMBER.findall(unicodedata.normalize("NFKC", text).translate(ARABIC_MARKS))
+    return float(found[-1].replace(",", "")) if found else None
 
 
 def exact_match(answer: str, wanted: str, pattern: str | None = None) -> float:
@@ -69,14 +95,48 @@ def field_match(answer: str, wanted: str) -> float:
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
-    start = text.find("{")
-    if start < 0:
-        return None
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text[start:])
-    except (ValueError, RecursionError):
-        return None
+    value = _json_from(text, text.find("{"))
     return value if isinstance(value, dict) else None
+
+
+def _json_from(text: str, start: int) -> Any:
+    """The JSON value that begins there, or ``NO_JSON``."""
+    if start < 0:
+        return NO_JSON
+    try:
+        return json.JSONDecoder().raw_decode(text[start:])[0]
+    except (ValueError, RecursionError):
+        return NO_JSON
+
+
+def _schema_valid(path: Path) -> Score:
+    """1 where the answer's first object or array is JSON that keeps to the schema; ``wanted`` is not read."""
+    try:
+        from jsonschema import Draft202012Validator, SchemaError
+    except ImportError:
+        raise UserError(
+            "eval.metrics: schema_valid needs jsonschema: pip install 'halfbyte[metrics]'"
+        ) from None
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+        Draft202012Validator.check_schema(schema)
+    except (OSError, ValueError, SchemaError) as error:
+        raise UserError(f"eval.json_schema: {path}: {error}") from None
+    validator = Draft202012Validator(schema)
+
+    def score(answer: str, wanted: str) -> float:
+        starts = [at for at in (answer.find("{"), answer.find("[")) if at >= 0]
+        value = _json_from(answer, min(starts, default=-1))
+        return float(value is not NO_JSON and validator.is_valid(value))
+
+    return score
+
+
+def _words(text: str) -> str:
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(
+        "".join(c if c.isalnum() or unicodedata.combining(c) else " " for c in plain).split()
+    )
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -106,6 +166,18 @@ def _chrf() -> Score:
     return lambda answer, wanted: float(metric.sentence_score(answer, [wanted]).score) / 100
 
 
+@lru_cache(maxsize=1)
+def _bleu() -> Score:
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError:
+        raise UserError(
+            "eval.metrics: bleu needs sacrebleu: pip install 'halfbyte[metrics]'"
+        ) from None
+    metric = BLEU(effective_order=True)  # as sacreBLEU advises for single sentences
+    return lambda answer, wanted: float(metric.sentence_score(answer, [wanted]).score) / 100
+
+
 class _Words:
     """Words of any script, lower-cased."""
 
@@ -124,3 +196,11 @@ def _rouge_l() -> Score:
     # The library's own tokenizer knows a-z and 0-9 alone: other scripts would score 0.
     metric = RougeScorer(["rougeL"], tokenizer=_Words())
     return lambda answer, wanted: float(metric.score(wanted, answer)["rougeL"].fmeasure)
+
+
+PLAIN: dict[str, Score] = {
+    "normalised_match": normalised_match,
+    "numeric_match": numeric_match,
+    "field_match": field_match,
+}
+LIBRARIES: dict[str, Callable[[], Score]] = {"chrf": _chrf, "bleu": _bleu, "rouge_l": _rouge_l}

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-INK, OURS, OTHERS = "#1f2933", "#0f766e", "#94a3b8"
+INK, OURS, OTHERS, BAD = "#1f2933", "#0f766e", "#94a3b8", "#b91c1c"
 TRAINED = ("adapter", "merged")
 
 
@@ -59,6 +59,49 @@ def memory_against_quality(report: dict[str, Any]) -> str:
         axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("weights, MB")
     axes.set_ylabel(report["metric"].replace("_", " "))
+    return _svg(figure)
+
+
+def difference_bars(report: dict[str, Any]) -> str:
+    """The trained variant's difference to the base, on the domain and in each benchmark; "" without one."""
+    name = next((n for n in ("base-full", "base-nf4") if n in report["differences"]), None)
+    if name is None:
+        return ""
+    found = [(report["metric"], report["differences"][name], INK)]
+    for entry in report["benchmarks"]:
+        if name in entry["differences"]:
+            told = entry["differences"][name]
+            colour = {"forgets": BAD, "better": OURS}.get(told["verdict"], OTHERS)
+            found.append((entry["task"], told, colour))
+    figure, axes = _figure(height=0.7 + 0.42 * len(found))
+    for row, (_, told, colour) in enumerate(reversed(found)):
+        axes.plot([told["ci_low"], told["ci_high"]], [row, row], color=colour, linewidth=1.5)
+        axes.plot(told["value"], row, "o", color=colour)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(found)), [label.replace("_", " ") for label, *_ in reversed(found)])
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.set_xlabel(f"difference to {name}")
+    return _svg(figure)
+
+
+def answer_lengths(report: dict[str, Any]) -> str:
+    """Where the middle 80 % of each variant's answers end, in tokens, beside those that are wanted."""
+    found = [(e["name"], e["lengths"], e) for e in report["variants"] if e["lengths"]["answers"]]
+    if not found:
+        return ""
+    figure, axes = _figure(height=0.7 + 0.42 * len(found))
+    for row, (_, told, entry) in enumerate(reversed(found)):
+        low, middle, high = told["answers"]
+        colour = _colour(entry)
+        axes.plot([low, high], [row, row], color=colour, linewidth=6, solid_capstyle="butt")
+        axes.plot(middle, row, "|", color=INK, markersize=12)
+        cut, total = entry["finish_reasons"]["length"], sum(entry["finish_reasons"].values())
+        axes.text(high + 0.5, row, f"{cut / total:.0%} cut off", va="center", fontsize=9)
+    low, _, high = found[0][1]["wanted"]
+    axes.axvspan(low, high, color=OURS, alpha=0.12, linewidth=0)
+    axes.set_yticks(range(len(found)), [name for name, *_ in reversed(found)])
+    axes.set_xlim(0, 1.25 * max(told["answers"][2] for _, told, _ in found) + 1)
+    axes.set_xlabel("tokens of an answer (10th, 50th, 90th percentile); shaded: wanted")
     return _svg(figure)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.data.rows import Row
-from halfbyte.eval.compare import LOSS_METRIC, Variant
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
 from halfbyte.eval.harness import Asked
 from halfbyte.eval.intervals import (
@@ -18,15 +18,20 @@ from halfbyte.eval.intervals import (
     NO_GAIN,
     Estimate,
     judge,
+    p_value,
     paired_difference,
     ratio_interval,
+    rows_needed,
+    smallest_shown,
 )
-from halfbyte.eval.plots import estimate_of, loss_curve, memory_against_quality, metric_bars
+from halfbyte.eval.judge import judge_answers
+from halfbyte.eval.measure import LOSS_METRIC, Variant
+from halfbyte.eval.pages import as_html, as_markdown, interval, signed
+from halfbyte.eval.plots import estimate_of
 from halfbyte.eval.variants import ADAPTER, BASE_FULL, BASE_NF4, FEWSHOT, MERGED, is_artefact
 from halfbyte.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 MAX_LENGTH_FINISHES = 0.01
-MAX_TABLE_ROWS = 150
 
 
 def write_report(
@@ -35,16 +40,40 @@ def write_report(
     rows: list[Row],
     variants: list[Variant],
     benchmarks: Sequence[Asked] = (),
+    *,
+    command: str = "",
 ) -> dict[str, Any]:
-    """Write report.json, .md and .html, answers.jsonl and benchmarks.jsonl; returns report.json's content."""
-    report = build_report(folder, run, variants, benchmarks)
+    """Write report.json, .md and .html, answers.jsonl and benchmarks.jsonl; returns report.json's content.
+
+    ``command`` repeats the comparison.
+    """
+    report = {**build_report(folder, run, variants, benchmarks), "command": command, "judged": {}}
     answered = [] if not variants[0].answers else _answers(rows, variants)
     write_jsonl(folder.eval / "answers.jsonl", answered)
     write_jsonl(folder.eval / "benchmarks.jsonl", _benchmark_answers(variants))
+    _write_pages(folder, report, answered)
+    if run.eval.judge is not None:  # last: all else is kept where the judge fails
+        report["judged"] = _judged(folder, run, answered, variants)
+        _write_pages(folder, report, answered)
+    return report
+
+
+def _write_pages(folder: RunDir, report: dict[str, Any], answered: list[dict[str, Any]]) -> None:
     write_json(folder.eval / "report.json", report)
     write_text(folder.eval / "report.md", as_markdown(report))
-    write_text(folder.eval / "report.html", _as_html(folder, report, rows, variants))
-    return report
+    training, manifest = list(read_jsonl(folder.metrics)), read_json(folder.manifest)
+    write_text(folder.eval / "report.html", as_html(report, answered, training, manifest))
+
+
+def _judged(
+    folder: RunDir, run: Run, answered: list[dict[str, Any]], variants: list[Variant]
+) -> dict[str, Any]:
+    """What the judge preferred; nothing without one."""
+    ours = _ours(variants)
+    if ours is None or not answered:
+        return {}
+    others = [v.name for v in variants if v is not ours and v.name != MERGED]
+    return judge_answers(run, answered, ours.name, others, folder.eval / "judge.jsonl")
 
 
 def build_report(
@@ -76,6 +105,7 @@ def build_report(
             if (line := forgetting_line(elsewhere, name))
         ],
         "benchmarks": elsewhere,
+        "eval": run.eval.model_dump(mode="json"),
         "decoding": {
             "greedy": True,
             "max_new_tokens": run.eval.max_new_tokens,
@@ -93,57 +123,6 @@ def build_report(
     }
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """The report as a page of Markdown."""
-    metrics = _scored(report)
-    head = [
-        "variant",
-        *metrics,
-        "held-out loss",
-        "weights",
-        "tokens/s",
-        "cut off",
-        "adapter against it",
-    ]
-    lines = [f"# {report['run']}", "", f"**{report['verdict']}**", ""]
-    lines += [f"{report['n']} held-out rows, {report['confidence']:.0%} intervals.", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for entry in report["variants"]:
-        cells = [entry["name"], *(_interval(entry[metric]) for metric in metrics)]
-        cells += [_interval(entry["held_out_loss_interval"])]
-        cells += [f"{entry['weights_bytes'] / 1e6:.0f} MB"]
-        cells += [f"{entry['tokens_per_s']:.0f}", str(entry["finish_reasons"]["length"])]
-        difference = report["differences"].get(entry["name"])
-        cells.append(_signed(difference) if difference else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *_benchmark_table(report), *(f"- {note}" for note in report["notes"]), ""]
-    return "\n".join(lines)
-
-
-def _benchmark_table(report: dict[str, Any]) -> list[str]:
-    """Benchmarks in rows, variants in columns."""
-    entries = report["benchmarks"]
-    if not entries:
-        return []
-    names = [
-        v["name"] for v in report["variants"] if any(v["name"] in e["variants"] for e in entries)
-    ]
-    lines = [f"**{line}**" for line in report["forgetting"]]
-    lines += [
-        "",
-        "| benchmark | questions | " + " | ".join(names) + " |",
-        "|" + " --- |" * (len(names) + 2),
-    ]
-    for entry in entries:
-        cells = [f"{entry['task']} ({entry['metric']})", str(entry["n"])]
-        cells += [
-            _interval(entry["variants"][name]) if name in entry["variants"] else ""
-            for name in names
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
 def _benchmark_answers(variants: list[Variant]) -> list[dict[str, Any]]:
     """What each variant answered to each question of each benchmark, and what that scored."""
     return [
@@ -159,11 +138,6 @@ def _benchmark_answers(variants: list[Variant]) -> list[dict[str, Any]]:
     ]
 
 
-def _scored(report: dict[str, Any]) -> list[str]:
-    """Metrics with a score for each answer, in the order of the config."""
-    return [metric for metric in report["metrics"] if metric != LOSS_METRIC]
-
-
 def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, dict[str, Any]]:
     """The adapter's paired difference to every other variant on the deciding metric."""
     ours = _ours(variants)
@@ -177,10 +151,22 @@ def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, di
             scores = ours.scores.get(metric, []), other.scores.get(metric, [])
             found[other.name] = {
                 **difference.as_json(),
+                **_power(run, *scores),
                 "verdict": judge(difference, *scores, run.eval.confidence),
                 "held_out_loss_drop": loss.as_json(),
             }
     return found
+
+
+def _power(run: Run, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """What so many rows can show, where each has a score."""
+    if not ours:
+        return {}
+    return {
+        "p_value": p_value(ours, theirs, run.eval.resamples, run.seed),
+        "smallest_shown": smallest_shown(ours, theirs, run.eval.confidence),
+        "rows_needed": rows_needed(ours, theirs, run.eval.confidence),
+    }
 
 
 def _ours(variants: list[Variant]) -> Variant | None:
@@ -215,14 +201,22 @@ def _verdict_line(
     own = next((e for e in entries if e["name"] in (ADAPTER, MERGED)), None)
     baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines)]
     parts = [
-        f"{differences[name]['verdict']} against {name} ({_signed(differences[name])})"
+        f"{differences[name]['verdict']} against {name} ({signed(differences[name])}{_too_few(differences[name])})"
         for name in (*baselines, BASE_NF4)
         if name in differences
     ]
     if own is None or not parts:
         return "No verdict: the comparison has no trained variant, or no baseline beside it."
-    estimate = _interval(estimate_of(own, metric))
+    estimate = interval(estimate_of(own, metric))
     return f"{own['name']}: {metric} {estimate} — " + "; ".join(parts) + "."
+
+
+def _too_few(difference: dict[str, Any]) -> str:
+    """With how many rows a difference that was not shown would be."""
+    needed = difference.get("rows_needed")
+    if difference["verdict"] != NO_GAIN or needed is None or needed <= difference["n"]:
+        return ""
+    return f"; so small a difference takes {needed:,} rows, these are {difference['n']:,}"
 
 
 def _notes(
@@ -232,6 +226,7 @@ def _notes(
     variants: list[Variant],
 ) -> list[str]:
     notes = [f"Base: {manifest['base']['origin']}."]
+    is_asked = any(variant.benchmarks for variant in variants)
     near = ledger["near_duplicates"]
     if near:
         notes.append(
@@ -246,6 +241,12 @@ def _notes(
         notes.append(
             f"{', '.join(odd)}: another tokenizer, so that its loss per token is of other tokens."
         )
+    unasked = [variant.name for variant in variants if is_asked and not variant.benchmarks]
+    if unasked:
+        notes.append(
+            f"{', '.join(unasked)}: not asked the benchmarks; a model in llama.cpp cannot be, and examples in"
+            " the prompt are for the rows alone."
+        )
     for entry in entries:
         cut = entry["finish_reasons"]["length"]
         if cut > MAX_LENGTH_FINISHES * sum(entry["finish_reasons"].values()):
@@ -256,74 +257,22 @@ def _notes(
     return notes
 
 
+def _row_id(row: Row) -> str:
+    """The same for the same conversation, in whichever run and place."""
+    turns = [[message.role, message.content] for message in row.messages]
+    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
+
+
 def _answers(rows: list[Row], variants: list[Variant]) -> list[dict[str, Any]]:
     return [
         {
             "place": row.place,
+            "id": _row_id(row),
             "prompt": row.messages[-2].content,
             "wanted": row.answer,
             "answers": {v.name: v.answers[i] for v in variants},
+            "finish_reasons": {v.name: v.finish_reasons[i] for v in variants},
             "scores": {v.name: {m: s[i] for m, s in v.scores.items()} for v in variants},
         }
         for i, row in enumerate(rows)
     ]
-
-
-def _as_html(
-    folder: RunDir, report: dict[str, Any], rows: list[Row], variants: list[Variant]
-) -> str:
-    import jinja2
-
-    metric = report["metric"]
-    records = list(read_jsonl(folder.metrics))
-    template = (
-        resources.files("halfbyte.eval").joinpath("templates/report.html.jinja").read_text("utf-8")
-    )
-    table = _wins_and_losses(rows, variants, metric)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template).render(
-        report=report,
-        metrics=_scored(report),
-        benchmarked={name for entry in report["benchmarks"] for name in entry["variants"]},
-        plots=[
-            ("Score with interval", metric_bars(report)),
-            ("Memory against quality", memory_against_quality(report)),
-            ("Loss during training", loss_curve(records)),
-        ],
-        wins=table,
-        shown=table[:MAX_TABLE_ROWS],
-    )
-
-
-def _wins_and_losses(rows: list[Row], variants: list[Variant], metric: str) -> list[dict[str, Any]]:
-    """Rows on which the trained variant and the full-size base differ; losses come first."""
-    by_name = {variant.name: variant for variant in variants}
-    ours = by_name.get(ADAPTER) or by_name.get(MERGED) or variants[-1]
-    theirs = by_name.get(BASE_FULL) or by_name.get(FEWSHOT) or variants[0]
-    table: list[dict[str, Any]] = []
-    if metric == LOSS_METRIC:
-        return table
-    for i, row in enumerate(rows):
-        difference = ours.scores[metric][i] - theirs.scores[metric][i]
-        if difference:
-            table.append(
-                {
-                    "outcome": "win" if difference > 0 else "loss",
-                    "prompt": row.messages[-2].content,
-                    "wanted": row.answer,
-                    "ours": ours.answers[i],
-                    "theirs": theirs.answers[i],
-                    "ours_name": ours.name,
-                    "theirs_name": theirs.name,
-                }
-            )
-    return sorted(table, key=lambda entry: entry["outcome"])
-
-
-def _interval(estimate: dict[str, Any]) -> str:
-    return f"{estimate['value']:.3f} [{estimate['ci_low']:.3f}, {estimate['ci_high']:.3f}]"
-
-
-def _signed(difference: dict[str, Any]) -> str:
-    low, high = difference["ci_low"], difference["ci_high"]
-    return f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"

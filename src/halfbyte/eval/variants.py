@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from halfbyte.config import Run
 from halfbyte.config.evaluation import Baseline
 from halfbyte.config.section import Precision
 from halfbyte.data.questions import Question, fewshot_examples, questions
-from halfbyte.data.render import Renderer
+from halfbyte.data.render import Renderer, load_template
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.artefact import read_artefact
 from halfbyte.model.footprint import weights_bytes
@@ -24,16 +25,24 @@ from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
 from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import DTYPES, Compute
+from halfbyte.model.quantised import unpack_layers
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
 from halfbyte.run_dir import RunDir, read_json
 
 BASE_FULL, FEWSHOT, BASE_NF4 = "base-full", "base-full-fewshot", "base-nf4"
 ADAPTER, MERGED = "adapter", "merged"
+UNPACKED_FRAC = 0.25  # of the free memory
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model in memory with what it is asked; ``num_bytes`` of weights as loaded or as stored."""
+    """A model in memory with what it is asked.
+
+    Attributes:
+        num_bytes: of weights in memory.
+        stored: files and folders that hold the weights it was loaded from.
+    """
 
     name: str
     what: str
@@ -41,6 +50,30 @@ class Contender:
     num_bytes: int
     asked: list[Question]
     renderer: Renderer
+    stored: tuple[Path, ...] = ()
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the weights on disk."""
+        return sum(_stored_bytes(path) for path in self.stored)
+
+    @property
+    def device(self) -> torch.device:
+        """That computes."""
+        if isinstance(self.model, GgufModel):
+            return torch.device("cuda" if self.model.gpu_layers else "cpu")
+        return next(self.model.parameters()).device
+
+
+def _stored_bytes(path: Path) -> int:
+    """Of a file, or of a folder's weights: of the first of these kinds that it holds, as loading takes them."""
+    if path.is_file():
+        return path.stat().st_size
+    for suffix in WEIGHT_SUFFIXES:
+        sizes = [file.stat().st_size for file in path.glob(f"*{suffix}")]
+        if sizes:
+            return sum(sizes)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -60,41 +93,41 @@ def contenders(trained: Trained) -> Iterator[Contender]:
     variants = set(trained.run.eval.variants)
     if variants & {BASE_FULL, FEWSHOT}:
         yield from _full_size(trained)
-        _release()
+        release()
     if variants & {BASE_NF4, ADAPTER}:
         yield from _quantised(trained)
-        _release()
+        release()
     if MERGED in variants:
         yield _merged(trained)
-        _release()
+        release()
     for name in trained.run.eval.variants:
         if is_artefact(name):
             yield from _artefact(trained, name)
-            _release()
+            release()
     for baseline in trained.run.eval.baselines:
         yield from _baseline(trained, baseline)
-        _release()
+        release()
 
 
 def _full_size(trained: Trained) -> Iterator[Contender]:
     """The base without quantisation, asked plainly and with examples in the prompt."""
     run, asked, renderer = trained.run, trained.asked, trained.renderer
     loaded = _load_full(trained.base, run, trained.compute)
-    size = weights_bytes(loaded.model)
+    size, stored = weights_bytes(loaded.model), (Path(trained.base.path),)
     what = f"{trained.base.name} in {loaded.precision}"
     if BASE_FULL in run.eval.variants:
-        yield Contender(BASE_FULL, what, loaded.model, size, asked, renderer)
+        yield Contender(BASE_FULL, what, loaded.model, size, asked, renderer, stored)
     if FEWSHOT in run.eval.variants:
         examples = fewshot_examples(trained.folder, run.eval.fewshot, run.seed)
         longer = questions([question.row for question in asked], renderer, examples)
         what = f"{what}, {run.eval.fewshot} training examples in the prompt"
-        yield Contender(FEWSHOT, what, loaded.model, size, longer, renderer)
+        yield Contender(FEWSHOT, what, loaded.model, size, longer, renderer, stored)
 
 
 def _quantised(trained: Trained) -> Iterator[Contender]:
     """The adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
     run, asked, renderer = trained.run, trained.asked, trained.renderer
-    same_weights = run.model.precision == "nf4"
+    same_weights, stored = run.model.precision == "nf4", (Path(trained.base.path),)
     if ADAPTER in run.eval.variants or same_weights:
         loaded = _load(trained.base, run.model.precision, trained.compute, run)
         base_bytes = weights_bytes(loaded.model)
@@ -102,17 +135,19 @@ def _quantised(trained: Trained) -> Iterator[Contender]:
         what = f"{trained.base.name} in {run.model.precision}"
         if ADAPTER in run.eval.variants:
             adapted = f"{what} with the trained adapter"
-            yield Contender(ADAPTER, adapted, model, weights_bytes(model), asked, renderer)
+            both = (*stored, trained.folder.adapter)
+            yield Contender(ADAPTER, adapted, model, weights_bytes(model), asked, renderer, both)
         if same_weights and BASE_NF4 in run.eval.variants:
             with model.disable_adapter():
                 disabled = f"{what}, adapter disabled"
-                yield Contender(BASE_NF4, disabled, model, base_bytes, asked, renderer)
+                yield Contender(BASE_NF4, disabled, model, base_bytes, asked, renderer, stored)
         del model, loaded
-        _release()
+        release()
     if BASE_NF4 in run.eval.variants and not same_weights:
         loaded = _load(trained.base, "nf4", trained.compute, run)
         what = f"{trained.base.name} in nf4"
-        yield Contender(BASE_NF4, what, loaded.model, weights_bytes(loaded.model), asked, renderer)
+        size = weights_bytes(loaded.model)
+        yield Contender(BASE_NF4, what, loaded.model, size, asked, renderer, stored)
 
 
 def _merged(trained: Trained) -> Contender:
@@ -125,7 +160,7 @@ def _merged(trained: Trained) -> Contender:
     stored = f"stored in {kept['dtype']}, computed in {loaded.precision}"
     what = f"merged into the {kept['base']} base, {stored}"
     size = int(kept["weights_bytes"])
-    return Contender(MERGED, what, loaded.model, size, trained.asked, trained.renderer)
+    return Contender(MERGED, what, loaded.model, size, trained.asked, trained.renderer, (folder,))
 
 
 def is_artefact(variant: str) -> bool:
@@ -142,32 +177,39 @@ def _artefact(trained: Trained, name: str) -> Iterator[Contender]:
         (path,) = folder.glob("*.gguf")
         size = path.stat().st_size
         with GgufModel(path) as model:
-            yield Contender(name, f"{path.name} in llama.cpp", model, size, asked, renderer)
+            yield Contender(
+                name, f"{path.name} in llama.cpp", model, size, asked, renderer, (path,)
+            )
         return
     loaded = _load(resolve_base(str(folder)), None, trained.compute, trained.run)
     what = f"{report['made']['library']}, computed in {trained.compute.name}"
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    yield Contender(name, what, loaded.model, stored, asked, renderer)
+    yield Contender(name, what, loaded.model, stored, asked, renderer, (folder,))
 
 
 def _baseline(trained: Trained, baseline: Baseline) -> Iterator[Contender]:
     """A further model with its own tokenizer and chat template."""
     base = resolve_base(baseline.model, baseline.revision)
-    own = Renderer(load_tokenizer(base), None, trained.run.data.loss_on)
-    asked = questions([question.row for question in trained.asked], own)
+    template = load_template(baseline.chat_template) if baseline.chat_template else None
+    own = Renderer(load_tokenizer(base), template, trained.run.data.loss_on)
+    shown = fewshot_examples(trained.folder, baseline.fewshot, trained.run.seed)
+    asked = questions([question.row for question in trained.asked], own, shown)
+    told = f", {baseline.fewshot} training examples in the prompt" if shown else ""
     if baseline.engine == "llama.cpp":
         path = Path(baseline.model)
         with GgufModel(path, gpu_layers=baseline.gpu_layers) as model:
-            what = f"{path.name} in llama.cpp"
-            yield Contender(baseline.name, what, model, path.stat().st_size, asked, own)
+            what = f"{path.name} in llama.cpp{told}"
+            size = path.stat().st_size
+            yield Contender(baseline.name, what, model, size, asked, own, (path,))
         return
     precision = baseline.precision
     stored = stored_method(load_config(base))
     if precision is None and stored is None:
         precision = trained.compute.name
     loaded = _load(base, precision, trained.compute, trained.run)
-    what = f"{base.name} in {precision or stored}"
-    yield Contender(baseline.name, what, loaded.model, weights_bytes(loaded.model), asked, own)
+    what = f"{base.name} in {precision or stored}{told}"
+    size = weights_bytes(loaded.model)
+    yield Contender(baseline.name, what, loaded.model, size, asked, own, (Path(base.path),))
 
 
 def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
@@ -195,7 +237,22 @@ def _load(base: Base, precision: Precision | None, compute: Compute, run: Run) -
     return loaded
 
 
-def _release() -> None:
+def unpack_for_speed(model: nn.Module) -> None:
+    """On a CPU, keep 4-bit weights unpacked if they take little of the memory: the same numbers, made once."""
+    states: list[Any] = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    packed = [state for state in states if state is not None]
+    device = next(model.parameters()).device
+    if device.type != "cpu" or not packed:
+        return
+    dtype = packed[0].dtype
+    if sum(state.shape.numel() for state in packed) * dtype.itemsize <= UNPACKED_FRAC * free_bytes(
+        device
+    ):
+        unpack_layers(model, dtype)
+
+
+def release() -> None:
+    """Give back the memory of models that nothing holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

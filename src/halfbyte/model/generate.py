@@ -1,4 +1,4 @@
-"""Owns generation: prompts as ids in, answers as ids out, in batches, greedily."""
+"""Owns generation: prompts as ids in, answers as ids out, many at once, greedily."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def generate(
             generation_config=decoding,
         )
         for row, new in zip(rows, made[:, longest:].tolist(), strict=True):
-            answers[row] = _until_stop(new, set(stop_ids))
+            answers[row] = until_stop(new, set(stop_ids))
         if progress is not None:
             progress(len(answers))
     causal.generation_config = own_settings
@@ -82,7 +82,8 @@ def generate(
     return [answers[row] for row in range(len(prompts))]
 
 
-def _until_stop(ids: list[int], stop_ids: set[int]) -> Answer:
+def until_stop(ids: list[int], stop_ids: set[int]) -> Answer:
+    """The answer that ends with the first stop token, or goes on."""
     for at, token in enumerate(ids):
         if token in stop_ids:
             return Answer(ids[:at], "stop")

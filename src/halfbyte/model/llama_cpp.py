@@ -36,7 +36,7 @@ class GgufModel:
     """
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, adapter: Path | None = None) -> None:
-        self.path = path
+        self.path, self.gpu_layers = path, gpu_layers
         self.lib = library(engine_path())
         self._adapter: Any = None
         self._context: Any = None

@@ -84,6 +84,7 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
         return (losses * counts).sum() if token_loss == "sum" else losses
 
     model.forward = types.MethodType(forward, model)
+    model.pads_rows = bool(refusal)
     return refusal
 
 
@@ -176,13 +177,15 @@ def row_losses(
     return [(sum(losses.tolist()), len(losses)) for losses in found]
 
 
-def row_scores(model: nn.Module, rows: Sequence[Tokens], num_rows: int) -> list[tuple[float, bool]]:
-    """For each row the log-probability of its labelled tokens, and whether each is the likeliest one.
+def row_scores(
+    model: nn.Module, rows: Sequence[Tokens], num_rows: int
+) -> list[tuple[float, list[bool]]]:
+    """For each row its summed loss in nats, and for each labelled token whether it is the likeliest one.
 
     As ``row_losses``: rows that begin alike, such as the choices of a question, share that beginning.
     """
     found = _predictions(model, rows, num_rows, "scores", share=True, padded=False)
-    return [(-sum(losses.tolist()), bool(hits.all())) for losses, hits in found]
+    return [(sum(losses.tolist()), (hits > 0).tolist()) for losses, hits in found]
 
 
 @torch.no_grad()
@@ -199,10 +202,16 @@ def _predictions(
     if not rows:
         return []
     found: dict[int, torch.Tensor] = {}
-    most = pass_tokens(rows, num_rows, share=share, padded=padded)
+    # Passes are as large as what is computed: padded rows where the model has no tree, and on an
+    # accelerator, which gathers the keys of each row, as if nothing were shared.
+    padded = padded or getattr(model, "pads_rows", False)
+    counted = share and not (
+        token_loss == "scores" and next(model.parameters()).device.type != "cpu"
+    )
+    most = pass_tokens(rows, num_rows, share=counted, padded=padded)
     training = model.training
     model.eval()
-    for numbers in cut_step(rows, most, share=share, padded=padded):
+    for numbers in cut_step(rows, most, share=counted, padded=padded):
         members = [rows[number] for number in numbers]
         layout = lay_out(members, share=share, padded=padded)
         told = model(layout=layout, token_loss=token_loss).double().cpu()

@@ -190,7 +190,9 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace 4-bit layers by plain ones with the very weights that they stand for, in ``dtype``."""
     layer: Any
     for name, layer in list(model.named_modules()):
-        if getattr(getattr(layer, "weight", None), "quant_state", None) is None:
+        # PEFT's layers show the weight of the layer in them as their own.
+        is_wrapper = hasattr(layer, "base_layer")
+        if is_wrapper or getattr(getattr(layer, "weight", None), "quant_state", None) is None:
             continue
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(plain_weight(layer, dtype), requires_grad=False)

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from halfbyte.model.host import trim_heap
-from halfbyte.serve.lanes import Backend, Lane
+from halfbyte.model.lanes import Backend, Lane
 from halfbyte.serve.sampling import Choice, GrammarError, Sampler
 from halfbyte.serve.text import TextStream
 

@@ -96,7 +96,7 @@ class _Guarded:
         self.origin = self._allowed_origin()
         self.status = 0
         self.received = 0
-        self.is_read = False
+        self.is_read = self.is_cut = False
         self.deadline = time.monotonic() + guard.limits.body_seconds
 
     async def run(self) -> None:
@@ -163,11 +163,13 @@ class _Guarded:
         try:
             message = await asyncio.wait_for(self._receive(), max(0.001, left))
         except TimeoutError:
+            self.is_cut = True
             raise HTTPException(408, "the body came too slowly") from None
         if message["type"] == "http.request":
             self.received += len(message.get("body", b""))
             self.is_read = not message.get("more_body", False)
             if self.received > self.guard.limits.body_bytes:
+                self.is_cut = True
                 raise HTTPException(
                     413,
                     f"more than {self.guard.limits.body_bytes} bytes, which are all that is taken",
@@ -187,16 +189,17 @@ class _Guarded:
                     "access-control-max-age": "600",
                     "vary": "origin, access-control-request-headers",
                 }
-            if self._is_cut():
+            # A short body is read and thrown away; closing before it has come would reset the connection,
+            # and the client might never see the reply.
+            if self.is_cut or self._is_too_long():
                 extra["connection"] = "close"
             made = [(name.encode(), value.encode()) for name, value in extra.items()]
             message = {**message, "headers": [*message.get("headers", []), *made]}
         await self._send(message)
 
-    def _is_cut(self) -> bool:
-        """Whether the reply comes before the whole body: nothing else can come on that connection."""
-        has_body = "transfer-encoding" in self.headers or self.length != "0"
-        return has_body and not self.is_read
+    def _is_too_long(self) -> bool:
+        """Whether a body is announced that will not be read."""
+        return not self.length.isdigit() or int(self.length[:20]) > self.guard.limits.body_bytes
 
     async def _error(self, status: int, text: str) -> None:
         reply = RefusedError(status, text).reply()

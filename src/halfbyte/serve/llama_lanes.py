@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from halfbyte.errors import ModelError
+from halfbyte.model.lanes import Lane
 from halfbyte.model.libllama import CONTEXT_FIELDS
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.serve.engine import PROMPT_TOKENS
-from halfbyte.serve.lanes import Lane
 
 
 class LlamaLanes:

@@ -21,8 +21,10 @@ from halfbyte.model.adapter import load_adapter
 from halfbyte.model.artefact import REPORT, read_artefact
 from halfbyte.model.canary import check_canary
 from halfbyte.model.host import free_bytes
+from halfbyte.model.lanes import Backend, Lane, LaneModel
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
+from halfbyte.model.mixed import mix_adapters
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
@@ -32,9 +34,7 @@ from halfbyte.run_dir import RunDir, read_json
 from halfbyte.serve.asked import NAME, Asked
 from halfbyte.serve.engine import Engine
 from halfbyte.serve.fastest import Way, measure_ways, possible_ways, take_way
-from halfbyte.serve.lanes import Backend, Lane, LaneModel
 from halfbyte.serve.llama_lanes import LlamaLanes
-from halfbyte.serve.mixed import mix_adapters
 from halfbyte.serve.service import Served
 from halfbyte.serve.vllm import base_name
 from halfbyte.serve.words import Words
@@ -254,7 +254,7 @@ def _lanes(
     model: Any = loaded.model
     device = loaded.compute.device
     promised = _promised_bytes(others, device)
-    mix_adapters(model)  # before its layers are measured and unpacked
+    mix_adapters(model)
     way = Way(loaded.compute.dtype, True)
     if device.type == "cpu":
         way = _way(loaded, options, free_bytes(device) - promised, say)

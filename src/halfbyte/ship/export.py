@@ -15,6 +15,7 @@ from halfbyte.config import Run
 from halfbyte.errors import RunError, UserError
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.artefact import REPORT
+from halfbyte.model.fidelity import Reference, fidelity, reference, torch_predict
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.host import free_bytes, gib
 from halfbyte.model.llama_cpp import GgufModel
@@ -25,7 +26,6 @@ from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
 from halfbyte.run_dir import RunDir, provenance, replace_folder, write_json
 from halfbyte.ship.awq import ServedFolder, make_awq
 from halfbyte.ship.export_report import write_table
-from halfbyte.ship.fidelity import Reference, fidelity, reference, torch_predict
 from halfbyte.ship.gguf import LOSSLESS, QUANTS, GgufFactory, make_adapter_gguf
 from halfbyte.ship.intact import check_adapter, check_merged
 from halfbyte.ship.peft_folder import make_peft_folder

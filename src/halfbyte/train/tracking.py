@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import math
-import netrc
-import os
-import secrets
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from halfbyte.config.schema import Run
 from halfbyte.errors import RunError
-from halfbyte.run_dir import RunDir, append_jsonl, read_json, read_jsonl, write_json, write_jsonl
-
-INIT_TIMEOUT_S = 8.0
-FINISH_TIMEOUT_S = 60.0
-RUN_ID_FILE = "wandb_run.json"
+from halfbyte.run_dir import RunDir, append_jsonl, read_jsonl, write_jsonl
+from halfbyte.tracking import start_wandb, where
 
 
 class Tracker:
@@ -41,7 +32,7 @@ class Tracker:
         self.num_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
         evaluated = [(r["step"], r["eval_loss"]) for r in kept if "eval_loss" in r]
         self.evaluated: tuple[int, float | None] = evaluated[-1] if evaluated else (-1, None)
-        self.wandb: Any = _start(run, folder)
+        self.wandb: Any = start_wandb(run, folder)
         if self.wandb is not None:
             for record in kept:
                 self.wandb.log(record)
@@ -49,11 +40,7 @@ class Tracker:
     @property
     def where(self) -> str:
         """What to tell the user about W&B."""
-        if self.wandb is None:
-            return "off"
-        if self.wandb.settings.mode == "offline":
-            return f"offline, send it later: wandb sync {Path(self.wandb.dir).parent}"
-        return str(self.wandb.url)
+        return where(self.wandb)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record of plain numbers that holds ``step``.
@@ -108,92 +95,3 @@ def _keep(path: Path, resume_step: int) -> list[dict[str, Any]]:
     kept = [record for record in known if record["step"] <= resume_step]
     write_jsonl(path, kept)
     return kept
-
-
-def _start(run: Run, folder: RunDir) -> Any:
-    """A W&B run in the mode that is possible, or None."""
-    mode = choose_mode(run.track.wandb)
-    if mode == "off":
-        return None
-    if find_spec("wandb") is None:
-        if run.track.wandb != "auto":
-            raise RunError(f"track.wandb is {mode}: pip install 'halfbyte[wandb]', or set auto")
-        return None
-    # Read when wandb is first imported; its notices would break the progress bar.
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    known = folder.path / RUN_ID_FILE
-    told: dict[str, Any] = (
-        read_json(known) if known.is_file() else {"group": secrets.token_hex(4), "attempts": 0}
-    )
-    told["attempts"] += 1
-    write_json(known, told)
-
-    def init(mode: Any, suffix: str) -> Any:
-        settings = wandb.Settings(
-            init_timeout=INIT_TIMEOUT_S,
-            finish_timeout=FINISH_TIMEOUT_S,
-            silent=True,
-            console="off",
-            disable_git=True,
-        )
-        return wandb.init(
-            mode=mode,
-            project=run.track.project,
-            entity=run.track.entity,
-            tags=run.track.tags,
-            name=run.name,
-            group=told["group"],
-            id=f"{told['group']}-{told['attempts']}{suffix}",
-            dir=str(folder.path),
-            config=run.model_dump(mode="json"),
-            settings=settings,
-        )
-
-    try:
-        started = init(mode, "")
-    except wandb.errors.Error as error:
-        if mode == "offline":
-            raise
-        print(f"warning: W&B cannot be reached ({error}); recording offline", file=sys.stderr)
-        started = init("offline", "-offline")
-    started.define_metric("step")
-    started.define_metric("*", step_metric="step")
-    return started
-
-
-def choose_mode(wanted: str) -> str:
-    """``online``, ``offline`` or ``off``; WANDB_MODE and WANDB_DISABLED are obeyed under ``auto``.
-
-    Online needs a key: without one W&B would ask for it.
-    """
-    mode = os.environ.get("WANDB_MODE", "").lower()
-    if wanted == "auto":
-        disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes")
-        if mode in ("disabled", "off") or disabled:
-            return "off"
-        return "offline" if mode in ("offline", "dryrun") or not _has_key() else "online"
-    if wanted == "online" and not _has_key():
-        print(
-            "warning: track.wandb is online, but no W&B key is found; recording offline",
-            file=sys.stderr,
-        )
-        return "offline"
-    return wanted
-
-
-def _has_key() -> bool:
-    """Whether a key is in the environment or in netrc for the W&B server; nothing is asked."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    if find_spec("wandb") is None:
-        return False
-    import wandb
-
-    server = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
-    try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return urlparse(server).hostname in hosts or "api.wandb.ai" in hosts

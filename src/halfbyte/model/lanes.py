@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from halfbyte.errors import ModelError
-from halfbyte.serve.mixed import UNSERVED, mix_adapters
+from halfbyte.model.mixed import UNSERVED, MixedLinear
 
 NAME = "halfbyte-lanes"  # of this attention in transformers
 GROWTH = 256  # tokens by which the cache grows
@@ -83,14 +83,14 @@ class LaneModel:
     """A transformers model with adapters, as a backend.
 
     Args:
-        model: a causal language model; PEFT's layers in it are replaced.
+        model: a causal language model; lanes with an adapter need ``mix_adapters`` first.
         num_slots: requests at once.
         max_context: tokens of a prompt and its answer, at most.
         dtype: of keys and values.
         cache_bytes: what they may take, which was found to be there.
 
     Raises:
-        ModelError: its attention does not take part, or an adapter is of a kind that cannot be mixed.
+        ModelError: its attention does not take part.
     """
 
     can_copy = True
@@ -119,7 +119,7 @@ class LaneModel:
                 f"{type(model).__name__}: layers of the kind {', '.join(sorted(others))}, which requests"
                 f" cannot share a pass in. {UNSERVED} by --engine vllm, or as GGUF by llama.cpp"
             )
-        self.adapters = mix_adapters(model)
+        self.mixed = [module for module in model.modules() if isinstance(module, MixedLinear)]
         self._cache = Cache(num_slots, dtype, self.device)
         model.set_attn_implementation(NAME)
         model.eval()
@@ -137,7 +137,7 @@ class LaneModel:
         step = Step(flat, self._cache, self.device)
         ids = [token for lane in flat for token in lane.ids]
         positions = [at for lane in flat for at in range(lane.start, lane.end)]
-        for layer in self.adapters:
+        for layer in self.mixed:
             layer.ranges = step.ranges
         out = self.model(
             input_ids=torch.tensor([ids], device=self.device),

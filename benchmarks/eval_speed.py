@@ -1,0 +1,127 @@
+"""How fast the comparison measures a variant: against a loop that asks one row after the other.
+
+python benchmarks/eval_speed.py runs/quickstart --out benchmarks/results/eval_speed_cpu_smollm2
+
+The loop is what a first evaluation script does: for each row ``model.generate`` on its prompt, then a
+forward pass with labels for its loss, with transformers alone. Both are timed in one sitting; the loop on
+``--loop-rows`` of the rows, since it is slow. Answers must be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from halfbyte.config import read_run_folder
+from halfbyte.errors import RunError, exit_on_user_error
+
+MIN_SAME_FRAC = 0.95
+
+
+def main() -> None:
+    """Run folder → seconds a row, both ways, for the base and the adapter."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--loop-rows", type=int, default=60)
+    parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
+    arguments = parser.parse_args()
+    run = read_run_folder(arguments.run, [f"eval.rows={arguments.rows}"])
+
+    from halfbyte.libraries import quiet_libraries
+
+    quiet_libraries()
+    from halfbyte.data.questions import held_out_rows, questions
+    from halfbyte.eval.measure import measure
+    from halfbyte.eval.variants import Trained, contenders
+    from halfbyte.model.trained import same_compute, saved_renderer, trained_base
+    from halfbyte.run_dir import RunDir
+
+    folder = RunDir(arguments.run.resolve())
+    base = trained_base(folder, run)
+    renderer = saved_renderer(folder, run, base)
+    asked = questions(held_out_rows(folder, run.eval.rows, run.seed), renderer)
+    settings = run.eval.model_copy(update={"variants": ["base-full", "adapter"], "baselines": []})
+    run = run.model_copy(update={"eval": settings})
+    found = {}
+    for contender in contenders(Trained(folder, run, base, same_compute(folder), asked, renderer)):
+        loop_s, answers = _loop(contender, arguments.loop_rows, run.eval.max_new_tokens)
+        start = time.perf_counter()
+        variant = measure(contender, run)
+        ours_s = time.perf_counter() - start
+        same = sum(a == b for a, b in zip(answers, variant.answers, strict=False))
+        found[contender.name] = {
+            "rows": len(asked),
+            "seconds": ours_s,
+            "seconds_a_row": ours_s / len(asked),
+            "loop_rows": len(answers),
+            "loop_seconds_a_row": loop_s / len(answers),
+            "ratio": loop_s / len(answers) / (ours_s / len(asked)),
+            "same_answers": same,
+        }
+        # Sums in another order round differently, and a near tie may fall the other way.
+        if same < MIN_SAME_FRAC * len(answers):
+            raise RunError(f"{contender.name}: {same} of {len(answers)} answers are the same")
+        print(contender.name, json.dumps(found[contender.name]), flush=True)
+        del contender
+    if arguments.out:
+        _write(arguments.out, found)
+
+
+def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, list[str]]:
+    """Seconds and answers of the plain loop over the first rows."""
+    import torch
+    from transformers import GenerationConfig
+
+    model, renderer = contender.model, contender.renderer
+    decoding = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=renderer.stop_ids,
+        pad_token_id=renderer.pad_id,
+    )
+    model.eval()
+    answers = []
+    start = time.perf_counter()
+    with torch.no_grad():
+        for question in contender.asked[:num_rows]:
+            prompt, ids, labels = (
+                torch.tensor([numbers], device=contender.device)
+                for numbers in (question.prompt, question.ids, question.labels)
+            )
+            made = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=decoding,
+            )[0, prompt.shape[1] :].tolist()
+            model(input_ids=ids, labels=labels)
+            stops = [at for at, token in enumerate(made) if token in renderer.stop_ids]
+            answers.append(renderer.decode(made[: stops[0]] if stops else made))
+    return time.perf_counter() - start, answers
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    from halfbyte.run_dir import provenance
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    told = {"command": f"python benchmarks/eval_speed.py RUN --out {out}", **provenance()}
+    out.with_suffix(".json").write_text(json.dumps({**told, "variants": found}, indent=1) + "\n")
+    lines = [
+        "| variant | rows | halfbyte | one row after the other | faster |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, told in found.items():
+        lines.append(
+            f"| {name} | {told['rows']} | {told['seconds']:.0f} s, {told['seconds_a_row']:.3f} s a row |"
+            f" {told['loop_seconds_a_row']:.3f} s a row ({told['loop_rows']} rows) | {told['ratio']:.1f}x |"
+        )
+    out.with_suffix(".md").write_text("\n".join([*lines, ""]))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,68 @@
+"""Compare a model at every precision: bytes, perplexity, KL to full precision, score, speed.
+
+python eval/ladder.py configs/quickstart.yaml [section.key=value …] [--rungs fp32 bf16 int8 nf4 nf4+dq fp4]
+python eval/ladder.py runs/quickstart    (the merged model, with what train/export.py made of it)
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from halfbyte.config import load_run, read_run_folder
+from halfbyte.errors import exit_on_user_error
+
+
+def main() -> None:
+    """Config or run folder → ladder.json, ladder.md."""
+    arguments = _arguments()
+    is_config = arguments.target.suffix in (".yaml", ".yml")
+    read = load_run if is_config else read_run_folder
+    run = read(arguments.target, arguments.overrides)
+
+    from halfbyte.libraries import quiet_libraries
+
+    quiet_libraries()
+    from halfbyte.eval.ladder import DEFAULT_RUNGS, as_markdown, climb, in_order, of_config, of_run
+    from halfbyte.run_dir import RunDir, write_json, write_text
+
+    if is_config:
+        work, folder = of_config(run), Path("ladder")
+    else:
+        trained = RunDir(arguments.target.resolve())
+        work, folder = of_run(trained, run), trained.eval
+    found = [rung.as_json(run) for rung in climb(work, arguments.rungs or DEFAULT_RUNGS)]
+    folder = arguments.out or folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "ladder.json", {"model": work.base.name, "rungs": found})
+    metric = run.eval.metrics[0]
+    text = "\n".join(
+        [
+            f"# {work.base.name}\n",
+            f"{len(work.asked)} rows; {work.base.origin}.\n",
+            as_markdown(found, metric),
+            *(f"- {line}" for line in in_order(found)),
+            "",
+        ]
+    )
+    write_text(folder / "ladder.md", text)
+    print(text)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", type=Path, help="a .yaml config, or a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--rungs", nargs="+", metavar="NAME", help="the first is the reference")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/eval or ./ladder")
+    arguments = parser.parse_intermixed_args()
+    given = arguments.rungs or []
+    arguments.overrides += [text for text in given if "=" in text]
+    arguments.rungs = [text for text in given if "=" not in text]
+    return arguments
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

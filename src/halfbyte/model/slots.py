@@ -1,0 +1,210 @@
+"""Owns generation in slots: common beginnings computed once, no padding, no answer waits for the longest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.data.tree import common_prefix
+from halfbyte.errors import ModelError
+from halfbyte.model import attention
+from halfbyte.model.generate import Answer, until_stop
+from halfbyte.model.lanes import Lane, LaneModel
+from halfbyte.model.passes import TREE_TOLERANCE
+
+PROMPT_TOKENS = 2048  # of prompts in one pass
+REFILL_FRAC = 0.25  # of the slots are free before new prompts are read
+PROBE_TOKENS = 24
+
+
+@dataclass
+class Spent:
+    """Tokens that were computed, and the seconds that took: of prompts, and of answers one by one."""
+
+    prompt_tokens: int = 0
+    prompt_s: float = 0.0
+    answer_tokens: int = 0
+    answer_s: float = 0.0
+
+
+class SlotGenerator:
+    """A model that answers prompts in slots: what all prompts begin with is computed once.
+
+    A slot whose answer has ended takes the next prompt, so that no answer waits for the longest one; no
+    token is padding. Only for models of which ``slots_refusal`` says nothing.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        num_slots: answers at once.
+    """
+
+    def __init__(self, model: nn.Module, num_slots: int) -> None:
+        get_base_model: Any = getattr(model, "get_base_model", None)
+        self.model: Any = get_base_model() if get_base_model is not None else model
+        self.num_slots = num_slots
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        stop_ids: list[int],
+        max_new_tokens: int,
+        begun: Sequence[list[int]] | None = None,
+        progress: Callable[[int], None] | None = None,
+        spent: Spent | None = None,
+    ) -> list[Answer]:
+        """Greedy answers, in the order of the prompts.
+
+        Args:
+            prompts: ids that end where the answer begins.
+            stop_ids: ids that end an answer.
+            max_new_tokens: longest answer.
+            begun: what each answer is known to begin with; counts as generated.
+            progress: called with the number of prompts done so far.
+            spent: what it took is added here.
+        """
+        work = _Work(
+            prompts, begun or [[] for _ in prompts], stop_ids, max_new_tokens, self.num_slots
+        )
+        spent = spent or Spent()
+        with _Slots(self.model, self.num_slots + 1) as lanes:
+            if work.waiting and work.shared:
+                stem = list(prompts[0][: work.shared])
+                _run(lanes, [Lane(self.num_slots, None, stem, 0)], spent)
+            while work.waiting or work.running:
+                step, done = work.begin(lanes) or work.go_on(), len(work.answers)
+                work.take(step, _run(lanes, [lane for _, lane in step], spent))
+                if progress is not None and len(work.answers) > done:
+                    progress(len(work.answers))
+        return [work.answers[row] for row in range(len(prompts))]
+
+
+class _Work:
+    """Which prompts wait, which answer grows in which slot, and what has ended."""
+
+    def __init__(
+        self,
+        prompts: Sequence[list[int]],
+        begun: Sequence[list[int]],
+        stop_ids: list[int],
+        max_new_tokens: int,
+        num_slots: int,
+    ) -> None:
+        self.prompts = prompts
+        self.texts = [list(known[:max_new_tokens]) for known in begun]
+        self.stops, self.max_new_tokens, self.num_slots = set(stop_ids), max_new_tokens, num_slots
+        self.answers: dict[int, Answer] = {}
+        self.shared = min(common_prefix(prompts), min(map(len, prompts), default=1) - 1)
+        self.waiting = [row for row in range(len(prompts)) if not self._ends(row)]
+        self.waiting.sort(key=lambda row: len(prompts[row]), reverse=True)  # taken from the end
+        self.running: dict[int, int] = {}  # slot → row
+        self.free = list(range(num_slots))
+
+    def begin(self, lanes: LaneModel) -> list[tuple[int, Lane]]:
+        """Lanes of the next prompts, once there is room for several."""
+        step: list[tuple[int, Lane]] = []
+        if self.running and len(self.free) < REFILL_FRAC * self.num_slots:
+            return step
+        tokens = 0
+        while self.waiting and self.free and (not step or tokens < PROMPT_TOKENS):
+            row, slot = self.waiting.pop(), self.free.pop()
+            if self.shared:
+                lanes.copy(self.num_slots, slot, self.shared)
+            self.running[slot] = row
+            ids = [*self.prompts[row], *self.texts[row]][self.shared :]
+            step.append((row, Lane(slot, None, ids, self.shared)))
+            tokens += len(ids)
+        return step
+
+    def go_on(self) -> list[tuple[int, Lane]]:
+        """The last token of each answer that grows."""
+        step = []
+        for slot, row in self.running.items():
+            start = len(self.prompts[row]) + len(self.texts[row]) - 1
+            step.append((row, Lane(slot, None, self.texts[row][-1:], start)))
+        return step
+
+    def take(self, step: list[tuple[int, Lane]], tokens: list[int]) -> None:
+        """The next token of each lane."""
+        for (row, lane), token in zip(step, tokens, strict=True):
+            self.texts[row].append(token)
+            if self._ends(row):
+                del self.running[lane.slot]
+                self.free.append(lane.slot)
+
+    def _ends(self, row: int) -> bool:
+        answer = until_stop(self.texts[row], self.stops)
+        if answer.finish_reason == "stop" or len(self.texts[row]) >= self.max_new_tokens:
+            self.answers[row] = answer
+        return row in self.answers
+
+
+class _Slots:
+    """The model as lanes, for a while; afterwards its attention is its own again."""
+
+    def __init__(self, model: Any, num_slots: int) -> None:
+        self.model, self.num_slots = model, num_slots
+
+    def __enter__(self) -> LaneModel:
+        text = self.model.config.get_text_config()
+        self.attention = getattr(text, "_attn_implementation", "eager")
+        self.training = self.model.training
+        return LaneModel(
+            self.model,
+            num_slots=self.num_slots,
+            max_context=int(getattr(text, "max_position_embeddings", 0)),
+            dtype=self.model.get_input_embeddings().weight.dtype,
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self.model.set_attn_implementation(self.attention)
+        self.model.train(self.training)
+
+
+def _run(lanes: LaneModel, step: list[Lane], spent: Spent) -> list[int]:
+    """The likeliest next token of each lane."""
+    start = time.perf_counter()
+    chosen: list[int] = lanes.run(step).argmax(dim=1).tolist()
+    seconds, tokens = time.perf_counter() - start, sum(len(lane.ids) for lane in step)
+    if any(len(lane.ids) > 1 for lane in step):
+        spent.prompt_tokens, spent.prompt_s = spent.prompt_tokens + tokens, spent.prompt_s + seconds
+    else:
+        spent.answer_tokens, spent.answer_s = spent.answer_tokens + tokens, spent.answer_s + seconds
+    return chosen
+
+
+@torch.no_grad()
+def slots_refusal(model: nn.Module) -> str:
+    """Why a model cannot answer in slots, or "".
+
+    A probe reads some tokens in pieces, beside others, and compares the logits with those of the plain pass.
+    """
+    causal = SlotGenerator(model, 1).model
+    name = type(causal).__name__
+    if getattr(causal.config.get_text_config(), "_attn_implementation", "") != attention.NAME:
+        return f"{name} does not take halfbyte's attention"
+    training = causal.training
+    causal.eval()
+    limit = int(causal.config.get_text_config().vocab_size)
+    ids = [(7 * i + 3) % limit for i in range(PROBE_TOKENS)]
+    device = causal.get_input_embeddings().weight.device
+    wanted = causal(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float().cpu()
+    half = PROBE_TOKENS // 2
+    try:
+        with _Slots(causal, 3) as lanes:
+            lanes.run([Lane(0, None, ids[:half], 0)])
+            lanes.copy(0, 2, half)
+            lanes.run([Lane(2, None, ids[half:-1], half), Lane(1, None, ids[3:], 0)])
+            found = lanes.run([Lane(2, None, ids[-1:], PROBE_TOKENS - 1)])[0]
+    except (ModelError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"{name} cannot answer in slots: {error}"
+    finally:
+        causal.train(training)
+    gap = float((found - wanted).norm() / wanted.norm())
+    allowed = TREE_TOLERANCE[causal.get_input_embeddings().weight.dtype]
+    return "" if gap <= allowed else f"{name}: logits differ by {gap:.1g} from the plain pass"

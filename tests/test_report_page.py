@@ -1,0 +1,139 @@
+"""The report in a real browser: no error, nothing asked elsewhere, its filters work by clicks, a phone is enough."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_compare import report_of
+
+from halfbyte.config import read_run_folder
+from halfbyte.data.rows import Message, Row
+from halfbyte.eval.measure import Variant
+from halfbyte.eval.report import write_report
+from halfbyte.run_dir import RunDir, read_jsonl
+
+sync_api = pytest.importorskip("playwright.sync_api")
+BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+if BROWSER is None:
+    pytest.skip("no browser: CHROMIUM names none, none is on the PATH", allow_module_level=True)
+SIZES = {"phone": (390, 844), "desktop": (1280, 800)}
+
+
+SCORES = {
+    "base-full": [0.0, 1.0, 0.5, 1.0, 0.0, 0.2, 0.0, 1.0],
+    "base-nf4": [0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0],
+    "adapter": [1.0, 0.0, 0.7, 1.0, 1.0, 0.1, 0.0, 1.0],
+}
+CUT = {"base-full": {0, 4}, "base-nf4": {1}, "adapter": {1, 6}}
+
+
+@pytest.fixture(scope="module")
+def compared(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a report on eight rows, of which each filter shows some."""
+    copy = tmp_path_factory.mktemp("paged") / "run"
+    shutil.copytree(trained_run, copy)
+    rows = [
+        Row(
+            f"rows:{n}",
+            (Message("user", f"diagnosis {n}"), Message("assistant", f"Asthma (J4{n})")),
+        )
+        for n in range(8)
+    ]
+    variants = [
+        Variant(
+            name,
+            f"what {name} is",
+            [f"Asthma of {name} (J4{n})" for n in range(8)],
+            ["length" if n in CUT[name] else "stop" for n in range(8)],
+            scores={"chrf": scores},
+            losses=[(2.0, 2)] * 8,
+            lengths=[n + 3 for n in range(8)],
+            weights_bytes=10**8,
+            tokens_per_s=90.0,
+        )
+        for name, scores in SCORES.items()
+    ]
+    run = read_run_folder(copy, ["eval.metrics=[chrf]"])
+    write_report(RunDir(copy), run, rows, variants, command="python eval/compare.py run")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+
+
+@pytest.fixture(params=SIZES)
+def page(request: pytest.FixtureRequest, browser: Any, compared: Path) -> Iterator[Any]:
+    """The report, open; at the end nothing was asked elsewhere and nothing failed."""
+    width, height = SIZES[request.param]
+    page = browser.new_page(viewport={"width": width, "height": height})
+    asked: list[str] = []
+    failed: list[str] = []
+    page.on("request", lambda made: asked.append(made.url))
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.on("console", lambda told: failed.append(told.text) if told.type == "error" else None)
+    page.goto((compared / "eval" / "report.html").as_uri())
+    yield page
+    page.close()
+    assert not failed
+    assert asked == [(compared / "eval" / "report.html").as_uri()]
+
+
+def shown(page: Any) -> list[str]:
+    """The prompts that can be seen."""
+    return [prompt.inner_text() for prompt in page.query_selector_all(".row:not([hidden]) .prompt")]
+
+
+def test_filters_show_the_rows_they_name(page: Any, compared: Path) -> None:
+    rows = list(read_jsonl(compared / "eval" / "answers.jsonl"))
+    assert len(shown(page)) == len(rows) == 8
+    for other in ("base-full", "base-nf4"):
+        page.select_option("#against", other)
+        scores = [(row["scores"]["adapter"], row["scores"][other]) for row in rows]
+        assert [ours["chrf"] for ours, _ in scores] == SCORES["adapter"]
+        wins = [ours["chrf"] > theirs["chrf"] for ours, theirs in scores]
+        losses = [ours["chrf"] < theirs["chrf"] for ours, theirs in scores]
+        wrong = [ours["chrf"] < 1 for ours, _ in scores]
+        cut = [row["finish_reasons"]["adapter"] == "length" for row in rows]
+        assert 0 < sum(wins) < 8
+        assert sum(cut) == 2
+        for name, wanted in (("win", wins), ("loss", losses), ("wrong", wrong), ("cut", cut)):
+            page.click(f"button[data-filter={name}]")
+            assert shown(page) == [
+                row["prompt"] for row, fits in zip(rows, wanted, strict=True) if fits
+            ]
+            assert page.get_attribute(f"button[data-filter={name}]", "aria-pressed") == "true"
+            assert page.inner_text("#count") == f"{sum(wanted)} of 8 rows"
+        page.click("button[data-filter=all]")
+        assert len(shown(page)) == 8
+        opponents = page.query_selector_all("dt.opponent")
+        assert {mark.get_attribute("data-variant") for mark in opponents} == {other}
+
+
+def test_words_narrow_the_rows_further(page: Any, compared: Path) -> None:
+    rows = list(read_jsonl(compared / "eval" / "answers.jsonl"))
+    page.fill("#search", rows[3]["prompt"].upper())
+    assert rows[3]["prompt"] in shown(page)
+    page.fill("#search", "no such words anywhere")
+    assert shown(page) == []
+    assert page.inner_text("#count") == "0 of 8 rows"
+
+
+def test_the_page_is_no_wider_than_the_screen(page: Any, compared: Path) -> None:
+    width = page.viewport_size["width"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert report_of(compared)["verdict"] in page.inner_text("body")
+    assert "python eval/compare.py" in page.inner_text("pre")
+
+
+def test_paper_has_every_row_and_no_buttons(page: Any) -> None:
+    page.emulate_media(media="print")
+    assert not page.is_visible("#filters")
+    assert len(page.query_selector_all(".row:not([hidden])")) == 8

@@ -1,0 +1,119 @@
+"""Generation in slots: the answers of transformers' own generate(), whatever shares a pass with what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.config.schema import Adapter
+from halfbyte.model.adapter import attach_adapter
+from halfbyte.model.generate import Answer, generate
+from halfbyte.model.load import load_model
+from halfbyte.model.passes import add_token_loss
+from halfbyte.model.precision import Compute
+from halfbyte.model.quantised import unpack_layers
+from halfbyte.model.resolve import resolve_base
+from halfbyte.model.slots import SlotGenerator, Spent, slots_refusal
+
+CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
+STEM = [11, 12, 13, 14, 15, 16]
+PROMPTS = [[*STEM, *range(20, 20 + n)] for n in (3, 9, 1, 5, 17, 2, 30, 4)]
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    loaded = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU32)
+    assert add_token_loss(loaded.model) == ""
+    return loaded.model
+
+
+def plain(model: Any, prompts: list[list[int]], stop_ids: list[int]) -> list[Answer]:
+    return generate(model, prompts, stop_ids=stop_ids, pad_id=2, max_new_tokens=12, batch_rows=1)
+
+
+def some_stop(model: Any) -> list[int]:
+    """A token at which some answers end, at different places."""
+    free = plain(model, PROMPTS, [2])
+    return [free[0].ids[4], free[1].ids[7]]
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 8, 20])
+def test_answers_are_those_of_one_prompt_at_a_time(model: Any, num_slots: int) -> None:
+    stop_ids = some_stop(model)
+    wanted = plain(model, PROMPTS, stop_ids)
+    assert {answer.finish_reason for answer in wanted} == {"stop", "length"}
+    done: list[int] = []
+    spent = Spent()
+    made = SlotGenerator(model, num_slots).generate(
+        PROMPTS, stop_ids=stop_ids, max_new_tokens=12, progress=done.append, spent=spent
+    )
+    assert made == wanted
+    assert done == sorted(done)
+    assert done[-1] == len(PROMPTS)
+    # The stem is read once, the rest of each prompt once; each answer but its first token by itself.
+    assert spent.prompt_tokens + spent.answer_tokens == (
+        len(STEM)
+        + sum(len(prompt) - len(STEM) for prompt in PROMPTS)
+        + sum(len(a.ids) + (a.finish_reason == "stop") - 1 for a in wanted)
+    )
+    assert model.config._attn_implementation == "halfbyte"
+
+
+def test_answers_go_on_from_what_is_known_of_them(model: Any) -> None:
+    stop_ids = some_stop(model)
+    wanted = plain(model, PROMPTS, stop_ids)
+    ended = {n: [*a.ids, stop_ids[0]] for n, a in enumerate(wanted) if a.finish_reason == "stop"}
+    begun = [ended.get(n, answer.ids)[: 3 * n] for n, answer in enumerate(wanted)]
+    spent = Spent()
+    made = SlotGenerator(model, 3).generate(
+        PROMPTS, stop_ids=stop_ids, max_new_tokens=12, begun=begun, spent=spent
+    )
+    assert [a.ids for a in made] == [a.ids for a in wanted]
+    assert [a.finish_reason for a in made] == [a.finish_reason for a in wanted]
+    nothing = Spent()
+    SlotGenerator(model, 3).generate(
+        PROMPTS[:1], stop_ids=[2], max_new_tokens=2, begun=[[5, 6]], spent=nothing
+    )
+    assert nothing == Spent()
+    # What is known ends, but later than an answer may.
+    (cut,) = SlotGenerator(model, 3).generate(
+        PROMPTS[:1], stop_ids=[2], max_new_tokens=2, begun=[[5, 6, 2]]
+    )
+    assert cut == Answer([5, 6], "length")
+
+
+def test_an_adapter_is_used_while_it_is_on(model: Any, tmp_path: Path, tiny_llama: Path) -> None:
+    loaded = load_model(resolve_base(str(tiny_llama)), "nf4", compute=CPU32)
+    add_token_loss(loaded.model)
+    adapted = attach_adapter(loaded, Adapter(r=4), 0, tmp_path)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    with adapted.disable_adapter():
+        base = plain(adapted, PROMPTS, [2])
+    tuned = plain(adapted, PROMPTS, [2])
+    assert tuned != base
+    unpack_layers(adapted, torch.float32)
+    assert any("lora_A" in name for name, _ in adapted.named_parameters())
+    assert slots_refusal(adapted) == ""
+    slots = SlotGenerator(adapted, 4)
+    assert slots.generate(PROMPTS, stop_ids=[2], max_new_tokens=12) == tuned
+    with adapted.disable_adapter():
+        assert slots.generate(PROMPTS, stop_ids=[2], max_new_tokens=12) == base
+
+
+def test_a_model_that_cannot_is_named(tiny_llama: Path) -> None:
+    loaded = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU32)
+    assert "does not take halfbyte's attention" in slots_refusal(loaded.model)
+    add_token_loss(loaded.model)
+    own = loaded.model.model.layers[1].self_attn.forward
+
+    def forgetful(*arguments: Any, **options: Any) -> Any:
+        hidden, weights = own(*arguments, **options)
+        return hidden * (1 if hidden.shape[1] == 24 else 0.5), weights
+
+    loaded.model.model.layers[1].self_attn.forward = forgetful
+    assert "logits differ by" in slots_refusal(loaded.model)
