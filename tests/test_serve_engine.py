@@ -52,6 +52,7 @@ class Run:
         for adapter in (None, "first", "second"):
             self._ask(model, adapter)
         self.model: Any = model.get_base_model()
+        mix_adapters(self.model)
         self.backend = LaneModel(self.model, num_slots=4, max_context=512, dtype=torch.float32)
 
     @torch.no_grad()
@@ -424,6 +425,11 @@ def test_logits_that_are_nan_choose_no_token() -> None:
         sampler = Sampler(Sampling(temperature))
         with pytest.raises((ArithmeticError, RuntimeError)):
             sampler.choose(torch.full((10,), float("nan")))
+
+
+def test_an_adapter_that_no_layer_has_is_refused(served: Run) -> None:
+    with pytest.raises(ModelError, match="no layer has the adapter third"):
+        served.backend.run([Lane(0, "third", [5, 6], 0), Lane(1, None, [5], 0)])
 
 
 def test_layers_with_another_state_are_refused() -> None:

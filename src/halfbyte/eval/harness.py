@@ -134,19 +134,26 @@ def ask(asked: Asked, model: nn.Module, tokenizer: Any, run: Run) -> Answered:
 
 
 def _task_manager(names: list[str]) -> Any:
-    """The harness's index of the folders that define these names; the whole takes it a minute to read."""
+    """The harness's index of the folders that mention these names; the whole takes it a minute to read."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    wanted = "|".join(map(re.escape, names))
-    defines = re.compile(rf"""^["']?(?:task|group|tag)["']?:\s*["']?(?:{wanted})["']?\s*$""", re.M)
-    folders = {
-        root / path.relative_to(root).parts[0]
-        for path in root.rglob("*.yaml")
-        if defines.search(path.read_text(encoding="utf-8", errors="replace"))
+    texts = {
+        path: path.read_text(encoding="utf-8", errors="replace") for path in root.rglob("*.yaml")
     }
+    folders: set[Path] = set()
+    is_known = True
+    for name in names:
+        # As a task, a group or a tag, or in a list of them.
+        line = rf"""^\s*(?:-|["']?(?:task|group|tag)["']?:)\s*["']?{re.escape(name)}["']?\s*$"""
+        mentions = re.compile(line, re.M)
+        found = {
+            path.relative_to(root).parts[0] for path, text in texts.items() if mentions.search(text)
+        }
+        folders |= {root / part for part in found}
+        is_known &= bool(found)
     quick = lm_eval.tasks.TaskManager(include_path=sorted(folders), include_defaults=False)
-    if all(_is_whole(quick, name) for name in names):
+    if not is_known or all(_is_whole(quick, name) for name in names):
         return quick
     return lm_eval.tasks.TaskManager()
 

@@ -120,6 +120,7 @@ class LaneModel:
                 f" cannot share a pass in. {UNSERVED} by --engine vllm, or as GGUF by llama.cpp"
             )
         self.mixed = [module for module in model.modules() if isinstance(module, MixedLinear)]
+        self.adapters = {name for layer in self.mixed for name in layer.lora}
         self._cache = Cache(num_slots, dtype, self.device)
         model.set_attn_implementation(NAME)
         model.eval()
@@ -134,6 +135,9 @@ class LaneModel:
         """As ``Backend.run``."""
         order = sorted(range(len(lanes)), key=lambda n: (lanes[n].adapter or "", len(lanes[n].ids)))
         flat = [lanes[number] for number in order]
+        unknown = {lane.adapter for lane in lanes} - self.adapters - {None}
+        if unknown:
+            raise ModelError(f"no layer has the adapter {', '.join(map(str, unknown))}")
         step = Step(flat, self._cache, self.device)
         ids = [token for lane in flat for token in lane.ids]
         positions = [at for lane in flat for at in range(lane.start, lane.end)]
