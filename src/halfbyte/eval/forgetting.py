@@ -7,14 +7,7 @@ from typing import Any, Protocol
 
 from halfbyte.config import Run
 from halfbyte.eval.harness import Answered, Asked
-from halfbyte.eval.intervals import (
-    holm,
-    mean_interval,
-    p_value,
-    paired_difference,
-    rows_needed,
-    smallest_shown,
-)
+from halfbyte.eval.intervals import evidence, judge_together, mean_interval, paired_difference
 
 FORGETS, LEARNS, NOT_SHOWN = "forgets", "better", "no difference shown"
 
@@ -38,12 +31,9 @@ def benchmark_entries(
         if ours is None or other is ours or not (ours.benchmarks and other.benchmarks):
             continue
         found = [_difference(run, benchmark, ours, other) for benchmark in asked]
-        corrected = holm([difference["p_value"] for difference in found])
-        for entry, difference, p in zip(entries, found, corrected, strict=True):
-            verdict = NOT_SHOWN
-            if p < 1 - run.eval.confidence:
-                verdict = LEARNS if difference["value"] > 0 else FORGETS
-            entry["differences"][other.name] = {**difference, "p_holm": p, "verdict": verdict}
+        judged = judge_together(found, run.eval.confidence, LEARNS, FORGETS, NOT_SHOWN)
+        for entry, difference in zip(entries, judged, strict=True):
+            entry["differences"][other.name] = difference
     return entries
 
 
@@ -103,11 +93,6 @@ def _difference(run: Run, benchmark: Asked, ours: Entrant, other: Entrant) -> di
         ]
         for entrant in (ours, other)
     )
-    settings = run.eval
-    difference = paired_difference(own, theirs, settings.confidence, settings.resamples, run.seed)
-    return {
-        **difference.as_json(),
-        "p_value": p_value(own, theirs, settings.resamples, run.seed),
-        "smallest_shown": smallest_shown(own, theirs, settings.confidence),
-        "rows_needed": rows_needed(own, theirs, settings.confidence),
-    }
+    level = (run.eval.confidence, run.eval.resamples, run.seed)
+    difference = paired_difference(own, theirs, *level)
+    return {**difference.as_json(), **evidence(own, theirs, *level)}

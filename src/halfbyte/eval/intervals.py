@@ -142,6 +142,30 @@ def _moments(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
+def evidence(
+    ours: list[float], theirs: list[float], confidence: float, resamples: int, seed: int
+) -> dict[str, Any]:
+    """What so many rows show of a difference: its chance if there were none, and what they can show."""
+    return {
+        "p_value": p_value(ours, theirs, resamples, seed),
+        "smallest_shown": smallest_shown(ours, theirs, confidence),
+        "rows_needed": rows_needed(ours, theirs, confidence),
+    }
+
+
+def judge_together(
+    found: list[dict[str, Any]], confidence: float, better: str, worse: str, unknown: str
+) -> list[dict[str, Any]]:
+    """Differences with ``value`` and ``p_value``, each with ``p_holm`` and its verdict in these words."""
+    told = []
+    for difference, chance in zip(found, holm([one["p_value"] for one in found]), strict=True):
+        verdict = unknown
+        if chance < 1 - confidence:
+            verdict = better if difference["value"] > 0 else worse
+        told.append({**difference, "p_holm": chance, "verdict": verdict})
+    return told
+
+
 def judge(difference: Estimate, ours: list[float], theirs: list[float], confidence: float) -> str:
     """``gain`` or ``loss`` if the interval leaves out zero, else ``no gain``.
 

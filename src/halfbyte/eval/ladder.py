@@ -21,14 +21,21 @@ from halfbyte.data.render import Renderer, renderer_of
 from halfbyte.errors import ConfigError, DataError
 from halfbyte.eval.compare import check_answers
 from halfbyte.eval.measure import LOSS_METRIC, Variant, measure
-from halfbyte.eval.variants import Contender, is_artefact, release
+from halfbyte.eval.pages import interval, rate
+from halfbyte.eval.variants import Contender, is_artefact, load_scored, release
 from halfbyte.model.artefact import read_artefact
-from halfbyte.model.fidelity import Fidelity, Reference, fidelity, reference, torch_predict
+from halfbyte.model.fidelity import (
+    Fidelity,
+    Reference,
+    agreement,
+    fidelity,
+    reference,
+    torch_predict,
+)
 from halfbyte.model.footprint import num_parameters, weights_bytes
 from halfbyte.model.llama_cpp import GgufModel
-from halfbyte.model.load import load_model, load_tokenizer, stored_method
-from halfbyte.model.passes import add_token_loss
-from halfbyte.model.precision import DTYPES, Compute, choose_compute
+from halfbyte.model.load import load_tokenizer, stored_method
+from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.trained import saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
@@ -152,7 +159,9 @@ def climb(work: Climb, rungs: Sequence[str]) -> list[Rung]:
             if full is None:
                 vocabulary = len(work.renderer.tokenizer)
                 full = reference(predict, rows, vocabulary)
-            close = fidelity(predict, rows, full)
+                close = agreement(full.log_probs, full.loss, full)
+            else:
+                close = fidelity(predict, rows, full)
             counted = contender.model if isinstance(contender.model, nn.Module) else None
             size = num_parameters(counted) if counted is not None else None
             found.append(Rung(measure(contender, work.run), close, size))
@@ -179,26 +188,13 @@ def _standing(work: Climb, name: str) -> Iterator[Contender]:
         return
     base = work.base if path is None else resolve_base(str(path))
     precision, double_quant = RUNGS.get(name, (None, False))
-    model = _load(base, precision, double_quant, work.run)
+    run = work.run.model_copy(
+        update={"model": work.run.model.model_copy(update={"double_quant": double_quant})}
+    )
+    model = load_scored(base, precision, choose_compute(run.model.compute_dtype), run).model
     what = f"{base.name} in {name}" if path is None else f"{base.name}, {_method(model)}"
     size, stored = weights_bytes(model), (Path(base.path),)
     yield Contender(name, what, model, size, work.asked, work.renderer, stored)
-
-
-def _load(base: Base, precision: Precision | None, double_quant: bool, run: Run) -> nn.Module:
-    compute = choose_compute(run.model.compute_dtype)
-    if precision is not None and precision in DTYPES:
-        compute = Compute(compute.device, DTYPES[precision], compute.reason)
-    loaded = load_model(
-        base,
-        precision,
-        double_quant=double_quant,
-        compute=compute,
-        attention=run.model.attention,
-    )
-    add_token_loss(loaded.model)
-    model: nn.Module = loaded.model
-    return model
 
 
 def _method(model: Any) -> str:
@@ -222,12 +218,8 @@ def as_markdown(rungs: list[dict[str, Any]], metric: str) -> str:
             f"{rung['top1_agreement']:.1%}",
         ]
         if scored:
-            estimate = rung[metric]
-            cells.append(
-                f"{estimate['value']:.3f} [{estimate['ci_low']:.3f}, {estimate['ci_high']:.3f}]"
-            )
-        for key in ("prompt_tokens_per_s", "tokens_per_s"):
-            cells.append("" if rung[key] is None else f"{rung[key]:.0f}")
+            cells.append(interval(rung[metric]))
+        cells += [rate(rung[key]) for key in ("prompt_tokens_per_s", "tokens_per_s")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

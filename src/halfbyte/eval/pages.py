@@ -16,10 +16,10 @@ from halfbyte.eval.plots import (
     memory_against_quality,
     metric_bars,
 )
+from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, TRAINED
 
 MAX_SHOWN_ROWS = 600
-TRAINED = ("adapter", "merged")
-FIRST_OPPONENTS = ("base-full", "base-full-fewshot", "base-nf4")
+FIRST_OPPONENTS = (BASE_FULL, FEWSHOT, BASE_NF4)
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -41,7 +41,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         cells = [entry["name"], *(interval(entry[metric]) for metric in metrics)]
         cells += [interval(entry["held_out_loss_interval"])]
         cells += [f"{entry['weights_bytes'] / 1e6:.0f} MB"]
-        cells += [_rate(entry["tokens_per_s"]), str(entry["finish_reasons"]["length"])]
+        cells += [rate(entry["tokens_per_s"]), str(entry["finish_reasons"]["length"])]
         difference = report["differences"].get(entry["name"])
         cells.append(signed(difference) if difference else "")
         lines.append("| " + " | ".join(cells) + " |")
@@ -181,7 +181,8 @@ def marked_words(answer: str, wanted: str) -> list[tuple[str, bool]]:
     ]
 
 
-def _rate(value: float | None) -> str:
+def rate(value: float | None) -> str:
+    """Tokens a second; "" where they were not measured."""
     return "" if value is None else f"{value:.0f}"
 
 

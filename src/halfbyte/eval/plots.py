@@ -10,8 +10,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
+from halfbyte.eval.variants import TRAINED
+
 INK, OURS, OTHERS, BAD = "#1f2933", "#0f766e", "#94a3b8", "#b91c1c"
-TRAINED = ("adapter", "merged")
 
 
 def estimate_of(entry: dict[str, Any], metric: str) -> dict[str, Any]:

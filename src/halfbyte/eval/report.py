@@ -17,12 +17,10 @@ from halfbyte.eval.intervals import (
     LOSS,
     NO_GAIN,
     Estimate,
+    evidence,
     judge,
-    p_value,
     paired_difference,
     ratio_interval,
-    rows_needed,
-    smallest_shown,
 )
 from halfbyte.eval.judge import judge_answers
 from halfbyte.eval.measure import LOSS_METRIC, Variant
@@ -143,30 +141,20 @@ def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, di
     ours = _ours(variants)
     if ours is None:
         return {}
+    level = (run.eval.confidence, run.eval.resamples, run.seed)
     found = {}
     for other in variants:
         if other is not ours:
             difference = _difference(run, ours, other, metric)
             loss = _difference(run, ours, other, LOSS_METRIC)
-            scores = ours.scores.get(metric, []), other.scores.get(metric, [])
+            own, theirs = ours.scores.get(metric, []), other.scores.get(metric, [])
             found[other.name] = {
                 **difference.as_json(),
-                **_power(run, *scores),
-                "verdict": judge(difference, *scores, run.eval.confidence),
+                **(evidence(own, theirs, *level) if own else {}),
+                "verdict": judge(difference, own, theirs, run.eval.confidence),
                 "held_out_loss_drop": loss.as_json(),
             }
     return found
-
-
-def _power(run: Run, ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """What so many rows can show, where each has a score."""
-    if not ours:
-        return {}
-    return {
-        "p_value": p_value(ours, theirs, run.eval.resamples, run.seed),
-        "smallest_shown": smallest_shown(ours, theirs, run.eval.confidence),
-        "rows_needed": rows_needed(ours, theirs, run.eval.confidence),
-    }
 
 
 def _ours(variants: list[Variant]) -> Variant | None:

@@ -10,20 +10,13 @@ from typing import Any
 from halfbyte.config import Run, read_run_folder
 from halfbyte.config.evaluation import Eval
 from halfbyte.errors import RunError
-from halfbyte.eval.intervals import (
-    Estimate,
-    holm,
-    mean_interval,
-    p_value,
-    paired_difference,
-    rows_needed,
-)
+from halfbyte.eval.intervals import evidence, judge_together, mean_interval, paired_difference
 from halfbyte.eval.measure import LOSS_METRIC
 from halfbyte.eval.pages import interval, signed
+from halfbyte.eval.variants import TRAINED
 from halfbyte.run_dir import RunDir, read_json, read_jsonl
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
-TRAINED = ("adapter", "merged")
 UNCOMPARED = ("runs_dir", "name")
 
 
@@ -67,28 +60,19 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
     settings = first.run.eval
     level = (settings.confidence, settings.resamples, first.run.seed)
     own = [first.scores[row] for row in common]
-    found: list[tuple[Estimate, float, int | None]] = []
+    found = []
     for other in others:
         theirs = [other.scores[row] for row in common]
-        chance = p_value(theirs, own, settings.resamples, first.run.seed)
-        needed = rows_needed(theirs, own, settings.confidence)
-        found.append((paired_difference(theirs, own, *level), chance, needed))
-    corrected = holm([chance for _, chance, _ in found])
+        difference = paired_difference(theirs, own, *level)
+        found.append({**difference.as_json(), **evidence(theirs, own, *level)})
+    judged = judge_together(found, settings.confidence, BETTER, WORSE, NOT_SHOWN)
     entries = []
     asked = {told["task"]: _asked(told) for told in first.report.get("benchmarks", [])}
     for one in runs:
         scores = mean_interval([one.scores[row] for row in common], *level)
         entries.append({**_entry(one, asked), metric: scores.as_json()})
-    for entry, (difference, _, needed), chance in zip(entries[1:], found, corrected, strict=True):
-        verdict = NOT_SHOWN
-        if chance < 1 - settings.confidence:
-            verdict = BETTER if difference.value > 0 else WORSE
-        entry["against_first"] = {
-            **difference.as_json(),
-            "p_holm": chance,
-            "rows_needed": needed,
-            "verdict": verdict,
-        }
+    for entry, difference_told in zip(entries[1:], judged, strict=True):
+        entry["against_first"] = difference_told
     return {"metric": metric, "n": len(common), "runs": entries, "settings": _differing(runs)}
 
 

@@ -31,6 +31,7 @@ from halfbyte.run_dir import RunDir, read_json
 
 BASE_FULL, FEWSHOT, BASE_NF4 = "base-full", "base-full-fewshot", "base-nf4"
 ADAPTER, MERGED = "adapter", "merged"
+TRAINED = (ADAPTER, MERGED)
 UNPACKED_FRAC = 0.25  # of the free memory
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
@@ -129,7 +130,7 @@ def _quantised(trained: Trained) -> Iterator[Contender]:
     run, asked, renderer = trained.run, trained.asked, trained.renderer
     same_weights, stored = run.model.precision == "nf4", (Path(trained.base.path),)
     if ADAPTER in run.eval.variants or same_weights:
-        loaded = _load(trained.base, run.model.precision, trained.compute, run)
+        loaded = load_scored(trained.base, run.model.precision, trained.compute, run)
         base_bytes = weights_bytes(loaded.model)
         model = load_adapter(loaded, trained.folder.adapter)
         what = f"{trained.base.name} in {run.model.precision}"
@@ -144,7 +145,7 @@ def _quantised(trained: Trained) -> Iterator[Contender]:
         del model, loaded
         release()
     if BASE_NF4 in run.eval.variants and not same_weights:
-        loaded = _load(trained.base, "nf4", trained.compute, run)
+        loaded = load_scored(trained.base, "nf4", trained.compute, run)
         what = f"{trained.base.name} in nf4"
         size = weights_bytes(loaded.model)
         yield Contender(BASE_NF4, what, loaded.model, size, asked, renderer, stored)
@@ -181,7 +182,7 @@ def _artefact(trained: Trained, name: str) -> Iterator[Contender]:
                 name, f"{path.name} in llama.cpp", model, size, asked, renderer, (path,)
             )
         return
-    loaded = _load(resolve_base(str(folder)), None, trained.compute, trained.run)
+    loaded = load_scored(resolve_base(str(folder)), None, trained.compute, trained.run)
     what = f"{report['made']['library']}, computed in {trained.compute.name}"
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     yield Contender(name, what, loaded.model, stored, asked, renderer, (folder,))
@@ -206,7 +207,7 @@ def _baseline(trained: Trained, baseline: Baseline) -> Iterator[Contender]:
     stored = stored_method(load_config(base))
     if precision is None and stored is None:
         precision = trained.compute.name
-    loaded = _load(base, precision, trained.compute, trained.run)
+    loaded = load_scored(base, precision, trained.compute, trained.run)
     what = f"{base.name} in {precision or stored}{told}"
     size = weights_bytes(loaded.model)
     yield Contender(baseline.name, what, loaded.model, size, asked, own, (Path(base.path),))
@@ -220,10 +221,11 @@ def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
         print(
             f"{base.name}: fp32 does not fit in the free memory; compared in bf16", file=sys.stderr
         )
-    return _load(base, precision, compute, run)
+    return load_scored(base, precision, compute, run)
 
 
-def _load(base: Base, precision: Precision | None, compute: Compute, run: Run) -> Loaded:
+def load_scored(base: Base, precision: Precision | None, compute: Compute, run: Run) -> Loaded:
+    """A model that knows ``token_loss``; where the precision is a dtype, it computes in that."""
     if precision is not None and precision in DTYPES:
         compute = Compute(compute.device, DTYPES[precision], compute.reason)
     loaded = load_model(

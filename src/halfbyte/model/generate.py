@@ -45,9 +45,7 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    # LoRA layers sit inside the base model, so that its generate() uses the adapter while it is on.
-    get_base_model: Any = getattr(model, "get_base_model", None)
-    causal: Any = get_base_model() if get_base_model is not None else model
+    causal = causal_of(model)
     device = next(model.parameters()).device
     decoding = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -80,6 +78,12 @@ def generate(
     causal.generation_config = own_settings
     model.train(training)
     return [answers[row] for row in range(len(prompts))]
+
+
+def causal_of(model: nn.Module) -> Any:
+    """The causal model itself. LoRA layers sit inside it, so that it uses the adapter while it is on."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model is not None else model
 
 
 def until_stop(ids: list[int], stop_ids: set[int]) -> Answer:

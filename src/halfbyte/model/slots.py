@@ -13,7 +13,7 @@ from torch import nn
 from halfbyte.data.tree import common_prefix
 from halfbyte.errors import ModelError
 from halfbyte.model import attention
-from halfbyte.model.generate import Answer, until_stop
+from halfbyte.model.generate import Answer, causal_of, until_stop
 from halfbyte.model.lanes import Lane, LaneModel
 from halfbyte.model.passes import TREE_TOLERANCE
 
@@ -44,9 +44,7 @@ class SlotGenerator:
     """
 
     def __init__(self, model: nn.Module, num_slots: int) -> None:
-        get_base_model: Any = getattr(model, "get_base_model", None)
-        self.model: Any = get_base_model() if get_base_model is not None else model
-        self.num_slots = num_slots
+        self.model, self.num_slots = causal_of(model), num_slots
 
     def generate(
         self,
@@ -184,7 +182,7 @@ def slots_refusal(model: nn.Module) -> str:
 
     A probe reads some tokens in pieces, beside others, and compares the logits with those of the plain pass.
     """
-    causal = SlotGenerator(model, 1).model
+    causal = causal_of(model)
     name = type(causal).__name__
     if getattr(causal.config.get_text_config(), "_attn_implementation", "") != attention.NAME:
         return f"{name} does not take halfbyte's attention"
