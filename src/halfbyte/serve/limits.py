@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import re
 import secrets
@@ -25,6 +26,10 @@ PUBLIC = ("/health", "/ready", "/")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADER_SECONDS = 10.0
 SEND_SECONDS = 60.0  # in which a client must take something of what waits for it
+# What a refused client may still send; closing in its midst would reset the connection, and the reply
+# that already waits for the client would be lost with it.
+LINGER_SECONDS = 5.0
+LINGER_BYTES = 1 << 25
 NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2000}")  # of headers, in a list
 
 
@@ -189,17 +194,36 @@ class _Guarded:
                     "access-control-max-age": "600",
                     "vary": "origin, access-control-request-headers",
                 }
-            # A short body is read and thrown away; closing before it has come would reset the connection,
-            # and the client might never see the reply.
-            if self.is_cut or self._is_too_long():
+            if self._leaves_body():
                 extra["connection"] = "close"
             made = [(name.encode(), value.encode()) for name, value in extra.items()]
             message = {**message, "headers": [*message.get("headers", []), *made]}
+        elif self._leaves_body() and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._read_away()
+            message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
-    def _is_too_long(self) -> bool:
-        """Whether a body is announced that will not be read."""
-        return not self.length.isdigit() or int(self.length[:20]) > self.guard.limits.body_bytes
+    def _leaves_body(self) -> bool:
+        """Whether a body was cut, or is announced and too long; uvicorn itself reads away a short one."""
+        if self.is_cut or not self.length.isdigit():
+            return True
+        return int(self.length[:20]) > self.guard.limits.body_bytes
+
+    async def _read_away(self) -> None:
+        """Throw away what still comes, within bounds; the reply is there, the connection is still open."""
+        if (
+            self.is_read or "expect" in self.headers
+        ):  # reading would ask a client that waits for the body
+            return
+        left = LINGER_BYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while left > 0:
+                    message = await self._receive()
+                    if not message.get("more_body", False):  # the end, or http.disconnect
+                        return
+                    left -= len(message["body"])
 
     async def _error(self, status: int, text: str) -> None:
         reply = RefusedError(status, text).reply()
