@@ -17,6 +17,7 @@ quiet_libraries()
 
 import pytest
 import torch
+from browsing import browser, opened  # noqa: F401  (fixtures)
 from toys import LENIENT, chatml_tokenizer, gemma_tokenizer, run_script, write_config
 from transformers import PreTrainedTokenizerFast
 

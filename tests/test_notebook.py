@@ -69,6 +69,7 @@ def outputs(notebook: Any) -> str:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_notebook_runs_from_the_top(tmp_path: Path) -> None:
     said = outputs(executed(tmp_path))
     assert "No GPU here" in said

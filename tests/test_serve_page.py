@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import Opened
 from serving import Process, serving
 
 pytestmark = pytest.mark.real
-sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-if BROWSER is None:
-    pytest.skip("no browser: CHROMIUM names none, none is on the PATH", allow_module_level=True)
-SIZES = {"phone": (390, 844), "desktop": (1280, 800)}
 KEY = "a-key-for-the-page"
 
 
@@ -30,21 +24,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, merged_run: Path) -> Iterat
         yield process
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-
-
-@pytest.fixture(params=SIZES)
-def page(request: pytest.FixtureRequest, browser: Any, server: Process) -> Iterator[Any]:
+@pytest.fixture
+def page(opened: Opened, server: Process) -> Iterator[Any]:
     """The page, open with its key; at the end nothing was asked elsewhere, and nothing failed."""
-    width, height = SIZES[request.param]
-    page = browser.new_page(viewport={"width": width, "height": height})
-    asked: list[str] = []
-    failed: list[str] = []
-    page.on("request", lambda made: asked.append(made.url))
-    page.on("pageerror", lambda error: failed.append(str(error)))
+    page = opened.page
     page.goto(server.url)
     wait(page, "document.activeElement.id === 'key'")  # it asks for what is missing
     page.fill("#key", KEY)
@@ -53,10 +36,9 @@ def page(request: pytest.FixtureRequest, browser: Any, server: Process) -> Itera
     wait(page, "document.querySelectorAll('select').length === 2")
     page.click("details summary")
     yield page
-    page.close()
-    assert not failed
-    assert asked
-    assert all(url.startswith((server.url, "data:")) for url in asked)
+    assert not opened.failed
+    assert opened.asked
+    assert all(url.startswith((server.url, "data:")) for url in opened.asked)
 
 
 def wait(page: Any, what: str) -> None:
