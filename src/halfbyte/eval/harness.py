@@ -7,6 +7,7 @@ questions are asked. Rehearsed here, before any model is loaded: that each task 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from halfbyte.config import Run
 from halfbyte.config.evaluation import Benchmark
@@ -107,6 +109,7 @@ def load_benchmarks(run: Run) -> list[Asked]:
             "eval.benchmarks need lm-evaluation-harness: pip install 'halfbyte[bench]'"
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _hide_bars()
     manager = _task_manager([benchmark.task for benchmark in run.eval.benchmarks])
     return [_load(benchmark, manager, run) for benchmark in run.eval.benchmarks]
 
@@ -294,6 +297,13 @@ def _rehearse(
     # A function that gives several metrics, as pass@k, is known by its own name alone.
     default = next(iter(directions.values()), True)
     return metric, bool(directions.get(metric.rpartition(",")[0], default))
+
+
+def _hide_bars() -> None:
+    """The harness draws a bar for each subject of a group, with no setting against it."""
+    import lm_eval.api.task as api
+
+    api.tqdm = functools.partial(tqdm, disable=True)
 
 
 def _evaluate(
