@@ -22,7 +22,7 @@ from halfbyte.errors import ConfigError, DataError
 from halfbyte.eval.compare import check_answers
 from halfbyte.eval.measure import LOSS_METRIC, Variant, measure
 from halfbyte.eval.pages import interval, rate
-from halfbyte.eval.variants import Contender, is_artefact, load_scored, release
+from halfbyte.eval.variants import Contender, in_llama_cpp, is_artefact, load_scored, release
 from halfbyte.model.artefact import read_artefact
 from halfbyte.model.fidelity import (
     Fidelity,
@@ -181,10 +181,8 @@ def _standing(work: Climb, name: str) -> Iterator[Contender]:
     """The model at a rung, or an artefact of it, in memory."""
     path = work.artefacts.get(name)
     if path is not None and path.suffix == ".gguf":
-        with GgufModel(path) as gguf:
-            what = f"{path.name} in llama.cpp"
-            size = path.stat().st_size
-            yield Contender(name, what, gguf, size, work.asked, work.renderer, (path,))
+        with in_llama_cpp(name, path, work.asked, work.renderer) as contender:
+            yield contender
         return
     base = work.base if path is None else resolve_base(str(path))
     precision, double_quant = RUNGS.get(name, (None, False))

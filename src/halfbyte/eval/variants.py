@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,11 +177,8 @@ def _artefact(trained: Trained, name: str) -> Iterator[Contender]:
     asked, renderer = trained.asked, trained.renderer
     if name.startswith("gguf-"):
         (path,) = folder.glob("*.gguf")
-        size = path.stat().st_size
-        with GgufModel(path) as model:
-            yield Contender(
-                name, f"{path.name} in llama.cpp", model, size, asked, renderer, (path,)
-            )
+        with in_llama_cpp(name, path, asked, renderer) as contender:
+            yield contender
         return
     loaded = load_scored(resolve_base(str(folder)), None, trained.compute, trained.run)
     what = f"{report['made']['library']}, computed in {trained.compute.name}"
@@ -198,10 +196,8 @@ def _baseline(trained: Trained, baseline: Baseline) -> Iterator[Contender]:
     told = f", {baseline.fewshot} training examples in the prompt" if shown else ""
     if baseline.engine == "llama.cpp":
         path = Path(baseline.model)
-        with GgufModel(path, gpu_layers=baseline.gpu_layers) as model:
-            what = f"{path.name} in llama.cpp{told}"
-            size = path.stat().st_size
-            yield Contender(baseline.name, what, model, size, asked, own, (path,))
+        with in_llama_cpp(baseline.name, path, asked, own, told, baseline.gpu_layers) as contender:
+            yield contender
         return
     precision = baseline.precision
     stored = stored_method(load_config(base))
@@ -211,6 +207,21 @@ def _baseline(trained: Trained, baseline: Baseline) -> Iterator[Contender]:
     what = f"{base.name} in {precision or stored}{told}"
     size = weights_bytes(loaded.model)
     yield Contender(baseline.name, what, loaded.model, size, asked, own, (Path(base.path),))
+
+
+@contextmanager
+def in_llama_cpp(
+    name: str,
+    path: Path,
+    asked: list[Question],
+    renderer: Renderer,
+    told: str = "",
+    gpu_layers: int = 0,
+) -> Iterator[Contender]:
+    """A GGUF file as a contender; its memory is its size. ``told``: what else to say of it."""
+    with GgufModel(path, gpu_layers=gpu_layers) as model:
+        what = f"{path.name} in llama.cpp{told}"
+        yield Contender(name, what, model, path.stat().st_size, asked, renderer, (path,))
 
 
 def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
