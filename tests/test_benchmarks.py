@@ -9,21 +9,26 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from toys import run_script
 
 from halfbyte.config import Run, read_run_folder
 from halfbyte.errors import ConfigError
-from halfbyte.eval import code_metric
+from halfbyte.eval import code_metric, harness_model
 from halfbyte.eval.harness import Asked, ask, load_benchmarks
+from halfbyte.eval.harness_model import SharedPrefixLM
 from halfbyte.eval.sandbox import run_program
 from halfbyte.eval.variants import unpack_for_speed
 from halfbyte.model.load import load_model, load_tokenizer
 from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
+from halfbyte.model.slots import SlotGenerator
 from halfbyte.run_dir import read_jsonl
 
 pytestmark = pytest.mark.real
@@ -195,6 +200,38 @@ def test_official_tasks_score_as_the_harness_command_line_does(
     for sample in generated.samples:
         assert sample["answers"] == samples["gsm8k", sample["doc_id"]]["resps"]
         assert sample["answers"][0][0]
+
+
+def test_answers_of_a_batch_end_each_at_its_own_stop(small_base: Path) -> None:
+    base = resolve_base(str(small_base))
+    loaded = load_model(base, "fp32", compute=CPU32)
+    add_token_loss(loaded.model)
+    tokenizer = load_tokenizer(base)
+    theirs, ours, again, padded = (
+        kind(pretrained=loaded.model, tokenizer=tokenizer, batch_size=size)
+        for kind, size in ((HFLM, 1), (SharedPrefixLM, 4), (SharedPrefixLM, 4), (HFLM, 4))
+    )
+    # With the head of its embedding, to which the harness ties it, so short a model repeats its last token.
+    torch.manual_seed(0)
+    loaded.model.lm_head.weight = torch.nn.Parameter(torch.randn(loaded.model.lm_head.weight.shape))
+    texts = [f"the {'big ' * n}patient has {organ}" for n, organ in enumerate(ORGANS[:6])]
+
+    def asked(until: list[str]) -> list[Instance]:
+        settings = {"until": until, "max_gen_toks": 16, "do_sample": False}
+        return [Instance("generate_until", {}, (text, settings), n) for n, text in enumerate(texts)]
+
+    free = theirs.generate_until(asked(["never said"]), disable_tqdm=True)
+    stops = [free[0][4:7], free[3][9:11]]
+    wanted = theirs.generate_until(asked(stops), disable_tqdm=True)
+    assert wanted != free
+    assert any(wanted)
+    with mock.patch.object(harness_model, "SlotGenerator", side_effect=SlotGenerator) as in_slots:
+        assert ours.generate_until(asked(stops), disable_tqdm=True) == wanted
+        assert in_slots.call_count == 2
+        loaded.model.generation_config.suppress_tokens = tokenizer.encode(free[0])[:1]
+        changed = padded.generate_until(asked(stops), disable_tqdm=True)
+        assert again.generate_until(asked(stops), disable_tqdm=True) == changed != wanted
+        assert in_slots.call_count == 2
 
 
 def test_programs_run_in_the_sandbox_alone(

@@ -85,6 +85,23 @@ def test_answers_go_on_from_what_is_known_of_them(model: Any) -> None:
     assert cut == Answer([5, 6], "length")
 
 
+def test_an_answer_ends_where_its_ids_say_so(model: Any) -> None:
+    wanted = plain(model, PROMPTS, [2])
+    last = {tuple(wanted[0].ids[3:5]), tuple(wanted[1].ids[6:8])}
+
+    def whole(ids: list[int]) -> Answer:
+        for end in range(2, len(ids) + 1):
+            if tuple(ids[end - 2 : end]) in last:
+                return Answer(ids[:end], "stop")
+        return Answer(ids, "length")
+
+    made = SlotGenerator(model, 3).generate(
+        PROMPTS, stop_ids=[2], max_new_tokens=12, ends=lambda ids: tuple(ids[-2:]) in last
+    )
+    assert made == [whole(answer.ids) for answer in wanted]
+    assert {answer.finish_reason for answer in made} == {"stop", "length"}
+
+
 def test_an_adapter_is_used_while_it_is_on(model: Any, tmp_path: Path, tiny_llama: Path) -> None:
     loaded = load_model(resolve_base(str(tiny_llama)), "nf4", compute=CPU32)
     add_token_loss(loaded.model)

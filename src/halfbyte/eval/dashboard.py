@@ -48,7 +48,7 @@ def track_report(
         return where(started)
     import wandb
 
-    started.summary.update(_summary(report))
+    started.summary.update(summary(report))
     tables = {
         "variants": _variants(report),
         "benchmarks": _benchmarks(report),
@@ -73,7 +73,8 @@ def track_report(
     return told
 
 
-def _summary(report: dict[str, Any]) -> dict[str, Any]:
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a comparison, by the names that they have in W&B."""
     values: dict[str, Any] = {"verdict": report["verdict"], "forgetting": report["forgetting"]}
     for entry in report["variants"]:
         name = entry["name"]

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 
 from halfbyte.data.render import IGNORED
+from halfbyte.model.generate import causal_of
 from halfbyte.model.passes import row_scores
+from halfbyte.model.slots import SlotGenerator, slots_refusal
+
+# Of a model's own settings for generation, those that change nothing of greedy answers.
+HARMLESS = {
+    *("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"),
+    *("max_length", "max_new_tokens", "use_cache", "cache_implementation"),
+    *("transformers_version", "_from_model_config"),
+}
+LOOKBACK = 2  # tokens more than a stop text has, since it may come in other pieces
 
 
 class SharedPrefixLM(HFLM):
-    """The harness's own transformers model, but for log-likelihoods.
+    """The harness's own transformers model, with passes of our own.
 
-    It tokenises, truncates and generates as the harness does. The choices of a question, and the
+    It tokenises, truncates and reads answers as the harness does. The choices of a question, and the
     questions of a task, begin alike: they lie in one pass as a tree, where the harness computes each
-    beginning anew. The figures are the same but for rounding.
+    beginning anew; answers grow in slots, without padding, and each ends where it ends, where the
+    harness goes on until the longest of a batch has. The figures are the same but for rounding.
     """
 
     def loglikelihood(
@@ -40,6 +55,47 @@ class SharedPrefixLM(HFLM):
             rows.append((ids, labels))
         num_rows = override_bs or int(self.batch_size)
         return [(-loss, all(hits)) for loss, hits in row_scores(self.model, rows, num_rows)]
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> Tensor:
+        """Ids of prompts and answers, padded: ``[rows, tokens]``."""
+        known = {"attention_mask", "do_sample", "temperature"}
+        is_greedy = not settings.get("do_sample") and not settings.get("temperature")
+        is_greedy = is_greedy and set(settings) <= known
+        if not is_greedy or self._own_way:
+            made: Tensor = super()._model_generate(context, max_length, stop, **settings)
+            return made
+        lookback = {text: len(self.tok_encode(text)) + LOOKBACK for text in stop}
+
+        def ends(ids: list[int]) -> bool:
+            return any(
+                text in self.tokenizer.decode(ids[-count:]) for text, count in lookback.items()
+            )
+
+        told = causal_of(self.model).generation_config.eos_token_id
+        answers = SlotGenerator(self.model, len(context)).generate(
+            [
+                row[kept.bool()].tolist()
+                for row, kept in zip(context, settings["attention_mask"], strict=True)
+            ],
+            stop_ids=[told] if isinstance(told, int) else list(told or []),
+            max_new_tokens=max_length - context.shape[1],
+            ends=ends,
+        )
+        longest = max(len(answer.ids) for answer in answers)
+        padded = [
+            answer.ids + [self.tokenizer.pad_token_id] * (longest - len(answer.ids))
+            for answer in answers
+        ]
+        return torch.cat([context, torch.tensor(padded, dtype=torch.long).to(context.device)], 1)
+
+    @cached_property
+    def _own_way(self) -> str:
+        """Why the model generates as the harness has it, or ""."""
+        told = causal_of(self.model).generation_config.to_diff_dict()
+        own = {name for name, value in told.items() if value not in (None, False)} - HARMLESS
+        return f"it asks for {', '.join(sorted(own))}" if own else slots_refusal(self.model)
 
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: the report says which model it is."""

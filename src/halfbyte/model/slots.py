@@ -53,6 +53,7 @@ class SlotGenerator:
         stop_ids: list[int],
         max_new_tokens: int,
         begun: Sequence[list[int]] | None = None,
+        ends: Callable[[list[int]], bool] | None = None,
         progress: Callable[[int], None] | None = None,
         spent: Spent | None = None,
     ) -> list[Answer]:
@@ -63,12 +64,12 @@ class SlotGenerator:
             stop_ids: ids that end an answer.
             max_new_tokens: longest answer.
             begun: what each answer is known to begin with; counts as generated.
+            ends: whether the ids of an answer end it, as a stop token does; they stay in it.
             progress: called with the number of prompts done so far.
             spent: what it took is added here.
         """
-        work = _Work(
-            prompts, begun or [[] for _ in prompts], stop_ids, max_new_tokens, self.num_slots
-        )
+        begun = begun or [[] for _ in prompts]
+        work = _Work(prompts, begun, stop_ids, ends, max_new_tokens, self.num_slots)
         spent = spent or Spent()
         with _Slots(self.model, self.num_slots + 1) as lanes:
             if work.waiting and work.shared:
@@ -90,10 +91,11 @@ class _Work:
         prompts: Sequence[list[int]],
         begun: Sequence[list[int]],
         stop_ids: list[int],
+        ends: Callable[[list[int]], bool] | None,
         max_new_tokens: int,
         num_slots: int,
     ) -> None:
-        self.prompts = prompts
+        self.prompts, self.ends = prompts, ends
         self.texts = [list(known[:max_new_tokens]) for known in begun]
         self.stops, self.max_new_tokens, self.num_slots = set(stop_ids), max_new_tokens, num_slots
         self.answers: dict[int, Answer] = {}
@@ -136,8 +138,11 @@ class _Work:
                 self.free.append(lane.slot)
 
     def _ends(self, row: int) -> bool:
-        answer = until_stop(self.texts[row], self.stops)
-        if answer.finish_reason == "stop" or len(self.texts[row]) >= self.max_new_tokens:
+        ids = self.texts[row]
+        answer = until_stop(ids, self.stops)
+        if answer.finish_reason == "length" and self.ends is not None and self.ends(ids):
+            answer = Answer(ids, "stop")
+        if answer.finish_reason == "stop" or len(ids) >= self.max_new_tokens:
             self.answers[row] = answer
         return row in self.answers
 
