@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from halfbyte.config.schema import Adapter
+from halfbyte.model import slots
 from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.generate import Answer, generate
+from halfbyte.model.lanes import GROWTH, LaneModel, token_bytes
 from halfbyte.model.load import load_model
 from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
@@ -102,6 +104,27 @@ def test_an_answer_ends_where_its_ids_say_so(model: Any) -> None:
     assert {answer.finish_reason for answer in made} == {"stop", "length"}
 
 
+def test_slots_are_as_many_as_memory_has_room_for(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plain(model, PROMPTS, [2])
+    text = model.config.get_text_config()
+    a_slot = GROWTH * token_bytes(text, torch.float32)
+    used: list[int] = []
+    own = LaneModel
+
+    def noted(*given: Any, num_slots: int, **options: Any) -> Any:
+        used.append(num_slots)
+        return own(*given, num_slots=num_slots, **options)
+
+    monkeypatch.setattr(slots, "LaneModel", noted)
+    for free, most in ((0, 2), (4 * 4 * a_slot, 4), (400 * a_slot, 9)):
+        monkeypatch.setattr(slots, "free_bytes", lambda device, free=free: free)
+        made = SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[2], max_new_tokens=12)
+        assert made == wanted
+        assert used.pop() == most  # one of them holds what all prompts begin with
+
+
 def test_an_adapter_is_used_while_it_is_on(model: Any, tmp_path: Path, tiny_llama: Path) -> None:
     loaded = load_model(resolve_base(str(tiny_llama)), "nf4", compute=CPU32)
     add_token_loss(loaded.model)
@@ -116,10 +139,10 @@ def test_an_adapter_is_used_while_it_is_on(model: Any, tmp_path: Path, tiny_llam
     unpack_layers(adapted, torch.float32)
     assert any("lora_A" in name for name, _ in adapted.named_parameters())
     assert slots_refusal(adapted) == ""
-    slots = SlotGenerator(adapted, 4)
-    assert slots.generate(PROMPTS, stop_ids=[2], max_new_tokens=12) == tuned
+    in_slots = SlotGenerator(adapted, 4)
+    assert in_slots.generate(PROMPTS, stop_ids=[2], max_new_tokens=12) == tuned
     with adapted.disable_adapter():
-        assert slots.generate(PROMPTS, stop_ids=[2], max_new_tokens=12) == base
+        assert in_slots.generate(PROMPTS, stop_ids=[2], max_new_tokens=12) == base
 
 
 def test_a_model_that_cannot_is_named(tiny_llama: Path) -> None:

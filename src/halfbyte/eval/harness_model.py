@@ -10,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from halfbyte.data.render import IGNORED
+from halfbyte.eval.harness import SCORED_FRAC
 from halfbyte.model.generate import causal_of
 from halfbyte.model.passes import row_scores
 from halfbyte.model.slots import SlotGenerator, slots_refusal
@@ -53,7 +54,7 @@ class SharedPrefixLM(HFLM):
             ids = (context + continuation)[-(self.max_length + 1) :]
             labels = [IGNORED] * (len(ids) - len(continuation)) + continuation
             rows.append((ids, labels))
-        num_rows = override_bs or int(self.batch_size)
+        num_rows = override_bs or max(1, int(self.batch_size) // SCORED_FRAC)
         return [(-loss, all(hits)) for loss, hits in row_scores(self.model, rows, num_rows)]
 
     def _model_generate(

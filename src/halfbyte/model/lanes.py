@@ -175,6 +175,13 @@ class LaneModel:
         self._cache.layers.clear()
 
 
+def token_bytes(text: Any, dtype: torch.dtype) -> int:
+    """What keys and values of a token take in all layers, from a model's text configuration."""
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2 * int(text.num_hidden_layers) * heads * width * dtype.itemsize
+
+
 class Cache:
     """Keys and values (slots, groups, tokens, D) of each layer; grown as it is needed."""
 

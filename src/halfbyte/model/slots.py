@@ -14,11 +14,13 @@ from halfbyte.data.tree import common_prefix
 from halfbyte.errors import ModelError
 from halfbyte.model import attention
 from halfbyte.model.generate import Answer, causal_of, until_stop
-from halfbyte.model.lanes import Lane, LaneModel
+from halfbyte.model.host import free_bytes
+from halfbyte.model.lanes import GROWTH, Lane, LaneModel, token_bytes
 from halfbyte.model.passes import TREE_TOLERANCE
 
 PROMPT_TOKENS = 2048  # of prompts in one pass
 REFILL_FRAC = 0.25  # of the slots are free before new prompts are read
+CACHE_FRAC = 0.25  # of the free memory, for keys and values
 PROBE_TOKENS = 24
 
 
@@ -40,7 +42,7 @@ class SlotGenerator:
 
     Args:
         model: a causal language model, with or without an adapter.
-        num_slots: answers at once.
+        num_slots: answers at once, or as many as have room in a quarter of the free memory.
     """
 
     def __init__(self, model: nn.Module, num_slots: int) -> None:
@@ -69,18 +71,31 @@ class SlotGenerator:
             spent: what it took is added here.
         """
         begun = begun or [[] for _ in prompts]
-        work = _Work(prompts, begun, stop_ids, ends, max_new_tokens, self.num_slots)
         spent = spent or Spent()
-        with _Slots(self.model, self.num_slots + 1) as lanes:
+        num_slots = min(
+            self.num_slots, self._room(max(map(len, prompts), default=0) + max_new_tokens)
+        )
+        work = _Work(prompts, begun, stop_ids, ends, max_new_tokens, num_slots)
+        with _Slots(self.model, num_slots + 1) as lanes:
             if work.waiting and work.shared:
                 stem = list(prompts[0][: work.shared])
-                _run(lanes, [Lane(self.num_slots, None, stem, 0)], spent)
+                _run(lanes, [Lane(num_slots, None, stem, 0)], spent)
             while work.waiting or work.running:
                 step, done = work.begin(lanes) or work.go_on(), len(work.answers)
                 work.take(step, _run(lanes, [lane for _, lane in step], spent))
                 if progress is not None and len(work.answers) > done:
                     progress(len(work.answers))
         return [work.answers[row] for row in range(len(prompts))]
+
+    def _room(self, tokens: int) -> int:
+        """Slots of so many tokens for which there is memory, beside the one of what all begin with."""
+        weight = self.model.get_input_embeddings().weight
+        slot_bytes = (
+            -(-tokens // GROWTH)
+            * GROWTH
+            * token_bytes(self.model.config.get_text_config(), weight.dtype)
+        )
+        return max(1, int(CACHE_FRAC * free_bytes(weight.device)) // max(1, slot_bytes) - 1)
 
 
 class _Work:

@@ -21,7 +21,7 @@ from halfbyte.model.adapter import load_adapter
 from halfbyte.model.artefact import REPORT, read_artefact
 from halfbyte.model.canary import check_canary
 from halfbyte.model.host import free_bytes
-from halfbyte.model.lanes import Backend, Lane, LaneModel
+from halfbyte.model.lanes import Backend, Lane, LaneModel, token_bytes
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
 from halfbyte.model.mixed import mix_adapters
@@ -264,9 +264,7 @@ def _lanes(
     text = model.config.get_text_config()
     context = options.max_context or DEFAULT_CONTEXT
     context = min(context, int(getattr(text, "max_position_embeddings", context)))
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    slot_bytes = context * 2 * int(text.num_hidden_layers) * heads * width * way.dtype.itemsize
+    slot_bytes = context * token_bytes(text, way.dtype)
     slots = _slots(options, name, context, slot_bytes, free_bytes(device) - promised)
     backend = LaneModel(
         model,
