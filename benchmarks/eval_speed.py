@@ -5,6 +5,9 @@ python benchmarks/eval_speed.py runs/quickstart --out benchmarks/results/eval_sp
 The loop is what a first evaluation script does: for each row ``model.generate`` on its prompt, then a
 forward pass with labels for its loss, with transformers alone. Both are timed in one sitting; the loop on
 ``--loop-rows`` of the rows, since it is slow. Answers must be the same.
+
+How fast a measurement can be at all depends on the machine: told beside it is what its matrix products
+alone would take at the rate of a large product, timed in the same sitting.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from halfbyte.config import read_run_folder
 from halfbyte.errors import RunError, exit_on_user_error
 
 MIN_SAME_FRAC = 0.95
+RATE_ROUNDS = 200
 
 
 def main() -> None:
@@ -54,6 +59,7 @@ def main() -> None:
         start = time.perf_counter()
         variant = measure(contender, run)
         ours_s = time.perf_counter() - start
+        flops = _flops(contender, run, arguments.loop_rows)
         same = sum(a == b for a, b in zip(answers, variant.answers, strict=False))
         found[contender.name] = {
             "rows": len(asked),
@@ -62,6 +68,10 @@ def main() -> None:
             "loop_rows": len(answers),
             "loop_seconds_a_row": loop_s / len(answers),
             "ratio": loop_s / len(answers) / (ours_s / len(asked)),
+            "gflop_a_row": flops / 1e9,
+            "gflop_per_s": (rate := _best_rate(contender.device)) / 1e9,
+            "products_seconds": flops * len(asked) / rate,
+            "answer_tokens": sum(variant.lengths),
             "same_answers": same,
         }
         # Sums in another order round differently, and a near tie may fall the other way.
@@ -105,6 +115,30 @@ def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, li
     return time.perf_counter() - start, answers
 
 
+def _flops(contender: Any, run: Any, num_rows: int) -> float:
+    """Operations of the matrix products of a row, counted by torch on some of the rows."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from halfbyte.eval.measure import measure
+
+    with FlopCounterMode(display=False) as counter:
+        measure(replace(contender, asked=contender.asked[:num_rows]), run)
+    return float(counter.get_total_flops()) / num_rows
+
+
+def _best_rate(device: Any) -> float:
+    """Operations a second of a product of 1,024 rows, the best of some."""
+    import torch
+
+    x, weight = torch.randn(1024, 576, device=device), torch.randn(1536, 576, device=device)
+    best = float("inf")
+    for _ in range(RATE_ROUNDS):
+        start = time.perf_counter()
+        float(torch.nn.functional.linear(x, weight)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * x.numel() * weight.shape[0] / best
+
+
 def _write(out: Path, found: dict[str, Any]) -> None:
     from halfbyte.run_dir import provenance
 
@@ -112,12 +146,13 @@ def _write(out: Path, found: dict[str, Any]) -> None:
     told = {"command": f"python benchmarks/eval_speed.py RUN --out {out}", **provenance()}
     out.with_suffix(".json").write_text(json.dumps({**told, "variants": found}, indent=1) + "\n")
     lines = [
-        "| variant | rows | halfbyte | one row after the other | faster |",
-        "| --- | --- | --- | --- | --- |",
+        "| variant | rows | halfbyte | its matrix products alone | one row after the other | faster |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, told in found.items():
         lines.append(
             f"| {name} | {told['rows']} | {told['seconds']:.0f} s, {told['seconds_a_row']:.3f} s a row |"
+            f" {told['products_seconds']:.0f} s at {told['gflop_per_s']:.0f} GFLOP/s |"
             f" {told['loop_seconds_a_row']:.3f} s a row ({told['loop_rows']} rows) | {told['ratio']:.1f}x |"
         )
     out.with_suffix(".md").write_text("\n".join([*lines, ""]))

@@ -59,6 +59,21 @@ def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
         assert sum(entry["finish_reasons"].values()) == 8
         assert entry["verdict"] in ("gain", "no gain", "loss")
     assert report["verdict"].startswith("adapter: exact_match")
+    page = (compared / "eval" / "report.md").read_text()
+    costs = [line.strip("|").split(" | ") for line in page.splitlines() if " MB | " in line]
+    for entry, cells in zip(report["variants"], costs, strict=True):
+        assert cells[0].strip() == entry["name"]
+        assert cells[1] == entry["what"]
+        assert cells[2:4] == [
+            f"{entry[key] / 1e6:.0f} MB" for key in ("weights_bytes", "disk_bytes")
+        ]
+        assert [float(cell) for cell in cells[4:7]] == pytest.approx(
+            [
+                entry[key]
+                for key in ("prompt_tokens_per_s", "tokens_per_s", "seconds_per_1000_rows")
+            ],
+            abs=0.5,
+        )
 
 
 def test_adapter_and_merged_answer_alike_and_the_4_bit_base_is_smaller(compared: Path) -> None:

@@ -304,8 +304,9 @@ def _rehearse(
 def _hide_bars() -> None:
     """The harness draws a bar for each subject of a group, with no setting against it."""
     import lm_eval.api.task as api
+    import lm_eval.models.dummy as rehearsed
 
-    api.tqdm = functools.partial(tqdm, disable=True)
+    api.tqdm = rehearsed.tqdm = functools.partial(tqdm, disable=True)
 
 
 def _evaluate(

@@ -29,8 +29,6 @@ def as_markdown(report: dict[str, Any]) -> str:
         "variant",
         *metrics,
         "held-out loss",
-        "weights",
-        "tokens/s",
         "cut off",
         "adapter against it",
     ]
@@ -40,19 +38,34 @@ def as_markdown(report: dict[str, Any]) -> str:
     for entry in report["variants"]:
         cells = [entry["name"], *(interval(entry[metric]) for metric in metrics)]
         cells += [interval(entry["held_out_loss_interval"])]
-        cells += [f"{entry['weights_bytes'] / 1e6:.0f} MB"]
-        cells += [rate(entry["tokens_per_s"]), str(entry["finish_reasons"]["length"])]
+        cells += [str(entry["finish_reasons"]["length"])]
         difference = report["differences"].get(entry["name"])
         cells.append(signed(difference) if difference else "")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
+        *_cost_table(report),
         *judged_lines(report),
         *_benchmark_table(report),
         *(f"- {note}" for note in report["notes"]),
         "",
     ]
     return "\n".join(lines)
+
+
+def _cost_table(report: dict[str, Any]) -> list[str]:
+    """What each variant takes; energy where it was counted or reckoned."""
+    head = ["variant", "what it is", "in memory", "on disk", "tokens/s prompt", "tokens/s answer"]
+    head += ["s per 1,000 rows", "Wh per 1,000 rows"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for entry in report["variants"]:
+        cells = [entry["name"], entry["what"]]
+        cells += [f"{entry[key] / 1e6:.0f} MB" for key in ("weights_bytes", "disk_bytes")]
+        cells += [rate(entry[key]) for key in ("prompt_tokens_per_s", "tokens_per_s")]
+        energy = entry["watt_hours_per_1000_rows"]
+        cells += [rate(entry["seconds_per_1000_rows"]), "" if energy is None else f"{energy:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def judged_lines(report: dict[str, Any]) -> list[str]:
