@@ -228,10 +228,16 @@ def test_answers_of_a_batch_end_each_at_its_own_stop(small_base: Path) -> None:
     with mock.patch.object(harness_model, "SlotGenerator", side_effect=SlotGenerator) as in_slots:
         assert ours.generate_until(asked(stops), disable_tqdm=True) == wanted
         assert in_slots.call_count == 2
+        # A stop token that is no text of the task's, as Llama 3 and Gemma have several.
+        said = tokenizer.encode(free[4])[2]
+        loaded.model.generation_config.eos_token_id = [tokenizer.eos_token_id, said]
+        sooner = theirs.generate_until(asked(stops), disable_tqdm=True)
+        assert ours.generate_until(asked(stops), disable_tqdm=True) == sooner != wanted
+        assert in_slots.call_count == 4
         loaded.model.generation_config.suppress_tokens = list(range(0, 49_000, 2))
         changed = padded.generate_until(asked(stops), disable_tqdm=True)
         assert again.generate_until(asked(stops), disable_tqdm=True) == changed != wanted
-        assert in_slots.call_count == 2
+        assert in_slots.call_count == 4
 
 
 def test_programs_run_in_the_sandbox_alone(

@@ -87,6 +87,21 @@ def test_answers_go_on_from_what_is_known_of_them(model: Any) -> None:
     assert cut == Answer([5, 6], "length")
 
 
+def test_all_prompts_for_which_there_are_slots_begin_at_once(model: Any) -> None:
+    passes: list[int] = []
+    run = LaneModel.run
+
+    def noted(self: Any, lanes: Any) -> Any:
+        passes.append(len(lanes))
+        return run(self, lanes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LaneModel, "run", noted)
+        patch.setattr(slots, "PROMPT_TOKENS", 20)  # so that they are read in several passes
+        SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[], max_new_tokens=12)
+    assert max(passes) == 8
+
+
 def test_an_answer_ends_where_its_ids_say_so(model: Any) -> None:
     wanted = plain(model, PROMPTS, [2])
     last = {tuple(wanted[0].ids[3:5]), tuple(wanted[1].ids[6:8])}

@@ -119,7 +119,9 @@ class Eval(Section):
         5, description="Training examples in the prompt of `base-full-fewshot`."
     )
     max_new_tokens: Positive = Field(64, description="Longest answer, in tokens.")
-    batch_size: Positive = Field(16, description="Prompts generated at once.")
+    batch_size: Positive = Field(
+        16, description="Prompts generated at once; a quarter as many rows are scored at once."
+    )
     judge: Judge | None = Field(
         None,
         description="`{url, model, rows, question}`: a model that says which of two answers is better, asked twice"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from halfbyte.data.render import IGNORED
-from halfbyte.eval.harness import SCORED_FRAC
+from halfbyte.eval.harness import ROWS_PER_SCORED
 from halfbyte.model.generate import causal_of
 from halfbyte.model.passes import row_scores
 from halfbyte.model.slots import SlotGenerator, slots_refusal
@@ -19,8 +20,13 @@ from halfbyte.model.slots import SlotGenerator, slots_refusal
 HARMLESS = {
     *("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"),
     *("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"),
-    *("max_length", "max_new_tokens", "use_cache", "cache_implementation"),
+    *("max_length", "use_cache", "cache_implementation"),
     *("transformers_version", "_from_model_config"),
+}
+NEUTRAL = {
+    **{"repetition_penalty": 1, "encoder_repetition_penalty": 1, "length_penalty": 1},
+    **{"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0},
+    **{"diversity_penalty": 0, "min_length": 0},
 }
 LOOKBACK = 2  # tokens more than a stop text has, since it may come in other pieces
 
@@ -31,7 +37,8 @@ class SharedPrefixLM(HFLM):
     It tokenises, truncates and reads answers as the harness does. The choices of a question, and the
     questions of a task, begin alike: they lie in one pass as a tree, where the harness computes each
     beginning anew; answers grow in slots, without padding, and each ends where it ends, where the
-    harness goes on until the longest of a batch has. The figures are the same but for rounding.
+    harness goes on until the longest of a batch has. The figures are those of the harness, asking one
+    question at a time, but for rounding.
     """
 
     def loglikelihood(
@@ -54,7 +61,7 @@ class SharedPrefixLM(HFLM):
             ids = (context + continuation)[-(self.max_length + 1) :]
             labels = [IGNORED] * (len(ids) - len(continuation)) + continuation
             rows.append((ids, labels))
-        num_rows = override_bs or max(1, int(self.batch_size) // SCORED_FRAC)
+        num_rows = override_bs or max(1, int(self.batch_size) // ROWS_PER_SCORED)
         return [(-loss, all(hits)) for loss, hits in row_scores(self.model, rows, num_rows)]
 
     def _model_generate(
@@ -64,23 +71,23 @@ class SharedPrefixLM(HFLM):
         known = {"attention_mask", "do_sample", "temperature"}
         is_greedy = not settings.get("do_sample") and not settings.get("temperature")
         is_greedy = is_greedy and set(settings) <= known
-        if not is_greedy or self._own_way:
+        mask = settings["attention_mask"].bool()
+        if not is_greedy or not mask.any(dim=1).all() or self._own_way:
             made: Tensor = super()._model_generate(context, max_length, stop, **settings)
             return made
         lookback = {text: len(self.tok_encode(text)) + LOOKBACK for text in stop}
 
+        told = causal_of(self.model).generation_config.eos_token_id
+        stop_ids = [told] if isinstance(told, int) else list(told or [])
+
         def ends(ids: list[int]) -> bool:
-            return any(
+            return ids[-1] in stop_ids or any(
                 text in self.tokenizer.decode(ids[-count:]) for text, count in lookback.items()
             )
 
-        told = causal_of(self.model).generation_config.eos_token_id
         answers = SlotGenerator(self.model, len(context)).generate(
-            [
-                row[kept.bool()].tolist()
-                for row, kept in zip(context, settings["attention_mask"], strict=True)
-            ],
-            stop_ids=[told] if isinstance(told, int) else list(told or []),
+            [row[kept].tolist() for row, kept in zip(context, mask, strict=True)],
+            stop_ids=[],  # the harness keeps the stop token, which may be no special one
             max_new_tokens=max_length - context.shape[1],
             ends=ends,
         )
@@ -95,8 +102,15 @@ class SharedPrefixLM(HFLM):
     def _own_way(self) -> str:
         """Why the model generates as the harness has it, or ""."""
         told = causal_of(self.model).generation_config.to_diff_dict()
-        own = {name for name, value in told.items() if value not in (None, False)} - HARMLESS
-        return f"it asks for {', '.join(sorted(own))}" if own else slots_refusal(self.model)
+        own = {
+            name
+            for name, value in told.items()
+            if name not in HARMLESS and value not in (None, False) and value != NEUTRAL.get(name)
+        }
+        refusal = f"it asks for {', '.join(sorted(own))}" if own else slots_refusal(self.model)
+        if refusal:
+            print(f"benchmarks: answers in padded batches: {refusal}", file=sys.stderr)
+        return refusal
 
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: the report says which model it is."""

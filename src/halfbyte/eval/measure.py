@@ -16,7 +16,7 @@ from halfbyte.data.questions import Question
 from halfbyte.data.render import IGNORED
 from halfbyte.data.rows import Row
 from halfbyte.eval.energy import Meter
-from halfbyte.eval.harness import SCORED_FRAC, Answered
+from halfbyte.eval.harness import ROWS_PER_SCORED, Answered
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
 from halfbyte.eval.variants import Contender, unpack_for_speed
@@ -102,7 +102,7 @@ def measure(contender: Contender, run: Run) -> Variant:
         variant.losses = contender.model.losses(rows)
     else:
         unpack_for_speed(contender.model)
-        scored = row_scores(contender.model, rows, max(1, run.eval.batch_size // SCORED_FRAC))
+        scored = row_scores(contender.model, rows, max(1, run.eval.batch_size // ROWS_PER_SCORED))
         variant.losses = [(loss, len(hits)) for loss, hits in scored]
         _ask(variant, contender.model, contender, [hits for _, hits in scored], run)
     variant.seconds, variant.watts = time.perf_counter() - start, meter.watts()

@@ -59,7 +59,7 @@ def _cost_table(report: dict[str, Any]) -> list[str]:
     head += ["s per 1,000 rows", "Wh per 1,000 rows"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for entry in report["variants"]:
-        cells = [entry["name"], entry["what"]]
+        cells = [entry["name"], entry["what"].replace("|", "\\|")]
         cells += [f"{entry[key] / 1e6:.0f} MB" for key in ("weights_bytes", "disk_bytes")]
         cells += [rate(entry[key]) for key in ("prompt_tokens_per_s", "tokens_per_s")]
         energy = entry["watt_hours_per_1000_rows"]
@@ -195,7 +195,7 @@ def marked_words(answer: str, wanted: str) -> list[tuple[str, bool]]:
 
 
 def rate(value: float | None) -> str:
-    """Tokens a second; "" where they were not measured."""
+    """Tokens a second, or seconds; "" where they were not measured."""
     return "" if value is None else f"{value:.0f}"
 
 

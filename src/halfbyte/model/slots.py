@@ -66,7 +66,7 @@ class SlotGenerator:
             stop_ids: ids that end an answer.
             max_new_tokens: longest answer.
             begun: what each answer is known to begin with; counts as generated.
-            ends: whether the ids of an answer end it, as a stop token does; they stay in it.
+            ends: whether the ids of an answer, one at least, end it as a stop token does; they stay in it.
             progress: called with the number of prompts done so far.
             spent: what it took is added here.
         """
@@ -114,7 +114,8 @@ class _Work:
         self.texts = [list(known[:max_new_tokens]) for known in begun]
         self.stops, self.max_new_tokens, self.num_slots = set(stop_ids), max_new_tokens, num_slots
         self.answers: dict[int, Answer] = {}
-        self.shared = min(common_prefix(prompts), min(map(len, prompts), default=1) - 1)
+        shortest = min(map(len, prompts), default=1)
+        self.shared = max(0, min(common_prefix(prompts), shortest - 1))
         self.waiting = [row for row in range(len(prompts)) if not self._ends(row)]
         self.waiting.sort(key=lambda row: len(prompts[row]), reverse=True)  # taken from the end
         self.running: dict[int, int] = {}  # slot → row
@@ -123,7 +124,8 @@ class _Work:
     def begin(self, lanes: LaneModel) -> list[tuple[int, Lane]]:
         """Lanes of the next prompts, once there is room for several."""
         step: list[tuple[int, Lane]] = []
-        if self.running and len(self.free) < REFILL_FRAC * self.num_slots:
+        enough = min(REFILL_FRAC * self.num_slots, len(self.waiting))
+        if self.running and len(self.free) < enough:
             return step
         tokens = 0
         while self.waiting and self.free and (not step or tokens < PROMPT_TOKENS):
@@ -155,7 +157,7 @@ class _Work:
     def _ends(self, row: int) -> bool:
         ids = self.texts[row]
         answer = until_stop(ids, self.stops)
-        if answer.finish_reason == "length" and self.ends is not None and self.ends(ids):
+        if ids and answer.finish_reason == "length" and self.ends is not None and self.ends(ids):
             answer = Answer(ids, "stop")
         if answer.finish_reason == "stop" or len(ids) >= self.max_new_tokens:
             self.answers[row] = answer

@@ -28,7 +28,7 @@ HEADER_SECONDS = 10.0
 SEND_SECONDS = 60.0  # in which a client must take something of what waits for it
 # What a refused client may still send; closing in its midst would reset the connection, and the reply
 # that already waits for the client would be lost with it.
-LINGER_SECONDS = 5.0
+LINGER_SECONDS = 2.0
 LINGER_BYTES = 1 << 25
 NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2000}")  # of headers, in a list
 
@@ -102,11 +102,14 @@ class _Guarded:
         self.status = 0
         self.received = 0
         self.is_read = self.is_cut = False
-        self.deadline = time.monotonic() + guard.limits.body_seconds
+        self.start = time.monotonic()
+        self.answered: float | None = (
+            None  # when a reply was there, whose client may still be sending
+        )
+        self.deadline = self.start + guard.limits.body_seconds
 
     async def run(self) -> None:
         """Refuse, or hand on."""
-        start = time.monotonic()
         refusal = self._refusal()
         try:
             if self.scope["method"] == "OPTIONS" and self.origin:
@@ -116,7 +119,7 @@ class _Guarded:
             else:
                 await self.guard.app(self.scope, self._take, self._give)
         finally:
-            seconds = time.monotonic() - start
+            seconds = (self.answered or time.monotonic()) - self.start
             route = getattr(self.scope.get("route"), "path", "other")
             self.guard.told(route, self.status, seconds)
             self.guard.log(
@@ -200,6 +203,7 @@ class _Guarded:
             message = {**message, "headers": [*message.get("headers", []), *made]}
         elif self._leaves_body() and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
+            self.answered = time.monotonic()
             await self._read_away()
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)
@@ -212,9 +216,8 @@ class _Guarded:
 
     async def _read_away(self) -> None:
         """Throw away what still comes, within bounds; the reply is there, the connection is still open."""
-        if (
-            self.is_read or "expect" in self.headers
-        ):  # reading would ask a client that waits for the body
+        waits = "expect" in self.headers and not self.received  # to be asked for its body
+        if self.is_read or waits:
             return
         left = LINGER_BYTES
         with contextlib.suppress(TimeoutError):
