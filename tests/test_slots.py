@@ -133,7 +133,7 @@ def test_slots_are_as_many_as_memory_has_room_for(
         return own(*given, num_slots=num_slots, **options)
 
     monkeypatch.setattr(slots, "LaneModel", noted)
-    for free, most in ((0, 2), (4 * 4 * a_slot, 4), (400 * a_slot, 9)):
+    for free, most in ((0, 2), (2 * 4 * a_slot, 4), (400 * a_slot, 9)):
         monkeypatch.setattr(slots, "free_bytes", lambda device, free=free: free)
         made = SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[2], max_new_tokens=12)
         assert made == wanted

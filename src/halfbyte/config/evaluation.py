@@ -120,7 +120,9 @@ class Eval(Section):
     )
     max_new_tokens: Positive = Field(64, description="Longest answer, in tokens.")
     batch_size: Positive = Field(
-        16, description="Prompts generated at once; a quarter as many rows are scored at once."
+        16,
+        description="Rows at once where answers are generated in padded batches; in passes that score, a quarter"
+        " of them. Answers that grow in slots are as many as memory has room for.",
     )
     judge: Judge | None = Field(
         None,

@@ -153,7 +153,7 @@ def _ask(
         _take_time(variant, made, time.perf_counter() - start)
     else:
         spent = Spent()
-        made = SlotGenerator(model, run.eval.batch_size).generate(
+        made = SlotGenerator(model).generate(
             prompts,
             stop_ids=renderer.stop_ids,
             max_new_tokens=run.eval.max_new_tokens,

@@ -18,9 +18,10 @@ from halfbyte.model.host import free_bytes
 from halfbyte.model.lanes import GROWTH, Lane, LaneModel, token_bytes
 from halfbyte.model.passes import TREE_TOLERANCE
 
+MAX_SLOTS = 512  # matrix products of more rows are no faster a row
 PROMPT_TOKENS = 2048  # of prompts in one pass
 REFILL_FRAC = 0.25  # of the slots are free before new prompts are read
-CACHE_FRAC = 0.25  # of the free memory, for keys and values
+CACHE_FRAC = 0.5  # of the free memory, for keys and values
 PROBE_TOKENS = 24
 
 
@@ -42,10 +43,10 @@ class SlotGenerator:
 
     Args:
         model: a causal language model, with or without an adapter.
-        num_slots: answers at once, or as many as have room in a quarter of the free memory.
+        num_slots: answers at once, or as many as have room in half of the free memory.
     """
 
-    def __init__(self, model: nn.Module, num_slots: int) -> None:
+    def __init__(self, model: nn.Module, num_slots: int = MAX_SLOTS) -> None:
         self.model, self.num_slots = causal_of(model), num_slots
 
     def generate(
