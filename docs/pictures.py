@@ -19,7 +19,7 @@ from halfbyte.config import read_run_folder
 from halfbyte.errors import exit_on_user_error
 
 DOCS = Path(__file__).parent
-SIZES = {"phone": (390, 1688), "desktop": (1280, 1600)}
+SIZES = {"phone": (390, 1300), "desktop": (1280, 1600)}
 COLUMNS = 3
 
 
@@ -69,9 +69,11 @@ def draw_view(folder: Path) -> None:
     panels = [panel for section in view.sections for panel in section.panels]
     drawn = [panel for panel in panels if hasattr(panel, "y") or hasattr(panel, "metrics")]
     rows = -(-len(drawn) // COLUMNS)
-    figure, grid = pyplot.subplots(rows, COLUMNS, figsize=(13, 3.1 * rows), squeeze=False)
+    figure, grid = pyplot.subplots(
+        rows, COLUMNS, figsize=(13, 3.1 * rows), squeeze=False, layout="constrained"
+    )
     for axes, panel in zip(grid.flat, drawn, strict=False):
-        axes.set_title(panel.title, fontsize=10)
+        axes.set_title(panel.title, fontsize=9)
         if hasattr(panel, "y"):
             for key in panel.y:
                 points = [(row["step"], row[key]) for row in recorded if key in row]
@@ -83,7 +85,6 @@ def draw_view(folder: Path) -> None:
             axes.tick_params(axis="y", labelsize=7)
     for axes in list(grid.flat)[len(drawn) :]:
         axes.axis("off")
-    figure.tight_layout()
     figure.savefig(DOCS / "wandb_view.png", dpi=80)
 
 

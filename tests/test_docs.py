@@ -166,3 +166,27 @@ def test_serving_page_has_the_figures_of_the_benchmark() -> None:
     assert f"a median of {median:.1f} ms and {slow:.1f} ms at the 99th" in words
     first, last = load["rss_mb"].values()
     assert f"{first:,.0f} MB in the first tenth of the time and {last:,.0f} MB in the last" in words
+
+
+def test_evaluation_page_has_the_figures_of_its_report_and_benchmarks() -> None:
+    page = text_of("docs/evaluate.md")
+    words = " ".join(page.split())
+    lines = text_of("docs/benchmark_report.md").splitlines()
+    for name in ("adapter", "gemma-3-270m"):
+        scores, costs = (
+            [cell.strip() for cell in line.split("|")[1:-1]]
+            for line in lines
+            if line.startswith(f"| {name} |")
+        )
+        assert f"{costs[2]} is right on {scores[1]}" in words or (
+            f"one of {costs[2]} on {scores[1]}" in words
+        )
+        assert f"{costs[5]} tokens/s" in words or f"that one has {costs[5]}" in words
+    for name in ("eval_speed_cpu_smollm2", "ladder_smollm2", "ladder_gemma270m"):
+        measured = text_of(f"benchmarks/results/{name}.md")
+        table = [line for line in measured.splitlines() if line.startswith("|")]
+        assert len(table) >= 4
+        assert "\n".join(table) in page
+    for name in ("report_phone.png", "report_desktop.png", "wandb_view.png"):
+        assert f"({name})" in page
+        assert (ROOT / "docs" / name).stat().st_size > 10_000
