@@ -138,6 +138,8 @@ def test_slots_are_as_many_as_memory_has_room_for(
         made = SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[2], max_new_tokens=12)
         assert made == wanted
         assert used.pop() == most  # one of them holds what all prompts begin with
+    SlotGenerator(model).generate(PROMPTS[:3], stop_ids=[2], max_new_tokens=12)
+    assert used.pop() == 4  # no more than there are prompts
 
 
 def test_an_adapter_is_used_while_it_is_on(model: Any, tmp_path: Path, tiny_llama: Path) -> None:

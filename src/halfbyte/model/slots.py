@@ -73,9 +73,8 @@ class SlotGenerator:
         """
         begun = begun or [[] for _ in prompts]
         spent = spent or Spent()
-        num_slots = min(
-            self.num_slots, self._room(max(map(len, prompts), default=0) + max_new_tokens)
-        )
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        num_slots = min(self.num_slots, max(1, len(prompts)), self._room(longest))
         work = _Work(prompts, begun, stop_ids, ends, max_new_tokens, num_slots)
         with _Slots(self.model, num_slots + 1) as lanes:
             if work.waiting and work.shared:
