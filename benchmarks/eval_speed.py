@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +146,8 @@ def _write(out: Path, found: dict[str, Any]) -> None:
     from halfbyte.run_dir import provenance
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    told = {"command": f"python benchmarks/eval_speed.py RUN --out {out}", **provenance()}
+    command = shlex.join(["python", "benchmarks/eval_speed.py", *sys.argv[1:]])
+    told = {"command": command, **provenance()}
     out.with_suffix(".json").write_text(json.dumps({**told, "variants": found}, indent=1) + "\n")
     lines = [
         "| variant | rows | halfbyte | its linear layers alone | one row after the other | faster |",

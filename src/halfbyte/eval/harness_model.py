@@ -85,7 +85,7 @@ class SharedPrefixLM(HFLM):
                 text in self.tokenizer.decode(ids[-count:]) for text, count in lookback.items()
             )
 
-        answers = SlotGenerator(self.model, len(context)).generate(
+        answers = SlotGenerator(self.model).generate(
             [row[kept].tolist() for row, kept in zip(context, mask, strict=True)],
             stop_ids=[],  # the harness keeps the stop token, which may be no special one
             max_new_tokens=max_length - context.shape[1],

@@ -182,6 +182,11 @@ def token_bytes(text: Any, dtype: torch.dtype) -> int:
     return 2 * int(text.num_hidden_layers) * heads * width * dtype.itemsize
 
 
+def grown_to(tokens: int) -> int:
+    """Tokens for which a cache has room once it holds so many."""
+    return -(-tokens // GROWTH) * GROWTH
+
+
 class Cache:
     """Keys and values (slots, groups, tokens, D) of each layer; grown as it is needed."""
 
@@ -201,7 +206,7 @@ class Cache:
         held = self.layers.get(layer)
         if held is not None and held[0].shape[2] >= length:
             return held
-        room = -(-length // GROWTH) * GROWTH
+        room = grown_to(length)
         made = []
         for number, tensor in enumerate((key, value)):
             shape = (self.num_slots, tensor.shape[1], room, tensor.shape[3])

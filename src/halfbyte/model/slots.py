@@ -15,7 +15,7 @@ from halfbyte.errors import ModelError
 from halfbyte.model import attention
 from halfbyte.model.generate import Answer, causal_of, until_stop
 from halfbyte.model.host import free_bytes
-from halfbyte.model.lanes import GROWTH, Lane, LaneModel, token_bytes
+from halfbyte.model.lanes import Lane, LaneModel, grown_to, token_bytes
 from halfbyte.model.passes import TREE_TOLERANCE
 
 MAX_SLOTS = 512  # matrix products of more rows are no faster a row
@@ -90,11 +90,8 @@ class SlotGenerator:
     def _room(self, tokens: int) -> int:
         """Slots of so many tokens for which there is memory, beside the one of what all begin with."""
         weight = self.model.get_input_embeddings().weight
-        slot_bytes = (
-            -(-tokens // GROWTH)
-            * GROWTH
-            * token_bytes(self.model.config.get_text_config(), weight.dtype)
-        )
+        text = self.model.config.get_text_config()
+        slot_bytes = grown_to(tokens) * token_bytes(text, weight.dtype)
         return max(1, int(CACHE_FRAC * free_bytes(weight.device)) // max(1, slot_bytes) - 1)
 
 

@@ -103,9 +103,8 @@ class _Guarded:
         self.received = 0
         self.is_read = self.is_cut = False
         self.start = time.monotonic()
-        self.answered: float | None = (
-            None  # when a reply was there, whose client may still be sending
-        )
+        # When a reply was there whose client may still be sending.
+        self.answered: float | None = None
         self.deadline = self.start + guard.limits.body_seconds
 
     async def run(self) -> None:
