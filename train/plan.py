@@ -36,6 +36,7 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.model.load import stored_method
+    from halfbyte.model.merged import check_keeps_training
     from halfbyte.plan import llama_split
     from halfbyte.plan.catalogue import model_config
     from halfbyte.plan.devices import find_device
@@ -49,6 +50,8 @@ def main() -> None:
             print(llama_split.as_text(placed) + "\n")
     config, origin = model_config(run.model.name, run.model.revision)
     method = stored_method(config)
+    if arguments.is_config or arguments.suggest:
+        check_keeps_training(Path(run.model.name), run.model.precision)
     if method in (None, "bitsandbytes"):
         _plan_training(arguments, run, device, config, origin, placed)
     elif arguments.is_config or arguments.suggest:

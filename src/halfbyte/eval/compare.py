@@ -24,6 +24,7 @@ from halfbyte.eval.variants import (
 )
 from halfbyte.model.artefact import read_artefact
 from halfbyte.model.llama_cpp import GgufModel
+from halfbyte.model.merged import MERGE_REPORT
 from halfbyte.model.resolve import resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
@@ -48,7 +49,7 @@ def compare(folder: RunDir, run: Run, benchmarks: Sequence[Asked] = ()) -> list[
     wanted = list(run.eval.variants)
     if MERGED in wanted:
         folder.need(
-            folder.merged / "merge_report.json",
+            folder.merged / MERGE_REPORT,
             f"python train/merge.py {folder.path} (or leave it out with eval.variants)",
         )
     for name in wanted:

@@ -35,6 +35,7 @@ from halfbyte.model.fidelity import (
 from halfbyte.model.footprint import num_parameters, weights_bytes
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import load_tokenizer, stored_method
+from halfbyte.model.merged import MERGE_REPORT
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.trained import saved_renderer, trained_base
@@ -51,7 +52,6 @@ RUNGS: dict[str, tuple[Precision, bool]] = {
     "fp4": ("fp4", False),
     "fp4+dq": ("fp4", True),
 }
-MERGE_REPORT = "merge_report.json"
 DEFAULT_RUNGS = ("fp32", "bf16", "int8", "nf4", "nf4+dq", "fp4", "fp4+dq")
 
 

@@ -24,6 +24,7 @@ from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.host import USABLE_FRAC, free_bytes
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
+from halfbyte.model.merged import MERGE_REPORT
 from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.quantised import unpack_layers
@@ -155,7 +156,7 @@ def _quantised(trained: Trained) -> Iterator[Contender]:
 def _merged(trained: Trained) -> Contender:
     """The merged model, computed in a dtype that holds its stored weights exactly."""
     folder, compute = trained.folder.merged, trained.compute
-    kept = read_json(folder / "merge_report.json")["kept"]
+    kept = read_json(folder / MERGE_REPORT)["kept"]
     if kept["dtype"] != compute.name:
         compute = Compute(compute.device, torch.float32, "holds the stored weights exactly")
     loaded = _load_full(resolve_base(str(folder)), trained.run, compute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from halfbyte.config.schema import Model
 from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.host import mapped_blocks, release_pages
+from halfbyte.model.merged import check_keeps_training, merge_report
 from halfbyte.model.precision import (
     DTYPES,
     Compute,
@@ -133,14 +135,30 @@ def load_model(
 def load_as_asked(
     base: Base, precision: Precision | None, double_quant: bool, compute_dtype: ComputeDtype
 ) -> Loaded:
-    """As ``load_model``; without a precision as stored if that is quantised, else nf4."""
-    if precision is None and stored_method(load_config(base)) is None:
-        precision = "nf4"
+    """As ``load_model``, at a precision that is named or follows from the checkpoint.
+
+    Without a name: as stored if that is quantised, unquantised if it is a merge, which has more to lose
+    than it saves, else nf4.
+
+    Raises:
+        ModelError: as ``load_model``, or the named precision would take back what a merge holds.
+    """
+    folder = Path(base.path)
+    if precision is not None:
+        check_keeps_training(folder, precision)
+    elif stored_method(load_config(base)) is None:
+        plain = choose_compute(compute_dtype).name
+        precision = "nf4" if merge_report(folder) is None else plain
     return load_model(base, precision, double_quant=double_quant, compute_dtype=compute_dtype)
 
 
 def load_for_training(base: Base, settings: Model) -> Loaded:
-    """The base as a config's ``model`` section asks for it, in fp16 where that is yet to be probed."""
+    """The base as a config's ``model`` section asks for it, in fp16 where that is yet to be probed.
+
+    Raises:
+        ModelError: as ``load_model``, or the base is a merge whose training the precision takes back.
+    """
+    check_keeps_training(Path(base.path), settings.precision)
     device, compute = default_device(), None
     if may_train_in_half(settings, device):
         compute = Compute(device, torch.float16, "to be probed")

@@ -24,13 +24,14 @@ from halfbyte.model.host import free_bytes
 from halfbyte.model.lanes import Backend, Lane, LaneModel, token_bytes
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
+from halfbyte.model.merged import merge_report
 from halfbyte.model.mixed import mix_adapters
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.trained import same_compute, saved_renderer, trained_base
 from halfbyte.plan.llama_split import read_gguf
-from halfbyte.run_dir import RunDir, read_json
+from halfbyte.run_dir import RunDir
 from halfbyte.serve.asked import NAME, Asked
 from halfbyte.serve.engine import Engine
 from halfbyte.serve.fastest import Way, measure_ways, possible_ways, take_way
@@ -44,7 +45,6 @@ DEFAULT_CONTEXT = 4096
 CACHE_FRAC = 0.5  # of the available memory, for keys and values
 KERNELS = 128  # that oneDNN keeps
 PROBE = (Message("user", "Hello, what is 2 + 2?"),)
-MERGE_REPORT = "merge_report.json"
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,13 @@ def _open_plain(
 ) -> Served:
     base = resolve_base(one.target)
     folder = Path(base.path)
-    precision, name = options.precision, one.name or base_name(base)
-    compute = options.compute_dtype
-    if (folder / MERGE_REPORT).is_file():
-        _check_merged(folder)
+    name, report = one.name or base_name(base), merge_report(folder)
+    if report is not None:
+        _check_merged(folder, report)
         name = one.name or f"{folder.parent.name}-merged"
         say(f"{name}: the files are those that the merge measured")
-        if precision is None:  # quantised once more it would not be what the merge measured
-            precision = choose_compute(compute).name
     renderer = _renderer(base)
-    loaded = load_as_asked(base, precision, True, compute)
+    loaded = load_as_asked(base, options.precision, True, options.compute_dtype)
     backend = _lanes(loaded, options, name, others, say)
     _check_finite(backend, renderer, name)
     return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
@@ -344,8 +341,8 @@ def _check_finite(backend: Backend, renderer: Renderer, name: str) -> None:
     backend.forget()
 
 
-def _check_merged(folder: Path) -> None:
-    for file, sha256 in read_json(folder / MERGE_REPORT)["sha256"].items():
+def _check_merged(folder: Path, report: dict[str, Any]) -> None:
+    for file, sha256 in report["sha256"].items():
         if not (folder / file).is_file() or file_sha256(folder / file) != sha256:
             raise RunError(
                 f"{folder / file}: is not the file that the merge measured (missing or changed). Merge"

@@ -11,6 +11,7 @@ from torch import nn
 
 from halfbyte.errors import RunError
 from halfbyte.model.load import load_config
+from halfbyte.model.merged import MERGE_REPORT
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.resolve import Base
 from halfbyte.plan.skeleton import build
@@ -46,7 +47,7 @@ def check_merged(folder: RunDir, base: Base, template_sha256: str) -> dict[str, 
             chat template; the message says which.
     """
     merged, again = folder.merged, f"python train/merge.py {folder.path}"
-    report: dict[str, Any] = read_json(folder.need(merged / "merge_report.json", again))
+    report: dict[str, Any] = read_json(folder.need(merged / MERGE_REPORT, again))
     if report["base"]["fingerprint"] != base.fingerprint:
         raise RunError(
             f"{merged}: merged into another base (fingerprint {report['base']['fingerprint'][:12]}) than"

@@ -15,6 +15,7 @@ from halfbyte.errors import RunError
 from halfbyte.model.fidelity import Fidelity, Reference, fidelity, torch_predict
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.load import load_config, load_model
+from halfbyte.model.merged import DEQUANTISED, MERGE_REPORT
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, NAMES, Compute
 from halfbyte.model.resolve import Base, resolve_base
@@ -26,7 +27,7 @@ from halfbyte.ship.work import Work, measuring
 if TYPE_CHECKING:
     from torch import nn
 
-FULL, DEQUANTISED = "full", "dequantised"
+FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _report(
 
 
 def _finish(work: Work, kept: Candidate, report: dict[str, Any]) -> None:
-    write_json(kept.folder / "merge_report.json", report)
+    write_json(kept.folder / MERGE_REPORT, report)
     write_text(kept.folder / "README.md", model_card(work.told, report, work.run))
     replace_folder(kept.folder, work.folder.merged)
 

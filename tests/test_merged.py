@@ -1,0 +1,108 @@
+"""A merge is not rounded back to the base it came from: shown on its weights, then refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from toys import run_script, write_config
+
+from halfbyte.errors import ModelError
+from halfbyte.model.load import load_as_asked, load_model
+from halfbyte.model.merged import keeps_training
+from halfbyte.model.precision import Compute
+from halfbyte.model.resolve import resolve_base
+from halfbyte.run_dir import read_json, write_json
+
+CPU32 = Compute(torch.device("cpu"), torch.float32, "asked")
+TAKES_BACK = "nf4 would round it back"
+
+
+@pytest.fixture
+def merged(merged_run: Path) -> Path:
+    folder = merged_run / "merged"
+    assert read_json(folder / "merge_report.json")["kept"]["base"] == "dequantised"
+    return folder
+
+
+def test_nf4_of_a_merge_is_nf4_of_its_base(merged: Path, small_base: Path) -> None:
+    """The reason for the refusal: rounding finds the values of the untrained base again."""
+    layer = "model.layers.0.mlp.up_proj"
+    base, plain, rounded = (
+        load_model(resolve_base(str(folder)), precision, compute=CPU32).model.get_submodule(layer)
+        for folder, precision in ((small_base, "nf4"), (merged, "fp32"), (merged, "nf4"))
+    )
+    from bitsandbytes.functional import dequantize_4bit
+
+    before, after = (
+        dequantize_4bit(layer.weight.data, layer.weight.quant_state) for layer in (base, rounded)
+    )
+    trained = (plain.weight - before).norm()
+    assert trained > 0
+    assert (base.weight.data == rounded.weight.data).float().mean() > 0.99
+    assert (after - before).norm() < 0.5 * trained
+
+
+@pytest.mark.parametrize(
+    ("kept", "trained", "asked", "keeps"),
+    [
+        ("dequantised", "nf4", "nf4", False),
+        ("dequantised", "nf4", "fp4", False),
+        ("dequantised", "nf4", "int8", True),
+        ("dequantised", "nf4", "bf16", True),
+        ("dequantised", "int8", "int8", False),
+        ("dequantised", "int8", "nf4", True),
+        ("full", "nf4", "nf4", True),
+    ],
+)
+def test_which_precisions_keep_a_merge(
+    tmp_path: Path, kept: str, trained: str, asked: str, keeps: bool
+) -> None:
+    report = {"kept": {"base": kept}, "trained": {"precision": trained}}
+    write_json(tmp_path / "merge_report.json", report)
+    assert keeps_training(tmp_path, asked) is keeps  # type: ignore[arg-type]
+
+
+def test_folders_of_others_keep_whatever_they_hold(small_base: Path) -> None:
+    assert keeps_training(small_base, "nf4")
+
+
+def test_chat_takes_a_merge_unquantised_unless_told_and_refuses_nf4(
+    merged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = resolve_base(str(merged))
+    assert load_as_asked(base, None, True, "fp32").precision == "fp32"
+    asked = (merged, "--prompt", "Code this", "--max-new-tokens", "2")
+    run_script("eval/generate.py", *asked, "--compute-dtype", "fp32")
+    assert "fp32" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_script("eval/generate.py", *asked, "--precision", "nf4")
+    assert TAKES_BACK in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["train/sft.py", "train/plan.py", "eval/serve.py"])
+def test_scripts_refuse_it_before_anything_is_made(
+    script: str, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "merged"
+    shutil.copytree(merged, copy)
+    config = write_config(tmp_path, copy)
+    target = (copy, "--precision", "nf4") if script == "eval/serve.py" else (config,)
+    with pytest.raises(SystemExit):
+        run_script(script, *target)
+    told = capsys.readouterr().err
+    assert TAKES_BACK in told
+    assert "train/export.py" in told
+
+
+def test_merge_trains_on_at_a_precision_that_keeps_it(merged: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, merged, model={"precision": "fp32"}, train={"max_steps": 1})
+    run_script("train/sft.py", config)
+    assert (tmp_path / "runs" / "tiny" / "adapter").is_dir()
+
+
+def test_refusal_names_the_ways_out(merged: Path) -> None:
+    with pytest.raises(ModelError, match=r"fp32, bf16 or fp16.*merge\.base=full"):
+        load_as_asked(resolve_base(str(merged)), "nf4", True, "fp32")
