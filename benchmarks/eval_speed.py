@@ -55,8 +55,8 @@ def main() -> None:
     asked = questions(held_out_rows(folder, run.eval.rows, run.seed), renderer)
     settings = run.eval.model_copy(update={"variants": ["base-full", "adapter"], "baselines": []})
     run = run.model_copy(update={"eval": settings})
-    found = {}
-    for contender in contenders(Trained(folder, run, base, same_compute(folder), asked, renderer)):
+    compute, found = same_compute(folder), {}
+    for contender in contenders(Trained(folder, run, base, compute, asked, renderer)):
         loop_s, answers = _loop(contender, arguments.loop_rows, run.eval.max_new_tokens)
         start = time.perf_counter()
         variant = measure(contender, run)
@@ -71,7 +71,7 @@ def main() -> None:
             "loop_seconds_a_row": loop_s / len(answers),
             "ratio": loop_s / len(answers) / (ours_s / len(asked)),
             "gflop_a_row": flops / 1e9,
-            "gflop_per_s": (rate := _best_rate(contender.device)) / 1e9,
+            "gflop_per_s": (rate := _best_rate(contender.device, compute.dtype)) / 1e9,
             "products_seconds": flops * len(asked) / rate,
             "answer_tokens": sum(variant.lengths),
             "same_answers": same,
@@ -82,7 +82,7 @@ def main() -> None:
         print(contender.name, json.dumps(found[contender.name]), flush=True)
         del contender
     if arguments.out:
-        _write(arguments.out, found)
+        _write(arguments.out, compute.name, found)
 
 
 def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, list[str]]:
@@ -129,11 +129,11 @@ def _flops(contender: Any, run: Any, num_rows: int) -> float:
     return float(counter.get_total_flops()) / len(some)
 
 
-def _best_rate(device: Any) -> float:
-    """Operations a second of a product of 1,024 rows in fp32, the best of some."""
+def _best_rate(device: Any, dtype: Any) -> float:
+    """Operations a second of a product of 1,024 rows, the best of some."""
     import torch
 
-    x, weight = (torch.randn(size, 2048, device=device) for size in (1024, 2048))
+    x, weight = (torch.randn(size, 2048, device=device, dtype=dtype) for size in (1024, 2048))
     best = float("inf")
     for _ in range(RATE_ROUNDS):
         start = time.perf_counter()
@@ -142,12 +142,13 @@ def _best_rate(device: Any) -> float:
     return 2 * x.numel() * weight.shape[0] / best
 
 
-def _write(out: Path, found: dict[str, Any]) -> None:
+def _write(out: Path, dtype: str, found: dict[str, Any]) -> None:
+    from halfbyte.model.precision import device_name
     from halfbyte.run_dir import provenance
 
     out.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/eval_speed.py", *sys.argv[1:]])
-    told = {"command": command, **provenance()}
+    told = {"command": command, "device": device_name(), "dtype": dtype, **provenance()}
     out.with_suffix(".json").write_text(json.dumps({**told, "variants": found}, indent=1) + "\n")
     lines = [
         "| variant | rows | halfbyte | its linear layers alone | one row after the other | faster |",
@@ -156,7 +157,7 @@ def _write(out: Path, found: dict[str, Any]) -> None:
     for name, told in found.items():
         lines.append(
             f"| {name} | {told['rows']} | {told['seconds']:.0f} s, {told['seconds_a_row']:.3f} s a row |"
-            f" {told['products_seconds']:.0f} s at {told['gflop_per_s']:.0f} GFLOP/s |"
+            f" {told['products_seconds']:.0f} s at {told['gflop_per_s']:.0f} GFLOP/s in {dtype} |"
             f" {told['loop_seconds_a_row']:.3f} s a row ({told['loop_rows']} rows) | {told['ratio']:.1f}x |"
         )
     out.with_suffix(".md").write_text("\n".join([*lines, ""]))

@@ -2,10 +2,10 @@
 
 python -m benchmarks.speed [--models …] [--tools …] [--datasets …] [--out benchmarks/results/NAME]
 
-Makes the environments under .bench/ on the first run, with pip. Tools run one after the other and in
-turns (A B C A B C …), each run a process of its own. Tuned tools take the fastest of 16, 8, 4, 2 and 1
-rows a forward pass, found in runs of three steps, fewer rows until they are no faster. There is no
-report unless losses of the first step agree.
+Makes the environments under .bench/ on the first run, with pip, unless --here says that all tools are
+installed beside halfbyte. Tools run one after the other and in turns (A B C A B C …), each run a process
+of its own. Tuned tools take the fastest of 16, 8, 4, 2 and 1 rows a forward pass, found in runs of three
+steps, fewer rows until they are no faster. There is no report unless losses of the first step agree.
 
 On the CPU every tool computes in fp32. For an environment without CUDA set
 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu where the package index has torch for CUDA.
@@ -26,7 +26,7 @@ from benchmarks.harness.launch import ALPHA, LEARNING_RATE, RANK, Bench
 from benchmarks.harness.models import MODELS, ROOT
 from benchmarks.harness.report import Cell, as_markdown, check_losses, write
 from benchmarks.harness.rows import DATASETS, STEP_ROWS
-from benchmarks.harness.tools import TOOLS, python_of, tools_on
+from benchmarks.harness.tools import TOOLS, tools_on
 from benchmarks.harness.work import work_of
 
 SWEEP_STEPS = 3
@@ -43,9 +43,10 @@ def main() -> None:
         arguments.seed,
         arguments.checkpointing,
         len(os.sched_getaffinity(0)),
+        arguments.here,
     )
     for name in arguments.tools:
-        python_of(TOOLS[name], bench.device, bench.folder)
+        bench.python_of(TOOLS[name])
     if arguments.setup:
         return
     report = _begin(bench, arguments.reps)
@@ -183,6 +184,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chat", type=Path, metavar="FILE.jsonl", help="rows for the dataset chat")
     parser.add_argument(
         "--micro-batch", nargs="+", default=[], metavar="TOOL=ROWS", help="instead of trying"
+    )
+    parser.add_argument(
+        "--here", action="store_true", help="all tools in this environment, which has them"
     )
     parser.add_argument("--setup", action="store_true", help="only make the environments")
     parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md")

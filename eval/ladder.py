@@ -7,6 +7,8 @@ python eval/ladder.py runs/quickstart    (the merged model, with what train/expo
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from halfbyte.config import load_run, read_run_folder
@@ -24,7 +26,8 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.eval.ladder import DEFAULT_RUNGS, as_markdown, climb, in_order, of_config, of_run
-    from halfbyte.run_dir import RunDir, write_json, write_text
+    from halfbyte.model.precision import device_name
+    from halfbyte.run_dir import RunDir, provenance, write_json, write_text
 
     if is_config:
         work, folder = of_config(run), Path("ladder")
@@ -34,7 +37,14 @@ def main() -> None:
     found = [rung.as_json(run) for rung in climb(work, arguments.rungs or DEFAULT_RUNGS)]
     folder = arguments.out or folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "ladder.json", {"model": work.base.name, "rungs": found})
+    told = {
+        "command": shlex.join(["python", "eval/ladder.py", *sys.argv[1:]]),
+        "device": device_name(),
+        "model": work.base.name,
+        "rungs": found,
+        **provenance(),
+    }
+    write_json(folder / "ladder.json", told)
     metric = run.eval.metrics[0]
     text = "\n".join(
         [

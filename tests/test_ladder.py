@@ -7,17 +7,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MakeConfig
 from toys import run_script
 
 from halfbyte.eval.ladder import in_order
+from halfbyte.model.precision import device_name
 
 
 def test_ladder_of_a_config_measures_every_rung(make_config: MakeConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rungs = ("fp32", "int8", "nf4", "nf4+dq", "fp4", "fp4+dq")
     run_script("eval/ladder.py", make_config(), "--rungs", *rungs, "--out", out)
-    told = json.loads((out / "ladder.json").read_text())["rungs"]
+    whole = json.loads((out / "ladder.json").read_text())
+    assert whole["command"].startswith("python eval/ladder.py ")
+    assert whole["command"].endswith(f"--rungs {' '.join(rungs)} --out {out}")
+    assert whole["device"] == device_name()
+    assert whole["libraries"]["torch"] == torch.__version__
+    told = whole["rungs"]
     assert [rung["name"] for rung in told] == list(rungs)
     full, *others = told
     assert full["kl_nats_per_token"] == 0

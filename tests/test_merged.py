@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from toys import run_script, write_config
 
+from halfbyte.config.section import Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.load import load_as_asked, load_model
 from halfbyte.model.merged import keeps_training
@@ -29,10 +31,15 @@ def merged(merged_run: Path) -> Path:
 
 def test_nf4_of_a_merge_is_nf4_of_its_base(merged: Path, small_base: Path) -> None:
     """The reason for the refusal: rounding finds the values of the untrained base again."""
-    layer = "model.layers.0.mlp.up_proj"
+
+    def loaded(folder: Path, precision: Precision) -> Any:
+        model = load_model(resolve_base(str(folder)), precision, compute=CPU32).model
+        return model.get_submodule("model.layers.0.mlp.up_proj")
+
     base, plain, rounded = (
-        load_model(resolve_base(str(folder)), precision, compute=CPU32).model.get_submodule(layer)
-        for folder, precision in ((small_base, "nf4"), (merged, "fp32"), (merged, "nf4"))
+        loaded(small_base, "nf4"),
+        loaded(merged, "fp32"),
+        loaded(merged, "nf4"),
     )
     from bitsandbytes.functional import dequantize_4bit
 

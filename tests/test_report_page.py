@@ -14,6 +14,7 @@ from test_compare import report_of
 from halfbyte.config import read_run_folder
 from halfbyte.data.rows import Message, Row
 from halfbyte.eval.measure import Variant
+from halfbyte.eval.plots import LABEL_HEIGHT, label_places
 from halfbyte.eval.report import write_report
 from halfbyte.run_dir import RunDir, read_jsonl
 
@@ -116,3 +117,19 @@ def test_paper_has_every_row_and_no_buttons(page: Any) -> None:
     page.emulate_media(media="print")
     assert not page.is_visible("#filters")
     assert len(page.query_selector_all(".row:not([hidden])")) == 8
+
+
+def test_labels_of_near_points_stand_apart_and_others_stay() -> None:
+    points = {
+        "adapter": (188.0, 0.573),
+        "base-nf4": (181.0, 0.0),
+        "merged": (269.0, 0.57),
+        "merged-again": (270.0, 0.58),
+        "far": (1072.0, 0.575),
+    }
+    placed = label_places(points, 1447.0, (-0.03, 1.03))
+    near = sorted(placed[name] for name in ("adapter", "merged", "merged-again"))
+    assert all(b - a >= 0.999 * LABEL_HEIGHT * 1.06 for a, b in zip(near, near[1:], strict=False))
+    assert placed["far"] == 0.575
+    assert placed["base-nf4"] == 0.0
+    assert near[-1] < 0.573 + 3 * LABEL_HEIGHT

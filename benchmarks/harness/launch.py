@@ -28,6 +28,7 @@ class Bench:
         folder: for environments, drawn models and runs.
         checkpointing: on for every tool; else tuned tools have it off and the others their default.
         threads: of each process on the CPU.
+        here: every tool runs in the environment of the benchmark itself.
     """
 
     folder: Path
@@ -36,11 +37,16 @@ class Bench:
     seed: int
     checkpointing: bool
     threads: int
+    here: bool = False
 
     @property
     def dtype(self) -> str:
         """What matrix products compute in."""
         return "bf16" if self.device == "cuda" else "fp32"
+
+    def python_of(self, tool: Tool) -> str:
+        """The Python that runs a tool; its environment is made if it is not there as required."""
+        return sys.executable if self.here else python_of(tool, self.device, self.folder)
 
     def lay(self, model: str, dataset: str, chat: Path | None = None) -> tuple[Path, Path, Rows]:
         """Folder of the model, file of the rows and the rows, made for runs to come."""
@@ -121,7 +127,7 @@ class Bench:
         }
 
     def _spawn(self, tool: Tool, module: str, job: dict[str, Any], out: Path) -> int:
-        python = python_of(tool, self.device, self.folder)
+        python = self.python_of(tool)
         path = out / "job.json"
         path.write_text(json.dumps(job | {"spawned_at": time.time()}))
         command = [python, "-m", f"benchmarks.peers.{module}", str(path)]
@@ -131,8 +137,11 @@ class Bench:
             ).returncode
 
     def _environment(self) -> dict[str, str]:
+        paths = [str(ROOT), str(ROOT / "src")]
+        if self.here:
+            paths += filter(None, [os.environ.get("PYTHONPATH")])
         told = {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
+            "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": str(self.threads),
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",

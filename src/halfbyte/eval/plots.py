@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from halfbyte.eval.variants import TRAINED
 
+# Of a label in the picture of memory and quality, as parts of its axes.
+LABEL_WIDTH, LABEL_HEIGHT = 0.25, 0.085
 INK, OURS, OTHERS, BAD = "#1f2933", "#0f766e", "#94a3b8", "#b91c1c"
 
 
@@ -42,25 +44,45 @@ def metric_bars(report: dict[str, Any]) -> str:
 def memory_against_quality(report: dict[str, Any]) -> str:
     """Each variant's weights in MB against the deciding metric."""
     figure, axes = _figure(height=2.8)
+    points = {}
     for entry in report["variants"]:
         estimate, megabytes = estimate_of(entry, report["metric"]), entry["weights_bytes"] / 1e6
+        points[entry["name"]] = (megabytes, estimate["value"])
         axes.plot(
             [megabytes] * 2, [estimate["ci_low"], estimate["ci_high"]], color=OTHERS, linewidth=1
         )
         axes.plot(megabytes, estimate["value"], "o", color=_colour(entry))
-        axes.annotate(
-            entry["name"],
-            (megabytes, estimate["value"]),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=9,
-        )
-    axes.set_xlim(0, 1.35 * max(entry["weights_bytes"] for entry in report["variants"]) / 1e6)
+    axes.set_xlim(0, 1.35 * max(x for x, _ in points.values()))
     if report["metric"] != "held_out_loss":
         axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("weights, MB")
     axes.set_ylabel(report["metric"].replace("_", " "))
+    for name, place in label_places(points, axes.get_xlim()[1], axes.get_ylim()).items():
+        beside = points[name][0] + 0.015 * axes.get_xlim()[1]
+        axes.text(beside, place, name, va="center", fontsize=9)
     return _svg(figure)
+
+
+def label_places(
+    points: dict[str, tuple[float, float]], width: float, ends: tuple[float, float]
+) -> dict[str, float]:
+    """Heights of labels beside their points, apart where they would cover each other.
+
+    Args:
+        points: by label, in the units of the axes.
+        width: of the axes.
+        ends: the lowest and the highest value of the axes.
+    """
+    apart = LABEL_HEIGHT * (ends[1] - ends[0])
+    placed: dict[str, float] = {}
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        beside = [
+            placed[other]
+            for other in placed
+            if abs(points[other][0] - x) < LABEL_WIDTH * width and placed[other] > y - apart
+        ]
+        placed[name] = max([y, *(height + apart for height in beside)])
+    return placed
 
 
 def difference_bars(report: dict[str, Any]) -> str:

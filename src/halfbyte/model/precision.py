@@ -13,6 +13,7 @@ from torch import nn
 from halfbyte.config.schema import Model
 from halfbyte.config.section import ComputeDtype
 from halfbyte.errors import ModelError
+from halfbyte.model.host import cpu_model
 
 PlainPrecision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -99,6 +100,15 @@ def may_train_in_half(settings: Model, device: torch.device) -> bool:
     if device.type != "cuda" or settings.compute_dtype != "auto" or settings.precision in DTYPES:
         return False
     return torch.cuda.get_device_capability(device) < FIRST_BF16_CAPABILITY
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """The card, or the processor with its vector units and the threads that compute on it."""
+    device = device or default_device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    units = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu_model()}, {units}, {torch.get_num_threads()} threads"
 
 
 def default_device() -> torch.device:
