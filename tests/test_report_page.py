@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_labels_of_near_points_stand_apart_and_others_stay() -> None:
     }
     placed = label_places(points, 1447.0, (-0.03, 1.03))
     near = sorted(placed[name] for name in ("adapter", "merged", "merged-again"))
-    assert all(b - a >= 0.999 * LABEL_HEIGHT * 1.06 for a, b in zip(near, near[1:], strict=False))
+    assert all(b - a >= 0.999 * LABEL_HEIGHT * 1.06 for a, b in pairwise(near))
     assert placed["far"] == 0.575
     assert placed["base-nf4"] == 0.0
     assert near[-1] < 0.573 + 3 * LABEL_HEIGHT
