@@ -16,7 +16,7 @@ from halfbyte.model import attention
 from halfbyte.model.generate import Answer, causal_of, until_stop
 from halfbyte.model.host import free_bytes
 from halfbyte.model.lanes import Lane, LaneModel, grown_to, token_bytes
-from halfbyte.model.passes import TREE_TOLERANCE
+from halfbyte.model.passes import PROBE_TURNS, allowed_gap, probe_words, relative_gap
 
 MAX_SLOTS = 512  # matrix products of more rows are no faster a row
 PROMPT_TOKENS = 2048  # of prompts in one pass
@@ -207,21 +207,31 @@ def slots_refusal(model: nn.Module) -> str:
         return f"{name} does not take halfbyte's attention"
     training = causal.training
     causal.eval()
-    limit = int(causal.config.get_text_config().vocab_size)
-    ids = [(7 * i + 3) % limit for i in range(PROBE_TOKENS)]
-    device = causal.get_input_embeddings().weight.device
-    wanted = causal(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float().cpu()
-    half = PROBE_TOKENS // 2
     try:
-        with _Slots(causal, 3) as lanes:
-            lanes.run([Lane(0, None, ids[:half], 0)])
-            lanes.copy(0, 2, half)
-            lanes.run([Lane(2, None, ids[half:-1], half), Lane(1, None, ids[3:], 0)])
-            found = lanes.run([Lane(2, None, ids[-1:], PROBE_TOKENS - 1)])[0]
+        for turn in range(PROBE_TURNS):
+            refusal = _probe_slots(causal, turn)
+            if not refusal:
+                return ""
     except (ModelError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"{name} cannot answer in slots: {error}"
     finally:
         causal.train(training)
-    gap = float((found - wanted).norm() / wanted.norm())
-    allowed = TREE_TOLERANCE[causal.get_input_embeddings().weight.dtype]
-    return "" if gap <= allowed else f"{name}: logits differ by {gap:.1g} from the plain pass"
+    return f"{name}: {refusal}"
+
+
+def _probe_slots(causal: Any, turn: int) -> str:
+    ids = probe_words(causal, PROBE_TOKENS, turn)
+    both = torch.tensor(
+        [ids, [*ids[-2::-1], ids[-1]]], device=causal.get_input_embeddings().weight.device
+    )
+    wanted, moved = causal(both, use_cache=False).logits[:, -1].cpu()
+    half = PROBE_TOKENS // 2
+    with _Slots(causal, 3) as lanes:
+        lanes.run([Lane(0, None, ids[:half], 0)])
+        lanes.copy(0, 2, half)
+        lanes.run([Lane(2, None, ids[half:-1], half), Lane(1, None, ids[3:], 0)])
+        found = lanes.run([Lane(2, None, ids[-1:], PROBE_TOKENS - 1)])[0]
+    gap = relative_gap(found, wanted)
+    if gap <= allowed_gap(causal, wanted, moved):
+        return ""
+    return f"logits differ by {gap:.1g} from the plain pass"
