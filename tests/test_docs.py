@@ -182,7 +182,12 @@ def test_evaluation_page_has_the_figures_of_its_report_and_benchmarks() -> None:
             f"one of {costs[2]} on {scores[1]}" in words
         )
         assert f"{costs[5]} tokens/s" in words or f"that one has {costs[5]}" in words
-    for name in ("eval_speed_cpu_smollm2", "ladder_smollm2", "ladder_gemma270m"):
+    for name in (
+        "eval_speed_cpu_smollm2",
+        "ladder_smollm2",
+        "ladder_gemma270m",
+        "ladder_cuda_smollm2",
+    ):
         measured = text_of(f"benchmarks/results/{name}.md")
         table = [line for line in measured.splitlines() if line.startswith("|")]
         assert len(table) >= 4
