@@ -4,7 +4,9 @@ python benchmarks/eval_speed.py runs/quickstart --out benchmarks/results/eval_sp
 
 The loop is what a first evaluation script does: for each row ``model.generate`` on its prompt, then a
 forward pass with labels for its loss, with transformers alone. Both are timed in one sitting; the loop on
-``--loop-rows`` of the rows, since it is slow. Answers must be the same.
+``--loop-rows`` of the rows, since it is slow. Answers must be the same, or part where the plain model is not
+sure itself: where its two likeliest tokens are nearer to each other than twice what its logits change when
+it reads the same text in two pieces, at most over the rows that part. In bf16 that is often so.
 
 How fast a measurement can be at all depends on the machine: told beside it is what its linear layers
 alone would take at the rate of one large product, timed in the same sitting.
@@ -24,7 +26,6 @@ from typing import Any
 from halfbyte.config import read_run_folder
 from halfbyte.errors import RunError, exit_on_user_error
 
-MIN_SAME_FRAC = 0.95
 RATE_ROUNDS = 20
 
 
@@ -62,7 +63,11 @@ def main() -> None:
         variant = measure(contender, run)
         ours_s = time.perf_counter() - start
         flops = _flops(contender, run, arguments.loop_rows)
-        same = sum(a == b for a, b in zip(answers, variant.answers, strict=False))
+        same = sum(
+            renderer.decode(ids) == text
+            for ids, text in zip(answers, variant.answers, strict=False)
+        )
+        others = _others(contender, answers, variant.answers)
         found[contender.name] = {
             "rows": len(asked),
             "seconds": ours_s,
@@ -75,18 +80,18 @@ def main() -> None:
             "products_seconds": flops * len(asked) / rate,
             "answer_tokens": sum(variant.lengths),
             "same_answers": same,
+            "parted_at_near_ties": len(answers) - same - len(others),
         }
-        # Sums in another order round differently, and a near tie may fall the other way.
-        if same < MIN_SAME_FRAC * len(answers):
-            raise RunError(f"{contender.name}: {same} of {len(answers)} answers are the same")
         print(contender.name, json.dumps(found[contender.name]), flush=True)
+        if others:
+            raise RunError(f"{contender.name}: {len(others)} answers are others: {others[:3]}")
         del contender
     if arguments.out:
         _write(arguments.out, compute.name, found)
 
 
-def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, list[str]]:
-    """Seconds and answers of the plain loop over the first rows."""
+def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, list[list[int]]]:
+    """Seconds and answers' ids of the plain loop over the first rows."""
     import torch
     from transformers import GenerationConfig
 
@@ -113,8 +118,34 @@ def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, li
             )[0, prompt.shape[1] :].tolist()
             model(input_ids=ids, labels=labels)
             stops = [at for at, token in enumerate(made) if token in renderer.stop_ids]
-            answers.append(renderer.decode(made[: stops[0]] if stops else made))
+            answers.append(made[: stops[0]] if stops else made)
     return time.perf_counter() - start, answers
+
+
+def _others(contender: Any, answers: list[list[int]], texts: list[str]) -> list[str]:
+    """Answers of ours that leave the loop's where the plain model is sure of the next token."""
+    decode = contender.renderer.decode
+    parted = []
+    for question, ids, text in zip(contender.asked, answers, texts, strict=False):
+        if decode(ids) != text:
+            alike = max(n for n in range(len(ids) + 1) if text.startswith(decode(ids[:n])))
+            lead, noise = _lead(contender, [*question.prompt, *ids[:alike]])
+            parted.append((lead, noise, f"{question.row.place} token {alike}"))
+    unsure = 2 * max((noise for _, noise, _ in parted), default=0.0)
+    return [f"{place}: ahead by {lead:.3f}" for lead, _, place in parted if lead > unsure]
+
+
+def _lead(contender: Any, text: list[int]) -> tuple[float, float]:
+    """How far the likeliest next token's logit is ahead, and how far logits change by reading in pieces."""
+    import torch
+
+    ids, half = torch.tensor([text], device=contender.device), len(text) // 2
+    with torch.no_grad():
+        whole = contender.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        held = contender.model(input_ids=ids[:, :half], use_cache=True).past_key_values
+        pieces = contender.model(input_ids=ids[:, half:], past_key_values=held).logits[0, -1]
+    first, second = whole.topk(2)[0].tolist()
+    return first - second, float((whole - pieces.float()).abs().max())
 
 
 def _flops(contender: Any, run: Any, num_rows: int) -> float:

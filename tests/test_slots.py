@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from halfbyte.config.schema import Adapter
+from halfbyte.data.render import IGNORED
 from halfbyte.model import slots
 from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.generate import Answer, generate
-from halfbyte.model.lanes import GROWTH, LaneModel, token_bytes
+from halfbyte.model.lanes import LaneModel, token_bytes
 from halfbyte.model.load import load_model
-from halfbyte.model.passes import add_token_loss
+from halfbyte.model.passes import add_token_loss, row_scores
 from halfbyte.model.precision import Compute
 from halfbyte.model.quantised import unpack_layers
 from halfbyte.model.resolve import resolve_base
@@ -87,16 +88,47 @@ def test_answers_go_on_from_what_is_known_of_them(model: Any) -> None:
     assert cut == Answer([5, 6], "length")
 
 
+@pytest.mark.parametrize("told_tokens", [1, 512])
+def test_what_is_wanted_is_scored_where_the_prompt_is_read(
+    model: Any, told_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "TOLD_TOKENS", told_tokens)
+    stop_ids = some_stop(model)
+    free = plain(model, PROMPTS, stop_ids)
+    said = [[*a.ids, *stop_ids[:1]] if a.finish_reason == "stop" else a.ids for a in free]
+    # The model's own answer, one that leaves it after some tokens, longer than an answer may be, or none.
+    changed = [[*ids[:n], 77, 78, *ids[n:]] for n, ids in enumerate(said)]
+    wanted = [said[0], *changed[1:6], [*said[6], *range(40, 60)], []]
+    spent = Spent()
+    made = SlotGenerator(model, 3).generate(
+        PROMPTS, stop_ids=stop_ids, max_new_tokens=12, wanted=wanted, spent=spent
+    )
+    assert [a.ids for a in made] == [a.ids for a in free]
+    assert [a.finish_reason for a in made] == [a.finish_reason for a in free]
+    rows = [
+        ([*prompt, *answer], [IGNORED] * len(prompt) + answer)
+        for prompt, answer in zip(PROMPTS, wanted, strict=True)
+        if answer
+    ]
+    scores = spent.scores
+    assert sorted(scores) == list(range(7))
+    for number, (loss, hits) in enumerate(row_scores(model, rows, 4)):
+        assert scores[number][0] == pytest.approx(loss, rel=1e-5)
+        assert scores[number][1] == hits
+    assert all(scores[0][1])
+    assert not all(scores[3][1])
+
+
 def test_all_prompts_for_which_there_are_slots_begin_at_once(model: Any) -> None:
     passes: list[int] = []
-    run = LaneModel.run
+    run = LaneModel.logits
 
     def noted(self: Any, lanes: Any) -> Any:
         passes.append(len(lanes))
         return run(self, lanes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LaneModel, "run", noted)
+        patch.setattr(LaneModel, "logits", noted)
         patch.setattr(slots, "PROMPT_TOKENS", 20)  # so that they are read in several passes
         SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[], max_new_tokens=12)
     assert max(passes) == 8
@@ -124,7 +156,7 @@ def test_slots_are_as_many_as_memory_has_room_for(
 ) -> None:
     wanted = plain(model, PROMPTS, [2])
     text = model.config.get_text_config()
-    a_slot = GROWTH * token_bytes(text, torch.float32)
+    a_slot = (max(map(len, PROMPTS)) + 12) * token_bytes(text, torch.float32)
     used: list[int] = []
 
     def noted(*given: Any, num_slots: int, **options: Any) -> Any:

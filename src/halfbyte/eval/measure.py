@@ -26,6 +26,7 @@ from halfbyte.model.passes import row_scores
 from halfbyte.model.slots import SlotGenerator, Spent, slots_refusal
 
 LOSS_METRIC = "held_out_loss"
+MOST_WANTED = 64  # labelled tokens of a row whose logits are held all at once
 
 
 @dataclass
@@ -102,9 +103,15 @@ def measure(contender: Contender, run: Run) -> Variant:
         variant.losses = contender.model.losses(rows)
     else:
         unpack_for_speed(contender.model)
-        scored = row_scores(contender.model, rows, max(1, run.eval.batch_size // ROWS_PER_SCORED))
-        variant.losses = [(loss, len(hits)) for loss, hits in scored]
-        _ask(variant, contender.model, contender, [hits for _, hits in scored], run)
+        refusal = slots_refusal(contender.model)
+        if refusal or not all(map(_is_short, contender.asked)):
+            size = max(1, run.eval.batch_size // ROWS_PER_SCORED)
+            scored = row_scores(contender.model, rows, size)
+            variant.losses = [(loss, len(hits)) for loss, hits in scored]
+            known = [_known(*pair) for pair in zip(contender.asked, scored, strict=True)]
+            _ask(variant, contender.model, contender, run, refusal, known)
+        else:
+            _ask(variant, contender.model, contender, run)
     variant.seconds, variant.watts = time.perf_counter() - start, meter.watts()
     return variant
 
@@ -125,19 +132,23 @@ def _ask_gguf(variant: Variant, model: GgufModel, contender: Contender, run: Run
 
 
 def _ask(
-    variant: Variant, model: nn.Module, contender: Contender, hits: list[list[bool]], run: Run
+    variant: Variant,
+    model: nn.Module,
+    contender: Contender,
+    run: Run,
+    refusal: str = "",
+    known: list[list[int]] | None = None,
 ) -> None:
     """Let a model answer every question, and score the answers.
 
-    What the model would say is known as far as it is what was wanted: the pass that measured the loss has
-    found each wanted token the likeliest (``hits``), so that generation begins behind them.
+    ``refusal`` says why it cannot answer in slots. ``known`` is what each answer begins with, from the pass
+    that measured the loss; without it the loss is measured here, in the pass that reads the prompt.
     """
     asked, renderer = contender.asked, contender.renderer
     if any(question.row.text for question in asked):
         return
     prompts = [question.prompt for question in asked]
     progress = _progress(contender.name, len(asked))
-    refusal = slots_refusal(model)
     if refusal:
         print(f"{contender.name}: answers in padded batches: {refusal}", file=sys.stderr)
         start = time.perf_counter()
@@ -157,18 +168,35 @@ def _ask(
             prompts,
             stop_ids=renderer.stop_ids,
             max_new_tokens=run.eval.max_new_tokens,
-            begun=[_known(question, told) for question, told in zip(asked, hits, strict=True)],
+            begun=known,
+            wanted=None if known else [_wanted(question) for question in asked],
             progress=progress,
             spent=spent,
         )
+        if not known:
+            scores = [spent.scores[number] for number in range(len(asked))]
+            variant.losses = [(loss, len(hits)) for loss, hits in scores]
         _take_rates(variant, made, prompts, spent)
     _take(variant, made, contender, run)
 
 
-def _known(question: Question, hits: list[bool]) -> list[int]:
+def _wanted(question: Question) -> list[int]:
+    """The labelled tokens of a row."""
+    return [label for label in question.labels if label != IGNORED]
+
+
+def _is_short(question: Question) -> bool:
+    """Whether all that is labelled is a short answer, right behind the prompt."""
+    answer = _wanted(question)
+    whole = [*question.prompt, *answer]
+    fits = bool(question.prompt) and 0 < len(answer) <= MOST_WANTED
+    return fits and question.ids[: len(whole)] == whole
+
+
+def _known(question: Question, scored: tuple[float, list[bool]]) -> list[int]:
     """The beginning of the wanted answer that is the model's own."""
-    wanted = [label for label in question.labels if label != IGNORED]
-    return wanted[: hits.index(False)] if False in hits else wanted
+    answer, hits = _wanted(question), scored[1]
+    return answer[: hits.index(False)] if False in hits else answer
 
 
 def _take(variant: Variant, made: list[Answer], contender: Contender, run: Run) -> None:

@@ -20,10 +20,8 @@ from halfbyte.model.mixed import UNSERVED, MixedLinear
 
 NAME = "halfbyte-lanes"  # of this attention in transformers
 GROWTH = 256  # tokens by which the cache grows
-ATTENDS = {
-    "full_attention",
-    "sliding_attention",
-}  # kinds of layers whose only state is keys and values
+# Kinds of layers whose only state is keys and values.
+ATTENDS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,14 @@ class Lane:
         adapter: name of the adapter that changes it, or None for the base.
         ids: the tokens, which follow on ``start`` tokens of the slot.
         start: tokens of the slot that are kept.
+        num_told: how many of the last tokens get logits.
     """
 
     slot: int
     adapter: str | None
     ids: list[int]
     start: int
+    num_told: int = 1
 
     @property
     def end(self) -> int:
@@ -88,6 +88,7 @@ class LaneModel:
         max_context: tokens of a prompt and its answer, at most.
         dtype: of keys and values.
         cache_bytes: what they may take, which was found to be there.
+        growth: tokens of each slot by which the cache grows.
 
     Raises:
         ModelError: its attention does not take part.
@@ -103,6 +104,7 @@ class LaneModel:
         max_context: int,
         dtype: torch.dtype,
         cache_bytes: int = 0,
+        growth: int = GROWTH,
     ) -> None:
         register()
         self.model = model
@@ -121,7 +123,7 @@ class LaneModel:
             )
         self.mixed = [module for module in model.modules() if isinstance(module, MixedLinear)]
         self.adapters = {name for layer in self.mixed for name in layer.lora}
-        self._cache = Cache(num_slots, dtype, self.device)
+        self._cache = Cache(num_slots, dtype, self.device, growth)
         model.set_attn_implementation(NAME)
         model.eval()
 
@@ -133,6 +135,13 @@ class LaneModel:
     @torch.inference_mode()
     def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
         """As ``Backend.run``."""
+        logits, rows = self.logits(lanes)
+        last = torch.tensor([own[-1] for own in rows], device=self.device)
+        return logits.float()[last].to("cpu")
+
+    @torch.inference_mode()
+    def logits(self, lanes: Sequence[Lane]) -> tuple[torch.Tensor, list[range]]:
+        """Logits (N, V) after the last ``num_told`` tokens of each lane, and which of them are whose."""
         order = sorted(range(len(lanes)), key=lambda n: (lanes[n].adapter or "", len(lanes[n].ids)))
         flat = [lanes[number] for number in order]
         unknown = {lane.adapter for lane in lanes} - self.adapters - {None}
@@ -147,7 +156,7 @@ class LaneModel:
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
             use_cache=False,
-            logits_to_keep=step.last,
+            logits_to_keep=step.told,
             lanes=step,
         )
         if len(step.layers) != self.num_layers:
@@ -156,10 +165,11 @@ class LaneModel:
                 " way of transformers' interface, so requests cannot share a pass. Use --engine vllm or"
                 " llama.cpp"
             )
-        logits: torch.Tensor = out.logits[0].float()
-        inverse = torch.empty(len(order), dtype=torch.long)
-        inverse[torch.tensor(order)] = torch.arange(len(order))
-        return logits[inverse.to(self.device)].to("cpu")
+        rows, start = [range(0)] * len(lanes), 0
+        for number in order:
+            rows[number] = range(start, start + lanes[number].num_told)
+            start = rows[number].stop
+        return out.logits[0], rows
 
     def keep(self, slot: int, length: int) -> int:
         """As ``Backend.keep``; what comes later is written over."""
@@ -182,16 +192,14 @@ def token_bytes(text: Any, dtype: torch.dtype) -> int:
     return 2 * int(text.num_hidden_layers) * heads * width * dtype.itemsize
 
 
-def grown_to(tokens: int) -> int:
-    """Tokens for which a cache has room once it holds so many."""
-    return -(-tokens // GROWTH) * GROWTH
-
-
 class Cache:
     """Keys and values (slots, groups, tokens, D) of each layer; grown as it is needed."""
 
-    def __init__(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, dtype: torch.dtype, device: torch.device, growth: int
+    ) -> None:
         self.num_slots, self.dtype, self.device = num_slots, dtype, device
+        self.growth = growth
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -206,7 +214,7 @@ class Cache:
         held = self.layers.get(layer)
         if held is not None and held[0].shape[2] >= length:
             return held
-        room = grown_to(length)
+        room = -(-length // self.growth) * self.growth
         made = []
         for number, tensor in enumerate((key, value)):
             shape = (self.num_slots, tensor.shape[1], room, tensor.shape[3])
@@ -229,7 +237,7 @@ class Step:
 
     Attributes:
         ranges: for each adapter its tokens, which stand together.
-        last: (lanes,), places of the last tokens.
+        told: places of the tokens that get logits.
         layers: numbers of the layers that were attended so far.
     """
 
@@ -249,7 +257,9 @@ class Step:
                 self.ranges[-1] = (lane.adapter, slice(self.ranges[-1][1].start, place.stop))
             else:
                 self.ranges.append((lane.adapter, place))
-        self.last = torch.tensor([place.stop - 1 for place in self.places], device=device)
+        ends = zip(lanes, self.places, strict=True)
+        told = [at for lane, own in ends for at in range(own.stop - lane.num_told, own.stop)]
+        self.told = torch.tensor(told, device=device)
         self.longest = max(lane.end for lane in lanes)
         self.single = [n for n, lane in enumerate(lanes) if len(lane.ids) == 1]
         self.long = [n for n, lane in enumerate(lanes) if len(lane.ids) > 1]

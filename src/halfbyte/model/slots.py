@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from halfbyte.data.tree import common_prefix
 from halfbyte.errors import ModelError
 from halfbyte.model import attention
 from halfbyte.model.generate import Answer, causal_of, until_stop
 from halfbyte.model.host import free_bytes
-from halfbyte.model.lanes import Lane, LaneModel, grown_to, token_bytes
+from halfbyte.model.lanes import Lane, LaneModel, token_bytes
 from halfbyte.model.passes import PROBE_TURNS, allowed_gap, probe_words, relative_gap
 
 MAX_SLOTS = 512  # matrix products of more rows are no faster a row
 PROMPT_TOKENS = 2048  # of prompts in one pass
 REFILL_FRAC = 0.25  # of the slots are free before new prompts are read
 CACHE_FRAC = 0.5  # of the free memory, for keys and values
+TOLD_TOKENS = 512  # of one pass that get logits
 PROBE_TOKENS = 24
+
+Told = tuple[list[int], float | None]  # likeliest tokens; loss of what was wanted
 
 
 @dataclass
 class Spent:
-    """Tokens that were computed, and the seconds that took: of prompts, and of answers one by one."""
+    """Tokens that were computed, and the seconds that took: of prompts, and of answers one by one.
+
+    Attributes:
+        scores: by row the loss of its wanted tokens in nats, and for each whether it is the likeliest.
+    """
 
     prompt_tokens: int = 0
     prompt_s: float = 0.0
     answer_tokens: int = 0
     answer_s: float = 0.0
+    scores: dict[int, tuple[float, list[bool]]] = field(default_factory=dict)
 
 
 class SlotGenerator:
@@ -56,6 +65,7 @@ class SlotGenerator:
         stop_ids: list[int],
         max_new_tokens: int,
         begun: Sequence[list[int]] | None = None,
+        wanted: Sequence[list[int]] | None = None,
         ends: Callable[[list[int]], bool] | None = None,
         progress: Callable[[int], None] | None = None,
         spent: Spent | None = None,
@@ -67,22 +77,27 @@ class SlotGenerator:
             stop_ids: ids that end an answer.
             max_new_tokens: longest answer.
             begun: what each answer is known to begin with; counts as generated.
+            wanted: what each answer should go on with, which is read with the prompt: scored, and where the
+                model would say it too, not generated once more.
             ends: whether the ids of an answer, one at least, end it as a stop token does; they stay in it.
             progress: called with the number of prompts done so far.
-            spent: what it took is added here.
+            spent: takes what it took, and scores.
         """
-        begun = begun or [[] for _ in prompts]
+        nothing: list[list[int]] = [[] for _ in prompts]
+        begun, wanted = begun or nothing, wanted or nothing
         spent = spent or Spent()
-        longest = max(map(len, prompts), default=0) + max_new_tokens
+        answers = max([max_new_tokens, *map(len, wanted)])
+        longest = max(map(len, prompts), default=0) + answers
         num_slots = min(self.num_slots, max(1, len(prompts)), self._room(longest))
-        work = _Work(prompts, begun, stop_ids, ends, max_new_tokens, num_slots)
-        with _Slots(self.model, num_slots + 1) as lanes:
+        work = _Work(prompts, begun, wanted, stop_ids, ends, max_new_tokens, num_slots)
+        with _Slots(self.model, num_slots + 1, longest) as lanes:
             if work.waiting and work.shared:
                 stem = list(prompts[0][: work.shared])
                 _run(lanes, [Lane(num_slots, None, stem, 0)], spent)
             while work.waiting or work.running:
                 step, done = work.begin(lanes) or work.go_on(), len(work.answers)
-                work.take(step, _run(lanes, [lane for _, lane in step], spent))
+                told = _run(lanes, [lane for _, lane in step], spent, work.asked(step))
+                work.take(step, told, spent)
                 if progress is not None and len(work.answers) > done:
                     progress(len(work.answers))
         return [work.answers[row] for row in range(len(prompts))]
@@ -91,7 +106,7 @@ class SlotGenerator:
         """Slots of so many tokens for which there is memory, beside the one of what all begin with."""
         weight = self.model.get_input_embeddings().weight
         text = self.model.config.get_text_config()
-        slot_bytes = grown_to(tokens) * token_bytes(text, weight.dtype)
+        slot_bytes = tokens * token_bytes(text, weight.dtype)
         return max(1, int(CACHE_FRAC * free_bytes(weight.device)) // max(1, slot_bytes) - 1)
 
 
@@ -102,6 +117,7 @@ class _Work:
         self,
         prompts: Sequence[list[int]],
         begun: Sequence[list[int]],
+        wanted: Sequence[list[int]],
         stop_ids: list[int],
         ends: Callable[[list[int]], bool] | None,
         max_new_tokens: int,
@@ -109,6 +125,7 @@ class _Work:
     ) -> None:
         self.prompts, self.ends = prompts, ends
         self.texts = [list(known[:max_new_tokens]) for known in begun]
+        self.wanted = wanted
         self.stops, self.max_new_tokens, self.num_slots = set(stop_ids), max_new_tokens, num_slots
         self.answers: dict[int, Answer] = {}
         shortest = min(map(len, prompts), default=1)
@@ -124,16 +141,25 @@ class _Work:
         enough = min(REFILL_FRAC * self.num_slots, len(self.waiting))
         if self.running and len(self.free) < enough:
             return step
-        tokens = 0
-        while self.waiting and self.free and (not step or tokens < PROMPT_TOKENS):
+        tokens = told = 0
+        while self.waiting and self.free and tokens < PROMPT_TOKENS and told < TOLD_TOKENS:
             row, slot = self.waiting.pop(), self.free.pop()
             if self.shared:
                 lanes.copy(self.num_slots, slot, self.shared)
             self.running[slot] = row
-            ids = [*self.prompts[row], *self.texts[row]][self.shared :]
-            step.append((row, Lane(slot, None, ids, self.shared)))
-            tokens += len(ids)
+            wanted = self.wanted[row]
+            ids = [*self.prompts[row], *self.texts[row], *wanted[:-1]][self.shared :]
+            lane = Lane(slot, None, ids, self.shared, max(1, len(wanted)))
+            step.append((row, lane))
+            tokens, told = tokens + len(ids), told + lane.num_told
         return step
+
+    def asked(self, step: list[tuple[int, Lane]]) -> list[list[int]]:
+        """What each lane of a step should go on with, where it has just begun."""
+        return [self.wanted[row] if self._begins(row, lane) else [] for row, lane in step]
+
+    def _begins(self, row: int, lane: Lane) -> bool:
+        return lane.start == self.shared and bool(self.wanted[row])
 
     def go_on(self) -> list[tuple[int, Lane]]:
         """The last token of each answer that grows."""
@@ -143,10 +169,16 @@ class _Work:
             step.append((row, Lane(slot, None, self.texts[row][-1:], start)))
         return step
 
-    def take(self, step: list[tuple[int, Lane]], tokens: list[int]) -> None:
-        """The next token of each lane."""
-        for (row, lane), token in zip(step, tokens, strict=True):
-            self.texts[row].append(token)
+    def take(self, step: list[tuple[int, Lane]], told: list[Told], spent: Spent) -> None:
+        """The next tokens of each lane: one, or as many as it was to say and one of its own."""
+        for (row, lane), (tokens, losses) in zip(step, told, strict=True):
+            if losses is None:
+                self.texts[row].append(tokens[0])
+            else:
+                hits = [a == b for a, b in zip(tokens, self.wanted[row], strict=True)]
+                spent.scores[row] = (losses, hits)
+                said = hits.index(False) + 1 if False in hits else len(hits)
+                self.texts[row] = [*self.texts[row], *tokens[:said]][: self.max_new_tokens]
             if self._ends(row):
                 del self.running[lane.slot]
                 self.free.append(lane.slot)
@@ -164,8 +196,8 @@ class _Work:
 class _Slots:
     """The model as lanes, for a while; afterwards its attention is its own again."""
 
-    def __init__(self, model: Any, num_slots: int) -> None:
-        self.model, self.num_slots = model, num_slots
+    def __init__(self, model: Any, num_slots: int, tokens: int) -> None:
+        self.model, self.num_slots, self.tokens = model, num_slots, tokens
 
     def __enter__(self) -> LaneModel:
         text = self.model.config.get_text_config()
@@ -176,6 +208,7 @@ class _Slots:
             num_slots=self.num_slots,
             max_context=int(getattr(text, "max_position_embeddings", 0)),
             dtype=self.model.get_input_embeddings().weight.dtype,
+            growth=self.tokens,
         )
 
     def __exit__(self, *_: object) -> None:
@@ -183,16 +216,28 @@ class _Slots:
         self.model.train(self.training)
 
 
-def _run(lanes: LaneModel, step: list[Lane], spent: Spent) -> list[int]:
-    """The likeliest next token of each lane."""
+@torch.inference_mode()
+def _run(
+    lanes: LaneModel, step: list[Lane], spent: Spent, wanted: Sequence[list[int]] = ()
+) -> list[Told]:
+    """The likeliest tokens after each lane, and the loss of what it should go on with."""
     start = time.perf_counter()
-    chosen: list[int] = lanes.run(step).argmax(dim=1).tolist()
+    logits, rows = lanes.logits(step)
+    # The first of equals, as argmax, which takes four times as long on a CPU in bf16.
+    chosen: list[int] = logits.max(dim=1).indices.tolist()
+    losses: list[float | None] = [None] * len(step)
+    for number, labels in enumerate(wanted):
+        if labels:
+            own = logits[rows[number].start : rows[number].stop].float()
+            target = torch.tensor(labels, device=own.device)
+            losses[number] = float(functional.cross_entropy(own, target, reduction="sum"))
+    told = [(chosen[own.start : own.stop], loss) for own, loss in zip(rows, losses, strict=True)]
     seconds, tokens = time.perf_counter() - start, sum(len(lane.ids) for lane in step)
     if any(len(lane.ids) > 1 for lane in step):
         spent.prompt_tokens, spent.prompt_s = spent.prompt_tokens + tokens, spent.prompt_s + seconds
     else:
         spent.answer_tokens, spent.answer_s = spent.answer_tokens + tokens, spent.answer_s + seconds
-    return chosen
+    return told
 
 
 @torch.no_grad()
@@ -226,7 +271,7 @@ def _probe_slots(causal: Any, turn: int) -> str:
     )
     wanted, moved = causal(both, use_cache=False).logits[:, -1].cpu()
     half = PROBE_TOKENS // 2
-    with _Slots(causal, 3) as lanes:
+    with _Slots(causal, 3, PROBE_TOKENS) as lanes:
         lanes.run([Lane(0, None, ids[:half], 0)])
         lanes.copy(0, 2, half)
         lanes.run([Lane(2, None, ids[half:-1], half), Lane(1, None, ids[3:], 0)])
