@@ -37,6 +37,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--loop-rows", type=int, default=60)
+    parser.add_argument(
+        "--compute-dtype", choices=["fp32", "bf16", "fp16"], help="default: as the run was trained"
+    )
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     arguments = parser.parse_args()
     run = read_run_folder(arguments.run, [f"eval.rows={arguments.rows}"])
@@ -47,6 +50,7 @@ def main() -> None:
     from halfbyte.data.questions import held_out_rows, questions
     from halfbyte.eval.measure import measure
     from halfbyte.eval.variants import Trained, contenders
+    from halfbyte.model.precision import choose_compute
     from halfbyte.model.trained import same_compute, saved_renderer, trained_base
     from halfbyte.run_dir import RunDir
 
@@ -56,7 +60,9 @@ def main() -> None:
     asked = questions(held_out_rows(folder, run.eval.rows, run.seed), renderer)
     settings = run.eval.model_copy(update={"variants": ["base-full", "adapter"], "baselines": []})
     run = run.model_copy(update={"eval": settings})
-    compute, found = same_compute(folder), {}
+    asked_for = arguments.compute_dtype
+    compute = choose_compute(asked_for) if asked_for else same_compute(folder)
+    found = {}
     for contender in contenders(Trained(folder, run, base, compute, asked, renderer)):
         loop_s, answers = _loop(contender, arguments.loop_rows, run.eval.max_new_tokens)
         start = time.perf_counter()
