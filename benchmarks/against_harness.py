@@ -89,6 +89,8 @@ def main() -> None:
         results, samples, seconds = _command_line(loaded.base.path, hub, one)
         found |= {"seconds": told.seconds, "harness_seconds_with_loading": seconds}
         found |= _differences(one, told, results, samples, report["faults"])
+        if not found["figures"]:
+            report["faults"].append(f"{name}: no figures")
         print(json.dumps({name: found}), flush=True)
     if arguments.out:
         write_json(arguments.out.with_suffix(".json"), report)
@@ -161,15 +163,15 @@ def _differences(
     figures, scores, likelihoods, answers = [0.0], [0.0], [0.0], 0
     for task, own in told.harness.items():
         for key, value in own.items():
-            figures.append(abs(value - results[task][key]))
-            if figures[-1] > FIGURE:
-                faults.append(f"{task} {key}: {value} and {results[task][key]}")
+            figures.append(abs(value - float(results[task].get(key, "nan"))))
+            if not figures[-1] <= FIGURE:
+                faults.append(f"{task} {key}: {value} and {results[task].get(key)}")
     for at, (task, number) in enumerate(asked.questions):
         for name, values in told.scores.items():
             metric, _, kept = name.partition(",")
             theirs = samples[task, number, kept]
             scores.append(abs(values[at] - float(theirs[metric])))
-            if scores[-1] > SCORE:
+            if not scores[-1] <= SCORE:
                 faults.append(f"{task} {number} {name}: {values[at]} and {theirs[metric]}")
         own = told.samples[at]["answers"]
         for mine, other in zip(own, theirs["resps"], strict=True):

@@ -50,7 +50,7 @@ def main() -> None:
     from halfbyte.data.questions import held_out_rows, questions
     from halfbyte.eval.measure import measure
     from halfbyte.eval.variants import Trained, contenders
-    from halfbyte.model.precision import choose_compute
+    from halfbyte.model.precision import NAMES, choose_compute
     from halfbyte.model.trained import same_compute, saved_renderer, trained_base
     from halfbyte.run_dir import RunDir
 
@@ -69,6 +69,8 @@ def main() -> None:
         variant = measure(contender, run)
         ours_s = time.perf_counter() - start
         flops = _flops(contender, run, arguments.loop_rows)
+        model: Any = contender.model
+        dtype = model.get_input_embeddings().weight.dtype
         same = sum(
             renderer.decode(ids) == text
             for ids, text in zip(answers, variant.answers, strict=False)
@@ -81,8 +83,9 @@ def main() -> None:
             "loop_rows": len(answers),
             "loop_seconds_a_row": loop_s / len(answers),
             "ratio": loop_s / len(answers) / (ours_s / len(asked)),
+            "dtype": NAMES[dtype],
             "gflop_a_row": flops / 1e9,
-            "gflop_per_s": (rate := _best_rate(contender.device, compute.dtype)) / 1e9,
+            "gflop_per_s": (rate := _best_rate(contender.device, dtype)) / 1e9,
             "products_seconds": flops * len(asked) / rate,
             "answer_tokens": sum(variant.lengths),
             "same_answers": same,
@@ -93,7 +96,7 @@ def main() -> None:
             raise RunError(f"{contender.name}: {len(others)} answers are others: {others[:3]}")
         del contender
     if arguments.out:
-        _write(arguments.out, compute.name, found)
+        _write(arguments.out, found)
 
 
 def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, list[list[int]]]:
@@ -134,9 +137,12 @@ def _others(contender: Any, answers: list[list[int]], texts: list[str]) -> list[
     parted = []
     for question, ids, text in zip(contender.asked, answers, texts, strict=False):
         if decode(ids) != text:
-            alike = max(n for n in range(len(ids) + 1) if text.startswith(decode(ids[:n])))
-            lead, noise = _lead(contender, [*question.prompt, *ids[:alike]])
-            parted.append((lead, noise, f"{question.row.place} token {alike}"))
+            shared = [n for n in range(len(ids) + 1) if text.startswith(decode(ids[:n]))]
+            # Texts lose the blanks at their ends, so that they may have parted a little earlier.
+            places = [n for n in shared if decode(ids[:n]) == decode(ids[: shared[-1]])]
+            found = [_lead(contender, [*question.prompt, *ids[:n]]) for n in places]
+            lead, noise = min(found)
+            parted.append((lead, noise, f"{question.row.place} token {places[-1]}"))
     unsure = 2 * max((noise for _, noise, _ in parted), default=0.0)
     return [f"{place}: ahead by {lead:.3f}" for lead, _, place in parted if lead > unsure]
 
@@ -179,13 +185,13 @@ def _best_rate(device: Any, dtype: Any) -> float:
     return 2 * x.numel() * weight.shape[0] / best
 
 
-def _write(out: Path, dtype: str, found: dict[str, Any]) -> None:
+def _write(out: Path, found: dict[str, Any]) -> None:
     from halfbyte.model.precision import device_name
     from halfbyte.run_dir import provenance
 
     out.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/eval_speed.py", *sys.argv[1:]])
-    told = {"command": command, "device": device_name(), "dtype": dtype, **provenance()}
+    told = {"command": command, "device": device_name(), **provenance()}
     out.with_suffix(".json").write_text(json.dumps({**told, "variants": found}, indent=1) + "\n")
     lines = [
         "| variant | rows | halfbyte | its linear layers alone | one row after the other | faster |",
@@ -194,7 +200,7 @@ def _write(out: Path, dtype: str, found: dict[str, Any]) -> None:
     for name, told in found.items():
         lines.append(
             f"| {name} | {told['rows']} | {told['seconds']:.0f} s, {told['seconds_a_row']:.3f} s a row |"
-            f" {told['products_seconds']:.0f} s at {told['gflop_per_s']:.0f} GFLOP/s in {dtype} |"
+            f" {told['products_seconds']:.0f} s at {told['gflop_per_s']:.0f} GFLOP/s in {told['dtype']} |"
             f" {told['loop_seconds_a_row']:.3f} s a row ({told['loop_rows']} rows) | {told['ratio']:.1f}x |"
         )
     out.with_suffix(".md").write_text("\n".join([*lines, ""]))

@@ -9,8 +9,8 @@ steps, fewer rows until they are no faster. There is no report unless losses of 
 
 On the CPU every tool computes in fp32. For an environment without CUDA set
 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu where the package index has torch for CUDA.
-With --device cuda the model is Gemma-3-4B with random weights, in bf16. Not tried: --device cuda, and
-with it the tool liger. Its model with two layers runs on the CPU: --tiny. Linux only.
+With --device cuda the model is Gemma-3-4B with random weights, in bf16. Not tried: the tool liger, which
+needs CUDA. Its model with two layers runs on the CPU: --tiny. Linux only.
 """
 
 from __future__ import annotations

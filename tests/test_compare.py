@@ -14,15 +14,16 @@ from toys import run_script
 from halfbyte.config import read_run_folder
 from halfbyte.data.questions import held_out_rows, questions
 from halfbyte.data.rows import Message, Row
+from halfbyte.eval import measure as measured
 from halfbyte.eval.measure import Variant, measure
 from halfbyte.eval.pages import as_markdown, marked_words
 from halfbyte.eval.report import build_report, write_report
-from halfbyte.eval.variants import Contender
+from halfbyte.eval.variants import Contender, Trained, contenders
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_model
 from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
-from halfbyte.model.trained import load_trained, saved_renderer, trained_base
+from halfbyte.model.trained import load_trained, same_compute, saved_renderer, trained_base
 from halfbyte.run_dir import RunDir, read_jsonl
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
@@ -115,6 +116,28 @@ def test_held_out_loss_is_transformers_own_on_the_last_answer(compared: Path) ->
         total, count = total + loss * tokens, count + tokens
     entry = next(e for e in report_of(compared)["variants"] if e["name"] == "adapter")
     assert entry["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_long_answers_are_measured_like_short_ones(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored in a pass of their own, after which generation begins behind what was right."""
+    folder = RunDir(compared)
+    run = read_run_folder(compared, ["eval.variants=[base-full,adapter]"])
+    base = trained_base(folder, run)
+    renderer = saved_renderer(folder, run, base)
+    asked = questions(held_out_rows(folder, run.eval.rows, run.seed), renderer)
+    trained = Trained(folder, run, base, same_compute(folder), asked, renderer)
+    for contender in contenders(trained):
+        short = measure(contender, run)
+        with monkeypatch.context() as patch:
+            patch.setattr(measured, "MOST_WANTED", 0)
+            long = measure(contender, run)
+        assert long.answers == short.answers
+        assert long.finish_reasons == short.finish_reasons
+        assert [count for _, count in long.losses] == [count for _, count in short.losses]
+        for mine, theirs in zip(long.losses, short.losses, strict=True):
+            assert mine[0] == pytest.approx(theirs[0], rel=1e-4)
 
 
 def test_further_baselines_are_measured_with_their_own_tokenizer(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from toys import run_script, write_config
 
+from halfbyte.config import model_run
 from halfbyte.config.section import Precision
 from halfbyte.errors import ModelError
+from halfbyte.model import load
 from halfbyte.model.load import load_as_asked, load_model
-from halfbyte.model.merged import keeps_training
+from halfbyte.model.merged import grids_of, keeps_training
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
+from halfbyte.plan.advice import _harder
+from halfbyte.plan.devices import DEVICES
 from halfbyte.run_dir import read_json, write_json
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "asked")
@@ -67,9 +72,61 @@ def test_nf4_of_a_merge_is_nf4_of_its_base(merged: Path, small_base: Path) -> No
 def test_which_precisions_keep_a_merge(
     tmp_path: Path, kept: str, trained: str, asked: str, keeps: bool
 ) -> None:
-    report = {"kept": {"base": kept}, "trained": {"precision": trained}}
+    report = {
+        "kept": {"base": kept, "dtype": "fp16"},
+        "trained": {"precision": trained},
+        "sha256": {},
+    }
     write_json(tmp_path / "merge_report.json", report)
     assert keeps_training(tmp_path, asked) is keeps  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kept", ["full", "dequantised"])
+def test_what_is_trained_on_a_merge_lies_on_its_grid_still(
+    merged: Path, tmp_path: Path, kept: str
+) -> None:
+    """A second adapter, trained in int8 on the first one's merge and merged in its turn."""
+    assert read_json(merged / "merge_report.json")["grids"] == ["nf4"]
+    grids = grids_of(merged, "int8", kept)
+    assert grids == (["int8", "nf4"] if kept == "dequantised" else ["nf4"])
+    report = {
+        "kept": {"base": kept, "dtype": "fp16"},
+        "trained": {"precision": "int8"},
+        "grids": grids,
+        "sha256": {},
+    }
+    write_json(tmp_path / "merge_report.json", report)
+    assert not keeps_training(tmp_path, "nf4")
+    assert keeps_training(tmp_path, "int8") is (kept == "full")
+    assert keeps_training(tmp_path, "bf16")
+
+
+def test_a_report_of_another_kind_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "merge_report.json", {"kept": "everything"})
+    with pytest.raises(ModelError, match=r"merge_report\.json: is not what train/merge\.py writes"):
+        keeps_training(tmp_path, "nf4")
+
+
+def test_a_merge_is_loaded_in_a_dtype_that_holds_it(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = Compute(torch.device("cpu"), torch.bfloat16, "as on a card with bf16")
+    monkeypatch.setattr(load, "choose_compute", lambda wanted: half)
+    asked: list[Any] = []
+    monkeypatch.setattr(load, "load_model", lambda base, precision, **_: asked.append(precision))
+    for compute_dtype in ("auto", "bf16"):  # stored in fp16, which bf16 would round
+        load.load_as_asked(resolve_base(str(merged)), None, True, compute_dtype)
+    assert asked == ["fp32", "bf16"]
+
+
+def test_the_plan_does_not_suggest_what_training_refuses(merged: Path, small_base: Path) -> None:
+    def suggested(model: Path) -> list[Any]:
+        run = model_run(str(model), ["model.precision=fp32"])
+        lengths: Any = SimpleNamespace(rows=[(512, 512)])
+        return [step.get("model.precision") for step in _harder(run, lengths, DEVICES["t4"])]
+
+    assert "nf4" in suggested(small_base)
+    assert set(suggested(merged)) == {None}
 
 
 def test_folders_of_others_keep_whatever_they_hold(small_base: Path) -> None:

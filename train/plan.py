@@ -50,8 +50,7 @@ def main() -> None:
             print(llama_split.as_text(placed) + "\n")
     config, origin = model_config(run.model.name, run.model.revision)
     method = stored_method(config)
-    if arguments.is_config or arguments.suggest:
-        check_keeps_training(Path(run.model.name), run.model.precision)
+    check_keeps_training(Path(run.model.name), run.model.precision)
     if method in (None, "bitsandbytes"):
         _plan_training(arguments, run, device, config, origin, placed)
     elif arguments.is_config or arguments.suggest:

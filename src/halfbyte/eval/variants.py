@@ -24,7 +24,7 @@ from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.host import USABLE_FRAC, free_bytes
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
-from halfbyte.model.merged import MERGE_REPORT
+from halfbyte.model.merged import MERGE_REPORT, keeps_training
 from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.quantised import unpack_layers
@@ -148,7 +148,7 @@ def _quantised(trained: Trained) -> Iterator[Contender]:
         release()
     if BASE_NF4 in run.eval.variants and not same_weights:
         loaded = load_scored(trained.base, "nf4", trained.compute, run)
-        what = f"{trained.base.name} in nf4"
+        what = f"{trained.base.name} in nf4{taken_back(trained.base, 'nf4')}"
         size = weights_bytes(loaded.model)
         yield Contender(BASE_NF4, what, loaded.model, size, asked, renderer, stored)
 
@@ -164,6 +164,13 @@ def _merged(trained: Trained) -> Contender:
     what = f"merged into the {kept['base']} base, {stored}"
     size = int(kept["weights_bytes"])
     return Contender(MERGED, what, loaded.model, size, trained.asked, trained.renderer, (folder,))
+
+
+def taken_back(base: Base, precision: Precision | None) -> str:
+    """What is to be said of a merge that a precision rounds back to where it was before its training."""
+    if precision is None or keeps_training(Path(base.path), precision):
+        return ""
+    return ", which takes back the training that was merged into it"
 
 
 def is_artefact(variant: str) -> bool:
@@ -205,7 +212,7 @@ def _baseline(trained: Trained, baseline: Baseline) -> Iterator[Contender]:
     if precision is None and stored is None:
         precision = trained.compute.name
     loaded = load_scored(base, precision, trained.compute, trained.run)
-    what = f"{base.name} in {precision or stored}{told}"
+    what = f"{base.name} in {precision or stored}{taken_back(base, precision)}{told}"
     size = weights_bytes(loaded.model)
     yield Contender(baseline.name, what, loaded.model, size, asked, own, (Path(base.path),))
 

@@ -371,15 +371,9 @@ def attend(
 
 
 def register() -> None:
-    """Teach transformers the attention ``halfbyte``.
-
-    PyTorch's SDPA is kept from cuDNN in this process: on an H200 in bf16 a call took 4 ms of the host, in
-    which cuDNN plans for its shape, and rows of a layout have hundreds of shapes.
-    """
+    """Teach transformers the attention ``halfbyte``."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -12,7 +12,7 @@ from halfbyte.config.schema import Model
 from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.host import mapped_blocks, release_pages
-from halfbyte.model.merged import check_keeps_training, merge_report
+from halfbyte.model.merged import check_keeps_training, read_merge
 from halfbyte.model.precision import (
     DTYPES,
     Compute,
@@ -137,8 +137,8 @@ def load_as_asked(
 ) -> Loaded:
     """As ``load_model``, at a precision that is named or follows from the checkpoint.
 
-    Without a name: as stored if that is quantised, unquantised if it is a merge, which has more to lose
-    than it saves, else nf4.
+    Without a name: as stored if that is quantised, in a dtype that holds it exactly if it is a merge, else
+    nf4.
 
     Raises:
         ModelError: as ``load_model``, or the named precision would take back what a merge holds.
@@ -147,8 +147,9 @@ def load_as_asked(
     if precision is not None:
         check_keeps_training(folder, precision)
     elif stored_method(load_config(base)) is None:
-        plain = choose_compute(compute_dtype).name
-        precision = "nf4" if merge_report(folder) is None else plain
+        merge, plain = read_merge(folder), choose_compute(compute_dtype).name
+        holds = merge is None or compute_dtype != "auto" or plain == merge.dtype
+        precision = "nf4" if merge is None else plain if holds else "fp32"
     return load_model(base, precision, double_quant=double_quant, compute_dtype=compute_dtype)
 
 
@@ -258,6 +259,9 @@ def _from_pretrained(
             raise
         raise ModelError(f"{base.name}: cannot be loaded from {base.path}: {error}") from error
     _check_loaded(model, info, base, precision)
+    # cuDNN plans attention for each shape anew, of which rows of many lengths have hundreds: on an H200 in
+    # bf16 a call took 4 ms of the host.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for module in model.modules():
         # bitsandbytes 0.50 repacks Linear4bit in place on the first evaluation on AVX512-BF16 CPUs,
         # and the packed weights have no gradient. Can go when its packed path has an autograd.

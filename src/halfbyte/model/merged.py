@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,48 @@ DEQUANTISED = "dequantised"
 FOUR_BITS = ("nf4", "fp4")
 
 
-def merge_report(folder: Path) -> dict[str, Any] | None:
-    """The content of merge_report.json, or None where the folder is not of ``train/merge.py``."""
+@dataclass(frozen=True)
+class Merge:
+    """A folder of ``train/merge.py``.
+
+    Attributes:
+        dtype: in which its weights are stored.
+        grids: precisions at whose values the weights lie, but for the little that training added.
+        sha256: of its files, by name.
+    """
+
+    dtype: str
+    grids: tuple[str, ...]
+    sha256: dict[str, str]
+
+
+def read_merge(folder: Path) -> Merge | None:
+    """What a folder says of the merge that made it, or None where it is no merge.
+
+    Raises:
+        ModelError: its merge_report.json is not one of ours.
+    """
     path = folder / MERGE_REPORT
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    report: Any = read_json(path)
+    try:
+        kept, trained = report["kept"], report["trained"]["precision"]
+        # Reports of earlier versions do not name the grids of the base.
+        own = [trained] if kept["base"] == DEQUANTISED else []
+        grids = report.get("grids", own)
+        return Merge(kept["dtype"], tuple(grids), dict(report["sha256"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path}: is not what train/merge.py writes ({type(error).__name__}: {error}); merge again, or"
+            " remove the file if the folder holds another model"
+        ) from error
+
+
+def grids_of(base: Path, trained: Precision, kept: str) -> list[str]:
+    """Grids on which a merge lies: those of its base, and the one that it was trained on if it was kept."""
+    merge = read_merge(base)
+    return sorted({*(merge.grids if merge else ()), *([trained] if kept == DEQUANTISED else ())})
 
 
 def keeps_training(folder: Path, precision: Precision) -> bool:
@@ -25,13 +64,12 @@ def keeps_training(folder: Path, precision: Precision) -> bool:
 
     A merge into the dequantised base lies at that base's own grid of values plus a change that is
     small beside the grid's steps, so the same rounding takes the change back: perplexity 1.34 became
-    77.6 in NF4 (docs/evaluate.md, "The ladder"). Another 4-bit grid loses much of it too.
+    77.6 in NF4 (docs/evaluate.md, "The ladder"). Another 4-bit grid loses much of it too. What is trained
+    and merged on top of it lies there still.
     """
-    report = merge_report(folder)
-    if report is None or report["kept"]["base"] != DEQUANTISED:
-        return True
-    trained = report["trained"]["precision"]
-    return precision != trained and not (precision in FOUR_BITS and trained in FOUR_BITS)
+    merge = read_merge(folder)
+    grids = merge.grids if merge else ()
+    return precision not in grids and not (precision in FOUR_BITS and set(grids) & set(FOUR_BITS))
 
 
 def check_keeps_training(folder: Path, precision: Precision) -> None:

@@ -16,8 +16,8 @@ from halfbyte.errors import ModelError
 from halfbyte.model import attention
 from halfbyte.model.generate import Answer, causal_of, until_stop
 from halfbyte.model.host import free_bytes
-from halfbyte.model.lanes import Lane, LaneModel, token_bytes
-from halfbyte.model.passes import PROBE_TURNS, allowed_gap, probe_words, relative_gap
+from halfbyte.model.lanes import GROWTH, Lane, LaneModel, token_bytes
+from halfbyte.model.passes import PROBE_TURNS, Allowed, probe_words, relative_gap
 
 MAX_SLOTS = 512  # matrix products of more rows are no faster a row
 PROMPT_TOKENS = 2048  # of prompts in one pass
@@ -82,15 +82,22 @@ class SlotGenerator:
             ends: whether the ids of an answer, one at least, end it as a stop token does; they stay in it.
             progress: called with the number of prompts done so far.
             spent: takes what it took, and scores.
+
+        Raises:
+            ValueError: ``wanted`` beside ``begun`` or ``ends``, which tell of one token after the other.
         """
+        if wanted and (begun or ends):
+            raise ValueError("wanted cannot be given with begun or ends")
         nothing: list[list[int]] = [[] for _ in prompts]
         begun, wanted = begun or nothing, wanted or nothing
         spent = spent or Spent()
-        answers = max([max_new_tokens, *map(len, wanted)])
-        longest = max(map(len, prompts), default=0) + answers
-        num_slots = min(self.num_slots, max(1, len(prompts)), self._room(longest))
+        longest = max(map(len, prompts), default=0)
+        whole = longest + max([max_new_tokens, *map(len, wanted)])
+        growth = min(whole, longest + GROWTH)  # where answers may be long, most end sooner
+        most = -(-whole // growth) * growth
+        num_slots = min(self.num_slots, max(1, len(prompts)), self._room(most))
         work = _Work(prompts, begun, wanted, stop_ids, ends, max_new_tokens, num_slots)
-        with _Slots(self.model, num_slots + 1, longest) as lanes:
+        with _Slots(self.model, num_slots + 1, growth) as lanes:
             if work.waiting and work.shared:
                 stem = list(prompts[0][: work.shared])
                 _run(lanes, [Lane(num_slots, None, stem, 0)], spent)
@@ -254,29 +261,31 @@ def slots_refusal(model: nn.Module) -> str:
     causal.eval()
     try:
         for turn in range(PROBE_TURNS):
-            refusal = _probe_slots(causal, turn)
-            if not refusal:
-                return ""
+            refusal, is_sure = _probe_slots(causal, turn)
+            if not refusal or is_sure:
+                break
     except (ModelError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"{name} cannot answer in slots: {error}"
     finally:
         causal.train(training)
-    return f"{name}: {refusal}"
+    return f"{name}: {refusal}" if refusal else ""
 
 
-def _probe_slots(causal: Any, turn: int) -> str:
-    ids = probe_words(causal, PROBE_TOKENS, turn)
-    both = torch.tensor(
-        [ids, [*ids[-2::-1], ids[-1]]], device=causal.get_input_embeddings().weight.device
-    )
+def _probe_slots(causal: Any, turn: int) -> tuple[str, bool]:
+    """What speaks against slots on some tokens, or ""; and whether the plain pass is sure of itself there."""
+    ids, half = probe_words(causal, PROBE_TOKENS, turn), PROBE_TOKENS // 2
+    device = causal.get_input_embeddings().weight.device
+    both = torch.tensor([ids, [*ids[-2::-1], ids[-1]]], device=device)
     wanted, moved = causal(both, use_cache=False).logits[:, -1].cpu()
-    half = PROBE_TOKENS // 2
+    held = causal(both[:1, :half], use_cache=True).past_key_values
+    pieces = causal(both[:1, half:], past_key_values=held).logits[0, -1].cpu()
     with _Slots(causal, 3, PROBE_TOKENS) as lanes:
         lanes.run([Lane(0, None, ids[:half], 0)])
         lanes.copy(0, 2, half)
         lanes.run([Lane(2, None, ids[half:-1], half), Lane(1, None, ids[3:], 0)])
         found = lanes.run([Lane(2, None, ids[-1:], PROBE_TOKENS - 1)])[0]
     gap = relative_gap(found, wanted)
-    if gap <= allowed_gap(causal, wanted, moved):
-        return ""
-    return f"logits differ by {gap:.1g} from the plain pass"
+    allowed = Allowed.of(causal, relative_gap(pieces, wanted), relative_gap(moved, wanted))
+    if gap <= allowed.gap:
+        return "", True
+    return f"logits differ by {gap:.1g} from the plain pass", allowed.is_sure

@@ -24,7 +24,7 @@ from halfbyte.model.host import free_bytes
 from halfbyte.model.lanes import Backend, Lane, LaneModel, token_bytes
 from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
-from halfbyte.model.merged import merge_report
+from halfbyte.model.merged import Merge, read_merge
 from halfbyte.model.mixed import mix_adapters
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, choose_compute
@@ -185,9 +185,9 @@ def _open_plain(
 ) -> Served:
     base = resolve_base(one.target)
     folder = Path(base.path)
-    name, report = one.name or base_name(base), merge_report(folder)
-    if report is not None:
-        _check_merged(folder, report)
+    name, merge = one.name or base_name(base), read_merge(folder)
+    if merge is not None:
+        _check_merged(folder, merge)
         name = one.name or f"{folder.parent.name}-merged"
         say(f"{name}: the files are those that the merge measured")
     renderer = _renderer(base)
@@ -341,8 +341,8 @@ def _check_finite(backend: Backend, renderer: Renderer, name: str) -> None:
     backend.forget()
 
 
-def _check_merged(folder: Path, report: dict[str, Any]) -> None:
-    for file, sha256 in report["sha256"].items():
+def _check_merged(folder: Path, merge: Merge) -> None:
+    for file, sha256 in merge.sha256.items():
         if not (folder / file).is_file() or file_sha256(folder / file) != sha256:
             raise RunError(
                 f"{folder / file}: is not the file that the merge measured (missing or changed). Merge"

@@ -15,7 +15,7 @@ from halfbyte.errors import RunError
 from halfbyte.model.fidelity import Fidelity, Reference, fidelity, torch_predict
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.load import load_config, load_model
-from halfbyte.model.merged import DEQUANTISED, MERGE_REPORT
+from halfbyte.model.merged import DEQUANTISED, MERGE_REPORT, grids_of
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, NAMES, Compute
 from halfbyte.model.resolve import Base, resolve_base
@@ -171,6 +171,7 @@ def _report(
         "kept": kept.as_json(),
         "candidates": [candidate.as_json() for candidate in candidates],
         "trained": {"precision": work.run.model.precision, "loss": told.loss},
+        "grids": grids_of(Path(work.base.path), work.run.model.precision, kept.base),
         "measured": {
             "rows": len(work.rows),
             "positions": len(told.log_probs),
