@@ -184,6 +184,7 @@ def test_evaluation_page_has_the_figures_of_its_report_and_benchmarks() -> None:
         assert f"{costs[5]} tokens/s" in words or f"that one has {costs[5]}" in words
     for name in (
         "eval_speed_cpu_smollm2",
+        "eval_speed_cpu_avx2_smollm2",
         "ladder_smollm2",
         "ladder_gemma270m",
         "ladder_cuda_smollm2",
@@ -192,6 +193,10 @@ def test_evaluation_page_has_the_figures_of_its_report_and_benchmarks() -> None:
         table = [line for line in measured.splitlines() if line.startswith("|")]
         assert len(table) >= 4
         assert "\n".join(table) in page
+    compared = json.loads(text_of("benchmarks/results/against_harness_smollm2.json"))
+    asked = {task: found["n"] for task, found in compared["tasks"].items()}
+    assert list(asked.values()) == [60, 20, 20, 20, 10]
+    assert compared["faults"] == []
     for name in ("report_phone.png", "report_desktop.png", "wandb_view.png"):
         assert f"({name})" in page
         assert (ROOT / "docs" / name).stat().st_size > 10_000
