@@ -137,10 +137,14 @@ def test_training_without_held_out_rows(make_config: MakeConfig, tmp_path: Path)
     "sections",
     [
         {"model": {"precision": "int8"}},
-        {"model": {"precision": "bf16", "compute_dtype": "auto"}},
+        pytest.param(
+            {"model": {"precision": "bf16", "compute_dtype": "auto"}}, marks=pytest.mark.slow
+        ),
         {"model": {"precision": "fp32", "compute_dtype": "auto"}, "adapter": {"init": "pissa"}},
         {"adapter": {"dora": True}},
-        {"adapter": {"rslora": True, "targets": ["q_proj", "v_proj"]}},
+        pytest.param(
+            {"adapter": {"rslora": True, "targets": ["q_proj", "v_proj"]}}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_whole_way_with_other_settings(
