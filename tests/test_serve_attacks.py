@@ -71,7 +71,7 @@ def fuzz(server: Process, mode: str, num_examples: int) -> str:
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_generated_requests_are_answered_or_refused(server: Process, mode: str) -> None:
-    assert "passed" in fuzz(server, mode, 5)
+    assert "passed" in fuzz(server, mode, 10)
     assert is_alive(server)
 
 
