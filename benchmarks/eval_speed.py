@@ -71,11 +71,7 @@ def main() -> None:
         flops = _flops(contender, run, arguments.loop_rows)
         model: Any = contender.model
         dtype = model.get_input_embeddings().weight.dtype
-        same = sum(
-            renderer.decode(ids) == text
-            for ids, text in zip(answers, variant.answers, strict=False)
-        )
-        others = _others(contender, answers, variant.answers)
+        num_parted, others = _parted(contender, answers, variant.answers)
         found[contender.name] = {
             "rows": len(asked),
             "seconds": ours_s,
@@ -88,8 +84,8 @@ def main() -> None:
             "gflop_per_s": (rate := _best_rate(contender.device, dtype)) / 1e9,
             "products_seconds": flops * len(asked) / rate,
             "answer_tokens": sum(variant.lengths),
-            "same_answers": same,
-            "parted_at_near_ties": len(answers) - same - len(others),
+            "same_answers": len(answers) - num_parted,
+            "parted_at_near_ties": num_parted - len(others),
         }
         print(contender.name, json.dumps(found[contender.name]), flush=True)
         if others:
@@ -131,8 +127,8 @@ def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, li
     return time.perf_counter() - start, answers
 
 
-def _others(contender: Any, answers: list[list[int]], texts: list[str]) -> list[str]:
-    """Answers of ours that leave the loop's where the plain model is sure of the next token."""
+def _parted(contender: Any, answers: list[list[int]], texts: list[str]) -> tuple[int, list[str]]:
+    """How many of our answers leave the loop's, and which where the plain model is sure of the next token."""
     decode = contender.renderer.decode
     parted = []
     for question, ids, text in zip(contender.asked, answers, texts, strict=False):
@@ -144,7 +140,8 @@ def _others(contender: Any, answers: list[list[int]], texts: list[str]) -> list[
             lead, noise = min(found)
             parted.append((lead, noise, f"{question.row.place} token {places[-1]}"))
     unsure = 2 * max((noise for _, noise, _ in parted), default=0.0)
-    return [f"{place}: ahead by {lead:.3f}" for lead, _, place in parted if lead > unsure]
+    sure = [f"{place}: ahead by {lead:.3f}" for lead, _, place in parted if lead > unsure]
+    return len(parted), sure
 
 
 def _lead(contender: Any, text: list[int]) -> tuple[float, float]:

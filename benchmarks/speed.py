@@ -28,6 +28,7 @@ from benchmarks.harness.report import Cell, as_markdown, check_losses, write
 from benchmarks.harness.rows import DATASETS, STEP_ROWS
 from benchmarks.harness.tools import TOOLS, tools_on
 from benchmarks.harness.work import work_of
+from halfbyte.model.host import cpu_model
 
 SWEEP_STEPS = 3
 REFERENCES = ("trl-tuned", "trl")  # of the loss curve
@@ -160,8 +161,7 @@ def _processor(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return cpu_model() or "CPU"
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,10 +149,8 @@ def test_chat_takes_a_merge_unquantised_unless_told_and_refuses_nf4(
 def test_scripts_refuse_it_before_anything_is_made(
     script: str, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "merged"
-    shutil.copytree(merged, copy)
-    config = write_config(tmp_path, copy)
-    target = (copy, "--precision", "nf4") if script == "eval/serve.py" else (config,)
+    config = write_config(tmp_path, merged)
+    target = (merged, "--precision", "nf4") if script == "eval/serve.py" else (config,)
     with pytest.raises(SystemExit):
         run_script(script, *target)
     told = capsys.readouterr().err

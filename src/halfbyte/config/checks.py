@@ -8,10 +8,9 @@ from typing import Any, get_args
 
 from halfbyte.config.evaluation import Baseline
 from halfbyte.config.schema import Run
-from halfbyte.config.section import OwnVariant
+from halfbyte.config.section import FOUR_BIT, OwnVariant
 from halfbyte.config.source import SECRET, KeyPath, Source
 
-FOUR_BIT = ("nf4", "fp4")
 RUN_NAME = re.compile(r"(?!\.+$)[\w.=+,~-]{1,120}", re.ASCII)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from halfbyte.config.section import FOUR_BIT
 from halfbyte.errors import UserError
 
 RUN_DECIDES = (
@@ -34,7 +35,7 @@ def check_generate(arguments: argparse.Namespace, parser: argparse.ArgumentParse
         flag, what = min(given).replace("_", "-"), "run folder" if is_run else "GGUF in llama.cpp"
         raise UserError(f"--{flag} has no effect on a {what}, which says that itself; leave it out")
     precision = arguments.precision or "nf4"
-    if arguments.no_double_quant and precision not in ("nf4", "fp4"):
+    if arguments.no_double_quant and precision not in FOUR_BIT:
         raise UserError(f"--no-double-quant has no effect with --precision {precision}")
     plain = precision in ("fp32", "bf16", "fp16")
     if plain and arguments.compute_dtype not in ("auto", precision):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4", "fp4"]
+FOUR_BIT: tuple[Precision, ...] = ("nf4", "fp4")
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
 Metric = Literal[
     "exact_match",

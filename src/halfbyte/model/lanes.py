@@ -137,7 +137,7 @@ class LaneModel:
         """As ``Backend.run``."""
         logits, rows = self.logits(lanes)
         last = torch.tensor([own[-1] for own in rows], device=self.device)
-        return logits.float()[last].to("cpu")
+        return logits[last].float().to("cpu")
 
     @torch.inference_mode()
     def logits(self, lanes: Sequence[Lane]) -> tuple[torch.Tensor, list[range]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte.config.schema import Model
-from halfbyte.config.section import ComputeDtype, Precision
+from halfbyte.config.section import FOUR_BIT, ComputeDtype, Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.host import mapped_blocks, release_pages
 from halfbyte.model.merged import check_keeps_training, read_merge
@@ -310,7 +310,7 @@ def _check_loaded(
             f"{base.name}: the checkpoint lacks {len(missing)} weights, which would be random:"
             f" {', '.join(missing[:5])}"
         )
-    if precision in ("nf4", "fp4"):
+    if precision in FOUR_BIT:
         kinds = {
             parameter.quant_type
             for parameter in model.parameters()

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config.section import Precision
+from halfbyte.config.section import FOUR_BIT, Precision
 from halfbyte.errors import ModelError
 from halfbyte.run_dir import read_json
 
 MERGE_REPORT = "merge_report.json"
 DEQUANTISED = "dequantised"
-FOUR_BITS = ("nf4", "fp4")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def keeps_training(folder: Path, precision: Precision) -> bool:
     """
     merge = read_merge(folder)
     grids = merge.grids if merge else ()
-    return precision not in grids and not (precision in FOUR_BITS and set(grids) & set(FOUR_BITS))
+    return precision not in grids and not (precision in FOUR_BIT and set(grids) & set(FOUR_BIT))
 
 
 def check_keeps_training(folder: Path, precision: Precision) -> None:

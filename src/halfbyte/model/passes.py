@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -286,12 +286,18 @@ def _use_tree_attention(model: Any) -> str:
 
 
 def _probe_tree(model: Any, name: str) -> str:
+    refusal = first_sure(lambda turn: _probe_rows(model, turn))
+    return f"{name}{refusal}" if refusal else ""
+
+
+def first_sure(attempt: Callable[[int], tuple[str, bool]]) -> str:
+    """The refusal of the first turn of a probe that has none or is sure of it, else that of the last."""
     refusal = ""
     for turn in range(PROBE_TURNS):
-        refusal, is_sure = _probe_rows(model, turn)
+        refusal, is_sure = attempt(turn)
         if not refusal or is_sure:
             break
-    return f"{name}{refusal}" if refusal else ""
+    return refusal
 
 
 def _probe_rows(model: Any, turn: int) -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from halfbyte.model import attention
 from halfbyte.model.generate import Answer, causal_of, until_stop
 from halfbyte.model.host import free_bytes
 from halfbyte.model.lanes import GROWTH, Lane, LaneModel, token_bytes
-from halfbyte.model.passes import PROBE_TURNS, Allowed, probe_words, relative_gap
+from halfbyte.model.passes import Allowed, first_sure, probe_words, relative_gap
 
 MAX_SLOTS = 512  # matrix products of more rows are no faster a row
 PROMPT_TOKENS = 2048  # of prompts in one pass
@@ -103,10 +103,10 @@ class SlotGenerator:
                 _run(lanes, [Lane(num_slots, None, stem, 0)], spent)
             while work.waiting or work.running:
                 step, done = work.begin(lanes) or work.go_on(), len(work.answers)
-                told = _run(lanes, [lane for _, lane in step], spent, work.asked(step))
-                work.take(step, told, spent)
+                work.take(step, _run(lanes, [lane for _, lane in step], spent, work.asked(step)))
                 if progress is not None and len(work.answers) > done:
                     progress(len(work.answers))
+        spent.scores |= work.scores
         return [work.answers[row] for row in range(len(prompts))]
 
     def _room(self, tokens: int) -> int:
@@ -135,6 +135,7 @@ class _Work:
         self.wanted = wanted
         self.stops, self.max_new_tokens, self.num_slots = set(stop_ids), max_new_tokens, num_slots
         self.answers: dict[int, Answer] = {}
+        self.scores: dict[int, tuple[float, list[bool]]] = {}
         shortest = min(map(len, prompts), default=1)
         self.shared = max(0, min(common_prefix(prompts), shortest - 1))
         self.waiting = [row for row in range(len(prompts)) if not self._ends(row)]
@@ -162,11 +163,8 @@ class _Work:
         return step
 
     def asked(self, step: list[tuple[int, Lane]]) -> list[list[int]]:
-        """What each lane of a step should go on with, where it has just begun."""
-        return [self.wanted[row] if self._begins(row, lane) else [] for row, lane in step]
-
-    def _begins(self, row: int, lane: Lane) -> bool:
-        return lane.start == self.shared and bool(self.wanted[row])
+        """What each lane of a step should go on with, where that is not scored yet."""
+        return [[] if row in self.scores else self.wanted[row] for row, _ in step]
 
     def go_on(self) -> list[tuple[int, Lane]]:
         """The last token of each answer that grows."""
@@ -176,14 +174,14 @@ class _Work:
             step.append((row, Lane(slot, None, self.texts[row][-1:], start)))
         return step
 
-    def take(self, step: list[tuple[int, Lane]], told: list[Told], spent: Spent) -> None:
+    def take(self, step: list[tuple[int, Lane]], told: list[Told]) -> None:
         """The next tokens of each lane: one, or as many as it was to say and one of its own."""
-        for (row, lane), (tokens, losses) in zip(step, told, strict=True):
-            if losses is None:
+        for (row, lane), (tokens, loss) in zip(step, told, strict=True):
+            if loss is None:
                 self.texts[row].append(tokens[0])
             else:
                 hits = [a == b for a, b in zip(tokens, self.wanted[row], strict=True)]
-                spent.scores[row] = (losses, hits)
+                self.scores[row] = (loss, hits)
                 said = hits.index(False) + 1 if False in hits else len(hits)
                 self.texts[row] = [*self.texts[row], *tokens[:said]][: self.max_new_tokens]
             if self._ends(row):
@@ -260,10 +258,7 @@ def slots_refusal(model: nn.Module) -> str:
     training = causal.training
     causal.eval()
     try:
-        for turn in range(PROBE_TURNS):
-            refusal, is_sure = _probe_slots(causal, turn)
-            if not refusal or is_sure:
-                break
+        refusal = first_sure(lambda turn: _probe_slots(causal, turn))
     except (ModelError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"{name} cannot answer in slots: {error}"
     finally:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Run
+from halfbyte.config.section import FOUR_BIT
 from halfbyte.errors import PlanError
-from halfbyte.model.merged import FOUR_BITS, keeps_training
+from halfbyte.model.merged import keeps_training
 from halfbyte.plan.catalogue import known_models
 from halfbyte.plan.devices import DEVICES
 from halfbyte.plan.memory import Planner, TrainPlan
@@ -234,10 +235,10 @@ def _harder(run: Run, lengths: Lengths, device: Device) -> Iterator[dict[str, An
     changes: dict[str, Any] = {}
     if run.adapter.init in ("pissa", "olora"):
         pass  # these rewrite the base, which must be fp32 for that
-    elif run.model.precision not in FOUR_BITS and keeps_training(Path(run.model.name), "nf4"):
+    elif run.model.precision not in FOUR_BIT and keeps_training(Path(run.model.name), "nf4"):
         changes["model.precision"] = "nf4"
         yield dict(changes)
-    elif run.model.precision in FOUR_BITS and not run.model.double_quant:
+    elif run.model.precision in FOUR_BIT and not run.model.double_quant:
         changes["model.double_quant"] = True
         yield dict(changes)
     if "8bit" not in run.train.optimizer and run.train.optimizer not in ("adafactor", "sgd"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from halfbyte.config.section import Precision
+from halfbyte.config.section import FOUR_BIT, Precision
 from halfbyte.errors import ModelError
 from halfbyte.model.load import language_part, quantisation
 from halfbyte.model.precision import DTYPES
@@ -169,7 +169,7 @@ def quantise(
     for module in model.modules():
         pack_shapes(module, packing, dtype)
     marked: Any = model
-    marked.is_loaded_in_4bit = precision in ("nf4", "fp4")
+    marked.is_loaded_in_4bit = precision in FOUR_BIT
     marked.is_loaded_in_8bit = precision == "int8"
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from halfbyte.config import read_run_folder
+from halfbyte.config.section import FOUR_BIT
 from halfbyte.errors import RunError, UserError
 from halfbyte.model.artefact import read_artefact, vllm_rank
 from halfbyte.model.resolve import Base
@@ -96,7 +97,7 @@ def _with_adapters(runs: list[Asked]) -> list[str]:
         )
     (base,) = bases.values()
     command = [base.path, "--served-model-name", base_name(base)]
-    if precisions & {"nf4", "fp4"}:
+    if precisions & set(FOUR_BIT):
         command += [
             "--quantization",
             "bitsandbytes",
