@@ -21,6 +21,8 @@ from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.advice import _harder
 from halfbyte.plan.devices import DEVICES
 from halfbyte.run_dir import read_json, write_json
+from halfbyte.serve.asked import Asked
+from halfbyte.serve.vllm import vllm_command
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "asked")
 TAKES_BACK = "nf4 would round it back"
@@ -140,9 +142,13 @@ def test_chat_takes_a_merge_unquantised_unless_told_and_refuses_nf4(
     asked = (merged, "--prompt", "Code this", "--max-new-tokens", "2")
     run_script("eval/generate.py", *asked, "--compute-dtype", "fp32")
     assert "fp32" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run_script("eval/generate.py", *asked, "--precision", "nf4")
-    assert TAKES_BACK in capsys.readouterr().err
+    for more, told in (
+        (("--precision", "nf4"), TAKES_BACK),
+        (("--no-double-quant",), "leave out --no-double-quant"),
+    ):
+        with pytest.raises(SystemExit):
+            run_script("eval/generate.py", *asked, *more)
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["train/sft.py", "train/plan.py", "eval/serve.py"])
@@ -156,6 +162,13 @@ def test_scripts_refuse_it_before_anything_is_made(
     told = capsys.readouterr().err
     assert TAKES_BACK in told
     assert "train/export.py" in told
+
+
+def test_vllm_is_not_started_to_quantise_it(merged: Path) -> None:
+    asked = [Asked(None, str(merged))]
+    assert str(merged) in vllm_command(asked, "localhost", 8000, None, [])
+    with pytest.raises(ModelError, match=TAKES_BACK):
+        vllm_command(asked, "localhost", 8000, None, ["--quantization", "bitsandbytes"])
 
 
 def test_merge_trains_on_at_a_precision_that_keeps_it(merged: Path, tmp_path: Path) -> None:

@@ -150,6 +150,11 @@ def load_as_asked(
         merge, plain = read_merge(folder), choose_compute(compute_dtype).name
         holds = merge is None or compute_dtype != "auto" or plain == merge.dtype
         precision = "nf4" if merge is None else plain if holds else "fp32"
+    if not double_quant and precision not in FOUR_BIT:
+        raise ModelError(
+            f"{base.name}: is loaded in {precision or 'the precision that it is stored in'}, where there is no"
+            " double quantisation to leave out; leave out --no-double-quant"
+        )
     return load_model(base, precision, double_quant=double_quant, compute_dtype=compute_dtype)
 
 

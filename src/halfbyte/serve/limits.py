@@ -95,7 +95,9 @@ class _Guarded:
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in scope["headers"]
         }
-        self.length = self.headers.get("content-length", "0")
+        length = self.headers.get("content-length", "0")
+        # More digits than any limit has need not be read.
+        self.length = int(length[:20]) if length.isdecimal() else None
         given = self.headers.get("x-request-id", "")
         self.id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         self.origin = self._allowed_origin()
@@ -132,10 +134,10 @@ class _Guarded:
             return 400, "called under another name than localhost, which needs an API key"
         if limits.api_keys and path not in PUBLIC and not self._has_key():
             return 401, "an API key is needed: Authorization: Bearer KEY"
-        if not self.length.isdigit():
+        if self.length is None:
             return 400, "Content-Length is no number"
-        if int(self.length[:20]) > limits.body_bytes:
-            return 413, f"{self.length[:20]} bytes; at most {limits.body_bytes} are taken"
+        if self.length > limits.body_bytes:
+            return 413, f"{self.length} bytes; at most {limits.body_bytes} are taken"
         return None
 
     def _host(self) -> str:
@@ -209,9 +211,7 @@ class _Guarded:
 
     def _leaves_body(self) -> bool:
         """Whether a body was cut, or is announced and too long; uvicorn itself reads away a short one."""
-        if self.is_cut or not self.length.isdigit():
-            return True
-        return int(self.length[:20]) > self.guard.limits.body_bytes
+        return self.is_cut or self.length is None or self.length > self.guard.limits.body_bytes
 
     async def _read_away(self) -> None:
         """Throw away what still comes, within bounds; the reply is there, the connection is still open."""

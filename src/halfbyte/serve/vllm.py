@@ -10,6 +10,7 @@ from halfbyte.config import read_run_folder
 from halfbyte.config.section import FOUR_BIT
 from halfbyte.errors import RunError, UserError
 from halfbyte.model.artefact import read_artefact, vllm_rank
+from halfbyte.model.merged import check_keeps_training
 from halfbyte.model.resolve import Base
 from halfbyte.model.trained import trained_base
 from halfbyte.run_dir import RunDir, read_json
@@ -29,6 +30,7 @@ def vllm_command(
     Raises:
         RunError: an adapter is not exported, or runs have different bases.
         UserError: models that vLLM cannot serve together.
+        ModelError: vLLM would quantise a merge whose training that takes back.
     """
     ours = [flag for flag in more if flag.partition("=")[0] in OURS]
     if ours:
@@ -44,6 +46,8 @@ def vllm_command(
     if runs:
         command += _with_adapters(runs)
     else:
+        if any("bitsandbytes" in flag for flag in more):
+            check_keeps_training(Path(asked[0].target), "nf4")
         command += [
             asked[0].target,
             "--served-model-name",
@@ -84,6 +88,7 @@ def _with_adapters(runs: list[Asked]) -> list[str]:
     for one in runs:
         folder, run = RunDir(Path(one.target)), read_run_folder(Path(one.target))
         base = trained_base(folder, run)
+        check_keeps_training(Path(base.path), run.model.precision)
         bases[base.fingerprint] = base
         precisions.add(run.model.precision)
         read_artefact(folder, "adapter")  # proven, and unchanged since
