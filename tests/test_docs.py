@@ -182,6 +182,7 @@ def test_evaluation_page_has_the_figures_of_its_report_and_benchmarks() -> None:
             f"one of {costs[2]} on {scores[1]}" in words
         )
         assert f"{costs[5]} tokens/s" in words or f"that one has {costs[5]}" in words
+        assert f"{costs[6]} s for 1,000 rows" in words or f"that one needs {costs[6]}" in words
     for name in (
         "eval_speed_cpu_smollm2",
         "eval_speed_cpu_avx2_smollm2",

@@ -121,6 +121,26 @@ def test_paper_has_every_row_and_no_buttons(page: Any) -> None:
     assert len(page.query_selector_all(".row:not([hidden])")) == 8
 
 
+@pytest.mark.parametrize(("media", "width"), [("screen", None), ("print", 718)])  # A4's, in margins
+def test_no_figure_is_beyond_the_edge(page: Any, media: str, width: int | None) -> None:
+    page.emulate_media(media=media)
+    if width is not None:
+        page.set_viewport_size({"width": width, "height": 1000})
+    seen = page.viewport_size["width"]
+    cells = [cell for cell in page.query_selector_all("td") if cell.is_visible()]
+    assert len(cells) > 20
+    for cell in cells:
+        box = cell.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= seen
+        beyond = cell.evaluate("cell => cell.scrollWidth - cell.clientWidth")
+        assert beyond <= 0, cell.inner_text()
+        if not page.is_visible("thead"):
+            name = cell.get_attribute("data-label")
+            told = cell.evaluate("cell => getComputedStyle(cell, '::before').content")
+            assert told == (f'"{name}"' if name else "none")
+
+
 def test_labels_of_near_points_stand_apart_and_others_stay() -> None:
     points = {
         "adapter": (188.0, 0.573),

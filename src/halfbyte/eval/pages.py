@@ -19,6 +19,12 @@ from halfbyte.eval.plots import (
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, TRAINED
 
 MAX_SHOWN_ROWS = 600
+RATES = (
+    ("tokens/s prompt", "prompt_tokens_per_s"),
+    ("tokens/s answer", "tokens_per_s"),
+    ("s per 1,000 rows", "seconds_per_1000_rows"),
+    ("Wh per 1,000 rows", "watt_hours_per_1000_rows"),
+)
 FIRST_OPPONENTS = (BASE_FULL, FEWSHOT, BASE_NF4)
 
 
@@ -30,7 +36,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         *metrics,
         "held-out loss",
         "cut off",
-        "adapter against it",
+        f"{_ours(report)} against it",
     ]
     lines = [f"# {report['run']}", "", f"**{report['verdict']}**", ""]
     lines += [f"{report['n']} held-out rows, {report['confidence']:.0%} intervals.", ""]
@@ -123,7 +129,7 @@ def as_html(
 
     folder = resources.files("halfbyte.eval").joinpath("templates")
     names = [entry["name"] for entry in report["variants"]]
-    ours = next((name for name in names if name in TRAINED), names[-1])
+    ours = _ours(report)
     others = sorted((name for name in names if name != ours), key=_opponent_rank)
     pictures = [
         ("Score with interval", metric_bars(report)),
@@ -132,12 +138,13 @@ def as_html(
         ("Length of answers", answer_lengths(report)),
         ("Loss during training", loss_curve(training)),
     ]
+    has_energy = any(entry["watts"] is not None for entry in report["variants"])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = folder.joinpath("report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
         report=report,
         metrics=_scored(report),
-        has_energy=any(entry["watts"] is not None for entry in report["variants"]),
+        rates=RATES[: None if has_energy else -1],
         benchmarked={name for entry in report["benchmarks"] for name in entry["variants"]},
         plots=[(title, svg) for title, svg in pictures if svg],
         ours=ours,
@@ -148,6 +155,12 @@ def as_html(
         manifest=json.dumps(manifest, indent=1, ensure_ascii=False),
         script=folder.joinpath("report.js").read_text("utf-8"),
     )
+
+
+def _ours(report: dict[str, Any]) -> str:
+    """The variant that the others are compared with."""
+    names = [entry["name"] for entry in report["variants"]]
+    return next((name for name in TRAINED if name in names), str(names[-1]))
 
 
 def _opponent_rank(name: str) -> tuple[int, str]:
