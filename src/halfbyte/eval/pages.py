@@ -16,14 +16,15 @@ from halfbyte.eval.plots import (
     memory_against_quality,
     metric_bars,
 )
-from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, TRAINED
+from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, trained_name
 
 MAX_SHOWN_ROWS = 600
+# Heading, key of a variant's entry, decimals.
 RATES = (
-    ("tokens/s prompt", "prompt_tokens_per_s"),
-    ("tokens/s answer", "tokens_per_s"),
-    ("s per 1,000 rows", "seconds_per_1000_rows"),
-    ("Wh per 1,000 rows", "watt_hours_per_1000_rows"),
+    ("tokens/s prompt", "prompt_tokens_per_s", 0),
+    ("tokens/s answer", "tokens_per_s", 0),
+    ("s per 1,000 rows", "seconds_per_1000_rows", 0),
+    ("Wh per 1,000 rows", "watt_hours_per_1000_rows", 2),
 )
 FIRST_OPPONENTS = (BASE_FULL, FEWSHOT, BASE_NF4)
 
@@ -61,15 +62,12 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def _cost_table(report: dict[str, Any]) -> list[str]:
     """What each variant takes; energy where it was counted or reckoned."""
-    head = ["variant", "what it is", "in memory", "on disk", "tokens/s prompt", "tokens/s answer"]
-    head += ["s per 1,000 rows", "Wh per 1,000 rows"]
+    head = ["variant", "what it is", "in memory", "on disk", *(label for label, _, _ in RATES)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for entry in report["variants"]:
         cells = [entry["name"], entry["what"].replace("|", "\\|")]
         cells += [f"{entry[key] / 1e6:.0f} MB" for key in ("weights_bytes", "disk_bytes")]
-        cells += [rate(entry[key]) for key in ("prompt_tokens_per_s", "tokens_per_s")]
-        energy = entry["watt_hours_per_1000_rows"]
-        cells += [rate(entry["seconds_per_1000_rows"]), "" if energy is None else f"{energy:.2f}"]
+        cells += [rate(entry[key], decimals) for _, key, decimals in RATES]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -160,7 +158,7 @@ def as_html(
 def _ours(report: dict[str, Any]) -> str:
     """The variant that the others are compared with."""
     names = [entry["name"] for entry in report["variants"]]
-    return next((name for name in TRAINED if name in names), str(names[-1]))
+    return trained_name(names) or str(names[-1])
 
 
 def _opponent_rank(name: str) -> tuple[int, str]:
@@ -207,9 +205,9 @@ def marked_words(answer: str, wanted: str) -> list[tuple[str, bool]]:
     ]
 
 
-def rate(value: float | None) -> str:
+def rate(value: float | None, decimals: int = 0) -> str:
     """Tokens a second, or seconds; "" where they were not measured."""
-    return "" if value is None else f"{value:.0f}"
+    return "" if value is None else f"{value:.{decimals}f}"
 
 
 def interval(estimate: dict[str, Any]) -> str:

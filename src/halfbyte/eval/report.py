@@ -26,7 +26,7 @@ from halfbyte.eval.judge import judge_answers
 from halfbyte.eval.measure import LOSS_METRIC, Variant
 from halfbyte.eval.pages import as_html, as_markdown, interval, signed
 from halfbyte.eval.plots import estimate_of
-from halfbyte.eval.variants import ADAPTER, BASE_FULL, BASE_NF4, FEWSHOT, MERGED, is_artefact
+from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, MERGED, is_artefact, trained_name
 from halfbyte.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 MAX_LENGTH_FINISHES = 0.01
@@ -160,7 +160,8 @@ def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, di
 def _ours(variants: list[Variant]) -> Variant | None:
     """The trained variant that the verdict is about."""
     by_name = {variant.name: variant for variant in variants}
-    return by_name.get(ADAPTER) or by_name.get(MERGED)
+    name = trained_name(by_name)
+    return by_name[name] if name else None
 
 
 def _difference(run: Run, ours: Variant, other: Variant, metric: str) -> Estimate:
@@ -186,17 +187,18 @@ def _overall(differences: dict[str, dict[str, Any]]) -> str:
 def _verdict_line(
     entries: list[dict[str, Any]], differences: dict[str, dict[str, Any]], metric: str, run: Run
 ) -> str:
-    own = next((e for e in entries if e["name"] in (ADAPTER, MERGED)), None)
+    by_name = {entry["name"]: entry for entry in entries}
+    ours = trained_name(by_name)
     baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines)]
     parts = [
         f"{differences[name]['verdict']} against {name} ({signed(differences[name])}{_too_few(differences[name])})"
         for name in (*baselines, BASE_NF4)
         if name in differences
     ]
-    if own is None or not parts:
+    if ours is None or not parts:
         return "No verdict: the comparison has no trained variant, or no baseline beside it."
-    estimate = interval(estimate_of(own, metric))
-    return f"{own['name']}: {metric} {estimate} — " + "; ".join(parts) + "."
+    estimate = interval(estimate_of(by_name[ours], metric))
+    return f"{ours}: {metric} {estimate} — " + "; ".join(parts) + "."
 
 
 def _too_few(difference: dict[str, Any]) -> str:

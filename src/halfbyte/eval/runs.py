@@ -13,7 +13,7 @@ from halfbyte.errors import RunError
 from halfbyte.eval.intervals import evidence, judge_together, mean_interval, paired_difference
 from halfbyte.eval.measure import LOSS_METRIC
 from halfbyte.eval.pages import interval, signed
-from halfbyte.eval.variants import TRAINED
+from halfbyte.eval.variants import trained_name
 from halfbyte.run_dir import RunDir, read_json, read_jsonl
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
@@ -79,9 +79,11 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
 def _read(folder: RunDir) -> Compared:
     command = f"python eval/compare.py {folder.path}"
     report = read_json(folder.need(folder.eval / "report.json", command))
-    entry = next((e for e in report["variants"] if e["name"] in TRAINED), None)
-    if entry is None:
+    entries = {entry["name"]: entry for entry in report["variants"]}
+    ours = trained_name(entries)
+    if ours is None:
         raise RunError(f"{folder.path}: was compared without its adapter. Run: {command}")
+    entry = entries[ours]
     scores = {}
     for row in read_jsonl(folder.need(folder.eval / "answers.jsonl", command)):
         told = row["scores"][entry["name"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,11 @@ ADAPTER, MERGED = "adapter", "merged"
 TRAINED = (ADAPTER, MERGED)
 UNPACKED_FRAC = 0.25  # of the free memory
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+
+
+def trained_name(names: Collection[str]) -> str | None:
+    """The variant that a verdict is about: the adapter, else the merged model, else none."""
+    return next((name for name in TRAINED if name in names), None)
 
 
 @dataclass(frozen=True)
