@@ -110,8 +110,8 @@ def main() -> None:
 def _model(name: str) -> tuple[Any, Any]:
     import torch
 
+    from halfbyte.forward.packed import add_token_loss
     from halfbyte.model.load import load_model, load_tokenizer
-    from halfbyte.model.passes import add_token_loss
     from halfbyte.model.precision import Compute
     from halfbyte.model.resolve import resolve_base
 

@@ -51,8 +51,8 @@ def main() -> None:
     from halfbyte.eval.measure import measure
     from halfbyte.eval.variants import Trained, contenders
     from halfbyte.model.precision import NAMES, choose_compute
-    from halfbyte.model.trained import same_compute, saved_renderer, trained_base
     from halfbyte.run_dir import RunDir
+    from halfbyte.trained.run import same_compute, saved_renderer, trained_base
 
     folder = RunDir(arguments.run.resolve())
     base = trained_base(folder, run)

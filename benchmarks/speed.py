@@ -28,7 +28,7 @@ from benchmarks.harness.report import Cell, as_markdown, check_losses, write
 from benchmarks.harness.rows import DATASETS, STEP_ROWS
 from benchmarks.harness.tools import TOOLS, tools_on
 from benchmarks.harness.work import work_of
-from halfbyte.model.host import cpu_model
+from halfbyte.host import cpu_model
 
 SWEEP_STEPS = 3
 REFERENCES = ("trl-tuned", "trl")  # of the loss curve

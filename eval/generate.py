@@ -50,8 +50,7 @@ def main() -> None:
     quiet_libraries()
     from halfbyte.data.render import Renderer, load_template
     from halfbyte.data.rows import Message
-    from halfbyte.model.adapter import adapter_off
-    from halfbyte.model.chat import (
+    from halfbyte.eval.chat import (
         Reply,
         chat,
         describe,
@@ -59,9 +58,10 @@ def main() -> None:
         reply_from_gguf,
         reply_to_image,
     )
+    from halfbyte.model.adapter import adapter_off
     from halfbyte.model.load import load_as_asked, load_multimodal, load_tokenizer
     from halfbyte.model.resolve import resolve_base
-    from halfbyte.model.trained import load_trained
+    from halfbyte.trained.run import load_trained
 
     name = absolute_if_local(arguments.model)
     lead = (Message("system", arguments.system),) if arguments.system else ()
@@ -80,7 +80,7 @@ def main() -> None:
         print(f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s")
         return
     if arguments.engine == "llama.cpp":
-        from halfbyte.model.llama_cpp import GgufModel
+        from halfbyte.llamacpp.model import GgufModel
 
         gguf = GgufModel(Path(name), gpu_layers=arguments.gpu_layers or 0)
         print(gguf.describe())

@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args(given)
     _check(arguments, more)
 
-    from halfbyte.serve.asked import check_open, read_asked, read_keys
+    from halfbyte.serve.targets import check_open, read_asked, read_keys
 
     asked = read_asked(arguments.models)
     keys = read_keys(arguments.api_key_file, os.environ.get("HALFBYTE_API_KEYS"))
@@ -72,7 +72,7 @@ def main() -> None:
         from halfbyte.serve.server import serve
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'halfbyte[serve]'") from None
-    from halfbyte.serve.opening import Options, open_models
+    from halfbyte.serve.loading import Options, open_models
     from halfbyte.serve.service import Service
 
     options = Options(

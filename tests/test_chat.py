@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from halfbyte.model.chat import Reply, shown
+from halfbyte.eval.chat import Reply, shown
 
 
 def made(**texts: str) -> dict[str, Reply]:

@@ -19,12 +19,12 @@ from halfbyte.eval.measure import Variant, measure
 from halfbyte.eval.pages import as_markdown, marked_words
 from halfbyte.eval.report import build_report, write_report
 from halfbyte.eval.variants import Contender, Trained, contenders
+from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_model
-from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
-from halfbyte.model.trained import load_trained, same_compute, saved_renderer, trained_base
 from halfbyte.run_dir import RunDir, read_jsonl
+from halfbyte.trained.run import load_trained, same_compute, saved_renderer, trained_base
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import chatml_tokenizer
 
-from halfbyte.data.copying import only_copies
 from halfbyte.data.render import load_template
 from halfbyte.data.rows import Message
-from halfbyte.data.shapes import Shapes
+from halfbyte.data.template_analysis import only_copies
+from halfbyte.data.template_cache import Shapes
 from halfbyte.errors import DataError
 
 FOR = "{% for message in messages %}"

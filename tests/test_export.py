@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from toys import LENIENT, run_script
 
 from halfbyte.errors import ModelError, RunError
-from halfbyte.model import llama_tools
-from halfbyte.model.artefact import read_artefact
-from halfbyte.model.libllama import Opaque
+from halfbyte.llamacpp import tools
+from halfbyte.llamacpp.library import Opaque
 from halfbyte.run_dir import RunDir
 from halfbyte.ship import export as exporting
+from halfbyte.trained.artefact import read_artefact
 
 pytestmark = pytest.mark.real
 
@@ -74,7 +74,7 @@ def test_artefacts_are_variants_of_the_comparison(exported_run: Path) -> None:
 
 def test_answers_do_not_depend_on_what_was_asked_before(exported_run: Path) -> None:
     """What prompts share stays in the cache."""
-    from halfbyte.model.llama_cpp import GgufModel
+    from halfbyte.llamacpp.model import GgufModel
 
     path = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
     with GgufModel(path) as model:
@@ -94,7 +94,7 @@ def test_llama_cpp_s_own_server_renders_and_answers_the_same(
     import xllamacpp
 
     from halfbyte.config import read_run_folder
-    from halfbyte.model.llama_cpp import GgufModel
+    from halfbyte.llamacpp.model import GgufModel
     from halfbyte.ship.work import Work
 
     path = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
@@ -118,10 +118,10 @@ def test_llama_cpp_s_own_server_renders_and_answers_the_same(
 
 
 def test_layers_in_vram_need_a_build_that_knows_a_gpu(exported_run: Path) -> None:
-    from halfbyte.model.libllama import library
-    from halfbyte.model.llama_cpp import GgufModel
+    from halfbyte.llamacpp.library import library
+    from halfbyte.llamacpp.model import GgufModel
 
-    if library(llama_tools.engine_path()).llama_supports_gpu_offload():
+    if library(tools.engine_path()).llama_supports_gpu_offload():
         pytest.skip("this build knows a GPU")
     path = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
     with pytest.raises(ModelError, match=r"10 layers are to lie in VRAM.*for the CPU alone"):
@@ -185,7 +185,7 @@ def test_awq_folder_is_made_and_read_back(run: Path) -> None:
 
 
 def test_long_rows_are_read_in_pieces(exported_run: Path) -> None:
-    from halfbyte.model.llama_cpp import GgufModel
+    from halfbyte.llamacpp.model import GgufModel
 
     path = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
     ids = list(range(100, 1400))
@@ -359,7 +359,7 @@ def test_artefact_of_another_run_is_refused(
 def test_proof_finds_another_template_and_other_weights(run: Path, exported_run: Path) -> None:
     """Even where every hash agrees, as in a file that was wrong from the beginning."""
     from halfbyte.config import read_run_folder
-    from halfbyte.model.llama_cpp import GgufModel
+    from halfbyte.llamacpp.model import GgufModel
     from halfbyte.ship.proof import prove, refuse_unproven
     from halfbyte.ship.work import Work
 
@@ -421,14 +421,14 @@ def test_unknown_type_names_the_known_ones(run: Path, capsys: pytest.CaptureFixt
 def test_without_any_quantiser_the_ways_are_named(
     exported_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama_tools, "PREBUILT", {})
-    monkeypatch.setattr(llama_tools, "INSTALLED", dict.fromkeys(llama_tools.INSTALLED, ()))
+    monkeypatch.setattr(tools, "PREBUILT", {})
+    monkeypatch.setattr(tools, "INSTALLED", dict.fromkeys(tools.INSTALLED, ()))
     monkeypatch.setenv("PATH", str(tmp_path))
     source = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
     with pytest.raises(ModelError, match=r"no quantiser .* llama-quantize .* llama-cpp-python"):
-        llama_tools.quantise(source, tmp_path / "x.gguf", "q4_k_m")
+        tools.quantise(source, tmp_path / "x.gguf", "q4_k_m")
     with pytest.raises(ModelError, match=r"llama\.cpp is needed here .* pip install xllamacpp"):
-        llama_tools.engine_path()
+        tools.engine_path()
     assert not list(tmp_path.iterdir())
 
 
@@ -440,10 +440,10 @@ def test_own_quantiser_on_the_path_comes_first(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     (tmp_path / "a.gguf").write_bytes(b"a")
-    assert llama_tools.quantise(tmp_path / "a.gguf", tmp_path / "b.gguf", "q4_k_m") == str(program)
+    assert tools.quantise(tmp_path / "a.gguf", tmp_path / "b.gguf", "q4_k_m") == str(program)
     assert (tmp_path / "b.gguf").read_bytes() == b"a"
     with pytest.raises(ModelError, match="could not quantise"):
-        llama_tools.quantise(tmp_path / "a.gguf", tmp_path / "b.gguf", "q5_k_m")
+        tools.quantise(tmp_path / "a.gguf", tmp_path / "b.gguf", "q5_k_m")
 
 
 def test_build_with_another_layout_is_refused() -> None:

@@ -10,18 +10,18 @@ import torch
 
 from halfbyte.config import model_run
 from halfbyte.config.schema import Adapter, Speed
+from halfbyte.data.prefix_tree import lay_out
 from halfbyte.data.prepare import Example
 from halfbyte.data.render import Encoded
 from halfbyte.data.rows import Row
-from halfbyte.data.tree import lay_out
+from halfbyte.forward.fp16_range import LARGEST, largest_product, settle_half
+from halfbyte.forward.fused_layers import fuse
+from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
-from halfbyte.model.half import LARGEST, largest_product, settle_half
-from halfbyte.model.layers import fuse
 from halfbyte.model.load import Loaded, load_model
-from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
-from halfbyte.train.compute import settle_compute
+from halfbyte.train.settle_dtype import settle_compute
 
 ROWS: list[tuple[list[int], list[int]]] = [
     (row, [-100, *row[1:]])

@@ -12,7 +12,7 @@ import pytest
 def test_blocks_mapped_while_loading_go_back_when_freed() -> None:
     """Freed blocks between kept ones leave the process inside, and are kept for the next use after."""
     code = """
-from halfbyte.model.host import mapped_blocks
+from halfbyte.host import mapped_blocks
 
 def left_by_temporaries() -> int:
     def resident() -> int:

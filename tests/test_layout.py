@@ -45,7 +45,7 @@ LIBRARIES = {
     "starlette": {"serve/api.py", "serve/limits.py", "serve/replies.py"},
     "uvicorn": {"serve/limits.py", "serve/server.py"},
     "prometheus_client": {"serve/metrics.py"},
-    "llguidance": {"serve/sampling.py", "serve/words.py"},
+    "llguidance": {"serve/sampling.py", "serve/chat_codec.py"},
     "ruamel": {"config/source.py", "config/read.py"},
     "scipy": {"data/leaks.py", "eval/intervals.py"},
     "matplotlib": {"eval/plots.py", "plan/plots.py"},

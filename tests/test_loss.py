@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte.model.loss import BLOCK_BYTES, TILE_ROWS, TokenLoss, tile_starts
+from halfbyte.forward.loss import BLOCK_BYTES, TILE_ROWS, TokenLoss, tile_starts
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

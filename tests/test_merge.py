@@ -16,10 +16,10 @@ from toys import run_script
 from halfbyte.config.schema import Adapter
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter, save_adapter
-from halfbyte.model.fidelity import fidelity, reference, torch_predict
 from halfbyte.model.quantised import compute_in, dequantised_weight
-from halfbyte.ship import fold
-from halfbyte.ship.fold import Update, merged_tensors, read_updates, write_shards
+from halfbyte.ship import merge_math
+from halfbyte.ship.merge_math import Update, merged_tensors, read_updates, write_shards
+from halfbyte.trained.fidelity import fidelity, reference, torch_predict
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_overflow_of_the_storage_dtype_is_refused(tiny_llama: Path) -> None:
 def test_shards_reload_as_one_model(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(merge_math, "SHARD_BYTES", 60_000)
     model = load(tiny_llama, "fp32").model
     folder = tmp_path / "sharded"
     shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))

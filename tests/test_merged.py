@@ -21,7 +21,7 @@ from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.advice import _harder
 from halfbyte.plan.devices import DEVICES
 from halfbyte.run_dir import read_json, write_json
-from halfbyte.serve.asked import Asked
+from halfbyte.serve.targets import Asked
 from halfbyte.serve.vllm import vllm_command
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "asked")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from halfbyte.errors import ModelError
+from halfbyte.generate.batched import generate
 from halfbyte.model import precision as precision_module
 from halfbyte.model.footprint import constants_bytes, kinds, num_parameters, weights_bytes
-from halfbyte.model.generate import generate
 from halfbyte.model.load import load_model, load_tokenizer, vision_modules
 from halfbyte.model.precision import Compute, choose_compute
 from halfbyte.model.quantised import compute_in, dequantised_weight

@@ -13,15 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from halfbyte.config.schema import Adapter, Speed
+from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.data.render import IGNORED
-from halfbyte.data.tree import Layout, Tokens, lay_out
+from halfbyte.forward.fused_layers import fuse, fuse_layers
+from halfbyte.forward.packed import add_token_loss, pad_right, row_losses
+from halfbyte.generate.continuous import slots_refusal
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
-from halfbyte.model.layers import fuse, fuse_layers
 from halfbyte.model.load import Loaded, load_model, load_tokenizer
-from halfbyte.model.passes import add_token_loss, pad_right, row_losses
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
-from halfbyte.model.slots import slots_refusal
 from halfbyte.train.measure import measure
 
 CPU = Compute(torch.device("cpu"), torch.float32, "test")

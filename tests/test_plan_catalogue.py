@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from halfbyte.errors import ModelError
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.resolve import config_folder
+from halfbyte.model.skeleton import build
 from halfbyte.plan.catalogue import Known, configuration, known_models, model_config, training_bytes
-from halfbyte.plan.skeleton import build
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
 

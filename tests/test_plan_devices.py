@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from halfbyte.errors import PlanError
-from halfbyte.model.host import GIB_BYTES as GIB
-from halfbyte.model.host import attempt, cgroup_limit, own_limit, ram_bytes
+from halfbyte.host import GIB_BYTES as GIB
+from halfbyte.host import attempt, cgroup_limit, own_limit, ram_bytes
 from halfbyte.plan.devices import (
     CARDS,
     CONTEXT_MIB,

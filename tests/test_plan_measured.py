@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.config import model_run
-from halfbyte.data.tree import lay_out
+from halfbyte.data.prefix_tree import lay_out
+from halfbyte.forward.fused_layers import fuse
+from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
-from halfbyte.model.layers import fuse
 from halfbyte.model.load import load_config, load_model
-from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.devices import find_device

@@ -15,7 +15,7 @@ from halfbyte.model.footprint import num_parameters, stored_tensors
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
-from halfbyte.plan.skeleton import (
+from halfbyte.model.skeleton import (
     EXPERTS,
     MAX_KINDS,
     Cut,

@@ -12,14 +12,14 @@ from transformers import AutoConfig, PretrainedConfig
 
 from halfbyte.config.schema import Adapter, Model, Speed
 from halfbyte.errors import ModelError
+from halfbyte.forward.loss import BLOCK_BYTES
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import load_config, load_model
-from halfbyte.model.loss import BLOCK_BYTES
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
+from halfbyte.model.skeleton import Cut
 from halfbyte.plan import recompute
 from halfbyte.plan.shape import Shape
-from halfbyte.plan.skeleton import Cut
 from halfbyte.plan.step import (
     ACTIVATIONS,
     BACKWARD_END,

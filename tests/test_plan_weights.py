@@ -15,9 +15,9 @@ from halfbyte.model.footprint import constants_bytes, num_parameters, weights_by
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.resolve import resolve_base
+from halfbyte.model.skeleton import build, packed_layers
 from halfbyte.plan.catalogue import model_config
 from halfbyte.plan.formats import GGUF_TYPES
-from halfbyte.plan.skeleton import build, packed_layers
 from halfbyte.plan.weights import STORED, Stored, load_bytes, load_plan
 from halfbyte.train.measure import live_tensor_bytes
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from test_render import CONVERSATIONS, renderers, row_of
 from toys import chatml_tokenizer, gemma_tokenizer
 
-from halfbyte.data import pieces, render
-from halfbyte.data.pieces import plain_ids
+from halfbyte.data import render, tokenise
 from halfbyte.data.render import IGNORED, Encoded, Renderer, load_template
 from halfbyte.data.rows import Message, Row
+from halfbyte.data.tokenise import plain_ids
 from halfbyte.errors import DataError
 
 ODD = ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "<eos>", "<bos>", "<end_of_turn>", "<end_"]
@@ -159,7 +159,7 @@ def test_encode_rows_equals_encode_row_in_batches_of_any_size(
     assert found_in(renderer, rows) == alone
     for size, many in ((1, 1), (13, 1), (64, 10**6)):
         monkeypatch.setattr(render, "BATCH_ROWS", size)
-        monkeypatch.setattr(pieces, "MANY", many)
+        monkeypatch.setattr(tokenise, "MANY", many)
         assert found_in(renderer, rows) == alone
     assert renderer.encode_rows([]) == []
 

@@ -23,8 +23,8 @@ from serving import Process, serving
 from toys import run_script, write_config
 
 from halfbyte.data.rows import Message
-from halfbyte.model.generate import generate
-from halfbyte.model.trained import load_trained
+from halfbyte.generate.batched import generate
+from halfbyte.trained.run import load_trained
 
 pytestmark = pytest.mark.real
 KEY = "a-key-for-tests"

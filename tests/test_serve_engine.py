@@ -15,18 +15,18 @@ from halfbyte.config import read_run_folder
 from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
+from halfbyte.forward.multi_lora import MixedLinear, mix_adapters
+from halfbyte.generate.batched import generate
+from halfbyte.generate.slot_model import Lane, LaneModel
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.generate import generate
-from halfbyte.model.lanes import Lane, LaneModel
 from halfbyte.model.load import load_base
-from halfbyte.model.mixed import MixedLinear, mix_adapters
 from halfbyte.model.precision import choose_compute, default_device
 from halfbyte.model.quantised import unpack_layers
-from halfbyte.model.trained import saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
 from halfbyte.serve.engine import Engine, Event, Job
 from halfbyte.serve.sampling import Sampler, Sampling
 from halfbyte.serve.text import TextStream
+from halfbyte.trained.run import saved_renderer, trained_base
 
 pytestmark = pytest.mark.real
 ASKED = ("Hello", "Name the category: acute heart attack", "Name the category: asthma", "Hi " * 30)

@@ -16,7 +16,7 @@ from serving import serving
 from toys import ROOT, run_script
 
 from halfbyte.data.rows import Message
-from halfbyte.model.llama_cpp import GgufModel
+from halfbyte.llamacpp.model import GgufModel
 
 pytestmark = pytest.mark.real
 ASKED = [f"diagnosis {n} of the heart" for n in range(6)]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from halfbyte.errors import ModelError
 from halfbyte.serve import limits
 from halfbyte.serve.limits import Limits, PatientProtocol
-from halfbyte.serve.opening import Options, _slots
+from halfbyte.serve.loading import Options, _slots
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.schema import ChatRequest, CompletionRequest
 from halfbyte.serve.server import serve

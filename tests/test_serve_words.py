@@ -8,8 +8,8 @@ from toys import chatml_tokenizer, gemma_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.data.render import Renderer, load_template
+from halfbyte.serve.chat_codec import Words
 from halfbyte.serve.text import TextStream
-from halfbyte.serve.words import Words
 
 TEXTS = ("the heart is red and blue", "القلب أحمر", "東京 é 😀", "tab\tand\n\nlines")
 

@@ -10,16 +10,16 @@ import torch
 
 from halfbyte.config.schema import Adapter
 from halfbyte.data.render import IGNORED
-from halfbyte.model import slots
+from halfbyte.forward.packed import add_token_loss, row_scores
+from halfbyte.generate import continuous
+from halfbyte.generate.batched import Answer, generate
+from halfbyte.generate.continuous import SlotGenerator, Spent, slots_refusal
+from halfbyte.generate.slot_model import LaneModel, token_bytes
 from halfbyte.model.adapter import attach_adapter
-from halfbyte.model.generate import Answer, generate
-from halfbyte.model.lanes import LaneModel, token_bytes
 from halfbyte.model.load import load_model
-from halfbyte.model.passes import add_token_loss, row_scores
 from halfbyte.model.precision import Compute
 from halfbyte.model.quantised import unpack_layers
 from halfbyte.model.resolve import resolve_base
-from halfbyte.model.slots import SlotGenerator, Spent, slots_refusal
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
 STEM = [11, 12, 13, 14, 15, 16]
@@ -92,7 +92,7 @@ def test_answers_go_on_from_what_is_known_of_them(model: Any) -> None:
 def test_what_is_wanted_is_scored_where_the_prompt_is_read(
     model: Any, told_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots, "TOLD_TOKENS", told_tokens)
+    monkeypatch.setattr(continuous, "TOLD_TOKENS", told_tokens)
     stop_ids = some_stop(model)
     free = plain(model, PROMPTS, stop_ids)
     said = [[*a.ids, *stop_ids[:1]] if a.finish_reason == "stop" else a.ids for a in free]
@@ -129,7 +129,7 @@ def test_all_prompts_for_which_there_are_slots_begin_at_once(model: Any) -> None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LaneModel, "logits", noted)
-        patch.setattr(slots, "PROMPT_TOKENS", 20)  # so that they are read in several passes
+        patch.setattr(continuous, "PROMPT_TOKENS", 20)  # so that they are read in several passes
         SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[], max_new_tokens=12)
     assert max(passes) == 8
 
@@ -163,9 +163,9 @@ def test_slots_are_as_many_as_memory_has_room_for(
         used.append(num_slots)
         return LaneModel(*given, num_slots=num_slots, **options)
 
-    monkeypatch.setattr(slots, "LaneModel", noted)
+    monkeypatch.setattr(continuous, "LaneModel", noted)
     for free, most in ((0, 2), (2 * 4 * a_slot, 4), (400 * a_slot, 9)):
-        monkeypatch.setattr(slots, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(continuous, "free_bytes", lambda device, free=free: free)
         made = SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[2], max_new_tokens=12)
         assert made == wanted
         assert used.pop() == most  # one of them holds what all prompts begin with

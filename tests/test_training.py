@@ -25,7 +25,7 @@ from halfbyte.model.resolve import resolve_base
 from halfbyte.run_dir import read_jsonl
 from halfbyte.tracking import choose_mode
 from halfbyte.train.arguments import Passes
-from halfbyte.train.order import StepwiseSampler
+from halfbyte.train.batching import StepwiseSampler
 from halfbyte.train.preflight import check_first_step
 from halfbyte.train.tracking import Tracker
 from halfbyte.train.trainer import TokenTrainer, build_trainer

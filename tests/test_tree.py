@@ -7,9 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfbyte.data.prefix_tree import (
+    MIN_SAVED_TOKENS,
+    Node,
+    Tokens,
+    common_prefix,
+    cut_step,
+    lay_out,
+)
 from halfbyte.data.render import IGNORED
-from halfbyte.data.tree import MIN_SAVED_TOKENS, Node, Tokens, common_prefix, cut_step, lay_out
-from halfbyte.model.attention import Tree, gathered_attention, tree_attention
+from halfbyte.forward.prefix_attention import Tree, gathered_attention, tree_attention
 
 PREFIXES: tuple[list[int], ...] = ([], [1] * 20, [1] * 20 + [2] * 9, [1] * 20 + [3] * 12, [4])
 

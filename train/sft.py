@@ -30,13 +30,11 @@ def main() -> None:
     from halfbyte.data.preview import show_ledger
     from halfbyte.data.render import renderer_of
     from halfbyte.model.adapter import attach_adapter, describe_model, save_adapter
-    from halfbyte.model.canary import record_canary
     from halfbyte.model.load import load_config, load_for_training, load_tokenizer
     from halfbyte.model.resolve import resolve_base
     from halfbyte.plan.devices import this_machine
     from halfbyte.plan.gate import check_weights, gate
     from halfbyte.train.arguments import Passes, num_steps
-    from halfbyte.train.compute import settle_plan
     from halfbyte.train.probe import first_look, longest_rows
     from halfbyte.train.session import (
         as_before,
@@ -45,8 +43,10 @@ def main() -> None:
         record_data,
         write_manifest,
     )
+    from halfbyte.train.settle_dtype import settle_plan
     from halfbyte.train.tracking import Tracker
     from halfbyte.train.trainer import build_trainer
+    from halfbyte.trained.reference_logprobs import record_canary
 
     device = this_machine()
     check_weights(run, device)

@@ -79,7 +79,7 @@ def make_rows(
 
 def in_steps(drawn: list[Row], seed: int) -> list[Row]:
     """The rows in the order in which halfbyte trains on them."""
-    from halfbyte.train.order import StepwiseSampler
+    from halfbyte.train.batching import StepwiseSampler
 
     sampler = StepwiseSampler([len(ids) for ids, _ in drawn], STEP_ROWS, seed)
     return [drawn[number] for number in sampler]

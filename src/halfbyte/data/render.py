@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.paths import TEMPLATE_NAMES
 from halfbyte.config.schema import Data
-from halfbyte.data.controls import Controls
-from halfbyte.data.pieces import Pieces, plain_ids
 from halfbyte.data.rows import Message, Row
-from halfbyte.data.shapes import Shapes
+from halfbyte.data.special_tokens import Controls
+from halfbyte.data.template_cache import Shapes
+from halfbyte.data.tokenise import Pieces, plain_ids
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:

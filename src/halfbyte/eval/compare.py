@@ -22,12 +22,12 @@ from halfbyte.eval.variants import (
     contenders,
     is_artefact,
 )
-from halfbyte.model.artefact import read_artefact
-from halfbyte.model.llama_cpp import GgufModel
+from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.merged import MERGE_REPORT
 from halfbyte.model.resolve import resolve_base
-from halfbyte.model.trained import same_compute, saved_renderer, trained_base
 from halfbyte.run_dir import RunDir
+from halfbyte.trained.artefact import read_artefact
+from halfbyte.trained.run import same_compute, saved_renderer, trained_base
 
 UNSCORABLE = {  # what is wrong with an answer that does not even match itself
     "exact_match": "matches eval.answer_pattern {0.answer_pattern!r} nowhere",

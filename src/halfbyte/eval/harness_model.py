@@ -12,9 +12,9 @@ from torch import Tensor
 
 from halfbyte.data.render import IGNORED
 from halfbyte.eval.harness import ROWS_PER_SCORED
-from halfbyte.model.generate import causal_of
-from halfbyte.model.passes import row_scores
-from halfbyte.model.slots import SlotGenerator, slots_refusal
+from halfbyte.forward.packed import row_scores
+from halfbyte.generate.batched import causal_of
+from halfbyte.generate.continuous import SlotGenerator, slots_refusal
 
 # Of a model's own settings for generation, those that change nothing of greedy answers.
 HARMLESS = {

@@ -23,8 +23,15 @@ from halfbyte.eval.compare import check_answers
 from halfbyte.eval.measure import LOSS_METRIC, Variant, measure
 from halfbyte.eval.pages import interval, rate
 from halfbyte.eval.variants import Contender, in_llama_cpp, is_artefact, load_scored, release
-from halfbyte.model.artefact import read_artefact
-from halfbyte.model.fidelity import (
+from halfbyte.llamacpp.model import GgufModel
+from halfbyte.model.footprint import num_parameters, weights_bytes
+from halfbyte.model.load import load_tokenizer, stored_method
+from halfbyte.model.merged import MERGE_REPORT
+from halfbyte.model.precision import DTYPES, choose_compute
+from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.run_dir import RunDir
+from halfbyte.trained.artefact import read_artefact
+from halfbyte.trained.fidelity import (
     Fidelity,
     Reference,
     agreement,
@@ -32,14 +39,7 @@ from halfbyte.model.fidelity import (
     reference,
     torch_predict,
 )
-from halfbyte.model.footprint import num_parameters, weights_bytes
-from halfbyte.model.llama_cpp import GgufModel
-from halfbyte.model.load import load_tokenizer, stored_method
-from halfbyte.model.merged import MERGE_REPORT
-from halfbyte.model.precision import DTYPES, choose_compute
-from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.model.trained import saved_renderer, trained_base
-from halfbyte.run_dir import RunDir
+from halfbyte.trained.run import saved_renderer, trained_base
 
 # Name, precision, double quantisation. The first is what the others are held against.
 RUNGS: dict[str, tuple[Precision, bool]] = {

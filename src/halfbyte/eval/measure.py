@@ -20,10 +20,10 @@ from halfbyte.eval.harness import ROWS_PER_SCORED, Answered
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
 from halfbyte.eval.variants import Contender, unpack_for_speed
-from halfbyte.model.generate import Answer, generate
-from halfbyte.model.llama_cpp import GgufModel
-from halfbyte.model.passes import row_scores
-from halfbyte.model.slots import SlotGenerator, Spent, slots_refusal
+from halfbyte.forward.packed import row_scores
+from halfbyte.generate.batched import Answer, generate
+from halfbyte.generate.continuous import SlotGenerator, Spent, slots_refusal
+from halfbyte.llamacpp.model import GgufModel
 
 LOSS_METRIC = "held_out_loss"
 MOST_WANTED = 64  # labelled tokens of a row whose logits are held all at once

@@ -18,18 +18,18 @@ from halfbyte.config.evaluation import Baseline
 from halfbyte.config.section import Precision
 from halfbyte.data.questions import Question, fewshot_examples, questions
 from halfbyte.data.render import Renderer, load_template
+from halfbyte.forward.packed import add_token_loss
+from halfbyte.host import USABLE_FRAC, free_bytes
+from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.artefact import read_artefact
 from halfbyte.model.footprint import weights_bytes
-from halfbyte.model.host import USABLE_FRAC, free_bytes
-from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
 from halfbyte.model.merged import MERGE_REPORT, keeps_training
-from halfbyte.model.passes import add_token_loss
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.quantised import unpack_layers
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
 from halfbyte.run_dir import RunDir, read_json
+from halfbyte.trained.artefact import read_artefact
 
 BASE_FULL, FEWSHOT, BASE_NF4 = "base-full", "base-full-fewshot", "base-nf4"
 ADAPTER, MERGED = "adapter", "merged"

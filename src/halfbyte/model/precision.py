@@ -13,7 +13,7 @@ from torch import nn
 from halfbyte.config.schema import Model
 from halfbyte.config.section import ComputeDtype
 from halfbyte.errors import ModelError
-from halfbyte.model.host import cpu_model
+from halfbyte.host import cpu_model
 
 PlainPrecision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {

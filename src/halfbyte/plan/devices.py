@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from halfbyte.errors import PlanError
-from halfbyte.model.host import (
+from halfbyte.host import (
     GIB_BYTES,
     attempt,
     cpu_model,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from halfbyte.model.attention import Part, Tree, attend
+from halfbyte.forward.prefix_attention import Part, Tree, attend
 from halfbyte.model.quantised import replace_tensors
 
 ATTENTION = "halfbyte_plan"

@@ -13,11 +13,11 @@ import torch
 from halfbyte.config.schema import Optimizer, Run
 from halfbyte.errors import PlanError
 from halfbyte.model.precision import DTYPES, NAMES, choose_compute
+from halfbyte.model.skeleton import build
 from halfbyte.plan.devices import Device
 from halfbyte.plan.live import DEQUANTISED
 from halfbyte.plan.recompute import most, peaks
 from halfbyte.plan.shape import Lengths, Shape
-from halfbyte.plan.skeleton import build
 from halfbyte.plan.step import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING, Step
 from halfbyte.plan.weights import Stored, load_bytes
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from halfbyte.data.tree import Layout, Node, Tokens, common_prefix, one_stem, read_part
+from halfbyte.data.prefix_tree import Layout, Node, Tokens, common_prefix, one_stem, read_part
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

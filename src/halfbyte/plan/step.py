@@ -19,25 +19,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from halfbyte.config.schema import Adapter, Model, Speed
-from halfbyte.data.tree import one_stem
+from halfbyte.data.prefix_tree import one_stem
 from halfbyte.errors import UntraceableError
+from halfbyte.forward.fused_layers import fuse
+from halfbyte.forward.loss import head_losses, tile_starts
+from halfbyte.forward.packed import pick, tree_inputs, tree_refusal
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
-from halfbyte.model.layers import fuse
 from halfbyte.model.load import Loaded
-from halfbyte.model.loss import head_losses, tile_starts
-from halfbyte.model.passes import pick, tree_inputs, tree_refusal
 from halfbyte.model.precision import DTYPES, Compute, keep_residual
 from halfbyte.model.resolve import Base
-from halfbyte.plan.fake import (
-    ATTENTION,
-    MATH_ATTENTION,
-    FewParts,
-    materialise,
-    register_attention,
-)
-from halfbyte.plan.live import LiveBytes, Peak
-from halfbyte.plan.shape import Shape
-from halfbyte.plan.skeleton import (
+from halfbyte.model.skeleton import (
     Cut,
     build_for_step,
     check_attention,
@@ -47,6 +38,15 @@ from halfbyte.plan.skeleton import (
     layer_list,
     quantise,
 )
+from halfbyte.plan.fake import (
+    ATTENTION,
+    MATH_ATTENTION,
+    FewParts,
+    materialise,
+    register_attention,
+)
+from halfbyte.plan.live import LiveBytes, Peak
+from halfbyte.plan.shape import Shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

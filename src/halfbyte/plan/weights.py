@@ -12,8 +12,7 @@ from halfbyte.errors import ModelError
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.precision import DTYPES
 from halfbyte.model.quantised import Packing
-from halfbyte.plan.formats import GGUF_TYPES, awq_bytes, gguf_bytes
-from halfbyte.plan.skeleton import (
+from halfbyte.model.skeleton import (
     Unpacked,
     build,
     keep_layers,
@@ -21,6 +20,7 @@ from halfbyte.plan.skeleton import (
     packed_layers,
     unpacked,
 )
+from halfbyte.plan.formats import GGUF_TYPES, awq_bytes, gguf_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -17,8 +17,8 @@ from typing import Literal
 
 import torch
 
-from halfbyte.model.host import trim_heap
-from halfbyte.model.lanes import Backend, Lane
+from halfbyte.generate.slot_model import Backend, Lane
+from halfbyte.host import trim_heap
 from halfbyte.serve.sampling import Choice, GrammarError, Sampler
 from halfbyte.serve.text import TextStream
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from halfbyte.serve.chat_codec import Words
 from halfbyte.serve.engine import Engine, Event, Job
 from halfbyte.serve.limits import Limits
 from halfbyte.serve.metrics import Metrics
@@ -15,7 +16,6 @@ from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.sampling import Sampler, Sampling
 from halfbyte.serve.schema import ChatRequest, Generation
 from halfbyte.serve.text import TextStream
-from halfbyte.serve.words import Words
 
 CHARS_PER_TOKEN = 64  # longer texts than this are refused before they are tokenised
 TOO_LONG = "context_length_exceeded"

@@ -9,12 +9,12 @@ from pathlib import Path
 from halfbyte.config import read_run_folder
 from halfbyte.config.section import FOUR_BIT
 from halfbyte.errors import RunError, UserError
-from halfbyte.model.artefact import read_artefact, vllm_rank
 from halfbyte.model.merged import check_keeps_training
 from halfbyte.model.resolve import Base
-from halfbyte.model.trained import trained_base
 from halfbyte.run_dir import RunDir, read_json
-from halfbyte.serve.asked import Asked
+from halfbyte.serve.targets import Asked
+from halfbyte.trained.artefact import read_artefact, vllm_rank
+from halfbyte.trained.run import trained_base
 
 OURS = ("--host", "--port", "--api-key")
 KEY_VARIABLE = "VLLM_API_KEY"  # in the environment it is not seen by every user, as a flag would be

@@ -19,13 +19,13 @@ from torch import nn
 from halfbyte.data.questions import training_examples
 from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError, RunError, last_line
-from halfbyte.model.fidelity import torch_predict
-from halfbyte.model.generate import Answer, generate
-from halfbyte.model.llama_tools import cached_tool
+from halfbyte.generate.batched import Answer, generate
+from halfbyte.llamacpp.tools import cached_tool
 from halfbyte.model.load import load_tokenizer
 from halfbyte.model.resolve import Base
-from halfbyte.ship.intact import linear_widths
+from halfbyte.ship.integrity import linear_widths
 from halfbyte.ship.work import Work
+from halfbyte.trained.fidelity import torch_predict
 
 PACKAGES = (
     "llmcompressor==0.14.0.1",

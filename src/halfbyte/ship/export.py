@@ -13,12 +13,10 @@ from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.errors import RunError, UserError
+from halfbyte.host import free_bytes, gib
+from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.artefact import REPORT
-from halfbyte.model.fidelity import Reference, fidelity, reference, torch_predict
 from halfbyte.model.footprint import num_parameters
-from halfbyte.model.host import free_bytes, gib
-from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import load_model
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import default_device
@@ -27,10 +25,12 @@ from halfbyte.run_dir import RunDir, provenance, replace_folder, write_json
 from halfbyte.ship.awq import ServedFolder, make_awq
 from halfbyte.ship.export_report import write_table
 from halfbyte.ship.gguf import LOSSLESS, QUANTS, GgufFactory, make_adapter_gguf
-from halfbyte.ship.intact import check_adapter, check_merged
+from halfbyte.ship.integrity import check_adapter, check_merged
 from halfbyte.ship.peft_folder import make_peft_folder
 from halfbyte.ship.proof import Exam, Proof, Served, Told, prove, refuse_unproven
 from halfbyte.ship.work import Work, measuring
+from halfbyte.trained.artefact import REPORT
+from halfbyte.trained.fidelity import Reference, fidelity, reference, torch_predict
 
 SPARE = 1.1  # of the disk that an export is known to need
 SIZES = {"f32": 1.0, "f16": 0.5, "bf16": 0.5, "q8_0": 0.28}  # of fp32; other types at most q8_0's

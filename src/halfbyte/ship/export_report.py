@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halfbyte.model.artefact import REPORT
 from halfbyte.run_dir import read_json, write_json, write_text
+from halfbyte.trained.artefact import REPORT
 
 
 def write_table(folder: Path) -> None:

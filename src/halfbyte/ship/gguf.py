@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from halfbyte.model.libllama import FTYPES
-from halfbyte.model.llama_tools import convert, quantise
+from halfbyte.llamacpp.library import FTYPES
+from halfbyte.llamacpp.tools import convert, quantise
 from halfbyte.run_dir import write_text
 from halfbyte.ship.modelfile import modelfile
 from halfbyte.ship.work import Work

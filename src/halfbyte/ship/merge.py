@@ -12,7 +12,6 @@ import torch
 
 from halfbyte.config import Run
 from halfbyte.errors import RunError
-from halfbyte.model.fidelity import Fidelity, Reference, fidelity, torch_predict
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.merged import DEQUANTISED, MERGE_REPORT, grids_of
@@ -21,8 +20,9 @@ from halfbyte.model.precision import DTYPES, NAMES, Compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.run_dir import RunDir, provenance, replace_folder, write_json, write_text
 from halfbyte.ship.card import model_card
-from halfbyte.ship.fold import merged_tensors, write_shards
+from halfbyte.ship.merge_math import merged_tensors, write_shards
 from halfbyte.ship.work import Work, measuring
+from halfbyte.trained.fidelity import Fidelity, Reference, fidelity, torch_predict
 
 if TYPE_CHECKING:
     from torch import nn

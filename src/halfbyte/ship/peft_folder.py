@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import RunError
-from halfbyte.model.artefact import VLLM_RANKS, vllm_rank
-from halfbyte.model.canary import CANARY
 from halfbyte.model.packaged import file_sha256
 from halfbyte.run_dir import read_json
 from halfbyte.ship.work import Work
+from halfbyte.trained.artefact import VLLM_RANKS, vllm_rank
+from halfbyte.trained.reference_logprobs import CANARY
 
 
 def make_peft_folder(work: Work, folder: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from halfbyte.config.schema import Export
 from halfbyte.data.questions import Question
 from halfbyte.data.rows import Message
 from halfbyte.errors import RunError
-from halfbyte.model.fidelity import Fidelity, Reference, Rows, agreement
-from halfbyte.model.generate import Answer
+from halfbyte.generate.batched import Answer
 from halfbyte.ship.work import Work
+from halfbyte.trained.fidelity import Fidelity, Reference, Rows, agreement
 
 
 class Served(Protocol):

@@ -10,16 +10,16 @@ from halfbyte.config import Run
 from halfbyte.data.questions import measuring_rows
 from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
+from halfbyte.host import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.fidelity import Reference, Rows, reference, torch_predict
-from halfbyte.model.host import USABLE_FRAC, free_bytes
 from halfbyte.model.load import Loaded, load_base
 from halfbyte.model.precision import DTYPES, Compute, default_device
 from halfbyte.model.quantised import compute_in
 from halfbyte.model.resolve import Base
-from halfbyte.model.trained import saved_renderer, trained_base
 from halfbyte.run_dir import RunDir, read_json
-from halfbyte.ship.fold import Update, read_updates
+from halfbyte.ship.merge_math import Update, read_updates
+from halfbyte.trained.fidelity import Reference, Rows, reference, torch_predict
+from halfbyte.trained.run import saved_renderer, trained_base
 
 if TYPE_CHECKING:
     from torch import nn

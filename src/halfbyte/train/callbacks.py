@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from halfbyte.data.prepare import Example
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
+from halfbyte.generate.batched import generate
 from halfbyte.model.adapter import trainable_parameters
-from halfbyte.model.generate import generate
 
 if TYPE_CHECKING:
     from halfbyte.train.trainer import TokenTrainer

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Run
+from halfbyte.data.prefix_tree import Layout
 from halfbyte.data.prepare import Example, prepare
 from halfbyte.data.render import renderer_of
-from halfbyte.data.tree import Layout
 from halfbyte.errors import PlanError
+from halfbyte.host import release_pages
 from halfbyte.model.adapter import attach_adapter
-from halfbyte.model.host import release_pages
 from halfbyte.model.load import load_config, load_for_training, load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.gate import gate
@@ -22,9 +22,9 @@ from halfbyte.plan.recompute import kept, peaks
 from halfbyte.plan.shape import Lengths
 from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.arguments import Passes
-from halfbyte.train.compute import settle_plan
 from halfbyte.train.measure import measure, resident_bytes
 from halfbyte.train.preflight import check_first_step
+from halfbyte.train.settle_dtype import settle_plan
 from halfbyte.train.trainer import TokenTrainer, build_trainer
 
 if TYPE_CHECKING:

@@ -16,19 +16,19 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerControl, Train
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
+from halfbyte.data.prefix_tree import Tokens
 from halfbyte.data.prepare import Example
 from halfbyte.data.render import Renderer
-from halfbyte.data.tree import Tokens
 from halfbyte.errors import RunError
+from halfbyte.forward.fused_layers import fuse
+from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
-from halfbyte.model.layers import fuse
 from halfbyte.model.load import Loaded
-from halfbyte.model.passes import add_token_loss
-from halfbyte.plan.skeleton import layer_list
+from halfbyte.model.skeleton import layer_list
 from halfbyte.train.arguments import Passes, trainer_arguments
+from halfbyte.train.batching import Cutting, StepwiseSampler
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
 from halfbyte.train.measure import resident_bytes
-from halfbyte.train.order import Cutting, StepwiseSampler
 from halfbyte.train.tracking import Tracker
 
 

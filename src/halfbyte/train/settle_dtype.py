@@ -9,7 +9,7 @@ from torch import nn
 
 from halfbyte.config.schema import Run
 from halfbyte.data.prepare import Example
-from halfbyte.model.half import settle_half
+from halfbyte.forward.fp16_range import settle_half
 from halfbyte.model.load import Loaded
 from halfbyte.plan.gate import gate
 from halfbyte.plan.memory import Planner, TrainPlan

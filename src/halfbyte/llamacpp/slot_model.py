@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from halfbyte.errors import ModelError
-from halfbyte.model.lanes import Lane
-from halfbyte.model.libllama import CONTEXT_FIELDS
-from halfbyte.model.llama_cpp import GgufModel
+from halfbyte.generate.slot_model import Lane
+from halfbyte.llamacpp.library import CONTEXT_FIELDS
+from halfbyte.llamacpp.model import GgufModel
 from halfbyte.serve.engine import PROMPT_TOKENS
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import PlanError
-from halfbyte.plan.gguf_header import Header, read_header
+from halfbyte.llamacpp.gguf_header import Header, read_header
 from halfbyte.plan.report import CONTEXTS
 
 if TYPE_CHECKING:

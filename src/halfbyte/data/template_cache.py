@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from halfbyte.data.controls import SENTINEL_START
-from halfbyte.data.copying import only_copies
 from halfbyte.data.rows import Message
+from halfbyte.data.special_tokens import SENTINEL_START
+from halfbyte.data.template_analysis import only_copies
 from halfbyte.errors import DataError
 
 # A stand-in for a content, between two spaces by which it is seen whether its ends were trimmed.

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from halfbyte.data.tree import common_prefix
+from halfbyte.data.prefix_tree import common_prefix
 from halfbyte.errors import ModelError
-from halfbyte.model import attention
-from halfbyte.model.generate import Answer, causal_of, until_stop
-from halfbyte.model.host import free_bytes
-from halfbyte.model.lanes import GROWTH, Lane, LaneModel, token_bytes
-from halfbyte.model.passes import Allowed, first_sure, probe_words, relative_gap
+from halfbyte.forward import prefix_attention
+from halfbyte.forward.packed import Allowed, first_sure, probe_words, relative_gap
+from halfbyte.generate.batched import Answer, causal_of, until_stop
+from halfbyte.generate.slot_model import GROWTH, Lane, LaneModel, token_bytes
+from halfbyte.host import free_bytes
 
 MAX_SLOTS = 512  # matrix products of more rows are no faster a row
 PROMPT_TOKENS = 2048  # of prompts in one pass
@@ -253,7 +253,10 @@ def slots_refusal(model: nn.Module) -> str:
     """
     causal = causal_of(model)
     name = type(causal).__name__
-    if getattr(causal.config.get_text_config(), "_attn_implementation", "") != attention.NAME:
+    if (
+        getattr(causal.config.get_text_config(), "_attn_implementation", "")
+        != prefix_attention.NAME
+    ):
         return f"{name} does not take halfbyte's attention"
     training = causal.training
     causal.eval()

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from halfbyte.errors import ModelError
-from halfbyte.model.mixed import UNSERVED, MixedLinear
+from halfbyte.forward.multi_lora import UNSERVED, MixedLinear
 
 NAME = "halfbyte-lanes"  # of this attention in transformers
 GROWTH = 256  # tokens by which the cache grows

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import ModelError, last_line
-from halfbyte.model.libllama import (
+from halfbyte.llamacpp.library import (
     QUANTISING,
     SIGNATURES,
     has_functions,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.data.render import IGNORED
-from halfbyte.model.passes import pad_right
+from halfbyte.forward.packed import pad_right
 
 LOGITS_BYTES = 512 << 20  # kept for the trained model, in fp32
 BATCH_LOGITS_BYTES = 512 << 20

@@ -16,9 +16,9 @@ import torch
 from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
+from halfbyte.generate.batched import generate
+from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.footprint import constants_bytes, kinds, num_parameters, weights_bytes
-from halfbyte.model.generate import generate
-from halfbyte.model.llama_cpp import GgufModel
 from halfbyte.model.load import Loaded
 
 MIN_COLUMN = 30  # characters of an answer beside another

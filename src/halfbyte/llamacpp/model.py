@@ -13,9 +13,9 @@ import torch
 from halfbyte.data.render import IGNORED
 from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
-from halfbyte.model.generate import Answer
-from halfbyte.model.libllama import CONTEXT_FIELDS, GPU_LAYERS, library
-from halfbyte.model.llama_tools import engine_path
+from halfbyte.generate.batched import Answer
+from halfbyte.llamacpp.library import CONTEXT_FIELDS, GPU_LAYERS, library
+from halfbyte.llamacpp.tools import engine_path
 
 PIECE_TOKENS = 512  # of a prompt in one call, as by default
 METADATA_BYTES = 1 << 20

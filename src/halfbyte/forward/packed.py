@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from halfbyte.data.prefix_tree import Layout, Tokens, cut_step, lay_out, pass_tokens
 from halfbyte.data.render import IGNORED
-from halfbyte.data.tree import Layout, Tokens, cut_step, lay_out, pass_tokens
-from halfbyte.model import attention
-from halfbyte.model.loss import head_losses, head_scores, score_logits, tile_starts
+from halfbyte.forward import prefix_attention
+from halfbyte.forward.loss import head_losses, head_scores, score_logits, tile_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +117,9 @@ def pick(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return picked
 
 
-def tree_inputs(ids: torch.Tensor, positions: torch.Tensor, tree: attention.Tree) -> dict[str, Any]:
+def tree_inputs(
+    ids: torch.Tensor, positions: torch.Tensor, tree: prefix_attention.Tree
+) -> dict[str, Any]:
     """Arguments of a pass over the tree of tokens (1, T)."""
     return {
         "input_ids": ids,
@@ -133,7 +135,7 @@ def _laid_out(layout: Layout, device: torch.device) -> tuple[dict[str, Any], tor
     ids, positions = (
         torch.tensor([numbers], device=device) for numbers in (layout.ids, layout.positions)
     )
-    inputs = tree_inputs(ids, positions, attention.Tree(layout.nodes, device))
+    inputs = tree_inputs(ids, positions, prefix_attention.Tree(layout.nodes, device))
     return inputs, torch.tensor(layout.sources, dtype=torch.long, device=device)
 
 
@@ -266,12 +268,12 @@ def _use_tree_attention(model: Any) -> str:
     """
     name = type(model).__name__
     own = getattr(model.config.get_text_config(), "_attn_implementation", "eager")
-    if own == attention.NAME:
+    if own == prefix_attention.NAME:
         return ""
     refusal = tree_refusal(model, own)
     if refusal:
         return refusal
-    attention.register()
+    prefix_attention.register()
     training = model.training
     model.eval()
     try:
@@ -321,7 +323,7 @@ def _probe_rows(model: Any, turn: int) -> tuple[str, bool]:
     other = padded[:1].roll(1, dims=1)
     other[:, -1] = padded[:1, -1]
     allowed = Allowed.of(model, noise, relative_gap(states(other)[0, -1], together[0, -1]))
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(prefix_attention.NAME)
     inputs, _ = _laid_out(layout, device)
     found = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
     for path, own in zip(layout.paths, wanted, strict=True):

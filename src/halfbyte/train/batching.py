@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from halfbyte.config.schema import Speed
-from halfbyte.data.tree import Layout, Tokens, cut_step, lay_out, pass_tokens
-from halfbyte.model.passes import row_losses
+from halfbyte.data.prefix_tree import Layout, Tokens, cut_step, lay_out, pass_tokens
+from halfbyte.forward.packed import row_losses
 
 
 @dataclass(frozen=True)

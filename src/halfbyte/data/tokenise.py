@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from halfbyte.data.controls import SENTINELS, Controls
+from halfbyte.data.special_tokens import SENTINELS, Controls
 from halfbyte.libraries import parallel_tokenisers
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from halfbyte.model.load import load_config
 from halfbyte.model.merged import MERGE_REPORT
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.resolve import Base
-from halfbyte.plan.skeleton import build
+from halfbyte.model.skeleton import build
 from halfbyte.run_dir import RunDir, read_json
 
 EMBEDDINGS = ("lm_head", "embed_tokens", "wte", "embed_out")

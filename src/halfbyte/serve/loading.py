@@ -17,28 +17,28 @@ from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import DataError, ModelError, RunError, UserError
+from halfbyte.forward.multi_lora import mix_adapters
+from halfbyte.generate.slot_model import Backend, Lane, LaneModel, token_bytes
+from halfbyte.host import free_bytes
+from halfbyte.llamacpp.gguf_file import read_gguf
+from halfbyte.llamacpp.model import GgufModel
+from halfbyte.llamacpp.slot_model import LlamaLanes
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.artefact import REPORT, read_artefact
-from halfbyte.model.canary import check_canary
-from halfbyte.model.host import free_bytes
-from halfbyte.model.lanes import Backend, Lane, LaneModel, token_bytes
-from halfbyte.model.llama_cpp import GgufModel
+from halfbyte.model.cpu_speed import Way, measure_ways, possible_ways, take_way
 from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
 from halfbyte.model.merged import Merge, read_merge
-from halfbyte.model.mixed import mix_adapters
 from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.model.trained import same_compute, saved_renderer, trained_base
-from halfbyte.plan.llama_split import read_gguf
 from halfbyte.run_dir import RunDir
-from halfbyte.serve.asked import NAME, Asked
+from halfbyte.serve.chat_codec import Words
 from halfbyte.serve.engine import Engine
-from halfbyte.serve.fastest import Way, measure_ways, possible_ways, take_way
-from halfbyte.serve.llama_lanes import LlamaLanes
 from halfbyte.serve.service import Served
+from halfbyte.serve.targets import NAME, Asked
 from halfbyte.serve.vllm import base_name
-from halfbyte.serve.words import Words
+from halfbyte.trained.artefact import REPORT, read_artefact
+from halfbyte.trained.reference_logprobs import check_canary
+from halfbyte.trained.run import same_compute, saved_renderer, trained_base
 
 MAX_SLOTS = 16  # where nothing else is asked for
 DEFAULT_CONTEXT = 4096

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from halfbyte.data.tree import Node
+from halfbyte.data.prefix_tree import Node
 
 NAME = "halfbyte"  # of this attention in transformers
 # Nodes of one call on an accelerator are padded to the longest; the shortest is at least this share of it.

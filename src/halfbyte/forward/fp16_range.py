@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.data.tree import Tokens
+from halfbyte.data.prefix_tree import Tokens
+from halfbyte.forward.packed import pad_right
 from halfbyte.model.load import Loaded
-from halfbyte.model.passes import pad_right
 from halfbyte.model.precision import Compute
 from halfbyte.model.quantised import compute_in
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halfbyte.config.schema import Speed
-from halfbyte.model.fused import fuse_lora, make
+from halfbyte.forward.fused_lora import fuse_lora, make
 
 PROBE_ROWS = 4
 TOLERANCE = 1e-5

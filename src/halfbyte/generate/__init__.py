@@ -1,0 +1,1 @@
+"""Tokens out of a model: in padded batches, or in slots that share a cache."""

@@ -1,0 +1,1 @@
+"""All knowledge of llama.cpp: its C library, its tools and its files."""
