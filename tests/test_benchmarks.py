@@ -21,9 +21,9 @@ from halfbyte.eval import code_metric, harness_model
 from halfbyte.eval.harness import ask, load_benchmarks
 from halfbyte.eval.harness_model import SharedPrefixLM
 from halfbyte.eval.sandbox import run_program
-from halfbyte.eval.variants import unpack_for_speed
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.generate.continuous import SlotGenerator
+from halfbyte.model.cpu_speed import unpack_for_speed
 from halfbyte.model.load import load_model, load_tokenizer
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base

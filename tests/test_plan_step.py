@@ -13,12 +13,13 @@ from transformers import AutoConfig, PretrainedConfig
 from halfbyte.config.schema import Adapter, Model, Speed
 from halfbyte.errors import ModelError
 from halfbyte.forward.loss import BLOCK_BYTES
+from halfbyte.forward.recompute import recompute_first
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
-from halfbyte.model.skeleton import Cut
 from halfbyte.plan import recompute
+from halfbyte.plan.layer_cut import Cut
 from halfbyte.plan.shape import Shape
 from halfbyte.plan.step import (
     ACTIVATIONS,
@@ -30,7 +31,6 @@ from halfbyte.plan.step import (
     PHASES,
     Step,
 )
-from halfbyte.train.trainer import recompute_first
 
 SMALL: dict[str, Any] = {
     "vocab_size": 480,

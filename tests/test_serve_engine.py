@@ -16,8 +16,9 @@ from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
 from halfbyte.forward.multi_lora import MixedLinear, mix_adapters
+from halfbyte.forward.slot_attention import Lane
 from halfbyte.generate.batched import generate
-from halfbyte.generate.slot_model import Lane, LaneModel
+from halfbyte.generate.slot_model import LaneModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_base
 from halfbyte.model.precision import choose_compute, default_device

@@ -35,9 +35,9 @@ def main() -> None:
     from halfbyte.libraries import quiet_libraries
 
     quiet_libraries()
-    from halfbyte.llamacpp import gguf_file
     from halfbyte.model.load import stored_method
     from halfbyte.model.merged import check_keeps_training
+    from halfbyte.plan import gguf_placement
     from halfbyte.plan.catalogue import model_config
     from halfbyte.plan.devices import find_device
     from halfbyte.plan.report import quantised_json, quantised_text
@@ -45,9 +45,9 @@ def main() -> None:
     device = find_device(arguments.device)
     placed = None
     if run.model.name.endswith(".gguf"):
-        placed = gguf_file.plan(Path(run.model.name), device, arguments.gpu_layers)
+        placed = gguf_placement.plan(Path(run.model.name), device, arguments.gpu_layers)
         if not arguments.json and not arguments.suggest:
-            print(gguf_file.as_text(placed) + "\n")
+            print(gguf_placement.as_text(placed) + "\n")
     config, origin = model_config(run.model.name, run.model.revision)
     method = stored_method(config)
     check_keeps_training(Path(run.model.name), run.model.precision)

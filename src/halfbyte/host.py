@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,10 +19,6 @@ GIB_BYTES = 1 << 30
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CPU_FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")  # what makes bf16 and int8 quick
 DRIVER_TIMEOUT_S = 5
-MADV_PAGEOUT = 21
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MAPPED_BYTES = 128 << 10  # glibc's own start
-MOST_MAPPED_BYTES = 32 << 20  # and what it rises to as blocks are freed
 
 
 def ram_bytes() -> tuple[int, int]:
@@ -191,47 +184,3 @@ def free_bytes(device: torch.device) -> int:
         held = cuda.memory_reserved(device) - cuda.memory_allocated(device)
         return int(cuda.mem_get_info(device)[0]) + held
     return ram_bytes()[1]
-
-
-@contextmanager
-def mapped_blocks() -> Iterator[None]:
-    """Within it, large blocks go back to the system as they are freed, and leave no holes in the heap.
-
-    For loading, whose temporaries die among weights that stay. Afterwards blocks are kept for the next
-    use, as glibc does of itself once large ones have been freed (mallopt(3)); other C libraries are left
-    as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-    try:
-        yield
-    finally:
-        mallopt(M_MMAP_THRESHOLD, MOST_MAPPED_BYTES)
-        mallopt(M_TRIM_THRESHOLD, 2 * MOST_MAPPED_BYTES)
-
-
-def trim_heap() -> None:
-    """Give freed blocks back to the system, holes among used ones too (malloc_trim(3)); glibc alone."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def release_pages() -> None:
-    """Give back what loading has left resident: pages of checkpoints that were read, freed blocks.
-
-    safetensors maps whole files, and a mapping lives as long as any tensor in it. Its clean pages come
-    back from the file when they are read; changed ones stay (madvise(2), MADV_PAGEOUT, Linux 5.4).
-    Elsewhere than on Linux with glibc this does nothing: it changes what is resident, never a value.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(".safetensors"):
-            start, end = (int(number, 16) for number in line.split()[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
-    trim_heap()

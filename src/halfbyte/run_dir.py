@@ -15,6 +15,7 @@ eval/              report.json, .md, .html; answers.jsonl, benchmarks.jsonl, jud
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -219,3 +220,9 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

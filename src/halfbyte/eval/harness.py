@@ -29,8 +29,6 @@ from halfbyte.eval.code_metric import is_held, sandboxed_code
 
 # lm-evaluation-harness's own defaults: with them the prompts are those of its command line.
 RANDOM_SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234
-# A row that is scored takes a pass with all its tokens, an answer that grows with one: so many fewer rows.
-ROWS_PER_SCORED = 4
 BOOTSTRAP = 100  # resamples of the harness's standard errors where it has no formula
 
 Question = tuple[str, int]  # task and number of the question in it

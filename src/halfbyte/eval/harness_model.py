@@ -11,8 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from halfbyte.data.render import IGNORED
-from halfbyte.eval.harness import ROWS_PER_SCORED
-from halfbyte.forward.packed import row_scores
+from halfbyte.forward.scoring import ROWS_PER_SCORED, row_scores
 from halfbyte.generate.batched import causal_of
 from halfbyte.generate.continuous import SlotGenerator, slots_refusal
 

@@ -16,14 +16,15 @@ from halfbyte.data.questions import Question
 from halfbyte.data.render import IGNORED
 from halfbyte.data.rows import Row
 from halfbyte.eval.energy import Meter
-from halfbyte.eval.harness import ROWS_PER_SCORED, Answered
+from halfbyte.eval.harness import Answered
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
-from halfbyte.eval.variants import Contender, unpack_for_speed
-from halfbyte.forward.packed import row_scores
+from halfbyte.eval.variants import Contender
+from halfbyte.forward.scoring import ROWS_PER_SCORED, row_scores
 from halfbyte.generate.batched import Answer, generate
 from halfbyte.generate.continuous import SlotGenerator, Spent, slots_refusal
 from halfbyte.llamacpp.model import GgufModel
+from halfbyte.model.cpu_speed import unpack_for_speed
 
 LOSS_METRIC = "held_out_loss"
 MOST_WANTED = 64  # labelled tokens of a row whose logits are held all at once

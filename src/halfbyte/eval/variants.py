@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,6 @@ from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
 from halfbyte.model.merged import MERGE_REPORT, keeps_training
 from halfbyte.model.precision import DTYPES, Compute
-from halfbyte.model.quantised import unpack_layers
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
 from halfbyte.run_dir import RunDir, read_json
 from halfbyte.trained.artefact import read_artefact
@@ -34,7 +32,6 @@ from halfbyte.trained.artefact import read_artefact
 BASE_FULL, FEWSHOT, BASE_NF4 = "base-full", "base-full-fewshot", "base-nf4"
 ADAPTER, MERGED = "adapter", "merged"
 TRAINED = (ADAPTER, MERGED)
-UNPACKED_FRAC = 0.25  # of the free memory
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 
@@ -261,20 +258,6 @@ def load_scored(base: Base, precision: Precision | None, compute: Compute, run: 
     )
     add_token_loss(loaded.model)
     return loaded
-
-
-def unpack_for_speed(model: nn.Module) -> None:
-    """On a CPU, keep 4-bit weights unpacked if they take little of the memory: the same numbers, made once."""
-    states: list[Any] = [getattr(weight, "quant_state", None) for weight in model.parameters()]
-    packed = [state for state in states if state is not None]
-    device = next(model.parameters()).device
-    if device.type != "cpu" or not packed:
-        return
-    dtype = packed[0].dtype
-    if sum(state.shape.numel() for state in packed) * dtype.itemsize <= UNPACKED_FRAC * free_bytes(
-        device
-    ):
-        unpack_layers(model, dtype)
 
 
 def release() -> None:

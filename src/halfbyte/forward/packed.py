@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from halfbyte.data.prefix_tree import Layout, Tokens, cut_step, lay_out, pass_tokens
+from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.data.render import IGNORED
 from halfbyte.forward import prefix_attention
 from halfbyte.forward.loss import head_losses, head_scores, score_logits, tile_starts
+from halfbyte.forward.probes import Allowed, first_sure, probe_words, relative_gap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 1e-3
-# In 16 bits a model may be sure of nothing on tokens that it has seldom seen, such as a row of control tokens:
-# SmolLM2 in bf16 is 0.7 from itself in fp32 there and 0.02 on words. So other tokens are tried before it fails.
-PROBE_TURNS = 3
-PROBE_STRIDE, PROBE_SHIFT = 7919, 104_729  # primes: words from all over a vocabulary
-# Norm of the difference by the norm: rounding is below. In 16 bits it adds up over layers, so that more is
-# allowed where the plain pass differs from itself, up to a part of what another context would change.
-TREE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-NOISE_FACTOR = 2
-CONTEXT_FRAC = 0.25
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -168,67 +159,6 @@ def pad_right(
     }
 
 
-def row_losses(
-    model: nn.Module,
-    rows: Sequence[Tokens],
-    num_rows: int,
-    *,
-    share: bool = True,
-    padded: bool = False,
-) -> list[tuple[float, int]]:
-    """For each row its summed loss in nats and the number of labelled tokens.
-
-    ``model`` knows ``token_loss``; a pass takes at most the tokens of the ``num_rows`` longest rows. The
-    result does not depend on how rows are put together but for rounding.
-    """
-    found = _predictions(model, rows, num_rows, "each", share=share, padded=padded)
-    return [(sum(losses.tolist()), len(losses)) for losses in found]
-
-
-def row_scores(
-    model: nn.Module, rows: Sequence[Tokens], num_rows: int
-) -> list[tuple[float, list[bool]]]:
-    """For each row its summed loss in nats, and for each labelled token whether it is the likeliest one.
-
-    As ``row_losses``: rows that begin alike, such as the choices of a question, share that beginning.
-    """
-    found = _predictions(model, rows, num_rows, "scores", share=True, padded=False)
-    return [(sum(losses.tolist()), (hits > 0).tolist()) for losses, hits in found]
-
-
-@torch.no_grad()
-def _predictions(
-    model: nn.Module,
-    rows: Sequence[Tokens],
-    num_rows: int,
-    token_loss: Literal["each", "scores"],
-    *,
-    share: bool,
-    padded: bool,
-) -> list[torch.Tensor]:
-    """What the model says of each row's predictions, (…, number of them)."""
-    if not rows:
-        return []
-    found: dict[int, torch.Tensor] = {}
-    # Passes are as large as what is computed: padded rows where the model has no tree, and on an
-    # accelerator, which gathers the keys of each row, as if nothing were shared.
-    padded = padded or getattr(model, "pads_rows", False)
-    counted = share and not (
-        token_loss == "scores" and next(model.parameters()).device.type != "cpu"
-    )
-    most = pass_tokens(rows, num_rows, share=counted, padded=padded)
-    training = model.training
-    model.eval()
-    for numbers in cut_step(rows, most, share=counted, padded=padded):
-        members = [rows[number] for number in numbers]
-        layout = lay_out(members, share=share, padded=padded)
-        told = model(layout=layout, token_loss=token_loss).double().cpu()
-        for number, mine in zip(numbers, layout.predictions, strict=True):
-            found[number] = told[..., mine]
-    model.train(training)
-    return [found[row] for row in range(len(rows))]
-
-
 @torch.no_grad()
 def _head_is_plain(model: Any, softcap: float | None) -> bool:
     """Whether head(hidden), capped, gives the model's own logits."""
@@ -292,16 +222,6 @@ def _probe_tree(model: Any, name: str) -> str:
     return f"{name}{refusal}" if refusal else ""
 
 
-def first_sure(attempt: Callable[[int], tuple[str, bool]]) -> str:
-    """The refusal of the first turn of a probe that has none or is sure of it, else that of the last."""
-    refusal = ""
-    for turn in range(PROBE_TURNS):
-        refusal, is_sure = attempt(turn)
-        if not refusal or is_sure:
-            break
-    return refusal
-
-
 def _probe_rows(model: Any, turn: int) -> tuple[str, bool]:
     """What speaks against a tree on some rows, or ""; and whether the plain pass is sure of itself there."""
     words = probe_words(model, PROBE_TOKENS + 4, turn)
@@ -335,36 +255,3 @@ def _probe_rows(model: Any, turn: int) -> tuple[str, bool]:
     if "sliding_attention" in kinds and inputs["tree"].windows == {None}:
         return " does not tell its attention the sliding window", True
     return "", True
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """How far two ways to compute the same may be apart.
-
-    Attributes:
-        gap: as ``relative_gap``.
-        is_sure: whether a larger gap is a fault; else the plain pass differs from itself too much to say.
-    """
-
-    gap: float
-    is_sure: bool
-
-    @classmethod
-    def of(cls, model: Any, noise: float, context: float) -> Allowed:
-        """From how far the plain pass is from itself, and from what it gives after other tokens."""
-        dtype = model.get_input_embeddings().weight.dtype  # the residual stream may be wider
-        least, most = TREE_TOLERANCE[dtype], CONTEXT_FRAC * context
-        if dtype == torch.float32:
-            return cls(least, True)
-        return cls(max(least, min(NOISE_FACTOR * noise, most)), NOISE_FACTOR * noise <= most)
-
-
-def probe_words(model: Any, count: int, turn: int) -> list[int]:
-    """Tokens for a probe, others at each turn."""
-    limit = int(model.config.get_text_config().vocab_size)
-    return [(PROBE_STRIDE * (n + 1) + PROBE_SHIFT * turn) % limit for n in range(count)]
-
-
-def relative_gap(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference by the norm."""
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())

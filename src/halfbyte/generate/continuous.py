@@ -14,9 +14,10 @@ from torch.nn import functional
 from halfbyte.data.prefix_tree import common_prefix
 from halfbyte.errors import ModelError
 from halfbyte.forward import prefix_attention
-from halfbyte.forward.packed import Allowed, first_sure, probe_words, relative_gap
+from halfbyte.forward.probes import Allowed, first_sure, probe_words, relative_gap
+from halfbyte.forward.slot_attention import GROWTH, Lane
 from halfbyte.generate.batched import Answer, causal_of, until_stop
-from halfbyte.generate.slot_model import GROWTH, Lane, LaneModel, token_bytes
+from halfbyte.generate.slot_model import LaneModel, token_bytes
 from halfbyte.host import free_bytes
 
 MAX_SLOTS = 512  # matrix products of more rows are no faster a row

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from halfbyte.errors import ModelError
-from halfbyte.generate.slot_model import Lane
+from halfbyte.forward.slot_attention import Lane
 from halfbyte.llamacpp.library import CONTEXT_FIELDS
 from halfbyte.llamacpp.model import GgufModel
-from halfbyte.serve.engine import PROMPT_TOKENS
 
 
 class LlamaLanes:
@@ -21,6 +20,7 @@ class LlamaLanes:
         model: the loaded file.
         num_slots: requests at once; each has its own stream of the cache, allocated now.
         max_context: tokens of a prompt and its answer, at most.
+        prompt_tokens: of prompts in one pass, at most.
 
     Raises:
         ModelError: the cache cannot be allocated.
@@ -29,13 +29,15 @@ class LlamaLanes:
     can_copy = False
     unused_bytes = 0  # llama.cpp takes its cache at once
 
-    def __init__(self, model: GgufModel, *, num_slots: int, max_context: int) -> None:
+    def __init__(
+        self, model: GgufModel, *, num_slots: int, max_context: int, prompt_tokens: int
+    ) -> None:
         self.gguf, self.num_slots, self.max_context = model, num_slots, max_context
         self.device = torch.device("cpu")
         self.vocab_size = model.vocab_size
         lib = model.lib
         settings = lib.llama_context_default_params()
-        batch = PROMPT_TOKENS + num_slots
+        batch = prompt_tokens + num_slots
         wanted = {
             "n_ctx": num_slots * max_context,
             "n_batch": batch,

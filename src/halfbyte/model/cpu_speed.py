@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from halfbyte.host import free_bytes
 from halfbyte.model.precision import NAMES
 from halfbyte.model.quantised import compute_in, plain_weight, unpack_layers
+
+UNPACKED_FRAC = 0.25  # of the free memory
 
 REPEATS = 3
 USABLE_FRAC = 0.5  # of the available memory, for unpacked weights
@@ -109,3 +112,17 @@ def _best(work: Any) -> float:
         work()
         took.append(time.perf_counter() - start)
     return min(took)
+
+
+def unpack_for_speed(model: nn.Module) -> None:
+    """On a CPU, keep 4-bit weights unpacked if they take little of the memory: the same numbers, made once."""
+    states: list[Any] = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    packed = [state for state in states if state is not None]
+    device = next(model.parameters()).device
+    if device.type != "cpu" or not packed:
+        return
+    dtype = packed[0].dtype
+    if sum(state.shape.numel() for state in packed) * dtype.itemsize <= UNPACKED_FRAC * free_bytes(
+        device
+    ):
+        unpack_layers(model, dtype)

@@ -11,7 +11,7 @@ import torch
 from halfbyte.config.schema import Model
 from halfbyte.config.section import FOUR_BIT, ComputeDtype, Precision
 from halfbyte.errors import ModelError
-from halfbyte.host import mapped_blocks, release_pages
+from halfbyte.heap import mapped_blocks, release_pages
 from halfbyte.model.merged import check_keeps_training, read_merge
 from halfbyte.model.precision import (
     DTYPES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.errors import ModelError, last_line
-from halfbyte.run_dir import cache_dir
+from halfbyte.run_dir import cache_dir, file_sha256
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,6 @@ def converted_gguf(sha256: str, fetch: Callable[[], Path]) -> Path:
         if not (target / "config.json").is_file():
             _convert(fetch(), target)
     return target
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(name: str, package: Package, folder: Path) -> Path:

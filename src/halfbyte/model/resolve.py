@@ -12,7 +12,8 @@ from pathlib import Path
 
 from halfbyte.config.paths import MODEL_SUFFIXES
 from halfbyte.errors import ModelError
-from halfbyte.model.packaged import converted_gguf, file_sha256, packaged_model
+from halfbyte.model.packaged import converted_gguf, packaged_model
+from halfbyte.run_dir import file_sha256
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 HUB_LEFT_OUT = ["consolidated*", "*/*"]

@@ -28,16 +28,7 @@ from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import Loaded
 from halfbyte.model.precision import DTYPES, Compute, keep_residual
 from halfbyte.model.resolve import Base
-from halfbyte.model.skeleton import (
-    Cut,
-    build_for_step,
-    check_attention,
-    cut,
-    keep_layers,
-    layer_kinds,
-    layer_list,
-    quantise,
-)
+from halfbyte.model.skeleton import build_for_step, check_attention, layer_list, quantise
 from halfbyte.plan.fake import (
     ATTENTION,
     MATH_ATTENTION,
@@ -45,6 +36,7 @@ from halfbyte.plan.fake import (
     materialise,
     register_attention,
 )
+from halfbyte.plan.layer_cut import Cut, cut, keep_layers, layer_kinds
 from halfbyte.plan.live import LiveBytes, Peak
 from halfbyte.plan.shape import Shape
 

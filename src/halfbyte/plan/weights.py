@@ -12,15 +12,9 @@ from halfbyte.errors import ModelError
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.precision import DTYPES
 from halfbyte.model.quantised import Packing
-from halfbyte.model.skeleton import (
-    Unpacked,
-    build,
-    keep_layers,
-    layer_list,
-    packed_layers,
-    unpacked,
-)
+from halfbyte.model.skeleton import Unpacked, build, layer_list, packed_layers, unpacked
 from halfbyte.plan.formats import GGUF_TYPES, awq_bytes, gguf_bytes
+from halfbyte.plan.layer_cut import keep_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

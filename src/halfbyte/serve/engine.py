@@ -17,8 +17,9 @@ from typing import Literal
 
 import torch
 
-from halfbyte.generate.slot_model import Backend, Lane
-from halfbyte.host import trim_heap
+from halfbyte.forward.slot_attention import Lane
+from halfbyte.generate.slot_model import Backend
+from halfbyte.heap import trim_heap
 from halfbyte.serve.sampling import Choice, GrammarError, Sampler
 from halfbyte.serve.text import TextStream
 

@@ -18,7 +18,8 @@ from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import DataError, ModelError, RunError, UserError
 from halfbyte.forward.multi_lora import mix_adapters
-from halfbyte.generate.slot_model import Backend, Lane, LaneModel, token_bytes
+from halfbyte.forward.slot_attention import Lane
+from halfbyte.generate.slot_model import Backend, LaneModel, token_bytes
 from halfbyte.host import free_bytes
 from halfbyte.llamacpp.gguf_file import read_gguf
 from halfbyte.llamacpp.model import GgufModel
@@ -27,12 +28,11 @@ from halfbyte.model.adapter import load_adapter
 from halfbyte.model.cpu_speed import Way, measure_ways, possible_ways, take_way
 from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
 from halfbyte.model.merged import Merge, read_merge
-from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.run_dir import RunDir
+from halfbyte.run_dir import RunDir, file_sha256
 from halfbyte.serve.chat_codec import Words
-from halfbyte.serve.engine import Engine
+from halfbyte.serve.engine import PROMPT_TOKENS, Engine
 from halfbyte.serve.service import Served
 from halfbyte.serve.targets import NAME, Asked
 from halfbyte.serve.vllm import base_name
@@ -225,7 +225,7 @@ def _open_gguf(
     if not options.gpu_layers:  # else llama.cpp says itself whether its part fits in VRAM
         free = free_bytes(torch.device("cpu")) - _promised_bytes(others, torch.device("cpu"))
         slots = _slots(options, name, context, sum(header.cache_bytes(context)), free)
-    backend = LlamaLanes(model, num_slots=slots, max_context=context)
+    backend = LlamaLanes(model, num_slots=slots, max_context=context, prompt_tokens=PROMPT_TOKENS)
     _check_finite(backend, renderer, name)
     say(f"{name}: {model.describe()}, {backend.num_slots} slots of {context} tokens")
     return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))

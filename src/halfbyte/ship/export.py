@@ -18,10 +18,9 @@ from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.load import load_model
-from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import default_device
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
-from halfbyte.run_dir import RunDir, provenance, replace_folder, write_json
+from halfbyte.run_dir import RunDir, file_sha256, provenance, replace_folder, write_json
 from halfbyte.ship.awq import ServedFolder, make_awq
 from halfbyte.ship.export_report import write_table
 from halfbyte.ship.gguf import LOSSLESS, QUANTS, GgufFactory, make_adapter_gguf

@@ -12,10 +12,9 @@ from torch import nn
 from halfbyte.errors import RunError
 from halfbyte.model.load import load_config
 from halfbyte.model.merged import MERGE_REPORT
-from halfbyte.model.packaged import file_sha256
 from halfbyte.model.resolve import Base
 from halfbyte.model.skeleton import build
-from halfbyte.run_dir import RunDir, read_json
+from halfbyte.run_dir import RunDir, file_sha256, read_json
 
 EMBEDDINGS = ("lm_head", "embed_tokens", "wte", "embed_out")
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"

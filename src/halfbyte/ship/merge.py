@@ -15,10 +15,9 @@ from halfbyte.errors import RunError
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.merged import DEQUANTISED, MERGE_REPORT, grids_of
-from halfbyte.model.packaged import file_sha256
 from halfbyte.model.precision import DTYPES, NAMES, Compute
 from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.run_dir import RunDir, provenance, replace_folder, write_json, write_text
+from halfbyte.run_dir import RunDir, file_sha256, provenance, replace_folder, write_json, write_text
 from halfbyte.ship.card import model_card
 from halfbyte.ship.merge_math import merged_tensors, write_shards
 from halfbyte.ship.work import Work, measuring

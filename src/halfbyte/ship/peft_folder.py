@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import RunError
-from halfbyte.model.packaged import file_sha256
-from halfbyte.run_dir import read_json
+from halfbyte.run_dir import file_sha256, read_json
 from halfbyte.ship.work import Work
 from halfbyte.trained.artefact import VLLM_RANKS, vllm_rank
 from halfbyte.trained.reference_logprobs import CANARY

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from halfbyte.config.schema import Speed
 from halfbyte.data.prefix_tree import Layout, Tokens, cut_step, lay_out, pass_tokens
-from halfbyte.forward.packed import row_losses
+from halfbyte.forward.scoring import row_losses
 
 
 @dataclass(frozen=True)

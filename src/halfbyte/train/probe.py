@@ -12,7 +12,7 @@ from halfbyte.data.prefix_tree import Layout
 from halfbyte.data.prepare import Example, prepare
 from halfbyte.data.render import renderer_of
 from halfbyte.errors import PlanError
-from halfbyte.host import release_pages
+from halfbyte.heap import release_pages
 from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.load import load_config, load_for_training, load_tokenizer
 from halfbyte.model.resolve import resolve_base

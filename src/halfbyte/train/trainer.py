@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
@@ -22,9 +22,9 @@ from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.forward.fused_layers import fuse
 from halfbyte.forward.packed import add_token_loss
+from halfbyte.forward.recompute import recompute_first
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.model.load import Loaded
-from halfbyte.model.skeleton import layer_list
 from halfbyte.train.arguments import Passes, trainer_arguments
 from halfbyte.train.batching import Cutting, StepwiseSampler
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
@@ -300,22 +300,6 @@ def build_trainer(
     if tracker is not None:
         _tell(run, trainer.cutting, refusal)
     return trainer
-
-
-def recompute_first(model: PreTrainedModel, num_layers: int) -> None:
-    """Let ``gradient_checkpointing_enable`` switch on the first layers alone.
-
-    transformers and TRL call it wherever they see fit, and it switches on all of them.
-    """
-    enable: Any = model.gradient_checkpointing_enable
-
-    def enable_first(*args: Any, **options: Any) -> None:
-        enable(*args, **options)
-        layer: Any
-        for layer in layer_list(model)[num_layers:]:
-            layer.gradient_checkpointing = False
-
-    model.gradient_checkpointing_enable = enable_first
 
 
 def _tell(run: Run, cutting: Cutting, refusal: str) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from halfbyte.errors import RunError
-from halfbyte.model.packaged import file_sha256
-from halfbyte.run_dir import RunDir, read_json
+from halfbyte.run_dir import RunDir, file_sha256, read_json
 
 REPORT = "export_report.json"
 # What vLLM takes as --max-lora-rank (vllm/config/lora.py).

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import PlanError
-from halfbyte.llamacpp.gguf_file import plan, read_gguf, splits
+from halfbyte.llamacpp.gguf_file import read_gguf
 from halfbyte.llamacpp.gguf_header import read_header
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.plan.devices import find_device
+from halfbyte.plan.gguf_placement import plan, splits
 
 MIB = 1 << 20
 pytestmark = pytest.mark.real

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from test_tree import row_sets
+from test_prefix_tree import row_sets
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +16,8 @@ from halfbyte.config.schema import Adapter, Speed
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.data.render import IGNORED
 from halfbyte.forward.fused_layers import fuse, fuse_layers
-from halfbyte.forward.packed import add_token_loss, pad_right, row_losses
+from halfbyte.forward.packed import add_token_loss, pad_right
+from halfbyte.forward.scoring import row_losses
 from halfbyte.generate.continuous import slots_refusal
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import Loaded, load_model, load_tokenizer

@@ -15,19 +15,8 @@ from halfbyte.model.footprint import num_parameters, stored_tensors
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
-from halfbyte.model.skeleton import (
-    EXPERTS,
-    MAX_KINDS,
-    Cut,
-    build,
-    cut,
-    keep_layers,
-    layer_kinds,
-    layer_list,
-    packed_layers,
-    quantise,
-    unpacked,
-)
+from halfbyte.model.skeleton import EXPERTS, build, layer_list, packed_layers, quantise, unpacked
+from halfbyte.plan.layer_cut import MAX_KINDS, Cut, cut, keep_layers, layer_kinds
 
 SMALL: dict[str, Any] = {
     "vocab_size": 480,

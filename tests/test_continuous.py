@@ -10,7 +10,8 @@ import torch
 
 from halfbyte.config.schema import Adapter
 from halfbyte.data.render import IGNORED
-from halfbyte.forward.packed import add_token_loss, row_scores
+from halfbyte.forward.packed import add_token_loss
+from halfbyte.forward.scoring import row_scores
 from halfbyte.generate import continuous
 from halfbyte.generate.batched import Answer, generate
 from halfbyte.generate.continuous import SlotGenerator, Spent, slots_refusal
