@@ -59,7 +59,7 @@ def main() -> None:
         reply_to_image,
     )
     from halfbyte.model.adapter import adapter_off
-    from halfbyte.model.load import load_as_asked, load_multimodal, load_tokenizer
+    from halfbyte.model.load import load_at_precision, load_multimodal, load_tokenizer
     from halfbyte.model.resolve import resolve_base
     from halfbyte.trained.run import load_trained
 
@@ -91,7 +91,7 @@ def main() -> None:
         base = resolve_base(name, arguments.revision)
         template = load_template(arguments.chat_template) if arguments.chat_template else None
         renderer = Renderer(load_tokenizer(base), template)
-        loaded = load_as_asked(base, arguments.precision, double_quant, arguments.compute_dtype)
+        loaded = load_at_precision(base, arguments.precision, double_quant, arguments.compute_dtype)
         print(describe(loaded))
 
     def answer(messages: tuple[Message, ...]) -> Reply:

@@ -52,9 +52,9 @@ def main() -> None:
     arguments = parser.parse_args(given)
     _check(arguments, more)
 
-    from halfbyte.serve.targets import check_open, read_asked, read_keys
+    from halfbyte.serve.targets import check_open, read_keys, read_targets
 
-    asked = read_asked(arguments.models)
+    asked = read_targets(arguments.models)
     keys = read_keys(arguments.api_key_file, os.environ.get("HALFBYTE_API_KEYS"))
     check_open(arguments.host, keys)
 

@@ -15,7 +15,7 @@ from halfbyte.forward.scoring import row_scores
 from halfbyte.generate import continuous
 from halfbyte.generate.batched import Answer, generate
 from halfbyte.generate.continuous import SlotGenerator, Spent, slots_refusal
-from halfbyte.generate.slot_model import LaneModel, token_bytes
+from halfbyte.generate.slot_model import SlotModel, token_bytes
 from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.load import load_model
 from halfbyte.model.precision import Compute
@@ -122,14 +122,14 @@ def test_what_is_wanted_is_scored_where_the_prompt_is_read(
 
 def test_all_prompts_for_which_there_are_slots_begin_at_once(model: Any) -> None:
     passes: list[int] = []
-    run = LaneModel.logits
+    run = SlotModel.logits
 
     def noted(self: Any, lanes: Any) -> Any:
         passes.append(len(lanes))
         return run(self, lanes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LaneModel, "logits", noted)
+        patch.setattr(SlotModel, "logits", noted)
         patch.setattr(continuous, "PROMPT_TOKENS", 20)  # so that they are read in several passes
         SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[], max_new_tokens=12)
     assert max(passes) == 8
@@ -162,9 +162,9 @@ def test_slots_are_as_many_as_memory_has_room_for(
 
     def noted(*given: Any, num_slots: int, **options: Any) -> Any:
         used.append(num_slots)
-        return LaneModel(*given, num_slots=num_slots, **options)
+        return SlotModel(*given, num_slots=num_slots, **options)
 
-    monkeypatch.setattr(continuous, "LaneModel", noted)
+    monkeypatch.setattr(continuous, "SlotModel", noted)
     for free, most in ((0, 2), (2 * 4 * a_slot, 4), (400 * a_slot, 9)):
         monkeypatch.setattr(continuous, "free_bytes", lambda device, free=free: free)
         made = SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[2], max_new_tokens=12)

@@ -9,7 +9,7 @@ import pytest
 
 from halfbyte.config.evaluation import Benchmark, Eval
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
-from halfbyte.eval.harness import Answered, Asked
+from halfbyte.eval.harness import Answered, LoadedBenchmark
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Entrant:
     benchmarks: dict[str, Answered]
 
 
-def asked(task: str, n: int, *, higher: bool = True) -> Asked:
+def asked(task: str, n: int, *, higher: bool = True) -> LoadedBenchmark:
     questions = [(task, number) for number in range(n)]
-    return Asked(Benchmark(task=task), {}, questions, "acc,none", higher)
+    return LoadedBenchmark(Benchmark(task=task), {}, questions, "acc,none", higher)
 
 
 def entrant(name: str, **scores: list[float]) -> Entrant:
@@ -39,7 +39,7 @@ def entrant(name: str, **scores: list[float]) -> Entrant:
     )
 
 
-def entries(benchmarks: list[Asked], *entrants: Entrant) -> list[dict[str, Any]]:
+def entries(benchmarks: list[LoadedBenchmark], *entrants: Entrant) -> list[dict[str, Any]]:
     run: Any = Settings()
     return benchmark_entries(run, benchmarks, entrants, entrants[-1])
 

@@ -14,14 +14,14 @@ from halfbyte.config import model_run
 from halfbyte.config.section import Precision
 from halfbyte.errors import ModelError
 from halfbyte.model import load
-from halfbyte.model.load import load_as_asked, load_model
+from halfbyte.model.load import load_at_precision, load_model
 from halfbyte.model.merged import grids_of, keeps_training
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.advice import _harder
 from halfbyte.plan.devices import DEVICES
 from halfbyte.run_dir import read_json, write_json
-from halfbyte.serve.targets import Asked
+from halfbyte.serve.targets import ServeTarget
 from halfbyte.serve.vllm import vllm_command
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "asked")
@@ -116,7 +116,7 @@ def test_a_merge_is_loaded_in_a_dtype_that_holds_it(
     asked: list[Any] = []
     monkeypatch.setattr(load, "load_model", lambda base, precision, **_: asked.append(precision))
     for compute_dtype in ("auto", "bf16"):  # stored in fp16, which bf16 would round
-        load.load_as_asked(resolve_base(str(merged)), None, True, compute_dtype)
+        load.load_at_precision(resolve_base(str(merged)), None, True, compute_dtype)
     assert asked == ["fp32", "bf16"]
 
 
@@ -138,7 +138,7 @@ def test_chat_takes_a_merge_unquantised_unless_told_and_refuses_nf4(
     merged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = resolve_base(str(merged))
-    assert load_as_asked(base, None, True, "fp32").precision == "fp32"
+    assert load_at_precision(base, None, True, "fp32").precision == "fp32"
     asked = (merged, "--prompt", "Code this", "--max-new-tokens", "2")
     run_script("eval/generate.py", *asked, "--compute-dtype", "fp32")
     assert "fp32" in capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_scripts_refuse_it_before_anything_is_made(
 
 
 def test_vllm_is_not_started_to_quantise_it(merged: Path) -> None:
-    asked = [Asked(None, str(merged))]
+    asked = [ServeTarget(None, str(merged))]
     assert str(merged) in vllm_command(asked, "localhost", 8000, None, [])
     with pytest.raises(ModelError, match=TAKES_BACK):
         vllm_command(asked, "localhost", 8000, None, ["--quantization", "bitsandbytes"])
@@ -179,4 +179,4 @@ def test_merge_trains_on_at_a_precision_that_keeps_it(merged: Path, tmp_path: Pa
 
 def test_refusal_names_the_ways_out(merged: Path) -> None:
     with pytest.raises(ModelError, match=r"fp32, bf16 or fp16.*merge\.base=full"):
-        load_as_asked(resolve_base(str(merged)), "nf4", True, "fp32")
+        load_at_precision(resolve_base(str(merged)), "nf4", True, "fp32")

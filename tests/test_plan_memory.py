@@ -31,7 +31,7 @@ from halfbyte.plan.memory import (
     compute_dtype,
     state_bytes,
 )
-from halfbyte.plan.shape import Lengths, Shape
+from halfbyte.plan.shape import Lengths, StepShape
 from halfbyte.plan.step import PHASES
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
@@ -216,10 +216,10 @@ def test_processes_share_the_ram_but_not_the_cards(
 def test_lengths_give_the_largest_micro_batch() -> None:
     lengths = Lengths(((50, 10), (40, 30), (30, 5)))
     first = lengths.shape(2, checkpointing=True, accumulates=False, share=True)
-    assert first == Shape((50, 40), 0, 40, True, False)
+    assert first == StepShape((50, 40), 0, 40, True, False)
     # Never more rows than there are, and a label at least.
     every = lengths.shape(8, checkpointing=False, accumulates=True, share=True)
-    assert every == Shape((50, 40, 30), 0, 45, False, True)
+    assert every == StepShape((50, 40, 30), 0, 45, False, True)
     unlabelled = Lengths(((9, 0),)).shape(1, checkpointing=False, accumulates=False, share=True)
     assert unlabelled.num_labels == 1
     assert lengths.at_most(35).rows == ((35, 10), (35, 30), (30, 5))

@@ -20,7 +20,7 @@ from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan import recompute
 from halfbyte.plan.layer_cut import Cut
-from halfbyte.plan.shape import Shape
+from halfbyte.plan.shape import StepShape
 from halfbyte.plan.step import (
     ACTIVATIONS,
     BACKWARD_END,
@@ -29,7 +29,7 @@ from halfbyte.plan.step import (
     HEAD,
     LOGITS,
     PHASES,
-    Step,
+    TracedStep,
 )
 
 SMALL: dict[str, Any] = {
@@ -75,26 +75,28 @@ def make_step(
     flash: bool = False,
     attention: Any = "sdpa",
     speed: Speed | None = None,
-) -> Step:
+) -> TracedStep:
     model = Model(name="x", precision=precision, attention=attention)
-    return Step(config, model, adapter or Adapter(r=4), speed or Speed(), dtype, device, flash)
+    return TracedStep(
+        config, model, adapter or Adapter(r=4), speed or Speed(), dtype, device, flash
+    )
 
 
-def shape(rows: int = 2, *, checkpointing: bool = False, accumulates: bool = False) -> Shape:
-    return Shape((LENGTH,) * rows, 0, rows * 10, checkpointing, accumulates)
+def shape(rows: int = 2, *, checkpointing: bool = False, accumulates: bool = False) -> StepShape:
+    return StepShape((LENGTH,) * rows, 0, rows * 10, checkpointing, accumulates)
 
 
-def sizes(step: Step, one: Shape) -> dict[str, int]:
+def sizes(step: TracedStep, one: StepShape) -> dict[str, int]:
     return {phase: peak.total_bytes for phase, peak in step.peaks(one).items()}
 
 
 @pytest.fixture(scope="module")
-def llama() -> Step:
+def llama() -> TracedStep:
     return make_step(configuration(LLAMA))
 
 
 @pytest.fixture(scope="module")
-def gemma() -> Step:
+def gemma() -> TracedStep:
     return make_step(configuration(GEMMA))
 
 
@@ -163,7 +165,7 @@ def test_trace_leaves_nothing_behind_for_the_next_one() -> None:
     assert all(p.grad is None for p in step.adapted.parameters())
 
 
-def test_gradients_of_an_earlier_pass_are_there_from_the_start(llama: Step) -> None:
+def test_gradients_of_an_earlier_pass_are_there_from_the_start(llama: TracedStep) -> None:
     gradients = 4 * llama.num_trainable
     for checkpointing in (False, True):
         later = llama.peaks(shape(checkpointing=checkpointing, accumulates=True))
@@ -184,7 +186,7 @@ def test_head_that_is_given_fp16_of_an_fp32_residual_is_plain() -> None:
     assert half.tiled
 
 
-def test_recomputation_keeps_one_state_a_layer(gemma: Step) -> None:
+def test_recomputation_keeps_one_state_a_layer(gemma: TracedStep) -> None:
     state = 2 * (LENGTH - 1) * 64 * 4  # the last token of a row is not read
     layers = gemma.kept_per_layer(shape(checkpointing=True))
     assert [(name.split("_")[0], count, kept) for name, count, kept in layers] == [
@@ -197,7 +199,7 @@ def test_recomputation_keeps_one_state_a_layer(gemma: Step) -> None:
     assert max(on.values()) < max(off.values())
 
 
-def test_dropout_of_the_adapter_keeps_its_masks(llama: Step) -> None:
+def test_dropout_of_the_adapter_keeps_its_masks(llama: TracedStep) -> None:
     """For each adapted layer the dropped-out input, and a mask of a byte for each number of it."""
     dropping = make_step(configuration(LLAMA), Adapter(r=4, dropout=0.1)).kept(shape())
     peft = make_step(configuration(LLAMA), speed=Speed(fused_lora=False)).kept(shape())
@@ -211,12 +213,14 @@ def test_loss_head_holds_a_few_blocks_of_logits_however_many_are_labelled() -> N
     step = make_step(config)
     block = BLOCK_BYTES["cpu"]
     found = [
-        step.peaks(Shape((LENGTH,) * 4, 0, num, False, False))[HEAD].terms[LOGITS]
+        step.peaks(StepShape((LENGTH,) * 4, 0, num, False, False))[HEAD].terms[LOGITS]
         for num in (100, 1000, 10_000)
     ]
     states = 4 * 64 * 10_000  # the predicting states in fp32, their gradients, their head's rows
     assert all(block <= most < 1.1 * block + 8 * states for most in found)
-    on_card = make_step(config, device="cuda").peaks(Shape((LENGTH,) * 4, 0, 1000, False, False))
+    on_card = make_step(config, device="cuda").peaks(
+        StepShape((LENGTH,) * 4, 0, 1000, False, False)
+    )
     assert on_card[HEAD].terms[LOGITS] < 3 * (128 << 20)
 
 
@@ -235,7 +239,7 @@ def test_cache_is_what_transformers_keeps(fields: dict[str, Any]) -> None:
         assert beside > 0
 
 
-def test_attention_without_flash_kernels_holds_all_scores(llama: Step) -> None:
+def test_attention_without_flash_kernels_holds_all_scores(llama: TracedStep) -> None:
     """Grouped heads in fp32 on CUDA; on the CPU and in 16 bits on Ampere nobody holds them."""
     scores = 4 * 2 * 4 * LENGTH * LENGTH  # layers, rows, heads
     config = configuration(LLAMA)
@@ -245,7 +249,7 @@ def test_attention_without_flash_kernels_holds_all_scores(llama: Step) -> None:
     assert make_step(config, device="cuda", speed=padded).kept(shape()) - on_cpu >= 4 * scores
     assert make_step(config, attention="eager").kept(shape()) - on_cpu >= 4 * scores
     # Laid out as a tree, keys are copied to each head instead, and no kernel holds scores.
-    long = Shape((8 * LENGTH,) * 2, 0, 20, False, False)
+    long = StepShape((8 * LENGTH,) * 2, 0, 20, False, False)
     kept = make_step(config, device="cuda").kept(long)
     assert kept < make_step(config, device="cuda", speed=padded).kept(long) / 2
     turing = make_step(config, **half).kept(shape())
@@ -303,10 +307,10 @@ def test_model_that_cannot_be_traced_is_a_user_error() -> None:
         make_step(configuration(heads), Adapter(r=4, targets=["in_proj"])).cache(LENGTH)
 
 
-def test_longer_rows_and_more_of_them_take_more(llama: Step) -> None:
+def test_longer_rows_and_more_of_them_take_more(llama: TracedStep) -> None:
     for checkpointing in (False, True):
         peaks = [
-            max(sizes(llama, Shape((length,) * rows, 0, rows, checkpointing, False)).values())
+            max(sizes(llama, StepShape((length,) * rows, 0, rows, checkpointing, False)).values())
             for rows, length in ((2, LENGTH // 2), (2, LENGTH), (4, LENGTH))
         ]
         assert peaks == sorted(peaks)

@@ -16,7 +16,7 @@ from halfbyte.data.prefix_tree import (
     lay_out,
 )
 from halfbyte.data.render import IGNORED
-from halfbyte.forward.prefix_attention import Tree, gathered_attention, tree_attention
+from halfbyte.forward.prefix_attention import PrefixTree, gathered_attention, tree_attention
 
 PREFIXES: tuple[list[int], ...] = ([], [1] * 20, [1] * 20 + [2] * 9, [1] * 20 + [3] * 12, [4])
 
@@ -135,7 +135,7 @@ def test_tree_attention_equals_masked_attention_of_every_row(
     torch.manual_seed(tokens)
     query, key, value = (torch.randn(n, tokens, size) for n in (heads[0], heads[1], heads[1]))
     weight = torch.randn(tokens, heads[0], size)
-    tree = Tree(layout.nodes, torch.device("cpu"))
+    tree = PrefixTree(layout.nodes, torch.device("cpu"))
 
     def outcome(attend: object, dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [t.to(dtype).requires_grad_() for t in (query, key, value)]
@@ -165,7 +165,7 @@ def test_tree_attention_equals_masked_attention_of_every_row(
 def test_tree_attention_in_16_bits_stays_close(dtype: torch.dtype) -> None:
     prompt = list(range(30))
     layout = lay_out([(prompt + [i] * 9, prompt + [i] * 9) for i in (50, 60)], share=True)
-    tree = Tree(layout.nodes, torch.device("cpu"))
+    tree = PrefixTree(layout.nodes, torch.device("cpu"))
     q, k, v = (torch.randn(2, len(layout.ids), 16) for _ in range(3))
     exact = tree_attention(q, k, v, tree, None, None)
     found = tree_attention(q.to(dtype), k.to(dtype), v.to(dtype), tree, None, None)

@@ -16,9 +16,9 @@ from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
 from halfbyte.forward.multi_lora import MixedLinear, mix_adapters
-from halfbyte.forward.slot_attention import Lane
+from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.generate.batched import generate
-from halfbyte.generate.slot_model import LaneModel
+from halfbyte.generate.slot_model import SlotModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_base
 from halfbyte.model.precision import choose_compute, default_device
@@ -54,7 +54,7 @@ class Run:
             self._ask(model, adapter)
         self.model: Any = model.get_base_model()
         mix_adapters(self.model)
-        self.backend = LaneModel(self.model, num_slots=4, max_context=512, dtype=torch.float32)
+        self.backend = SlotModel(self.model, num_slots=4, max_context=512, dtype=torch.float32)
 
     @torch.no_grad()
     def _ask(self, model: Any, adapter: str | None) -> None:
@@ -125,13 +125,13 @@ def finish(events: queue.Queue[Event]) -> tuple[list[int], str, str | None]:
 def test_lanes_give_the_logits_of_each_alone(served: Run) -> None:
     served.backend.forget()
     adapters = (None, "first", "second", "first")
-    lanes = [Lane(n, a, served.prompts[n][:5], 0) for n, a in enumerate(adapters)]
+    lanes = [SlotInput(n, a, served.prompts[n][:5], 0) for n, a in enumerate(adapters)]
     served.backend.run(lanes)
     # The rest of two, all but one token of the others, and that token on its own.
-    rest = [Lane(n, a, served.prompts[n][5:-1], 5) for n, a in enumerate(adapters)]
+    rest = [SlotInput(n, a, served.prompts[n][5:-1], 5) for n, a in enumerate(adapters)]
     served.backend.run(rest)
     last = [
-        Lane(n, a, served.prompts[n][-1:], len(served.prompts[n]) - 1)
+        SlotInput(n, a, served.prompts[n][-1:], len(served.prompts[n]) - 1)
         for n, a in enumerate(adapters)
     ]
     found = served.backend.run(last)
@@ -232,7 +232,7 @@ def test_cancelled_and_surplus_requests_get_no_slot(served: Run) -> None:
 
 def test_unpacked_weights_are_those_that_4_bits_stand_for(served: Run) -> None:
     served.backend.forget()
-    lane = Lane(0, "first", served.prompts[1], 0)
+    lane = SlotInput(0, "first", served.prompts[1], 0)
     packed = served.backend.run([lane])
     unpack_layers(served.model, torch.float32)
     served.backend.forget()
@@ -285,7 +285,7 @@ class Counting:
     def __init__(self) -> None:
         self.broken: set[str] = set()
 
-    def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
+    def run(self, lanes: Sequence[SlotInput]) -> torch.Tensor:
         """As ``Backend.run``."""
         self._may("run")
         return torch.nn.functional.one_hot(
@@ -390,7 +390,7 @@ def test_a_request_that_breaks_each_pass_it_is_in_leaves_the_model_to_others() -
     engine = Engine(backend, max_waiting=100)
     poison = 7
 
-    def run(lanes: Sequence[Lane]) -> torch.Tensor:
+    def run(lanes: Sequence[SlotInput]) -> torch.Tensor:
         if any(poison in lane.ids for lane in lanes):
             raise RuntimeError("poison")
         return Counting.run(backend, lanes)
@@ -430,7 +430,7 @@ def test_logits_that_are_nan_choose_no_token() -> None:
 
 def test_an_adapter_that_no_layer_has_is_refused(served: Run) -> None:
     with pytest.raises(ModelError, match="no layer has the adapter third"):
-        served.backend.run([Lane(0, "third", [5, 6], 0), Lane(1, None, [5], 0)])
+        served.backend.run([SlotInput(0, "third", [5, 6], 0), SlotInput(1, None, [5], 0)])
 
 
 def test_layers_with_another_state_are_refused() -> None:
@@ -446,7 +446,7 @@ def test_layers_with_another_state_are_refused() -> None:
         layer_types=["conv", "full_attention"],
     )
     with pytest.raises(ModelError, match="layers of the kind conv"):
-        LaneModel(Lfm2ForCausalLM(config), num_slots=2, max_context=64, dtype=torch.float32)
+        SlotModel(Lfm2ForCausalLM(config), num_slots=2, max_context=64, dtype=torch.float32)
 
 
 def test_an_adapter_changes_its_own_tokens_alone_in_experts_too() -> None:

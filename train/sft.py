@@ -46,7 +46,7 @@ def main() -> None:
     from halfbyte.train.settle_dtype import settle_plan
     from halfbyte.train.tracking import Tracker
     from halfbyte.train.trainer import build_trainer
-    from halfbyte.trained.reference_logprobs import record_canary
+    from halfbyte.trained.reference_logprobs import record_reference_logprobs
 
     device = this_machine()
     check_weights(run, device)
@@ -100,7 +100,7 @@ def main() -> None:
             save_adapter(model, loaded, folder.adapter, folder.path)
             tokenizer.save_pretrained(folder.adapter)
             rows = [example.row for example in held_out or prepared.train]
-            record_canary(trainer.last_logits, renderer, rows, folder.adapter)
+            record_reference_logprobs(trainer.last_logits, renderer, rows, folder.adapter)
         held_out_loss = trainer.final_loss()
     except BaseException:
         if tracker is not None:

@@ -9,7 +9,7 @@ from halfbyte.config import Run
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
 from halfbyte.data.rows import Row
 from halfbyte.errors import RunError
-from halfbyte.eval.harness import Asked, ask
+from halfbyte.eval.harness import LoadedBenchmark, ask
 from halfbyte.eval.measure import LOSS_METRIC, Variant, measure
 from halfbyte.eval.metrics import scorer
 from halfbyte.eval.variants import (
@@ -37,7 +37,7 @@ UNSCORABLE = {  # what is wrong with an answer that does not even match itself
 }
 
 
-def compare(folder: RunDir, run: Run, benchmarks: Sequence[Asked] = ()) -> list[Variant]:
+def compare(folder: RunDir, run: Run, benchmarks: Sequence[LoadedBenchmark] = ()) -> list[Variant]:
     """Measure every variant of ``eval.variants`` and ``eval.baselines``, in that order.
 
     Benchmarks are asked of every model but those in llama.cpp; of the base once, not again with examples.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from halfbyte.config import Run
-from halfbyte.eval.harness import Answered, Asked
+from halfbyte.eval.harness import Answered, LoadedBenchmark
 from halfbyte.eval.intervals import evidence, judge_together, mean_interval, paired_difference
 
 FORGETS, LEARNS, NOT_SHOWN = "forgets", "better", "no difference shown"
@@ -20,7 +20,7 @@ class Entrant(Protocol):
 
 
 def benchmark_entries(
-    run: Run, asked: Sequence[Asked], entrants: Sequence[Entrant], ours: Entrant | None
+    run: Run, asked: Sequence[LoadedBenchmark], entrants: Sequence[Entrant], ours: Entrant | None
 ) -> list[dict[str, Any]]:
     """For each benchmark every variant's figures, and what ``ours`` lost or won against each other one.
 
@@ -68,7 +68,7 @@ def _limits(task: str, told: dict[str, Any]) -> str:
     return f"{task} ({told['n']} questions, which show {smallest:.2f} or more)"
 
 
-def _entry(run: Run, benchmark: Asked, entrants: Sequence[Entrant]) -> dict[str, Any]:
+def _entry(run: Run, benchmark: LoadedBenchmark, entrants: Sequence[Entrant]) -> dict[str, Any]:
     level = (run.eval.confidence, run.eval.resamples, run.seed)
     task = benchmark.settings.task
     variants = {}
@@ -83,7 +83,9 @@ def _entry(run: Run, benchmark: Asked, entrants: Sequence[Entrant]) -> dict[str,
     return {**benchmark.described(run), "variants": variants, "differences": {}}
 
 
-def _difference(run: Run, benchmark: Asked, ours: Entrant, other: Entrant) -> dict[str, Any]:
+def _difference(
+    run: Run, benchmark: LoadedBenchmark, ours: Entrant, other: Entrant
+) -> dict[str, Any]:
     """By how much ``ours`` is better."""
     sign = 1 if benchmark.higher_is_better else -1
     own, theirs = (

@@ -35,7 +35,7 @@ Question = tuple[str, int]  # task and number of the question in it
 
 
 @dataclass(frozen=True)
-class Asked:
+class LoadedBenchmark:
     """A benchmark that is ready to be asked.
 
     Attributes:
@@ -90,7 +90,7 @@ class Answered:
     seconds: float
 
 
-def load_benchmarks(run: Run) -> list[Asked]:
+def load_benchmarks(run: Run) -> list[LoadedBenchmark]:
     """Every benchmark of the config, its questions drawn, rehearsed without a model.
 
     Raises:
@@ -112,7 +112,7 @@ def load_benchmarks(run: Run) -> list[Asked]:
     return [_load(benchmark, manager, run) for benchmark in run.eval.benchmarks]
 
 
-def ask(asked: Asked, model: nn.Module, tokenizer: Any, run: Run) -> Answered:
+def ask(asked: LoadedBenchmark, model: nn.Module, tokenizer: Any, run: Run) -> Answered:
     """Ask a model that knows ``token_loss`` the questions of a benchmark.
 
     Raises:
@@ -193,7 +193,7 @@ def _leaves(manager: Any, name: str) -> Iterator[Any]:
         yield from _leaves(manager, child)
 
 
-def _load(benchmark: Benchmark, manager: Any, run: Run) -> Asked:
+def _load(benchmark: Benchmark, manager: Any, run: Run) -> LoadedBenchmark:
     where = f"eval.benchmarks: {benchmark.task}"
     if not _is_whole(manager, benchmark.task):
         raise ConfigError(
@@ -237,7 +237,7 @@ def _load(benchmark: Benchmark, manager: Any, run: Run) -> Asked:
     questions = _draw(tasks, benchmark, run.seed)
     tasks = {name: task for name, task in tasks.items() if name in {own for own, _ in questions}}
     metric, higher = _rehearse(tasks, questions, benchmark, run)
-    return Asked(benchmark, tasks, questions, metric, higher)
+    return LoadedBenchmark(benchmark, tasks, questions, metric, higher)
 
 
 def _configure(task: Any, benchmark: Benchmark, where: str) -> None:

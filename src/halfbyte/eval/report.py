@@ -11,7 +11,7 @@ from typing import Any
 from halfbyte.config import Run
 from halfbyte.data.rows import Row
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
-from halfbyte.eval.harness import Asked
+from halfbyte.eval.harness import LoadedBenchmark
 from halfbyte.eval.intervals import (
     GAIN,
     LOSS,
@@ -37,7 +37,7 @@ def write_report(
     run: Run,
     rows: list[Row],
     variants: list[Variant],
-    benchmarks: Sequence[Asked] = (),
+    benchmarks: Sequence[LoadedBenchmark] = (),
     *,
     command: str = "",
 ) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _judged(
 
 
 def build_report(
-    folder: RunDir, run: Run, variants: list[Variant], benchmarks: Sequence[Asked] = ()
+    folder: RunDir, run: Run, variants: list[Variant], benchmarks: Sequence[LoadedBenchmark] = ()
 ) -> dict[str, Any]:
     """Figures, differences and the verdict, as plain values."""
     manifest, ledger = read_json(folder.manifest), read_json(folder.ledger)

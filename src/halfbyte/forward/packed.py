@@ -109,7 +109,7 @@ def pick(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def tree_inputs(
-    ids: torch.Tensor, positions: torch.Tensor, tree: prefix_attention.Tree
+    ids: torch.Tensor, positions: torch.Tensor, tree: prefix_attention.PrefixTree
 ) -> dict[str, Any]:
     """Arguments of a pass over the tree of tokens (1, T)."""
     return {
@@ -126,7 +126,7 @@ def _laid_out(layout: Layout, device: torch.device) -> tuple[dict[str, Any], tor
     ids, positions = (
         torch.tensor([numbers], device=device) for numbers in (layout.ids, layout.positions)
     )
-    inputs = tree_inputs(ids, positions, prefix_attention.Tree(layout.nodes, device))
+    inputs = tree_inputs(ids, positions, prefix_attention.PrefixTree(layout.nodes, device))
     return inputs, torch.tensor(layout.sources, dtype=torch.long, device=device)
 
 

@@ -30,7 +30,7 @@ class Part:
     mask: torch.Tensor | None = None
 
 
-class Tree:
+class PrefixTree:
     """The nodes of one pass on a device, and what attention over them needs, made once for a pass.
 
     ``gathered``: keys are copied together for each node, as accelerators want it.
@@ -43,7 +43,7 @@ class Tree:
         self.gathered = device.type != "cpu" if gathered is None else gathered
         self._masks: dict[tuple[int, ...], torch.Tensor] = {}
         self._parts: dict[int | None, tuple[list[Part], list[Part]]] = {}
-        self._batches: dict[int | None, tuple[list[Batch], torch.Tensor]] = {}
+        self._batches: dict[int | None, tuple[list[NodeBatch], torch.Tensor]] = {}
 
     @property
     def windows(self) -> set[int | None]:
@@ -104,7 +104,7 @@ class Tree:
             self._masks[known] = mask.masked_fill_((far < 0) | (far >= window), float("-inf"))
         return self._masks[known]
 
-    def batches(self, window: int | None) -> tuple[list[Batch], torch.Tensor]:
+    def batches(self, window: int | None) -> tuple[list[NodeBatch], torch.Tensor]:
         """Nodes of similar length as padded batches, each with the keys of its path.
 
         And for each token of the pass its place among all queries of the batches.
@@ -138,7 +138,7 @@ class Tree:
         node = self.nodes[number]
         return self._path(node.parent) + list(range(node.start, node.end))
 
-    def _batch(self, group: list[int], window: int | None) -> Batch:
+    def _batch(self, group: list[int], window: int | None) -> NodeBatch:
         nodes = [self.nodes[number] for number in group]
         paths = [self._path(number) for number in group]
         num_queries, num_keys = max(n.length for n in nodes), max(map(len, paths))
@@ -165,14 +165,14 @@ class Tree:
             # A padded query may have left the window of all keys; what it sees does not matter.
             mask = (seen | (query >= length))[:, None]
         made = [self._tensor(numbers) for numbers in (queries, keys, places, picked)]
-        return Batch(made[0], made[1], made[2], made[3], mask)
+        return NodeBatch(made[0], made[1], made[2], made[3], mask)
 
     def _tensor(self, numbers: Any) -> torch.Tensor:
         return torch.tensor(numbers, device=self.device)
 
 
 @dataclass(frozen=True)
-class Batch:
+class NodeBatch:
     """B nodes, padded to Q queries and K keys.
 
     Attributes:
@@ -209,7 +209,7 @@ class TreeAttention(torch.autograd.Function):
             query: (H, T, D).
             key: (G, T, D), H a multiple of G; neighbouring heads share keys.
             value: (G, T, D).
-            parts: of ``Tree.parts``.
+            parts: of ``PrefixTree.parts``.
             scale: factor of the scores.
         """
         heads, tokens, size = query.shape
@@ -300,7 +300,7 @@ def gathered_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tree: Tree,
+    tree: PrefixTree,
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
@@ -334,7 +334,7 @@ def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tree: Tree,
+    tree: PrefixTree,
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
@@ -356,7 +356,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    tree: Tree | None = None,
+    tree: PrefixTree | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' call of an attention: SDPA, and over a ``tree`` ours."""

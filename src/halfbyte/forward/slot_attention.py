@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from halfbyte.errors import ModelError
 
-NAME = "halfbyte-lanes"  # of this attention in transformers
+NAME = "halfbyte-slots"  # of this attention in transformers
 GROWTH = 256  # tokens by which the cache grows
 
 
 @dataclass(frozen=True)
-class Lane:
+class SlotInput:
     """New tokens of one slot.
 
     Attributes:
@@ -27,14 +27,14 @@ class Lane:
         adapter: name of the adapter that changes it, or None for the base.
         ids: the tokens, which follow on ``start`` tokens of the slot.
         start: tokens of the slot that are kept.
-        num_told: how many of the last tokens get logits.
+        num_logits: how many of the last tokens get logits.
     """
 
     slot: int
     adapter: str | None
     ids: list[int]
     start: int
-    num_told: int = 1
+    num_logits: int = 1
 
     @property
     def end(self) -> int:
@@ -42,7 +42,7 @@ class Lane:
         return self.start + len(self.ids)
 
 
-class Cache:
+class KVCache:
     """Keys and values (slots, groups, tokens, D) of each layer; grown as it is needed."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Cache:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
 
-class Step:
+class SlotBatch:
     """One pass: where each lane stands in it, and who sees what, made once for all layers.
 
     Attributes:
@@ -91,7 +91,7 @@ class Step:
         layers: numbers of the layers that were attended so far.
     """
 
-    def __init__(self, lanes: list[Lane], cache: Cache, device: torch.device) -> None:
+    def __init__(self, lanes: list[SlotInput], cache: KVCache, device: torch.device) -> None:
         self.lanes, self.cache, self.device = lanes, cache, device
         self.layers: set[int] = set()
         self.ranges: list[tuple[str, slice]] = []
@@ -108,7 +108,7 @@ class Step:
             else:
                 self.ranges.append((lane.adapter, place))
         ends = zip(lanes, self.places, strict=True)
-        told = [at for lane, own in ends for at in range(own.stop - lane.num_told, own.stop)]
+        told = [at for lane, own in ends for at in range(own.stop - lane.num_logits, own.stop)]
         self.told = torch.tensor(told, device=device)
         self.longest = max(lane.end for lane in lanes)
         self.single = [n for n, lane in enumerate(lanes) if len(lane.ids) == 1]
@@ -228,7 +228,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    lanes: Step | None = None,
+    lanes: SlotBatch | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' call of an attention, over the lanes of a pass."""

@@ -15,9 +15,9 @@ from halfbyte.data.prefix_tree import common_prefix
 from halfbyte.errors import ModelError
 from halfbyte.forward import prefix_attention
 from halfbyte.forward.probes import Allowed, first_sure, probe_words, relative_gap
-from halfbyte.forward.slot_attention import GROWTH, Lane
+from halfbyte.forward.slot_attention import GROWTH, SlotInput
 from halfbyte.generate.batched import Answer, causal_of, until_stop
-from halfbyte.generate.slot_model import LaneModel, token_bytes
+from halfbyte.generate.slot_model import SlotModel, token_bytes
 from halfbyte.host import free_bytes
 
 MAX_SLOTS = 512  # matrix products of more rows are no faster a row
@@ -27,7 +27,7 @@ CACHE_FRAC = 0.5  # of the free memory, for keys and values
 TOLD_TOKENS = 512  # of one pass that get logits
 PROBE_TOKENS = 24
 
-Told = tuple[list[int], float | None]  # likeliest tokens; loss of what was wanted
+Prediction = tuple[list[int], float | None]  # likeliest tokens; loss of what was wanted
 
 
 @dataclass
@@ -101,7 +101,7 @@ class SlotGenerator:
         with _Slots(self.model, num_slots + 1, growth) as lanes:
             if work.waiting and work.shared:
                 stem = list(prompts[0][: work.shared])
-                _run(lanes, [Lane(num_slots, None, stem, 0)], spent)
+                _run(lanes, [SlotInput(num_slots, None, stem, 0)], spent)
             while work.waiting or work.running:
                 step, done = work.begin(lanes) or work.go_on(), len(work.answers)
                 work.take(step, _run(lanes, [lane for _, lane in step], spent, work.asked(step)))
@@ -144,9 +144,9 @@ class _Work:
         self.running: dict[int, int] = {}  # slot → row
         self.free = list(range(num_slots))
 
-    def begin(self, lanes: LaneModel) -> list[tuple[int, Lane]]:
+    def begin(self, lanes: SlotModel) -> list[tuple[int, SlotInput]]:
         """Lanes of the next prompts, once there is room for several."""
-        step: list[tuple[int, Lane]] = []
+        step: list[tuple[int, SlotInput]] = []
         enough = min(REFILL_FRAC * self.num_slots, len(self.waiting))
         if self.running and len(self.free) < enough:
             return step
@@ -158,24 +158,24 @@ class _Work:
             self.running[slot] = row
             wanted = self.wanted[row]
             ids = [*self.prompts[row], *self.texts[row], *wanted[:-1]][self.shared :]
-            lane = Lane(slot, None, ids, self.shared, max(1, len(wanted)))
+            lane = SlotInput(slot, None, ids, self.shared, max(1, len(wanted)))
             step.append((row, lane))
-            tokens, told = tokens + len(ids), told + lane.num_told
+            tokens, told = tokens + len(ids), told + lane.num_logits
         return step
 
-    def asked(self, step: list[tuple[int, Lane]]) -> list[list[int]]:
+    def asked(self, step: list[tuple[int, SlotInput]]) -> list[list[int]]:
         """What each lane of a step should go on with, where that is not scored yet."""
         return [[] if row in self.scores else self.wanted[row] for row, _ in step]
 
-    def go_on(self) -> list[tuple[int, Lane]]:
+    def go_on(self) -> list[tuple[int, SlotInput]]:
         """The last token of each answer that grows."""
         step = []
         for slot, row in self.running.items():
             start = len(self.prompts[row]) + len(self.texts[row]) - 1
-            step.append((row, Lane(slot, None, self.texts[row][-1:], start)))
+            step.append((row, SlotInput(slot, None, self.texts[row][-1:], start)))
         return step
 
-    def take(self, step: list[tuple[int, Lane]], told: list[Told]) -> None:
+    def take(self, step: list[tuple[int, SlotInput]], told: list[Prediction]) -> None:
         """The next tokens of each lane: one, or as many as it was to say and one of its own."""
         for (row, lane), (tokens, loss) in zip(step, told, strict=True):
             if loss is None:
@@ -205,11 +205,11 @@ class _Slots:
     def __init__(self, model: Any, num_slots: int, tokens: int) -> None:
         self.model, self.num_slots, self.tokens = model, num_slots, tokens
 
-    def __enter__(self) -> LaneModel:
+    def __enter__(self) -> SlotModel:
         text = self.model.config.get_text_config()
         self.attention = getattr(text, "_attn_implementation", "eager")
         self.training = self.model.training
-        return LaneModel(
+        return SlotModel(
             self.model,
             num_slots=self.num_slots,
             max_context=int(getattr(text, "max_position_embeddings", 0)),
@@ -224,8 +224,8 @@ class _Slots:
 
 @torch.inference_mode()
 def _run(
-    lanes: LaneModel, step: list[Lane], spent: Spent, wanted: Sequence[list[int]] = ()
-) -> list[Told]:
+    lanes: SlotModel, step: list[SlotInput], spent: Spent, wanted: Sequence[list[int]] = ()
+) -> list[Prediction]:
     """The likeliest tokens after each lane, and the loss of what it should go on with."""
     start = time.perf_counter()
     logits, rows = lanes.logits(step)
@@ -279,10 +279,10 @@ def _probe_slots(causal: Any, turn: int) -> tuple[str, bool]:
     held = causal(both[:1, :half], use_cache=True).past_key_values
     pieces = causal(both[:1, half:], past_key_values=held).logits[0, -1].cpu()
     with _Slots(causal, 3, PROBE_TOKENS) as lanes:
-        lanes.run([Lane(0, None, ids[:half], 0)])
+        lanes.run([SlotInput(0, None, ids[:half], 0)])
         lanes.copy(0, 2, half)
-        lanes.run([Lane(2, None, ids[half:-1], half), Lane(1, None, ids[3:], 0)])
-        found = lanes.run([Lane(2, None, ids[-1:], PROBE_TOKENS - 1)])[0]
+        lanes.run([SlotInput(2, None, ids[half:-1], half), SlotInput(1, None, ids[3:], 0)])
+        found = lanes.run([SlotInput(2, None, ids[-1:], PROBE_TOKENS - 1)])[0]
     gap = relative_gap(found, wanted)
     allowed = Allowed.of(causal, relative_gap(pieces, wanted), relative_gap(moved, wanted))
     if gap <= allowed.gap:

@@ -15,7 +15,7 @@ import torch
 
 from halfbyte.errors import ModelError
 from halfbyte.forward.multi_lora import UNSERVED, MixedLinear
-from halfbyte.forward.slot_attention import GROWTH, NAME, Cache, Lane, Step, register
+from halfbyte.forward.slot_attention import GROWTH, NAME, KVCache, SlotBatch, SlotInput, register
 
 # Kinds of layers whose only state is keys and values.
 ATTENDS = {"full_attention", "sliding_attention"}
@@ -39,7 +39,7 @@ class Backend(Protocol):
     def unused_bytes(self) -> int:
         """See the class."""
 
-    def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
+    def run(self, lanes: Sequence[SlotInput]) -> torch.Tensor:
         """Logits (len(lanes), V), fp32, after the last token of each lane."""
 
     def keep(self, slot: int, length: int) -> int:
@@ -52,7 +52,7 @@ class Backend(Protocol):
         """Give back what the cache holds; all slots are empty afterwards."""
 
 
-class LaneModel:
+class SlotModel:
     """A transformers model with adapters, as a backend.
 
     Args:
@@ -96,7 +96,7 @@ class LaneModel:
             )
         self.mixed = [module for module in model.modules() if isinstance(module, MixedLinear)]
         self.adapters = {name for layer in self.mixed for name in layer.lora}
-        self._cache = Cache(num_slots, dtype, self.device, growth)
+        self._cache = KVCache(num_slots, dtype, self.device, growth)
         model.set_attn_implementation(NAME)
         model.eval()
 
@@ -106,21 +106,21 @@ class LaneModel:
         return max(0, self._cache_bytes - self._cache.num_bytes)
 
     @torch.inference_mode()
-    def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
+    def run(self, lanes: Sequence[SlotInput]) -> torch.Tensor:
         """As ``Backend.run``."""
         logits, rows = self.logits(lanes)
         last = torch.tensor([own[-1] for own in rows], device=self.device)
         return logits[last].float().to("cpu")
 
     @torch.inference_mode()
-    def logits(self, lanes: Sequence[Lane]) -> tuple[torch.Tensor, list[range]]:
-        """Logits (N, V) after the last ``num_told`` tokens of each lane, and which of them are whose."""
+    def logits(self, lanes: Sequence[SlotInput]) -> tuple[torch.Tensor, list[range]]:
+        """Logits (N, V) after the last ``num_logits`` tokens of each lane, and which of them are whose."""
         order = sorted(range(len(lanes)), key=lambda n: (lanes[n].adapter or "", len(lanes[n].ids)))
         flat = [lanes[number] for number in order]
         unknown = {lane.adapter for lane in lanes} - self.adapters - {None}
         if unknown:
             raise ModelError(f"no layer has the adapter {', '.join(map(str, unknown))}")
-        step = Step(flat, self._cache, self.device)
+        step = SlotBatch(flat, self._cache, self.device)
         ids = [token for lane in flat for token in lane.ids]
         positions = [at for lane in flat for at in range(lane.start, lane.end)]
         for layer in self.mixed:
@@ -140,7 +140,7 @@ class LaneModel:
             )
         rows, start = [range(0)] * len(lanes), 0
         for number in order:
-            rows[number] = range(start, start + lanes[number].num_told)
+            rows[number] = range(start, start + lanes[number].num_logits)
             start = rows[number].stop
         return out.logits[0], rows
 

@@ -64,7 +64,7 @@ class Opaque(ctypes.Structure):
         words[place] = value
 
 
-class Batch(ctypes.Structure):
+class LlamaBatch(ctypes.Structure):
     """``llama_batch``: tokens of one call, their positions, and which of them give logits."""
 
     _fields_ = [
@@ -97,9 +97,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
-    "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
-    "llama_batch_free": (None, [Batch]),
-    "llama_decode": (c_int32, [c_void_p, Batch]),
+    "llama_batch_init": (LlamaBatch, [c_int32, c_int32, c_int32]),
+    "llama_batch_free": (None, [LlamaBatch]),
+    "llama_decode": (c_int32, [c_void_p, LlamaBatch]),
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_vocab_bos": (c_int32, [c_void_p]),

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from halfbyte.errors import ModelError
-from halfbyte.forward.slot_attention import Lane
+from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.llamacpp.library import CONTEXT_FIELDS
 from halfbyte.llamacpp.model import GgufModel
 
 
-class LlamaLanes:
+class LlamaSlotModel:
     """A model in llama.cpp. It has no adapters by request: serve the merged model's file.
 
     Args:
@@ -55,7 +55,7 @@ class LlamaLanes:
         threads = torch.get_num_threads()
         lib.llama_set_n_threads(self._context, threads, threads)
 
-    def run(self, lanes: Sequence[Lane]) -> torch.Tensor:
+    def run(self, lanes: Sequence[SlotInput]) -> torch.Tensor:
         """As ``Backend.run``."""
         lib = self.gguf.lib
         total = sum(len(lane.ids) for lane in lanes)

@@ -12,7 +12,7 @@ from halfbyte.config.schema import Model
 from halfbyte.config.section import FOUR_BIT, ComputeDtype, Precision
 from halfbyte.errors import ModelError
 from halfbyte.heap import mapped_blocks, release_pages
-from halfbyte.model.merged import check_keeps_training, read_merge
+from halfbyte.model.merged import check_keeps_training, read_merge_report
 from halfbyte.model.precision import (
     DTYPES,
     Compute,
@@ -132,7 +132,7 @@ def load_model(
     return Loaded(model, base, precision, compute, text_only)
 
 
-def load_as_asked(
+def load_at_precision(
     base: Base, precision: Precision | None, double_quant: bool, compute_dtype: ComputeDtype
 ) -> Loaded:
     """As ``load_model``, at a precision that is named or follows from the checkpoint.
@@ -147,7 +147,7 @@ def load_as_asked(
     if precision is not None:
         check_keeps_training(folder, precision)
     elif stored_method(load_config(base)) is None:
-        merge, plain = read_merge(folder), choose_compute(compute_dtype).name
+        merge, plain = read_merge_report(folder), choose_compute(compute_dtype).name
         holds = merge is None or compute_dtype != "auto" or plain == merge.dtype
         precision = "nf4" if merge is None else plain if holds else "fp32"
     if not double_quant and precision not in FOUR_BIT:

@@ -15,7 +15,7 @@ DEQUANTISED = "dequantised"
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeReport:
     """A folder of ``train/merge.py``.
 
     Attributes:
@@ -29,7 +29,7 @@ class Merge:
     sha256: dict[str, str]
 
 
-def read_merge(folder: Path) -> Merge | None:
+def read_merge_report(folder: Path) -> MergeReport | None:
     """What a folder says of the merge that made it, or None where it is no merge.
 
     Raises:
@@ -44,7 +44,7 @@ def read_merge(folder: Path) -> Merge | None:
         # Reports of earlier versions do not name the grids of the base.
         own = [trained] if kept["base"] == DEQUANTISED else []
         grids = report.get("grids", own)
-        return Merge(kept["dtype"], tuple(grids), dict(report["sha256"]))
+        return MergeReport(kept["dtype"], tuple(grids), dict(report["sha256"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path}: is not what train/merge.py writes ({type(error).__name__}: {error}); merge again, or"
@@ -54,7 +54,7 @@ def read_merge(folder: Path) -> Merge | None:
 
 def grids_of(base: Path, trained: Precision, kept: str) -> list[str]:
     """Grids on which a merge lies: those of its base, and the one that it was trained on if it was kept."""
-    merge = read_merge(base)
+    merge = read_merge_report(base)
     return sorted({*(merge.grids if merge else ()), *([trained] if kept == DEQUANTISED else ())})
 
 
@@ -66,7 +66,7 @@ def keeps_training(folder: Path, precision: Precision) -> bool:
     77.6 in NF4 (docs/evaluate.md, "The ladder"). Another 4-bit grid loses much of it too. What is trained
     and merged on top of it lies there still.
     """
-    merge = read_merge(folder)
+    merge = read_merge_report(folder)
     grids = merge.grids if merge else ()
     return precision not in grids and not (precision in FOUR_BIT and set(grids) & set(FOUR_BIT))
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from halfbyte.forward.prefix_attention import Part, Tree, attend
+from halfbyte.forward.prefix_attention import Part, PrefixTree, attend
 from halfbyte.model.quantised import replace_tensors
 
 ATTENTION = "halfbyte_plan"
@@ -68,7 +68,7 @@ def register_attention() -> None:
         AttentionMaskInterface.register(name, mask)
 
 
-class FewParts(Tree):
+class FewParts(PrefixTree):
     """A tree whose parts stand for all: what a part takes goes with it, so that the largest counts."""
 
     def parts(self, window: int | None) -> tuple[list[Part], list[Part]]:

@@ -103,7 +103,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelDims:
     """What llama.cpp's rules ask about the whole model."""
 
     num_layers: int
@@ -170,7 +170,7 @@ def awq_bytes(model: nn.Module, config: PretrainedConfig, group_size: int = AWQ_
     return total
 
 
-def _ggml_type(tensor: Tensor, shape: Shape, file_type: str) -> str:
+def _ggml_type(tensor: Tensor, shape: ModelDims, file_type: str) -> str:
     """GGML type of one tensor in a file of that type, where its rows allow it, else the next best."""
     default = GGUF_TYPES[file_type]
     if tensor.role == "small":
@@ -183,7 +183,7 @@ def _ggml_type(tensor: Tensor, shape: Shape, file_type: str) -> str:
     return "F16" if tensor.row % BLOCKS[wanted][0] else wanted
 
 
-def _wanted(tensor: Tensor, shape: Shape, file_type: str, default: str) -> str:
+def _wanted(tensor: Tensor, shape: ModelDims, file_type: str, default: str) -> str:
     if tensor.role == "output":
         fits = tensor.row % BLOCKS[default][0] == 0
         return "Q6_K" if fits and default != "Q8_0" else "Q8_0"
@@ -201,7 +201,7 @@ def _wanted(tensor: Tensor, shape: Shape, file_type: str, default: str) -> str:
     return default
 
 
-def _wanted_attn_v(tensor: Tensor, shape: Shape, file_type: str, default: str) -> str:
+def _wanted_attn_v(tensor: Tensor, shape: ModelDims, file_type: str, default: str) -> str:
     wanted = default
     if file_type in ("q4_k_m", "q5_k_m") and _more_bits(tensor.place, shape.num_attn_v):
         wanted = "Q6_K"
@@ -228,12 +228,12 @@ def _more_bits(index: int, total: int) -> bool:
     return index < eighth or index >= 7 * total // 8 or (index - eighth) % 3 == 2
 
 
-def _shape(tensors: list[Tensor], config: PretrainedConfig) -> Shape:
+def _shape(tensors: list[Tensor], config: PretrainedConfig) -> ModelDims:
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     named = ("num_local_experts", "num_experts", "n_routed_experts")
     grouped = config.model_type == "llama" and heads != kv_heads
-    return Shape(
+    return ModelDims(
         num_layers=config.num_hidden_layers,
         num_attn_v=sum(tensor.role == "attn_v" for tensor in tensors),
         num_experts=max(1, *(getattr(config, name, None) or 0 for name in named)),

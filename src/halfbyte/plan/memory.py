@@ -17,8 +17,8 @@ from halfbyte.model.skeleton import build
 from halfbyte.plan.devices import Device
 from halfbyte.plan.live import DEQUANTISED
 from halfbyte.plan.recompute import most, peaks
-from halfbyte.plan.shape import Lengths, Shape
-from halfbyte.plan.step import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING, Step
+from halfbyte.plan.shape import Lengths, StepShape
+from halfbyte.plan.step import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING, TracedStep
 from halfbyte.plan.weights import Stored, load_bytes
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class TrainPlan:
 
     micro_batch_size: int
     accumulation: int
-    shape: Shape
+    shape: StepShape
     compute_dtype: str
     num_trainable: int
     terms: dict[str, int]
@@ -149,7 +149,7 @@ class Planner:
         run: Run,
         config: PretrainedConfig,
         device: Device,
-        step: Step | None = None,
+        step: TracedStep | None = None,
         held_out: Lengths | None = None,
     ) -> None:
         self.run, self.config, self.device = run, config, device
@@ -167,9 +167,9 @@ class Planner:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
 
     @functools.cached_property
-    def step(self) -> Step:
+    def step(self) -> TracedStep:
         """The traced step, made when it is first asked for."""
-        return self._given or Step(
+        return self._given or TracedStep(
             self.config,
             self.run.model,
             self.run.adapter,
@@ -237,7 +237,7 @@ class Planner:
             slack_bytes=int(SLACK_FRAC[self.device.kind] * phases[when]),
         )
 
-    def scored(self, micro_batch_size: int, *, checkpointing: bool) -> Shape | None:
+    def scored(self, micro_batch_size: int, *, checkpointing: bool) -> StepShape | None:
         """The largest batch of held-out rows that is scored at once, if any are."""
         if self.held_out is None or not self.held_out.rows:
             return None

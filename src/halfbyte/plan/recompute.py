@@ -11,12 +11,12 @@ from collections import Counter
 from dataclasses import replace
 
 from halfbyte.plan.live import Peak
-from halfbyte.plan.shape import Shape
-from halfbyte.plan.step import ACTIVATIONS, Step
+from halfbyte.plan.shape import StepShape
+from halfbyte.plan.step import ACTIVATIONS, TracedStep
 
 
-def peaks(step: Step, shape: Shape) -> dict[str, Peak]:
-    """``Step.peaks``, also where ``shape.recompute`` layers are recomputed."""
+def peaks(step: TracedStep, shape: StepShape) -> dict[str, Peak]:
+    """``TracedStep.peaks``, also where ``shape.recompute`` layers are recomputed."""
     if shape.recompute is None:
         return step.peaks(shape)
     none, every = (step.peaks(end) for end in _ends(shape))
@@ -29,28 +29,28 @@ def peaks(step: Step, shape: Shape) -> dict[str, Peak]:
     return found
 
 
-def most(step: Step, shape: Shape) -> Counter[str]:
-    """``Step.most``, likewise."""
+def most(step: TracedStep, shape: StepShape) -> Counter[str]:
+    """``TracedStep.most``, likewise."""
     if shape.recompute is None:
         return step.most(shape)
     none, every = (step.most(end) for end in _ends(shape))
     return _less(none, saved_bytes(step, shape)) | every
 
 
-def kept(step: Step, shape: Shape) -> int:
-    """``Step.kept``, likewise."""
+def kept(step: TracedStep, shape: StepShape) -> int:
+    """``TracedStep.kept``, likewise."""
     if shape.recompute is None:
         return step.kept(shape)
     return step.kept(_ends(shape)[0]) - saved_bytes(step, shape)
 
 
-def saved_bytes(step: Step, shape: Shape) -> int:
+def saved_bytes(step: TracedStep, shape: StepShape) -> int:
     """What the first ``shape.recompute`` layers do not keep; kinds with one layer alone count as nothing."""
     none, every = (step.kept_by_kind(end) for end in _ends(shape))
     return sum(none[kind] - every[kind] for kind in step.kinds[: shape.recompute] if kind in none)
 
 
-def _ends(shape: Shape) -> tuple[Shape, Shape]:
+def _ends(shape: StepShape) -> tuple[StepShape, StepShape]:
     return (
         replace(shape, checkpointing=False, recompute=None),
         replace(shape, checkpointing=True, recompute=None),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shape:
+class StepShape:
     """One micro-batch of rows with ``lengths`` tokens, the longest first.
 
     ``shared``: tokens that all of them begin with and that are computed once. ``num_labels``: labelled
@@ -31,12 +31,12 @@ class Shape:
     nodes: tuple[Node, ...] | None = None
     recompute: int | None = None
 
-    def of(self, layout: Layout) -> Shape:
+    def of(self, layout: Layout) -> StepShape:
         """The same with real rows in it."""
         nodes = None if layout.padded else layout.nodes
         return replace(self, num_labels=len(layout.targets), nodes=nodes)
 
-    def alone(self) -> Shape:
+    def alone(self) -> StepShape:
         """The same micro-batch as the only one of its step."""
         return replace(self, accumulates=False)
 
@@ -89,10 +89,12 @@ class Lengths:
         rows = tuple((min(tokens, length), min(n, length - 1)) for tokens, n in self.rows)
         return Lengths(rows, min(self.shared, length))
 
-    def shape(self, num_rows: int, *, checkpointing: bool, accumulates: bool, share: bool) -> Shape:
+    def shape(
+        self, num_rows: int, *, checkpointing: bool, accumulates: bool, share: bool
+    ) -> StepShape:
         """The largest micro-batch of so many rows."""
         rows = self.rows[:num_rows]  # fewer than a micro-batch has: then one never has more
-        return Shape(
+        return StepShape(
             tuple(tokens for tokens, _ in rows),
             self.shared if share else 0,
             max(1, sum(n for _, n in rows)),

@@ -38,7 +38,7 @@ from halfbyte.plan.fake import (
 )
 from halfbyte.plan.layer_cut import Cut, cut, keep_layers, layer_kinds
 from halfbyte.plan.live import LiveBytes, Peak
-from halfbyte.plan.shape import Shape
+from halfbyte.plan.shape import StepShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -57,7 +57,7 @@ Batch = tuple[dict[str, Any], torch.Tensor, torch.Tensor]
 ACTIVATIONS, LOGITS, WORKING, GRADIENTS = "activations", "logits", "working_set", "gradients"
 
 
-class Step:
+class TracedStep:
     """A model with its adapter, of fake tensors, that can be traced at any shape.
 
     Args:
@@ -138,32 +138,32 @@ class Step:
 
         return self._whole({layers: measured(layers) for layers in self._variants()})["sum"]
 
-    def peaks(self, shape: Shape) -> dict[str, Peak]:
+    def peaks(self, shape: StepShape) -> dict[str, Peak]:
         """The most live bytes of each phase, weights, adapter and optimizer left out."""
         found = self._traces(shape, self._step)
         return {phase: self._whole_peak(phase, found) for phase in PHASES}
 
-    def evaluation(self, shape: Shape) -> Peak:
+    def evaluation(self, shape: StepShape) -> Peak:
         """The most live bytes while the same rows are scored, without gradients."""
         return self._whole_peak(EVALUATION, self._traces(shape, self._evaluate))
 
-    def most(self, shape: Shape) -> Counter[str]:
+    def most(self, shape: StepShape) -> Counter[str]:
         """The most bytes of each term by itself, whenever in the step that is."""
         found = self._traces(shape, self._step)
         return self._whole({layers: live.most for layers, live in found.items()})
 
-    def kept(self, shape: Shape) -> int:
+    def kept(self, shape: StepShape) -> int:
         """Bytes that the forward pass has left behind when the backward pass begins."""
         found = self._traces(shape, self._step)
         kept = {layers: Counter(kept=live.kept_bytes) for layers, live in found.items()}
         return self._whole(kept)["kept"]
 
-    def kept_per_layer(self, shape: Shape) -> list[tuple[str, int, int]]:
+    def kept_per_layer(self, shape: StepShape) -> list[tuple[str, int, int]]:
         """For each kind of layer: its name, how many there are, bytes one keeps for its backward."""
         found = self.kept_by_kind(shape)
         return [(str(kind[0]), self.kinds.count(kind), kept) for kind, kept in found.items()]
 
-    def kept_by_kind(self, shape: Shape) -> dict[tuple[Any, ...], int]:
+    def kept_by_kind(self, shape: StepShape) -> dict[tuple[Any, ...], int]:
         """Bytes that a layer of each kind keeps, where there is more than one of a kind."""
         base = self._trace(self.cut.base, shape, self._step).kept_bytes
         found = {}
@@ -219,12 +219,15 @@ class Step:
         keep_layers(self.model, {i: self.layers[i] for i in layers}, self.types)
 
     def _traces(
-        self, shape: Shape, work: Callable[[LiveBytes, Shape], None]
+        self, shape: StepShape, work: Callable[[LiveBytes, StepShape], None]
     ) -> dict[tuple[int, ...], LiveBytes]:
         return {layers: self._trace(layers, shape, work) for layers in self._variants()}
 
     def _trace(
-        self, layers: tuple[int, ...], shape: Shape, work: Callable[[LiveBytes, Shape], None]
+        self,
+        layers: tuple[int, ...],
+        shape: StepShape,
+        work: Callable[[LiveBytes, StepShape], None],
     ) -> LiveBytes:
         """What is counted while these layers do this work; the same question is traced once."""
         key = (layers, shape, work.__name__)
@@ -233,7 +236,10 @@ class Step:
         return self._traced[key]
 
     def _count(
-        self, layers: tuple[int, ...], shape: Shape, work: Callable[[LiveBytes, Shape], None]
+        self,
+        layers: tuple[int, ...],
+        shape: StepShape,
+        work: Callable[[LiveBytes, StepShape], None],
     ) -> LiveBytes:
         self._keep(layers)
         if shape.checkpointing:
@@ -269,7 +275,7 @@ class Step:
                 f"the {what} of {type(self.model).__name__} cannot be traced: {error}"
             ) from error
 
-    def _step(self, live: LiveBytes, shape: Shape) -> None:
+    def _step(self, live: LiveBytes, shape: StepShape) -> None:
         parameters = list(trainable_parameters(self.adapted).values())
         hooks = _gradient_hooks(live, parameters, list(self.layers[0].parameters()))
         self.adapted.train()
@@ -290,14 +296,14 @@ class Step:
             parameter.grad = None
 
     @torch.no_grad()
-    def _evaluate(self, live: LiveBytes, shape: Shape) -> None:
+    def _evaluate(self, live: LiveBytes, shape: StepShape) -> None:
         self.adapted.eval()
         live.enter(EVALUATION, WORKING)
         batch = self._batch(shape)
         with self._autocast():
             self._loss(live, EVALUATION, batch)
 
-    def _batch(self, shape: Shape) -> Batch:
+    def _batch(self, shape: StepShape) -> Batch:
         """Arguments of the pass, and the places (N,) and ids (N,) of its predictions."""
         places = torch.zeros(shape.num_labels, dtype=torch.long)
         if self.padded:

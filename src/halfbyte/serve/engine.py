@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from halfbyte.forward.slot_attention import Lane
+from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.generate.slot_model import Backend
 from halfbyte.heap import trim_heap
 from halfbyte.serve.sampling import Choice, GrammarError, Sampler
@@ -204,7 +204,7 @@ class Engine:
         try:
             # Was it that request, or is it all of them, such as where a CUDA context is lost?
             self.backend.forget()
-            self.backend.run([Lane(0, None, [0], 0)])
+            self.backend.run([SlotInput(0, None, [0], 0)])
             self.backend.forget()
         except Exception as second:
             with self._wake:
@@ -298,7 +298,7 @@ class Engine:
         self.counts.prompt_tokens += len(job.prompt)
         self.counts.shared_tokens += kept
 
-    def _lanes(self) -> list[tuple[Slot, Lane]]:
+    def _lanes(self) -> list[tuple[Slot, SlotInput]]:
         """Every running answer's token, and pieces of prompts, those first that came first."""
         lanes, room = [], PROMPT_TOKENS
         running = [slot for slot in self.slots if slot.job is not None]
@@ -306,7 +306,7 @@ class Engine:
             count = 1 if len(slot.todo) == 1 else min(len(slot.todo), room)
             if count:
                 room -= count if count > 1 else 0
-                lane = Lane(slot.number, slot.adapter, slot.todo[:count], len(slot.tokens))
+                lane = SlotInput(slot.number, slot.adapter, slot.todo[:count], len(slot.tokens))
                 lanes.append((slot, lane))
         return lanes
 

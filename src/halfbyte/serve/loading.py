@@ -18,26 +18,26 @@ from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import DataError, ModelError, RunError, UserError
 from halfbyte.forward.multi_lora import mix_adapters
-from halfbyte.forward.slot_attention import Lane
-from halfbyte.generate.slot_model import Backend, LaneModel, token_bytes
+from halfbyte.forward.slot_attention import SlotInput
+from halfbyte.generate.slot_model import Backend, SlotModel, token_bytes
 from halfbyte.host import free_bytes
 from halfbyte.llamacpp.gguf_file import read_gguf
 from halfbyte.llamacpp.model import GgufModel
-from halfbyte.llamacpp.slot_model import LlamaLanes
+from halfbyte.llamacpp.slot_model import LlamaSlotModel
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.cpu_speed import Way, measure_ways, possible_ways, take_way
-from halfbyte.model.load import Loaded, load_as_asked, load_base, load_tokenizer
-from halfbyte.model.merged import Merge, read_merge
+from halfbyte.model.cpu_speed import ComputeMode, apply_mode, modes_that_fit, time_modes
+from halfbyte.model.load import Loaded, load_at_precision, load_base, load_tokenizer
+from halfbyte.model.merged import MergeReport, read_merge_report
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.run_dir import RunDir, file_sha256
 from halfbyte.serve.chat_codec import Words
 from halfbyte.serve.engine import PROMPT_TOKENS, Engine
 from halfbyte.serve.service import Served
-from halfbyte.serve.targets import NAME, Asked
+from halfbyte.serve.targets import NAME, ServeTarget
 from halfbyte.serve.vllm import base_name
 from halfbyte.trained.artefact import REPORT, read_artefact
-from halfbyte.trained.reference_logprobs import check_canary
+from halfbyte.trained.reference_logprobs import check_reference_logprobs
 from halfbyte.trained.run import same_compute, saved_renderer, trained_base
 
 MAX_SLOTS = 16  # where nothing else is asked for
@@ -70,7 +70,9 @@ class Options:
     max_waiting: int = 256
 
 
-def open_models(asked: list[Asked], options: Options, say: Callable[[str], None]) -> list[Served]:
+def open_models(
+    asked: list[ServeTarget], options: Options, say: Callable[[str], None]
+) -> list[Served]:
     """Load what is asked for and prove it.
 
     Runs on one base share it. Each adapter is compared with what it answered when it was trained.
@@ -83,7 +85,7 @@ def open_models(asked: list[Asked], options: Options, say: Callable[[str], None]
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KERNELS))
     # In a thread that ends: OpenMP keeps idle workers for each thread that has computed, and where they
-    # and those of an engine's thread are more than cores, all of them wait in the slow way.
+    # and those of an engine's thread are more than cores, all of them wait in the slow mode.
     done: Future[list[Served]] = Future()
 
     def work() -> None:
@@ -99,7 +101,7 @@ def open_models(asked: list[Asked], options: Options, say: Callable[[str], None]
     return served
 
 
-def _open(asked: list[Asked], options: Options, say: Callable[[str], None]) -> list[Served]:
+def _open(asked: list[ServeTarget], options: Options, say: Callable[[str], None]) -> list[Served]:
     served: list[Served] = []
     runs = [one for one in asked if one.is_run]
     for group in _by_base(runs):
@@ -132,7 +134,7 @@ class _OpenRun:
     base: Base
 
 
-def _by_base(runs: list[Asked]) -> list[list[_OpenRun]]:
+def _by_base(runs: list[ServeTarget]) -> list[list[_OpenRun]]:
     """Runs that can share a base in memory stand together."""
     groups: dict[tuple[Any, ...], list[_OpenRun]] = {}
     for one in runs:
@@ -162,7 +164,7 @@ def _open_runs(
     renderers = [saved_renderer(one.folder, one.run, one.base) for one in group]
     backend = _lanes(loaded, options, name, others, say)
     for one, renderer in zip(group, renderers, strict=True):
-        told = check_canary(
+        told = check_reference_logprobs(
             _logits(backend, _inner(one.name)), _logits(backend, None), renderer, one.folder.adapter
         )
         say(f"{one.name}: the adapter is live: {told}")
@@ -181,24 +183,24 @@ def _inner(name: str) -> str:
 
 
 def _open_plain(
-    one: Asked, options: Options, others: list[Served], say: Callable[[str], None]
+    one: ServeTarget, options: Options, others: list[Served], say: Callable[[str], None]
 ) -> Served:
     base = resolve_base(one.target)
     folder = Path(base.path)
-    name, merge = one.name or base_name(base), read_merge(folder)
+    name, merge = one.name or base_name(base), read_merge_report(folder)
     if merge is not None:
         _check_merged(folder, merge)
         name = one.name or f"{folder.parent.name}-merged"
         say(f"{name}: the files are those that the merge measured")
     renderer = _renderer(base)
-    loaded = load_as_asked(base, options.precision, True, options.compute_dtype)
+    loaded = load_at_precision(base, options.precision, True, options.compute_dtype)
     backend = _lanes(loaded, options, name, others, say)
     _check_finite(backend, renderer, name)
     return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
 
 
 def _open_gguf(
-    one: Asked, options: Options, others: list[Served], say: Callable[[str], None]
+    one: ServeTarget, options: Options, others: list[Served], say: Callable[[str], None]
 ) -> Served:
     path = Path(one.target)
     name = one.name or path.stem
@@ -225,7 +227,9 @@ def _open_gguf(
     if not options.gpu_layers:  # else llama.cpp says itself whether its part fits in VRAM
         free = free_bytes(torch.device("cpu")) - _promised_bytes(others, torch.device("cpu"))
         slots = _slots(options, name, context, sum(header.cache_bytes(context)), free)
-    backend = LlamaLanes(model, num_slots=slots, max_context=context, prompt_tokens=PROMPT_TOKENS)
+    backend = LlamaSlotModel(
+        model, num_slots=slots, max_context=context, prompt_tokens=PROMPT_TOKENS
+    )
     _check_finite(backend, renderer, name)
     say(f"{name}: {model.describe()}, {backend.num_slots} slots of {context} tokens")
     return Served(name, Engine(backend, options.max_waiting), Words(renderer, backend.vocab_size))
@@ -246,31 +250,31 @@ def _compute(options: Options, folder: RunDir) -> Any:
 
 def _lanes(
     loaded: Loaded, options: Options, name: str, others: list[Served], say: Callable[[str], None]
-) -> LaneModel:
+) -> SlotModel:
     """The model as a backend, with as many slots as there is room for, computing the fastest way."""
     model: Any = loaded.model
     device = loaded.compute.device
     promised = _promised_bytes(others, device)
     mix_adapters(model)
-    way = Way(loaded.compute.dtype, True)
+    mode = ComputeMode(loaded.compute.dtype, True)
     if device.type == "cpu":
-        way = _way(loaded, options, free_bytes(device) - promised, say)
-        take_way(model, way)
+        mode = _mode(loaded, options, free_bytes(device) - promised, say)
+        apply_mode(model, mode)
     elif options.packed is False:
         raise UserError("--weights unpacked is for a CPU: on a GPU 4 bits are there to save memory")
     text = model.config.get_text_config()
     context = options.max_context or DEFAULT_CONTEXT
     context = min(context, int(getattr(text, "max_position_embeddings", context)))
-    slot_bytes = context * token_bytes(text, way.dtype)
+    slot_bytes = context * token_bytes(text, mode.dtype)
     slots = _slots(options, name, context, slot_bytes, free_bytes(device) - promised)
-    backend = LaneModel(
+    backend = SlotModel(
         model,
         num_slots=slots,
         max_context=context,
-        dtype=way.dtype,
+        dtype=mode.dtype,
         cache_bytes=slots * slot_bytes,
     )
-    say(f"{name}: {way.name} on {device}, {slots} slots of {context} tokens")
+    say(f"{name}: {mode.name} on {device}, {slots} slots of {context} tokens")
     return backend
 
 
@@ -291,7 +295,7 @@ def _slots(options: Options, name: str, context: int, slot_bytes: int, free: int
     return slots
 
 
-def _way(loaded: Loaded, options: Options, free: int, say: Callable[[str], None]) -> Way:
+def _mode(loaded: Loaded, options: Options, free: int, say: Callable[[str], None]) -> ComputeMode:
     dtypes = [torch.float32, torch.bfloat16]
     if loaded.precision in DTYPES:
         # Plain weights were loaded in the dtype that computes.
@@ -299,7 +303,7 @@ def _way(loaded: Loaded, options: Options, free: int, say: Callable[[str], None]
     elif options.compute_dtype != "auto":
         dtypes = [DTYPES[options.compute_dtype]]
     packings = [True, False] if options.packed is None else [options.packed]
-    fits, too_large = possible_ways(loaded.model, dtypes, packings, free)
+    fits, too_large = modes_that_fit(loaded.model, dtypes, packings, free)
     if not fits:
         raise ModelError(
             f"{loaded.base.name}: {too_large[0].name} does not fit into memory; use --weights packed"
@@ -307,24 +311,24 @@ def _way(loaded: Loaded, options: Options, free: int, say: Callable[[str], None]
     if len(fits) == 1:
         return fits[0]
     lanes = options.slots or MAX_SLOTS
-    found = measure_ways(loaded.model, fits, lanes)
-    for way, (one, many) in found.items():
+    found = time_modes(loaded.model, fits, lanes)
+    for mode, (one, many) in found.items():
         say(
-            f"  {way.name}: {1e3 * one:.0f} ms for one token, {1e3 * many:.0f} ms for {lanes} at once"
+            f"  {mode.name}: {1e3 * one:.0f} ms for one token, {1e3 * many:.0f} ms for {lanes} at once"
         )
-    for way in too_large:
-        say(f"  {way.name}: does not fit into memory")
-    return min(found, key=lambda way: sum(found[way]))
+    for mode in too_large:
+        say(f"  {mode.name}: does not fit into memory")
+    return min(found, key=lambda mode: sum(found[mode]))
 
 
 def _logits(backend: Backend, adapter: str | None) -> Callable[[list[int]], torch.Tensor]:
     """Logits after ids, as serving computes them: the last token on its own, beside another request."""
 
     def logits(ids: list[int]) -> torch.Tensor:
-        lead, last = ids[:-1], Lane(0, adapter, ids[-1:], len(ids) - 1)
+        lead, last = ids[:-1], SlotInput(0, adapter, ids[-1:], len(ids) - 1)
         if lead:
-            backend.run([Lane(0, adapter, lead, 0)])
-        beside = [Lane(1, None, ids, 0)] if backend.num_slots > 1 else []
+            backend.run([SlotInput(0, adapter, lead, 0)])
+        beside = [SlotInput(1, None, ids, 0)] if backend.num_slots > 1 else []
         return backend.run([last, *beside])[0]
 
     return logits
@@ -341,7 +345,7 @@ def _check_finite(backend: Backend, renderer: Renderer, name: str) -> None:
     backend.forget()
 
 
-def _check_merged(folder: Path, merge: Merge) -> None:
+def _check_merged(folder: Path, merge: MergeReport) -> None:
     for file, sha256 in merge.sha256.items():
         if not (folder / file).is_file() or file_sha256(folder / file) != sha256:
             raise RunError(

@@ -15,7 +15,7 @@ MIN_KEY_CHARS = 8
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServeTarget:
     """A model to serve.
 
     Attributes:
@@ -37,7 +37,7 @@ class Asked:
         return self.target.endswith(".gguf")
 
 
-def read_asked(given: list[str]) -> list[Asked]:
+def read_targets(given: list[str]) -> list[ServeTarget]:
     """``[NAME=]MODEL`` each.
 
     Raises:
@@ -47,13 +47,13 @@ def read_asked(given: list[str]) -> list[Asked]:
     for text in given:
         name, equals, target = text.partition("=")
         if not equals or Path(text).exists():
-            found.append(Asked(None, absolute_if_local(text)))
+            found.append(ServeTarget(None, absolute_if_local(text)))
             continue
         if not NAME.fullmatch(name) or not target:
             raise UserError(
                 f"{text}: NAME=MODEL needs a name of letters, digits and . _ -, at most 64, and a model"
             )
-        found.append(Asked(name, absolute_if_local(target)))
+        found.append(ServeTarget(name, absolute_if_local(target)))
     names = [one.name for one in found if one.name]
     if len(set(names)) < len(names):
         raise UserError(f"{', '.join(names)}: each name once")

@@ -12,7 +12,7 @@ from halfbyte.errors import RunError, UserError
 from halfbyte.model.merged import check_keeps_training
 from halfbyte.model.resolve import Base
 from halfbyte.run_dir import RunDir, read_json
-from halfbyte.serve.targets import Asked
+from halfbyte.serve.targets import ServeTarget
 from halfbyte.trained.artefact import read_artefact, vllm_rank
 from halfbyte.trained.run import trained_base
 
@@ -21,7 +21,7 @@ KEY_VARIABLE = "VLLM_API_KEY"  # in the environment it is not seen by every user
 
 
 def vllm_command(
-    asked: list[Asked], host: str, port: int, max_context: int | None, more: list[str]
+    asked: list[ServeTarget], host: str, port: int, max_context: int | None, more: list[str]
 ) -> list[str]:
     """The command line of ``vllm serve`` for a plain model, or for runs on one base.
 
@@ -81,7 +81,7 @@ def start_vllm(command: list[str], api_keys: tuple[str, ...]) -> None:
     os.execve(path, command, environment)
 
 
-def _with_adapters(runs: list[Asked]) -> list[str]:
+def _with_adapters(runs: list[ServeTarget]) -> list[str]:
     bases: dict[str, Base] = {}
     precisions, modules, ranks = set(), [], []
     templates = set()

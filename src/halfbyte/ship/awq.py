@@ -93,7 +93,7 @@ class ServedFolder:
     def answers(
         self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int
     ) -> list[Answer]:
-        """As ``Served``."""
+        """As ``EngineModel``."""
         return generate(
             self._model,
             prompts,
@@ -104,7 +104,7 @@ class ServedFolder:
         )
 
     def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
-        """As ``Served``: the text in one go, as a server tokenises it."""
+        """As ``EngineModel``: the text in one go, as a server tokenises it."""
         turns = [{"role": message.role, "content": message.content} for message in messages]
         made: Any = self._tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True
@@ -115,7 +115,7 @@ class ServedFolder:
         return str(made), list(ids)
 
     def ends(self, token: int) -> bool:
-        """As ``Served``. An adapter has no such file: its base's says."""
+        """As ``EngineModel``. An adapter has no such file: its base's says."""
         return self._stops is None or token in self._stops
 
 

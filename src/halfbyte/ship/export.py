@@ -26,7 +26,7 @@ from halfbyte.ship.export_report import write_table
 from halfbyte.ship.gguf import LOSSLESS, QUANTS, GgufFactory, make_adapter_gguf
 from halfbyte.ship.integrity import check_adapter, check_merged
 from halfbyte.ship.peft_folder import make_peft_folder
-from halfbyte.ship.proof import Exam, Proof, Served, Told, prove, refuse_unproven
+from halfbyte.ship.proof import EngineModel, Exam, Proof, References, prove, refuse_unproven
 from halfbyte.ship.work import Work, measuring
 from halfbyte.trained.artefact import REPORT
 from halfbyte.trained.fidelity import Reference, fidelity, reference, torch_predict
@@ -142,7 +142,7 @@ def _share(target: Target) -> float:
     return SIZES.get(target.quant, SIZES["q8_0"] if target.quant else 0.5)
 
 
-def _told(work: Work) -> Told:
+def _told(work: Work) -> References:
     """What the trained and the merged model predict, one in memory at a time."""
     print("reading the trained and the merged model", file=sys.stderr)
     loaded = work.load_base()
@@ -157,10 +157,10 @@ def _told(work: Work) -> Told:
     vocabulary = int(merged.config.vocab_size)
     told = reference(predict, work.rows, vocabulary)
     same = fidelity(predict, work.rows, trained)
-    return Told(trained, told, same)
+    return References(trained, told, same)
 
 
-def _told_on_full_base(work: Work, told: Told) -> Told:
+def _told_on_full_base(work: Work, told: References) -> References:
     """For an adapter alone: what it predicts on the unquantised base, which engines put it on."""
     arithmetic = measuring(fp32_bytes(work.base) // 4)
     loaded = load_model(work.base, arithmetic.name, compute=arithmetic)
@@ -168,7 +168,7 @@ def _told_on_full_base(work: Work, told: Told) -> Told:
     full: Reference = reference(
         torch_predict(model, work.pad_id), work.rows, int(loaded.model.config.vocab_size)
     )
-    return Told(full, told.merged, told.merged_as)
+    return References(full, told.merged, told.merged_as)
 
 
 def _make(
@@ -191,21 +191,21 @@ def _make(
 
 
 @contextmanager
-def _in_transformers(folder: Path, work: Work) -> Iterator[Served]:
+def _in_transformers(folder: Path, work: Work) -> Iterator[EngineModel]:
     arithmetic = measuring(fp32_bytes(work.base) // 4)
     loaded = load_model(resolve_base(str(folder)), None, compute=arithmetic)
     yield ServedFolder(loaded.model, folder, work)
 
 
 @contextmanager
-def _on_its_base(folder: Path, work: Work) -> Iterator[Served]:
+def _on_its_base(folder: Path, work: Work) -> Iterator[EngineModel]:
     loaded = work.load_base()
     model = load_adapter(loaded, folder)
     yield ServedFolder(model, folder, work)
 
 
 def _report(
-    work: Work, target: Target, partial: Path, made: dict[str, Any], proof: Proof, told: Told
+    work: Work, target: Target, partial: Path, made: dict[str, Any], proof: Proof, told: References
 ) -> dict[str, Any]:
     files = sorted(path for path in partial.iterdir() if path.is_file())
     return {

@@ -15,7 +15,7 @@ from halfbyte.ship.work import Work
 from halfbyte.trained.fidelity import Fidelity, Reference, Rows, agreement
 
 
-class Served(Protocol):
+class EngineModel(Protocol):
     """An artefact in the engine that will serve it."""
 
     def predict(self, rows: Rows, positions: list[list[int]], vocabulary: int) -> Any:
@@ -43,7 +43,7 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Told:
+class References:
     """What artefacts are compared with."""
 
     trained: Reference
@@ -86,7 +86,7 @@ class Proof:
         }
 
 
-def prove(work: Work, served: Served, told: Told, exam: Exam | None) -> Proof:
+def prove(work: Work, served: EngineModel, told: References, exam: Exam | None) -> Proof:
     """Measure an artefact on the run's rows."""
     # Of one vocabulary, so both references are at the same positions.
     columns = told.trained.log_probs.shape[1]

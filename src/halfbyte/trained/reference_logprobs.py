@@ -24,7 +24,9 @@ MAX_SHARE = 0.1  # of the way from base to adapter by which a server may miss th
 Logits = Callable[[list[int]], torch.Tensor]  # ids to logits (V,) after the last one
 
 
-def record_canary(logits: Logits, renderer: Renderer, rows: Sequence[Row], folder: Path) -> None:
+def record_reference_logprobs(
+    logits: Logits, renderer: Renderer, rows: Sequence[Row], folder: Path
+) -> None:
     """Write what a trained model expects after the shortest prompts of ``rows``.
 
     Args:
@@ -42,7 +44,9 @@ def record_canary(logits: Logits, renderer: Renderer, rows: Sequence[Row], folde
     write_json(folder / CANARY, records)
 
 
-def check_canary(adapted: Logits, base: Logits, renderer: Renderer, folder: Path) -> str:
+def check_reference_logprobs(
+    adapted: Logits, base: Logits, renderer: Renderer, folder: Path
+) -> str:
     """Compare a loaded adapter with what was recorded, before anybody relies on it; returns a line to show.
 
     The distance is the root mean square of differences of log-probabilities in nats, each token weighed
