@@ -49,21 +49,19 @@ def main() -> None:
     quiet_libraries()
     from halfbyte.data.questions import held_out_rows, questions
     from halfbyte.eval.measure import measure
-    from halfbyte.eval.variants import Trained, contenders
+    from halfbyte.eval.variants import Comparison, contenders
     from halfbyte.model.precision import NAMES, choose_compute
-    from halfbyte.run_dir import RunDir
-    from halfbyte.trained.run import same_compute, saved_renderer, trained_base
+    from halfbyte.trained.run import read_trained_run
 
-    folder = RunDir(arguments.run.resolve())
-    base = trained_base(folder, run)
-    renderer = saved_renderer(folder, run, base)
-    asked = questions(held_out_rows(folder, run.eval.rows, run.seed), renderer)
     settings = run.eval.model_copy(update={"variants": ["base-full", "adapter"], "baselines": []})
     run = run.model_copy(update={"eval": settings})
-    asked_for = arguments.compute_dtype
-    compute = choose_compute(asked_for) if asked_for else same_compute(folder)
+    trained = read_trained_run(arguments.run, run)
+    rows = held_out_rows(trained.folder, run.eval.rows, run.seed)
+    dtype = arguments.compute_dtype
+    compute = choose_compute(dtype) if dtype else trained.trained_compute()
     found = {}
-    for contender in contenders(Trained(folder, run, base, compute, asked, renderer)):
+    comparison = Comparison(trained, compute, questions(rows, trained.renderer))
+    for contender in contenders(comparison):
         loop_s, answers = _loop(contender, arguments.loop_rows, run.eval.max_new_tokens)
         start = time.perf_counter()
         variant = measure(contender, run)
@@ -73,16 +71,16 @@ def main() -> None:
         dtype = model.get_input_embeddings().weight.dtype
         num_parted, others = _parted(contender, answers, variant.answers)
         found[contender.name] = {
-            "rows": len(asked),
+            "rows": len(rows),
             "seconds": ours_s,
-            "seconds_a_row": ours_s / len(asked),
+            "seconds_a_row": ours_s / len(rows),
             "loop_rows": len(answers),
             "loop_seconds_a_row": loop_s / len(answers),
-            "ratio": loop_s / len(answers) / (ours_s / len(asked)),
+            "ratio": loop_s / len(answers) / (ours_s / len(rows)),
             "dtype": NAMES[dtype],
             "gflop_a_row": flops / 1e9,
             "gflop_per_s": (rate := _best_rate(contender.device, dtype)) / 1e9,
-            "products_seconds": flops * len(asked) / rate,
+            "products_seconds": flops * len(rows) / rate,
             "answer_tokens": sum(variant.lengths),
             "same_answers": len(answers) - num_parted,
             "parted_at_near_ties": num_parted - len(others),
@@ -111,7 +109,7 @@ def _loop(contender: Any, num_rows: int, max_new_tokens: int) -> tuple[float, li
     answers = []
     start = time.perf_counter()
     with torch.no_grad():
-        for question in contender.asked[:num_rows]:
+        for question in contender.questions[:num_rows]:
             prompt, ids, labels = (
                 torch.tensor([numbers], device=contender.device)
                 for numbers in (question.prompt, question.ids, question.labels)
@@ -131,7 +129,7 @@ def _parted(contender: Any, answers: list[list[int]], texts: list[str]) -> tuple
     """How many of our answers leave the loop's, and which where the plain model is sure of the next token."""
     decode = contender.renderer.decode
     parted = []
-    for question, ids, text in zip(contender.asked, answers, texts, strict=False):
+    for question, ids, text in zip(contender.questions, answers, texts, strict=False):
         if decode(ids) != text:
             shared = [n for n in range(len(ids) + 1) if text.startswith(decode(ids[:n]))]
             # Texts lose the blanks at their ends, so that they may have parted a little earlier.
@@ -163,7 +161,7 @@ def _flops(contender: Any, run: Any, num_rows: int) -> float:
 
     from halfbyte.eval.measure import measure
 
-    some = contender.asked[:num_rows]
+    some = contender.questions[:num_rows]
     with FlopCounterMode(display=False) as counter:
         measure(replace(contender, asked=some), run)
     return float(counter.get_total_flops()) / len(some)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from halfbyte.config import model_run
-from halfbyte.data.prepare import Example
+from halfbyte.data.prepared import Example
 from halfbyte.data.render import Encoded, Renderer
 from halfbyte.data.rows import Row
 from halfbyte.libraries import quiet_libraries
@@ -66,19 +66,19 @@ def _cell(
     from halfbyte.plan.memory import Planner
     from halfbyte.train.arguments import Passes
     from halfbyte.train.preflight import check_first_step
-    from halfbyte.train.probe import longest_rows
+    from halfbyte.train.setup import Setup, row_lengths
     from halfbyte.train.trainer import build_trainer
 
     run = model_run(name, [f"model.compute_dtype={compute}", f"train.batch_size={batch}"])
     base = resolve_base(run.model.name)
     rows = [_row(length, number) for number in range(batch)]
     planner = Planner(run, load_config(base), this_machine())
-    plan = planner.train(longest_rows(rows), batch, checkpointing=checkpointing)
+    plan = planner.train(row_lengths(rows), batch, checkpointing=checkpointing)
     loaded = load_model(base, "nf4", compute_dtype=run.model.compute_dtype)
     model = attach_adapter(loaded, run.adapter, run.seed, scratch)
     renderer = Renderer(load_tokenizer(base))
-    passes = Passes(batch, checkpointing)
-    trainer = build_trainer(run, loaded, model, renderer, (rows, []), passes, scratch, None)
+    setup = Setup(run, renderer, rows, [], loaded, model, Passes(batch, checkpointing))
+    trainer = build_trainer(setup, scratch, None)
     optimizer = trainer.create_optimizer()
     for parameter in trainable_parameters(model).values():
         parameter.grad = torch.zeros_like(parameter)

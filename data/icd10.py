@@ -13,11 +13,15 @@ from halfbyte.errors import exit_on_user_error
 
 
 def main() -> None:
-    """Package tables → train.jsonl and test.jsonl."""
+    """Turn the package's tables into train.jsonl, test.jsonl and card.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--chapter", default=CIRCULATORY, help="1 to 22; default 9, circulatory")
+    parser.add_argument(
+        "--chapter",
+        default=CIRCULATORY,
+        help="chapter of ICD-10-CM, 1 to 22; default 9, circulatory",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "icd10")
     arguments = parser.parse_args()
     counts = build_icd10(arguments.out, arguments.chapter)

@@ -1,4 +1,4 @@
-"""Show what a config makes of its data: coloured tokens, lengths, duplicates, the ledger.
+"""Show the data of a config as it is trained on: coloured tokens, lengths, duplicates, the ledger.
 
 python data/preview.py configs/quickstart.yaml [section.key=value …] [--rows 3]
 """
@@ -14,7 +14,7 @@ from halfbyte.errors import exit_on_user_error
 
 
 def main() -> None:
-    """Config → rendered rows, labels and ledger on the terminal; no model is loaded."""
+    """Print a config's rendered rows, labels and ledger; no model is loaded."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,9 +36,9 @@ def main() -> None:
 
     base = resolve_base(run.model.name, run.model.revision)
     renderer = renderer_of(run.data, load_tokenizer(base))
-    # Every row is shown at its full length; what max_length would cut is told beside the histogram.
-    whole = run.data.model_copy(update={"max_length": sys.maxsize})
-    prepared = prepare(whole, renderer)
+    # Show every row at its full length; the histogram says what max_length would cut.
+    unlimited = run.data.model_copy(update={"max_length": sys.maxsize})
+    prepared = prepare(unlimited, renderer)
     colour = arguments.colour == "always" or (arguments.colour == "auto" and sys.stdout.isatty())
     print(show_preview(prepared, renderer, run.data, arguments.rows, colour=colour))
 

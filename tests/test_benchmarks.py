@@ -288,9 +288,9 @@ def test_programs_without_the_sandbox_are_refused() -> None:
         class config:  # noqa: N801  as the harness has it
             metric_list = ({"metric": lambda **_: 0},)
 
-    assert not code_metric.is_held(Task())
+    assert not code_metric.is_sandboxed(Task())
     Task.UNSAFE_CODE = False
-    assert code_metric.is_held(Task())
+    assert code_metric.is_sandboxed(Task())
 
 
 @pytest.fixture(scope="module")
@@ -326,12 +326,12 @@ def test_the_report_has_each_benchmark_of_each_model(compared: Path) -> None:
             figures = told["harness"][entry["task"]]
             assert figures["acc,none"] == pytest.approx(told["value"])
             assert figures["acc_stderr,none"] >= 0
-    assert "base-full-fewshot: not asked the benchmarks" in " ".join(report["notes"])
+    assert "base-full-fewshot: not run on the benchmarks" in " ".join(report["notes"])
     text = (compared / "eval" / "report.md").read_text()
-    assert "Elsewhere, against base-full" in text
+    assert "General benchmarks, compared with base-full" in text
     assert "| truthfulqa_mc2 (acc,none) | 5 |" in text
     page = (compared / "eval" / "report.html").read_text()
-    assert "<h2>Elsewhere</h2>" in page
+    assert "<h2>General benchmarks</h2>" in page
 
 
 def test_adapter_off_answers_as_the_4_bit_base_alone(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from halfbyte.eval.chat import Reply, shown
+from halfbyte.eval.chat import Reply, reply_lines
 
 
-def made(**texts: str) -> dict[str, Reply]:
+def replies(**texts: str) -> dict[str, Reply]:
     return {name: Reply(text, 2, 1.0, "stop") for name, text in texts.items()}
 
 
 def test_answers_stand_side_by_side_and_lose_no_word() -> None:
     left, right = "one two " * 20, "three\n\nfour"
-    lines = shown(made(base=left, tuned=right), 83)
+    lines = reply_lines(replies(base=left, tuned=right), 83)
     assert all(len(line) <= 83 and line[40:43].rstrip() == " |" for line in lines)
     columns = list(zip(*(line.split(" |") for line in lines), strict=True))
     assert " ".join(columns[0]).split() == [
@@ -28,10 +28,10 @@ def test_answers_stand_side_by_side_and_lose_no_word() -> None:
 
 def test_narrow_terminals_and_other_scripts_get_one_after_the_other() -> None:
     for columns, text in ((50, "one"), (200, "قلب"), (200, "心臓")):
-        lines = shown(made(base=text, tuned="two"), columns)
+        lines = reply_lines(replies(base=text, tuned="two"), columns)
         assert lines[0] == f"base> {text}"
         assert lines[2] == "tuned> two"
 
 
 def test_one_answer_is_as_wide_as_it_is() -> None:
-    assert shown(made(model="x" * 300), 80)[0] == "model> " + "x" * 300
+    assert reply_lines(replies(model="x" * 300), 80)[0] == "model> " + "x" * 300

@@ -8,14 +8,14 @@ from toys import chatml_tokenizer, gemma_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.data.render import Renderer, load_template
-from halfbyte.serve.chat_codec import Words
+from halfbyte.serve.chat_codec import ChatCodec
 from halfbyte.serve.text import TextStream
 
 TEXTS = ("the heart is red and blue", "القلب أحمر", "東京 é 😀", "tab\tand\n\nlines")
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Words with ▁ before them, of which a decoder drops the first, and byte fallback."""
+    """ChatCodec with ▁ before them, of which a decoder drops the first, and byte fallback."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     letters = [chr(code) for code in range(0x21, 0x7F)]
     words += ["▁", *letters, *(f"▁{w}" for w in ("the", "heart", "is", "red", "and", "blue"))]
@@ -40,18 +40,18 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def words_of(tokenizer: PreTrainedTokenizerFast) -> Words:
+def codec_of(tokenizer: PreTrainedTokenizerFast) -> ChatCodec:
     template = None if tokenizer.chat_template else load_template("gemma")
-    return Words(Renderer(tokenizer, template), len(tokenizer))
+    return ChatCodec(Renderer(tokenizer, template), len(tokenizer))
 
 
 @pytest.mark.parametrize("make", [chatml_tokenizer, gemma_tokenizer, llama_tokenizer])
 @pytest.mark.parametrize("text", TEXTS)
 def test_bytes_of_pieces_join_to_the_text(make: type, text: str) -> None:
-    words = words_of(make())
-    ids = words.renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+    codec = codec_of(make())
+    ids = codec.renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) > 3
-    pieces = [words.piece(token) for token in ids]
+    pieces = [codec.piece(token) for token in ids]
     assert b"".join(content for _, content in pieces).decode().strip() == text
     if "\ufffd" not in "".join(shown for shown, _ in pieces):
         assert "".join(shown for shown, _ in pieces).strip() == text
@@ -59,10 +59,10 @@ def test_bytes_of_pieces_join_to_the_text(make: type, text: str) -> None:
 
 @pytest.mark.parametrize("make", [chatml_tokenizer, gemma_tokenizer, llama_tokenizer])
 def test_a_completion_goes_on_with_its_prompt(make: type) -> None:
-    words = words_of(make())
-    ids = words.renderer.tokenizer("the heart is red", add_special_tokens=False)["input_ids"]
-    whole = words.decode(ids)
+    codec = codec_of(make())
+    ids = codec.renderer.tokenizer("the heart is red", add_special_tokens=False)["input_ids"]
+    whole = codec.decode(ids)
     for cut in range(1, len(ids)):
-        stream = TextStream(words.decode, (), ids[:cut])
-        made = "".join([*(stream.push(token) for token in ids[cut:]), stream.flush()])
-        assert words.decode(ids[:cut]) + made == whole
+        stream = TextStream(codec.decode, (), ids[:cut])
+        text = "".join([*(stream.push(token) for token in ids[cut:]), stream.flush()])
+        assert codec.decode(ids[:cut]) + text == whole

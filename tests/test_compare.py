@@ -18,13 +18,13 @@ from halfbyte.eval import measure as measured
 from halfbyte.eval.measure import Variant, measure
 from halfbyte.eval.pages import as_markdown, marked_words
 from halfbyte.eval.report import build_report, write_report
-from halfbyte.eval.variants import Contender, Trained, contenders
+from halfbyte.eval.variants import Comparison, Contender, contenders
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_model
 from halfbyte.model.precision import Compute
-from halfbyte.run_dir import RunDir, read_jsonl
-from halfbyte.trained.run import load_trained, same_compute, saved_renderer, trained_base
+from halfbyte.run_dir import read_jsonl
+from halfbyte.trained.run import read_trained_run
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
 
@@ -90,13 +90,12 @@ def test_adapter_and_merged_answer_alike_and_the_4_bit_base_is_smaller(compared:
 
 
 def test_disabled_adapter_gives_the_figures_of_a_separately_loaded_base(compared: Path) -> None:
-    folder, run = RunDir(compared), read_run_folder(compared)
-    base = trained_base(folder, run)
-    renderer = saved_renderer(folder, run, base)
-    loaded = load_model(base, "nf4", compute=CPU32)
+    trained = read_trained_run(compared)
+    run, renderer = trained.run, trained.renderer
+    loaded = load_model(trained.base, "nf4", compute=CPU32)
     add_token_loss(loaded.model)
-    asked = questions(held_out_rows(folder, 8, run.seed), renderer)
-    alone = measure(Contender("alone", "", loaded.model, 0, asked, renderer), run)
+    rendered = questions(held_out_rows(trained.folder, 8, run.seed), renderer)
+    alone = measure(Contender("alone", "", loaded.model, 0, rendered, renderer), run)
     entry = next(e for e in report_of(compared)["variants"] if e["name"] == "base-nf4")
     assert sum(alone.loss_columns()[0]) / sum(alone.loss_columns()[1]) == entry["held_out_loss"]
     shared = [row["answers"]["base-nf4"] for row in read_jsonl(compared / "eval" / "answers.jsonl")]
@@ -104,11 +103,10 @@ def test_disabled_adapter_gives_the_figures_of_a_separately_loaded_base(compared
 
 
 def test_held_out_loss_is_transformers_own_on_the_last_answer(compared: Path) -> None:
-    folder, run = RunDir(compared), read_run_folder(compared)
-    loaded, renderer = load_trained(compared)
-    asked = questions(held_out_rows(folder, 8, run.seed), renderer)
+    trained = read_trained_run(compared)
+    loaded, rows = trained.load(), held_out_rows(trained.folder, 8, trained.run.seed)
     total = count = 0.0
-    for question in asked:
+    for question in questions(rows, trained.renderer):
         ids, labels = torch.tensor([question.ids]), torch.tensor([question.labels])
         with torch.no_grad():
             loss = float(loaded.model(ids, labels=labels).loss)
@@ -122,16 +120,14 @@ def test_long_answers_are_measured_like_short_ones(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scored in a pass of their own, after which generation begins behind what was right."""
-    folder = RunDir(compared)
     run = read_run_folder(compared, ["eval.variants=[base-full,adapter]"])
-    base = trained_base(folder, run)
-    renderer = saved_renderer(folder, run, base)
-    asked = questions(held_out_rows(folder, run.eval.rows, run.seed), renderer)
-    trained = Trained(folder, run, base, same_compute(folder), asked, renderer)
-    for contender in contenders(trained):
+    trained = read_trained_run(compared, run)
+    rows = held_out_rows(trained.folder, run.eval.rows, run.seed)
+    rendered = questions(rows, trained.renderer)
+    for contender in contenders(Comparison(trained, trained.trained_compute(), rendered)):
         short = measure(contender, run)
         with monkeypatch.context() as patch:
-            patch.setattr(measured, "MOST_WANTED", 0)
+            patch.setattr(measured, "MAX_LABELLED_TOKENS", 0)
             long = measure(contender, run)
         assert long.answers == short.answers
         assert long.finish_reasons == short.finish_reasons
@@ -221,17 +217,17 @@ def test_verdict_is_plain_whichever_way_it_falls(
     compared: Path, ours: list[float], theirs: list[float], wanted: str
 ) -> None:
     _, variants = _variants(ours, theirs)
-    report = build_report(RunDir(compared), read_run_folder(compared), variants)
-    assert f"— {wanted} against base-full" in report["verdict"]
-    assert [entry["verdict"] for entry in report["variants"]] == [wanted, wanted]
-    assert report["verdict"] in as_markdown(report)
+    report = build_report(read_trained_run(compared), variants)
+    assert f"— {wanted} against base-full" in report.verdict
+    assert [entry["verdict"] for entry in report.variants] == [wanted, wanted]
+    assert report.verdict in as_markdown(report)
 
 
 def test_html_is_self_contained_and_escapes_what_models_say(compared: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(compared, copy)
     rows, variants = _variants([1.0, 0.0, 1.0], [0.0, 1.0, 1.0])
-    write_report(RunDir(copy), read_run_folder(copy), rows, variants, command="python <it>")
+    write_report(read_trained_run(copy), rows, variants, command="python <it>")
     page = (copy / "eval" / "report.html").read_text()
     assert page.count("<script") == 1
     assert "<script>alert" not in page
@@ -262,8 +258,8 @@ def test_words_that_differ_are_marked(answer: str, wanted: str, marked: list[str
 def test_cut_off_answers_are_noted(compared: Path) -> None:
     _, variants = _variants([1.0] * 10, [0.0] * 10)
     variants[0].finish_reasons = ["length"] * 10
-    report = build_report(RunDir(compared), read_run_folder(compared), variants)
-    assert "base-full: 10 answers were cut off at eval.max_new_tokens." in report["notes"]
+    report = build_report(read_trained_run(compared), variants)
+    assert "base-full: 10 answers were cut off at eval.max_new_tokens." in report.notes
 
 
 def test_changed_base_is_refused(
@@ -276,18 +272,18 @@ def test_changed_base_is_refused(
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit):
         run_script("eval/compare.py", copy)
-    assert "has changed since the run was trained" in capsys.readouterr().err
+    assert "was trained on the base" in capsys.readouterr().err
 
 
 def test_loaded_run_answers_with_its_adapter(compared: Path) -> None:
-    folder, run = RunDir(compared), read_run_folder(compared)
-    loaded, _ = load_trained(compared)
-    plain = load_model(trained_base(folder, run), "nf4", compute=CPU32)
+    trained = read_trained_run(compared)
+    loaded = trained.load()
+    plain = load_model(trained.base, "nf4", compute=CPU32)
     ids = torch.arange(5, 20)[None]
     with torch.no_grad():
         apart = (loaded.model(ids).logits - plain.model(ids).logits).abs().max()
     assert apart > 1e-3
-    again = load_adapter(plain, folder.adapter)
+    again = load_adapter(plain, trained.folder.adapter)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, loaded.model(ids).logits)
 

@@ -59,11 +59,11 @@ def test_runs_without_common_rows_or_reports_are_refused(
     shutil.copytree(pair[1], other)
     rows = list(read_jsonl(other / "eval" / "answers.jsonl"))
     write_jsonl(other / "eval" / "answers.jsonl", [{**row, "id": "else"} for row in rows])
-    with pytest.raises(RunError, match="no row was asked of all of them"):
+    with pytest.raises(RunError, match="no row was answered by all runs"):
         compare_runs([first, RunDir(other)])
     report = json.loads((other / "eval" / "report.json").read_text())
     (other / "eval" / "report.json").write_text(json.dumps({**report, "metric": "chrf"}))
-    with pytest.raises(RunError, match="compared by one metric"):
+    with pytest.raises(RunError, match="only be compared by one metric"):
         compare_runs([first, second, RunDir(other)])
 
 
@@ -77,7 +77,7 @@ def test_half_the_rows_are_compared_where_half_are_common(
     found = compare_runs([RunDir(pair[0]), RunDir(other)])
     assert found["n"] == 4
     assert found["runs"][1]["exact_match"]["value"] == 1
-    assert "4 rows that all runs answered" in as_markdown(found)
+    assert "4 rows, answered by all runs" in as_markdown(found)
 
 
 def test_keys_with_several_runs_are_refused(

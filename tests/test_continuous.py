@@ -1,4 +1,4 @@
-"""Generation in slots: the answers of transformers' own generate(), whatever shares a pass with what."""
+"""Generation in slots: the answers of transformers' generate(), whatever shares a pass with what."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def test_answers_are_those_of_one_prompt_at_a_time(model: Any, num_slots: int) -
     assert {answer.finish_reason for answer in wanted} == {"stop", "length"}
     done: list[int] = []
     spent = Spent()
-    made = SlotGenerator(model, num_slots).generate(
+    answers = SlotGenerator(model, num_slots).generate(
         PROMPTS, stop_ids=stop_ids, max_new_tokens=12, progress=done.append, spent=spent
     )
-    assert made == wanted
+    assert answers == wanted
     assert done == sorted(done)
     assert done[-1] == len(PROMPTS)
     # The stem is read once, the rest of each prompt once; each answer but its first token by itself.
@@ -72,11 +72,11 @@ def test_answers_go_on_from_what_is_known_of_them(model: Any) -> None:
     ended = {n: [*a.ids, stop_ids[0]] for n, a in enumerate(wanted) if a.finish_reason == "stop"}
     begun = [ended.get(n, answer.ids)[: 3 * n] for n, answer in enumerate(wanted)]
     spent = Spent()
-    made = SlotGenerator(model, 3).generate(
+    answers = SlotGenerator(model, 3).generate(
         PROMPTS, stop_ids=stop_ids, max_new_tokens=12, begun=begun, spent=spent
     )
-    assert [a.ids for a in made] == [a.ids for a in wanted]
-    assert [a.finish_reason for a in made] == [a.finish_reason for a in wanted]
+    assert [a.ids for a in answers] == [a.ids for a in wanted]
+    assert [a.finish_reason for a in answers] == [a.finish_reason for a in wanted]
     nothing = Spent()
     SlotGenerator(model, 3).generate(
         PROMPTS[:1], stop_ids=[2], max_new_tokens=2, begun=[[5, 6]], spent=nothing
@@ -89,11 +89,11 @@ def test_answers_go_on_from_what_is_known_of_them(model: Any) -> None:
     assert cut == Answer([5, 6], "length")
 
 
-@pytest.mark.parametrize("told_tokens", [1, 512])
+@pytest.mark.parametrize("logit_tokens", [1, 512])
 def test_what_is_wanted_is_scored_where_the_prompt_is_read(
-    model: Any, told_tokens: int, monkeypatch: pytest.MonkeyPatch
+    model: Any, logit_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(continuous, "TOLD_TOKENS", told_tokens)
+    monkeypatch.setattr(continuous, "LOGIT_TOKENS", logit_tokens)
     stop_ids = some_stop(model)
     free = plain(model, PROMPTS, stop_ids)
     said = [[*a.ids, *stop_ids[:1]] if a.finish_reason == "stop" else a.ids for a in free]
@@ -101,11 +101,11 @@ def test_what_is_wanted_is_scored_where_the_prompt_is_read(
     changed = [[*ids[:n], 77, 78, *ids[n:]] for n, ids in enumerate(said)]
     wanted = [said[0], *changed[1:6], [*said[6], *range(40, 60)], []]
     spent = Spent()
-    made = SlotGenerator(model, 3).generate(
+    answers = SlotGenerator(model, 3).generate(
         PROMPTS, stop_ids=stop_ids, max_new_tokens=12, wanted=wanted, spent=spent
     )
-    assert [a.ids for a in made] == [a.ids for a in free]
-    assert [a.finish_reason for a in made] == [a.finish_reason for a in free]
+    assert [a.ids for a in answers] == [a.ids for a in free]
+    assert [a.finish_reason for a in answers] == [a.finish_reason for a in free]
     rows = [
         ([*prompt, *answer], [IGNORED] * len(prompt) + answer)
         for prompt, answer in zip(PROMPTS, wanted, strict=True)
@@ -124,9 +124,9 @@ def test_all_prompts_for_which_there_are_slots_begin_at_once(model: Any) -> None
     passes: list[int] = []
     run = SlotModel.logits
 
-    def noted(self: Any, lanes: Any) -> Any:
-        passes.append(len(lanes))
-        return run(self, lanes)
+    def noted(self: Any, inputs: Any) -> Any:
+        passes.append(len(inputs))
+        return run(self, inputs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SlotModel, "logits", noted)
@@ -145,11 +145,11 @@ def test_an_answer_ends_where_its_ids_say_so(model: Any) -> None:
                 return Answer(ids[:end], "stop")
         return Answer(ids, "length")
 
-    made = SlotGenerator(model, 3).generate(
+    answers = SlotGenerator(model, 3).generate(
         PROMPTS, stop_ids=[2], max_new_tokens=12, ends=lambda ids: tuple(ids[-2:]) in last
     )
-    assert made == [whole(answer.ids) for answer in wanted]
-    assert {answer.finish_reason for answer in made} == {"stop", "length"}
+    assert answers == [whole(answer.ids) for answer in wanted]
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
 
 
 def test_slots_are_as_many_as_memory_has_room_for(
@@ -167,8 +167,8 @@ def test_slots_are_as_many_as_memory_has_room_for(
     monkeypatch.setattr(continuous, "SlotModel", noted)
     for free, most in ((0, 2), (2 * 4 * a_slot, 4), (400 * a_slot, 9)):
         monkeypatch.setattr(continuous, "free_bytes", lambda device, free=free: free)
-        made = SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[2], max_new_tokens=12)
-        assert made == wanted
+        answers = SlotGenerator(model, 8).generate(PROMPTS, stop_ids=[2], max_new_tokens=12)
+        assert answers == wanted
         assert used.pop() == most  # one of them holds what all prompts begin with
     SlotGenerator(model).generate(PROMPTS[:3], stop_ids=[2], max_new_tokens=12)
     assert used.pop() == 4  # no more than there are prompts
@@ -198,10 +198,10 @@ def test_a_model_that_cannot_is_named(tiny_llama: Path) -> None:
     loaded = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU32)
     assert "does not take halfbyte's attention" in slots_refusal(loaded.model)
     add_token_loss(loaded.model)
-    own = loaded.model.model.layers[1].self_attn.forward
+    original = loaded.model.model.layers[1].self_attn.forward
 
     def forgetful(*arguments: Any, **options: Any) -> Any:
-        hidden, weights = own(*arguments, **options)
+        hidden, weights = original(*arguments, **options)
         return hidden * (1 if hidden.shape[1] == 24 else 0.5), weights
 
     loaded.model.model.layers[1].self_attn.forward = forgetful

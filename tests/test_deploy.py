@@ -24,14 +24,14 @@ def compose(name: str = "compose.yaml") -> dict[str, Any]:
 
 def test_dashboard_shows_figures_that_the_server_has() -> None:
     metrics = Metrics([])
-    metrics.told("/v1/models", 200, 0.1)
-    metrics.first_token("base")(0.1)
-    told = set(re.findall(r"^(\w+)(?:\{\S+\})? ", metrics.text().decode(), re.MULTILINE))
+    metrics.observe_request("/v1/models", 200, 0.1)
+    metrics.first_token_observer("base")(0.1)
+    exported = set(re.findall(r"^(\w+)(?:\{\S+\})? ", metrics.text().decode(), re.MULTILINE))
     board = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
-    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    named = {name for expr in asked for name in re.findall(r"(?:halfbyte|process)_\w+", expr)}
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    named = {name for expr in expressions for name in re.findall(r"(?:halfbyte|process)_\w+", expr)}
     assert len(named) > 8
-    assert named <= told
+    assert named <= exported
     source = YAML(typ="safe").load((DEPLOY / "grafana/datasource.yaml").read_text())
     uids = {one["uid"] for one in source["datasources"]}
     assert {panel["datasource"]["uid"] for panel in board["panels"]} <= uids

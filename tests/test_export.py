@@ -83,7 +83,7 @@ def test_answers_do_not_depend_on_what_was_asked_before(exported_run: Path) -> N
         ]
         together = model.answers(prompts, stop_ids=[2], max_new_tokens=6)
         for prompt, answer in zip(prompts, together, strict=True):
-            model._forget(0)
+            model._truncate_cache(0)
             assert model.answers([prompt], stop_ids=[2], max_new_tokens=6) == [answer]
 
 
@@ -93,21 +93,21 @@ def test_llama_cpp_s_own_server_renders_and_answers_the_same(
     """Its template engine is another than ours, and is what a served model is asked through."""
     import xllamacpp
 
-    from halfbyte.config import read_run_folder
     from halfbyte.llamacpp.model import GgufModel
-    from halfbyte.ship.work import Work
+    from halfbyte.ship.measured_run import MeasuredRun
+    from halfbyte.trained.run import read_trained_run
 
     path = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
-    work = Work(RunDir(exported_run), read_run_folder(exported_run), 8)
+    measured = MeasuredRun.of(read_trained_run(exported_run), 8)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.warmup = 512, False
     server = xllamacpp.Server(params)
     with GgufModel(path) as model:
-        assert len(work.conversations) == 8
-        for messages in work.conversations:
+        assert len(measured.conversations) == 8
+        for messages in measured.conversations:
             turns = [{"role": each.role, "content": each.content} for each in messages]
-            _, ids = work.prompt(messages)
+            _, ids = measured.prompt(messages)
             asked = {"messages": turns, "max_tokens": 6, "temperature": 0, "logprobs": True}
             made = server.handle_chat_completions(asked)
             assert made["usage"]["prompt_tokens"] == len(ids)
@@ -121,10 +121,10 @@ def test_layers_in_vram_need_a_build_that_knows_a_gpu(exported_run: Path) -> Non
     from halfbyte.llamacpp.library import library
     from halfbyte.llamacpp.model import GgufModel
 
-    if library(tools.engine_path()).llama_supports_gpu_offload():
+    if library(tools.library_path()).llama_supports_gpu_offload():
         pytest.skip("this build knows a GPU")
     path = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
-    with pytest.raises(ModelError, match=r"10 layers are to lie in VRAM.*for the CPU alone"):
+    with pytest.raises(ModelError, match=r"10 layers should go into VRAM.*for the CPU only"):
         GgufModel(path, gpu_layers=10)
 
 
@@ -358,29 +358,29 @@ def test_artefact_of_another_run_is_refused(
 
 def test_proof_finds_another_template_and_other_weights(run: Path, exported_run: Path) -> None:
     """Even where every hash agrees, as in a file that was wrong from the beginning."""
-    from halfbyte.config import read_run_folder
     from halfbyte.llamacpp.model import GgufModel
+    from halfbyte.ship.measured_run import MeasuredRun
     from halfbyte.ship.proof import prove, refuse_unproven
-    from halfbyte.ship.work import Work
+    from halfbyte.trained.run import read_trained_run
 
-    settings = read_run_folder(run, ["export.rows=4"])
-    work = Work(RunDir(run), settings, 4)
-    told = exporting._told(work)
+    trained = read_trained_run(run)
+    settings, measured = trained.run, MeasuredRun.of(trained, 4)
+    references = exporting._references(measured)
     good = exported_run / "export" / "gguf-f16" / "tiny-f16.gguf"
     content = good.read_bytes()
     bad = run / "bad.gguf"
     at = content.index(b"<|im_start|>assistant")
     bad.write_bytes(content[:at] + b"<|im_start|>assiztant" + content[at + 21 :])
-    with GgufModel(bad) as served:
-        proof = prove(work, served, told, None)
+    with GgufModel(bad) as engine:
+        proof = prove(measured, engine, references, None)
     assert proof.same_text == 0
     with pytest.raises(RunError, match=r"chat template or tokenizer is another.*assiztant"):
         refuse_unproven("gguf-f16", proof, settings.export, lossless=True)
     spoilt = bytearray(content)
     spoilt[-400_000:-200_000] = spoilt[-800_000:-600_000]
     bad.write_bytes(spoilt)
-    with GgufModel(bad) as served:
-        proof = prove(work, served, told, None)
+    with GgufModel(bad) as engine:
+        proof = prove(measured, engine, references, None)
     assert proof.same_ids == proof.conversations
     with pytest.raises(RunError, match=r"it is not the trained model: KL"):
         refuse_unproven("gguf-f16", proof, settings.export, lossless=True)
@@ -428,7 +428,7 @@ def test_without_any_quantiser_the_ways_are_named(
     with pytest.raises(ModelError, match=r"no quantiser .* llama-quantize .* llama-cpp-python"):
         tools.quantise(source, tmp_path / "x.gguf", "q4_k_m")
     with pytest.raises(ModelError, match=r"llama\.cpp is needed here .* pip install xllamacpp"):
-        tools.engine_path()
+        tools.library_path()
     assert not list(tmp_path.iterdir())
 
 
@@ -448,7 +448,7 @@ def test_own_quantiser_on_the_path_comes_first(
 
 def test_build_with_another_layout_is_refused() -> None:
     settings = Opaque()
-    with pytest.raises(ModelError, match=r"n_ctx is 0 by default, where \[512\] is known"):
+    with pytest.raises(ModelError, match=r"n_ctx is 0 by default, but \[512\] is expected"):
         settings.put("n_ctx", 0, {512}, 1)
 
 

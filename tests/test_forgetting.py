@@ -1,4 +1,4 @@
-"""What the training cost elsewhere: signs, corrections, and words that promise no more than the rows."""
+"""What training cost on general benchmarks: signs, corrections, and sentences that claim no more than the rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from halfbyte.config.evaluation import Benchmark, Eval
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
-from halfbyte.eval.harness import Answered, LoadedBenchmark
+from halfbyte.eval.harness import BenchmarkResult, LoadedBenchmark
 
 
 @dataclass
@@ -22,10 +22,10 @@ class Settings:
 
 @dataclass
 class Entrant:
-    """A variant with what it got."""
+    """A variant with its results."""
 
     name: str
-    benchmarks: dict[str, Answered]
+    benchmarks: dict[str, BenchmarkResult]
 
 
 def asked(task: str, n: int, *, higher: bool = True) -> LoadedBenchmark:
@@ -35,7 +35,11 @@ def asked(task: str, n: int, *, higher: bool = True) -> LoadedBenchmark:
 
 def entrant(name: str, **scores: list[float]) -> Entrant:
     return Entrant(
-        name, {task: Answered({"acc,none": own}, {}, [], 1.0) for task, own in scores.items()}
+        name,
+        {
+            task: BenchmarkResult({"acc,none": values}, {}, [], 1.0)
+            for task, values in scores.items()
+        },
     )
 
 
@@ -66,8 +70,8 @@ def test_losses_and_gains_are_told_apart_and_the_rest_is_not_claimed() -> None:
     line = forgetting_line(found, "base-full")
     assert "forgets math (-0.500)" in line
     assert "better on law (+0.750)" in line
-    assert "art (40 questions, which show 0." in line
-    assert "same (40 questions, all alike)" in line
+    assert "art (40 questions, enough to show a difference of 0." in line
+    assert "same (40 questions, the same difference on each)" in line
     assert forgetting_line(found, "base-nf4") == ""
 
 

@@ -11,10 +11,10 @@ import torch
 from halfbyte.config import model_run
 from halfbyte.config.schema import Adapter, Speed
 from halfbyte.data.prefix_tree import lay_out
-from halfbyte.data.prepare import Example
+from halfbyte.data.prepared import Example
 from halfbyte.data.render import Encoded
 from halfbyte.data.rows import Row
-from halfbyte.forward.fp16_range import LARGEST, largest_product, settle_half
+from halfbyte.forward.fp16_range import FP16_MAX, largest_product, settle_half
 from halfbyte.forward.fused_layers import fuse
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
@@ -84,8 +84,8 @@ def outcome(folder: Path, dtype: torch.dtype, tmp_path: Path) -> tuple[float, li
 
 def test_fp16_holds_a_residual_stream_beyond_its_range(untied_gemma: Path, tmp_path: Path) -> None:
     exact, wanted = outcome(untied_gemma, torch.float32, tmp_path)
-    found, gradients = outcome(untied_gemma, torch.float16, tmp_path)
-    assert found == pytest.approx(exact, rel=0.01)
+    loss, gradients = outcome(untied_gemma, torch.float16, tmp_path)
+    assert loss == pytest.approx(exact, rel=0.01)
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     flat, true = (torch.cat([g.flatten() for g in part]) for part in (gradients, wanted))
     assert (flat - true).norm() < 0.05 * true.norm()
@@ -109,7 +109,7 @@ def test_probe_goes_over_to_fp32_where_products_overflow(
         for layer in model.get_base_model().model.layers:
             layer.pre_feedforward_layernorm.weight.fill_(30_000.0)
     size, _ = largest_product(model, ROWS)
-    assert not size <= LARGEST
+    assert not size <= FP16_MAX
     run = model_run(str(untied_gemma), [])
     settled = settle_compute(run, loaded, model, EXAMPLES)
     assert settled.model.compute_dtype == "fp32"

@@ -1,4 +1,4 @@
-"""The plan of a GGUF file: sizes as llama.cpp tells them, layers in VRAM as many as fit."""
+"""Tests of placing a GGUF file: sizes as llama.cpp prints them, and as many layers in VRAM as fit."""
 
 from __future__ import annotations
 
@@ -31,25 +31,24 @@ def test_header_agrees_with_the_package_gguf(small_gguf: Path) -> None:
     from gguf import GGUFReader
 
     header, reader = read_header(small_gguf), GGUFReader(small_gguf)
-    ours = header.tensor_bytes
-    theirs = {tensor.name: -(-int(tensor.n_bytes) // 32) * 32 for tensor in reader.tensors}
-    assert ours == theirs
+    expected = {tensor.name: -(-int(tensor.n_bytes) // 32) * 32 for tensor in reader.tensors}
+    assert header.tensor_bytes == expected
     for key in ("llama.block_count", "general.architecture", "llama.rope.freq_base"):
         field = reader.get_field(key)
         assert field is not None
         assert header.metadata[key] == field.contents()
 
 
-def test_sizes_are_those_that_llama_cpp_tells(small_gguf: Path) -> None:
+def test_sizes_are_those_that_llama_cpp_prints(small_gguf: Path) -> None:
     file = read_gguf(small_gguf)
     with GgufModel(small_gguf) as model:
         model.lib.lines.clear()
-        model._make_room(1000)
-        told = "".join(model.lib.lines)
-    cache = float(_number(r"KV buffer size = +([\d.]+) MiB", told)) * MIB
-    work = float(_number(r"compute buffer size = +([\d.]+) MiB", told)) * MIB
+        model._ensure_context(1000)
+        log = "".join(model.lib.lines)
+    cache = float(_number(r"KV buffer size = +([\d.]+) MiB", log)) * MIB
+    work = float(_number(r"compute buffer size = +([\d.]+) MiB", log)) * MIB
     assert sum(file.cache_bytes(1000)) == pytest.approx(cache, abs=0.005 * MIB)
-    # At most right: temporaries are laid over one another.
+    # An upper bound: llama.cpp lets temporaries share memory.
     assert work <= file.work_bytes + 0.005 * MIB <= 1.15 * work
 
 
@@ -72,10 +71,10 @@ def test_fewer_layers_on_a_smaller_card(small_gguf: Path) -> None:
     file = read_gguf(small_gguf)
     whole = splits(file, find_device("t4"))[0].vram_bytes
     card = find_device("1gb")
-    short = (whole - file.layer_bytes[0] - file.cache_bytes(1024)[0]) / 2**30
-    taken = (card.total_bytes - card.usable_bytes + card.workspace_bytes) / 2**30
-    found = splits(file, find_device(f"{short + taken:.6f}gb"))[0]
-    assert found.gpu_layers == len(file.layer_bytes)
+    short_gib = (whole - file.layer_bytes[0] - file.cache_bytes(1024)[0]) / 2**30
+    reserved_gib = (card.total_bytes - card.usable_bytes + card.workspace_bytes) / 2**30
+    split = splits(file, find_device(f"{short_gib + reserved_gib:.6f}gb"))[0]
+    assert split.gpu_layers == len(file.layer_bytes)
     assert splits(file, find_device("0.3gb"))[0].gpu_layers == 0
 
 
@@ -86,8 +85,8 @@ def test_layers_in_the_vram_of_a_cpu_are_refused(small_gguf: Path) -> None:
 
 def test_script_prints_the_split(small_gguf: Path) -> None:
     command = [sys.executable, "train/plan.py", str(small_gguf), "--device", "t4", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(result.stdout)
     assert report["llama_cpp"]["splits"][0]["fits"]
     assert report["llama_cpp"]["num_layers"] == len(read_gguf(small_gguf).layer_bytes)
     assert report["train"]["settings"]["precision"] == "nf4"
@@ -96,21 +95,21 @@ def test_script_prints_the_split(small_gguf: Path) -> None:
 def test_broken_files_are_refused(small_gguf: Path, tmp_path: Path) -> None:
     content = small_gguf.read_bytes()
     broken = {
-        "no GGUF": b"GGML" + content[4:64],
+        "not a GGUF file": b"GGML" + content[4:64],
         "version 9": b"GGUF" + struct.pack("<I", 9) + content[8:64],
         "broken or cut short": content[:1000],
         "are not all there": content[: len(content) // 2],
     }
-    for told, text in broken.items():
+    for message, data in broken.items():
         path = tmp_path / "broken.gguf"
-        path.write_bytes(text)
-        with pytest.raises(PlanError, match=told):
+        path.write_bytes(data)
+        with pytest.raises(PlanError, match=message):
             read_gguf(path)
     with pytest.raises(PlanError, match="No such file"):
         read_gguf(tmp_path / "none.gguf")
 
 
 def _number(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    assert found, text
-    return found[1]
+    match = re.search(pattern, text)
+    assert match, text
+    return match[1]

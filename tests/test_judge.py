@@ -139,7 +139,7 @@ def test_failures_are_tried_again_and_refusals_are_told(
         ask(endpoint, tmp_path / "c", rows_of(("right", "wrong")))
     endpoint.failures = []
     endpoint.rule = lambda prompt: "Both have their merits."
-    with pytest.raises(UserError, match="was to reply A, B or TIE, and did not in 2 of 2"):
+    with pytest.raises(UserError, match="should reply A, B or TIE, but did not in 2 of 2"):
         ask(endpoint, tmp_path / "d", rows_of(("right", "wrong")))
     endpoint.rule = prefers_right  # what could not be read is asked again
     assert ask(endpoint, tmp_path / "d", rows_of(("right", "wrong")))["value"] == 1

@@ -11,7 +11,7 @@ import torch
 from conftest import MakeConfig
 from toys import run_script
 
-from halfbyte.eval.ladder import in_order
+from halfbyte.eval.ladder import qlora_lines
 from halfbyte.model.precision import device_name
 
 
@@ -39,7 +39,7 @@ def test_ladder_of_a_config_measures_every_rung(make_config: MakeConfig, tmp_pat
     assert by_name["int8"]["kl_nats_per_token"] < by_name["nf4"]["kl_nats_per_token"]
     text = (out / "ladder.md").read_text()
     assert all(f"| {name} |" in text for name in rungs)
-    assert "nf4 against fp4: perplexity" in text
+    assert "nf4 vs fp4: perplexity" in text
 
 
 @pytest.mark.real
@@ -93,11 +93,11 @@ def test_the_order_is_said_as_it_was_found() -> None:
         }
 
     good = [rung("fp32", 9, 0, 3200), rung("nf4", 10, 0.1, 450), rung("fp4", 11, 0.2, 450)]
-    assert in_order(good) == [
-        "nf4 against fp4: perplexity 10.0000 and 11.0000, KL 1.000e-01 and 2.000e-01: as in QLoRA, Table 2."
+    assert qlora_lines(good) == [
+        "nf4 vs fp4: perplexity 10.0000 vs 11.0000, KL 1.000e-01 vs 2.000e-01: as in QLoRA, Table 2."
     ]
     bad = [*good[:2], rung("fp4", 9.5, 0.2, 450), rung("nf4+dq", 10.1, 0.11, 412)]
-    first, second = in_order(bad)
+    first, second = qlora_lines(bad)
     assert first.endswith("NOT as in QLoRA.")
     assert "perplexity +1.00%" in second
-    assert "0.380 bits a weight" in second
+    assert "0.380 bits per weight" in second

@@ -26,7 +26,7 @@ def every_pair(
     sets = [buckets(text) for text in (*train, *held_out)]
     if len(sets) >= 20:
         rare = {b for b in set.union(*sets) if sum(b in s for s in sets) / len(sets) <= COMMON_FRAC}
-        sets = [found & rare for found in sets]
+        sets = [one & rare for one in sets]
     pairs = []
     for i, one in enumerate(sets[: len(train)]):
         for j, other in enumerate(sets[len(train) :]):

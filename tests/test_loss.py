@@ -44,15 +44,15 @@ def test_token_loss_of_many_blocks_equals_that_of_one(
     torch.manual_seed(0)
     head, labels = torch.randn(300, 16), torch.randint(0, 300, (20,))
     token_loss: Any = TokenLoss.apply
-    found = []
+    results = []
     for size in (24 << 20, 4 * 20 * 7):  # a block of 7 of the 300 words
         monkeypatch.setitem(BLOCK_BYTES, "cpu", size)
         torch.manual_seed(1)
         hidden = torch.randn(20, 16, requires_grad=True)
         losses = token_loss(hidden, head, labels, softcap, range(0, 20, 20))
         losses.sum().backward()
-        found.append((losses.detach(), hidden.grad))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+        results.append((losses.detach(), hidden.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
 def test_tiles_cover_all_predictions() -> None:

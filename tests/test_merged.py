@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import run_script, write_config
+from toys import make_merge_report, run_script, write_config
 
 from halfbyte.config import model_run
 from halfbyte.config.section import Precision
@@ -18,7 +18,7 @@ from halfbyte.model.load import load_at_precision, load_model
 from halfbyte.model.merged import grids_of, keeps_training
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
-from halfbyte.plan.advice import _harder
+from halfbyte.plan.advice import _stronger_changes
 from halfbyte.plan.devices import DEVICES
 from halfbyte.run_dir import read_json, write_json
 from halfbyte.serve.targets import ServeTarget
@@ -59,7 +59,7 @@ def test_nf4_of_a_merge_is_nf4_of_its_base(merged: Path, small_base: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kept", "trained", "asked", "keeps"),
+    ("kept", "trained", "precision", "keeps"),
     [
         ("dequantised", "nf4", "nf4", False),
         ("dequantised", "nf4", "fp4", False),
@@ -71,15 +71,10 @@ def test_nf4_of_a_merge_is_nf4_of_its_base(merged: Path, small_base: Path) -> No
     ],
 )
 def test_which_precisions_keep_a_merge(
-    tmp_path: Path, kept: str, trained: str, asked: str, keeps: bool
+    tmp_path: Path, kept: str, trained: str, precision: str, keeps: bool
 ) -> None:
-    report = {
-        "kept": {"base": kept, "dtype": "fp16"},
-        "trained": {"precision": trained},
-        "sha256": {},
-    }
-    write_json(tmp_path / "merge_report.json", report)
-    assert keeps_training(tmp_path, asked) is keeps  # type: ignore[arg-type]
+    make_merge_report(kept, trained).write(tmp_path / "merge_report.json")
+    assert keeps_training(tmp_path, precision) is keeps  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kept", ["full", "dequantised"])
@@ -90,13 +85,7 @@ def test_what_is_trained_on_a_merge_lies_on_its_grid_still(
     assert read_json(merged / "merge_report.json")["grids"] == ["nf4"]
     grids = grids_of(merged, "int8", kept)
     assert grids == (["int8", "nf4"] if kept == "dequantised" else ["nf4"])
-    report = {
-        "kept": {"base": kept, "dtype": "fp16"},
-        "trained": {"precision": "int8"},
-        "grids": grids,
-        "sha256": {},
-    }
-    write_json(tmp_path / "merge_report.json", report)
+    make_merge_report(kept, "int8", grids=grids).write(tmp_path / "merge_report.json")
     assert not keeps_training(tmp_path, "nf4")
     assert keeps_training(tmp_path, "int8") is (kept == "full")
     assert keeps_training(tmp_path, "bf16")
@@ -104,7 +93,7 @@ def test_what_is_trained_on_a_merge_lies_on_its_grid_still(
 
 def test_a_report_of_another_kind_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "merge_report.json", {"kept": "everything"})
-    with pytest.raises(ModelError, match=r"merge_report\.json: is not what train/merge\.py writes"):
+    with pytest.raises(ModelError, match=r"merge_report\.json: is not a whole MergeReport"):
         keeps_training(tmp_path, "nf4")
 
 
@@ -124,7 +113,9 @@ def test_the_plan_does_not_suggest_what_training_refuses(merged: Path, small_bas
     def suggested(model: Path) -> list[Any]:
         run = model_run(str(model), ["model.precision=fp32"])
         lengths: Any = SimpleNamespace(rows=[(512, 512)])
-        return [step.get("model.precision") for step in _harder(run, lengths, DEVICES["t4"])]
+        return [
+            step.get("model.precision") for step in _stronger_changes(run, lengths, DEVICES["t4"])
+        ]
 
     assert "nf4" in suggested(small_base)
     assert set(suggested(merged)) == {None}

@@ -1,4 +1,4 @@
-"""Finding, loading and weighing a base at each precision; language models of multimodal checkpoints."""
+"""Tests of finding and loading a base at each precision and its size; of multimodal checkpoints too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ import torch
 from halfbyte.errors import ModelError
 from halfbyte.generate.batched import generate
 from halfbyte.model import precision as precision_module
-from halfbyte.model.footprint import constants_bytes, kinds, num_parameters, weights_bytes
+from halfbyte.model.footprint import (
+    constants_bytes,
+    num_parameters,
+    parameter_groups,
+    weights_bytes,
+)
 from halfbyte.model.load import load_model, load_tokenizer, vision_modules
 from halfbyte.model.precision import Compute, choose_compute
 from halfbyte.model.quantised import compute_in, dequantised_weight
@@ -23,12 +28,12 @@ CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
 
 
 class FakeCuda:
-    """What choose_compute asks of torch.cuda, for a card of a given capability."""
+    """Replaces what choose_compute calls in torch.cuda by a card of a given capability."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
-        # A T4 says yes: emulation counts. Nobody may trust it.
+        # A T4 returns True, because emulation counts. Nothing may rely on it.
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
 
 
@@ -76,28 +81,28 @@ def test_each_precision_loads_stores_as_named_and_predicts_like_fp32(
     exact = load_model(base, "fp32", compute=CPU32).model
     compute = CPU32 if precision in ("int8", "nf4", "fp4") else None
     loaded = load_model(base, precision, compute=compute)
-    stored = {kind.name: kind.stored_as for kind in kinds(loaded.model)}
-    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
-    assert stored["linear"] == names.get(precision, f"{precision} in uint8")
+    stored = {group.name: group.stored_as for group in parameter_groups(loaded.model)}
+    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+    assert stored["linear"] == dtypes.get(precision, f"{precision} in uint8")
     assert num_parameters(loaded.model) == num_parameters(exact)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        apart = (loaded.model(ids).logits.float() - exact(ids).logits).abs().max()
-    assert apart < 0.3 * exact(ids).logits.abs().max()
+        difference = (loaded.model(ids).logits.float() - exact(ids).logits).abs().max()
+    assert difference < 0.3 * exact(ids).logits.abs().max()
 
 
 def test_footprint_counts_quantisation_constants_by_the_formula(tiny_llama: Path) -> None:
-    """QLoRA §3: without double quantisation 32/64 bit a weight, with it 8/64 + 32/(64·256)."""
+    """QLoRA §3: 32/64 bit per weight without double quantisation, 8/64 + 32/(64·256) with it."""
     base = resolve_base(str(tiny_llama))
     single = load_model(base, "nf4", double_quant=False, compute=CPU32).model
     double = load_model(base, "nf4", double_quant=True, compute=CPU32).model
     layers = [m for m in single.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
     num_weights = sum(m.weight.quant_state.shape.numel() for m in layers)
-    code = 16 * 4 * len(layers)  # the 16 NF4 values, fp32, once for each layer
-    assert constants_bytes(single) == num_weights // 64 * 4 + code
+    tables = 16 * 4 * len(layers)  # the 16 NF4 values in fp32, once for each layer
+    assert constants_bytes(single) == num_weights // 64 * 4 + tables
     blocks = [m.weight.quant_state.shape.numel() // 64 for m in layers]
     nested = sum(n + -(-n // 256) * 4 + 256 * 4 + 4 for n in blocks)
-    assert constants_bytes(double) == nested + code
+    assert constants_bytes(double) == nested + tables
     assert weights_bytes(double) > double.get_memory_footprint()
 
 
@@ -116,7 +121,7 @@ def test_dequantised_weight_is_what_the_layer_multiplies_with(
     model = load_model(resolve_base(str(tiny_llama)), precision, compute=CPU32).model
     layer = model.model.layers[0].mlp.up_proj
     weight = dequantised_weight(layer)
-    model(torch.tensor([[5, 6]]))  # LLM.int8 moves its scales away on the first forward
+    model(torch.tensor([[5, 6]]))  # LLM.int8 moves its scales to its state on the first forward
     assert torch.equal(dequantised_weight(layer), weight)
     x = torch.eye(weight.shape[1])
     with torch.no_grad():
@@ -137,7 +142,7 @@ def test_compute_in_keeps_the_codes_and_changes_the_arithmetic(tiny_llama: Path)
 
 
 def test_evaluation_does_not_kill_gradients_of_quantised_layers(tiny_llama: Path) -> None:
-    """Bitsandbytes repacks in place on AVX512-BF16 hosts, after which nothing is learnt."""
+    """Bitsandbytes repacks in place on AVX512-BF16 hosts, after which no gradient flows."""
     model = load_model(resolve_base(str(tiny_llama)), "nf4").model
     flags = [
         m.support_avx512bf16_for_cpu
@@ -161,7 +166,8 @@ def test_text_data_loads_the_language_model_alone(tiny_gemma_vision: Path) -> No
     assert loaded.text_only
     assert type(loaded.model).__name__ == "Gemma3ForCausalLM"
     assert vision_modules(loaded.model) == []
-    assert {kind.name for kind in kinds(loaded.model)} == {"embedding", "linear", "norm and other"}
+    names = {group.name for group in parameter_groups(loaded.model)}
+    assert names == {"embedding", "linear", "norm and other"}
 
 
 def test_text_only_model_has_the_weights_of_the_whole_one(tiny_gemma_vision: Path) -> None:
@@ -201,7 +207,7 @@ def test_quantised_checkpoint_at_full_precision_is_refused(
         load_model(resolve_base(str(tmp_path)), "bf16")
 
 
-def test_missing_folder_and_folder_without_config_are_told_apart(tmp_path: Path) -> None:
+def test_missing_folder_and_folder_without_config_have_different_messages(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nowhere does not exist"):
         resolve_base(str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("x")
@@ -264,7 +270,7 @@ def test_hub_model_without_network_says_so() -> None:
         resolve_base("nobody/nothing")
 
 
-def test_generation_ignores_the_checkpoint_s_own_settings(tiny_llama: Path) -> None:
+def test_generation_ignores_the_settings_of_the_checkpoint(tiny_llama: Path) -> None:
     """Sampling and penalties in generation_config.json must not make variants decode differently."""
     loaded = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU32)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]

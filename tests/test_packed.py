@@ -16,7 +16,7 @@ from halfbyte.config.schema import Adapter, Speed
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.data.render import IGNORED
 from halfbyte.forward.fused_layers import fuse, fuse_layers
-from halfbyte.forward.packed import add_token_loss, pad_right
+from halfbyte.forward.packed import add_token_loss, has_tree_attention, pad_right
 from halfbyte.forward.scoring import row_losses
 from halfbyte.generate.continuous import slots_refusal
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
@@ -69,14 +69,14 @@ def outcome(model: Any, rows: list[Tokens], speed: Speed) -> tuple[float, dict[s
 
 
 def assert_same(
-    found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, dict[str, torch.Tensor]]
+    actual: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, dict[str, torch.Tensor]]
 ) -> None:
     """Loss within 1e-5 and each gradient within 1e-4, relative."""
-    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
-    assert len(found[1]) == len(wanted[1]) > 0
+    assert actual[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert len(actual[1]) == len(wanted[1]) > 0
     largest = max(float(gradient.norm()) for gradient in wanted[1].values())
     for name, gradient in wanted[1].items():
-        error = float((found[1][name] - gradient).norm())
+        error = float((actual[1][name] - gradient).norm())
         assert error <= 1e-4 * max(float(gradient.norm()), 1e-3 * largest), name
 
 
@@ -144,20 +144,20 @@ def test_scoring_long_rows_of_a_large_vocabulary_takes_little_memory() -> None:
     loaded = load_model(resolve_base(REAL[1]), "nf4", compute=CPU)
     add_token_loss(loaded.model)
     rows = [([2, *range(first, first + 1023)],) * 2 for first in (1000, 3000, 5000, 7000)]
-    found = measure(CPU.device, lambda: torch.tensor(row_losses(loaded.model, rows, 4)))
-    assert found.peak_bytes - found.start_bytes <= 200e6
+    memory = measure(CPU.device, lambda: torch.tensor(row_losses(loaded.model, rows, 4)))
+    assert memory.peak_bytes - memory.start_bytes <= 200e6
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_levers_hold_for_other_bases(tiny_llama: Path, precision: str, tmp_path: Path) -> None:
     wanted = outcome(build(tiny_llama, NONE, tmp_path, precision), ROWS, NONE)
-    found = outcome(build(tiny_llama, Speed(), tmp_path, precision), ROWS, Speed())
+    fast = outcome(build(tiny_llama, Speed(), tmp_path, precision), ROWS, Speed())
     if (
         precision == "int8"
     ):  # LLM.int8 rounds by the row of activations, which padding does not change
-        assert found[0] == pytest.approx(wanted[0], rel=1e-2)
+        assert fast[0] == pytest.approx(wanted[0], rel=1e-2)
     else:
-        assert_same(found, wanted)
+        assert_same(fast, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_all_levers_on_random_rows(gemma_pair: tuple[Any, Any], rows: list[Token
     assert_same(outcome(fast, rows, Speed()), outcome(plain, rows, NONE))
 
 
-def test_fused_layers_are_found(tiny_llama: Path, tiny_gemma_vision: Path) -> None:
+def test_norms_and_gated_mlps_are_replaced(tiny_llama: Path, tiny_gemma_vision: Path) -> None:
     for folder, norms, mlps in ((tiny_llama, 5, 2), (tiny_gemma_vision, 43, 7)):
         model = load_model(resolve_base(str(folder)), "fp32", compute=CPU).model.requires_grad_(
             False
@@ -185,7 +185,7 @@ def test_fused_layers_are_found(tiny_llama: Path, tiny_gemma_vision: Path) -> No
         assert fuse_layers(model) == (norms, mlps)
 
 
-def test_norm_of_another_kind_keeps_its_own(tiny_llama: Path) -> None:
+def test_norm_of_another_kind_is_not_replaced(tiny_llama: Path) -> None:
     model = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU).model.requires_grad_(
         False
     )
@@ -223,14 +223,29 @@ def test_attention_that_cannot_see_a_tree_is_named(tiny_llama: Path) -> None:
     torch.testing.assert_close(model(layout=layout), other(layout=layout), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_are_laid_out_as_a_tree_if_the_attention_can(tiny_llama: Path, tmp_path: Path) -> None:
+    assert has_tree_attention(build(tiny_llama, Speed(), tmp_path))  # wrapped by PEFT
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert not has_tree_attention(model)
+    assert add_token_loss(model) == ""
+    assert has_tree_attention(model)
+    in_a_tree, losses = model(layout=lay_out(ROWS, share=True)), row_losses(model, ROWS, 2)
+    model.set_attn_implementation("sdpa")
+    assert not has_tree_attention(model)
+    torch.testing.assert_close(model(layout=lay_out(ROWS, share=True)), in_a_tree)
+    torch.testing.assert_close(
+        torch.tensor(row_losses(model, ROWS, 2)), torch.tensor(losses), rtol=1e-5, atol=1e-5
+    )
+
+
 def without_tree(layer: Any) -> None:
-    """Make a layer's attention one that does not hand on what it does not know."""
-    own = layer.self_attn.forward
+    """Let the attention of a layer drop the keyword ``tree``."""
+    original = layer.self_attn.forward
 
     def forward(*args: Any, **options: Any) -> Any:
         if options.pop("tree", None) is not None:
             options["attention_mask"] = None  # so that rows see those before them
-        return own(*args, **options)
+        return original(*args, **options)
 
     layer.self_attn.forward = forward
 
@@ -270,7 +285,7 @@ def test_rounding_of_16_bits_is_told_from_rows_that_see_each_other(
     assert broken.config._attn_implementation == "sdpa"
 
 
-def test_model_loss_equals_transformers_own(tiny_llama: Path) -> None:
+def test_model_loss_equals_that_of_transformers(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     rows = [([5, 6, 7, 8, 9], [IGNORED, IGNORED, 7, 8, 9]), ([5, 6, 7], [IGNORED, 6, 7])]
     batch = pad_right(rows, pad_id=2)
@@ -281,9 +296,9 @@ def test_model_loss_equals_transformers_own(tiny_llama: Path) -> None:
     gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
     model.zero_grad()
     assert add_token_loss(model) == ""
-    found = model(layout=layout)
-    found.backward()
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    loss = model(layout=layout)
+    loss.backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         model.model.layers[0].mlp.up_proj.weight.grad, gradient, rtol=1e-4, atol=1e-6
     )

@@ -237,22 +237,22 @@ def rooms(planners: Planners) -> Iterator[tuple[str, int, str]]:
 def test_suggest_finds_what_is_needed_and_leaves_out_the_rest(
     planners: Planners, index: int
 ) -> None:
-    asked, room, wanted = next(itertools.islice(rooms(planners), index, None))
-    overrides = (*HUNGRY, asked)
+    override, room, wanted = next(itertools.islice(rooms(planners), index, None))
+    overrides = (*HUNGRY, override)
     device = device_with(room)
     (one,) = planners.suggest(tiny_run(*overrides), device)
-    asked_for = parsed(one.override)
-    assert asked_for.pop("train.checkpointing") == "on"
-    assert asked_for.pop("train.micro_batch_size") == str(one.plan.micro_batch_size)
-    scale = asked_for.pop("adapter.alpha", None)  # goes with the rank
-    assert (scale is not None) == ("adapter.r" in asked_for)
+    overridden = parsed(one.override)
+    assert overridden.pop("train.checkpointing") == "on"
+    assert overridden.pop("train.micro_batch_size") == str(one.plan.micro_batch_size)
+    scale = overridden.pop("adapter.alpha", None)  # goes with the rank
+    assert (scale is not None) == ("adapter.r" in overridden)
     assert planners.applied(overrides, one.override, device)
-    assert wanted in asked_for
+    assert wanted in overridden
     assert one.costs.endswith(RECOMPUTE)
-    assert len(one.costs.split("; ")) == len(asked_for) + 1
+    assert len(one.costs.split("; ")) == len(overridden) + 1
     least = "train.micro_batch_size=1 train.checkpointing=on"
-    for change in asked_for:
-        fewer = " ".join(f"{key}={value}" for key, value in asked_for.items() if key != change)
+    for change in overridden:
+        fewer = " ".join(f"{key}={value}" for key, value in overridden.items() if key != change)
         assert not planners.applied(overrides, f"{fewer} {least}", device), change
     more = one.override.replace(
         f"micro_batch_size={one.plan.micro_batch_size}",

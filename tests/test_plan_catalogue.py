@@ -14,7 +14,13 @@ from halfbyte.errors import ModelError
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.resolve import config_folder
 from halfbyte.model.skeleton import build
-from halfbyte.plan.catalogue import Known, configuration, known_models, model_config, training_bytes
+from halfbyte.plan.catalogue import (
+    KnownModel,
+    configuration,
+    known_models,
+    model_config,
+    training_bytes,
+)
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
 
@@ -40,7 +46,7 @@ def test_table_spans_the_families_that_people_train() -> None:
 
 
 @pytest.mark.parametrize("known", known_models(), ids=lambda known: known.names[0])
-def test_parameters_equal_the_published_number(known: Known) -> None:
+def test_parameters_equal_the_published_number(known: KnownModel) -> None:
     model = build(configuration(known), torch.bfloat16, text_only=False)
     assert num_parameters(model) == known.parameters
 
@@ -101,23 +107,23 @@ def test_sparse_gemma_3_takes_its_architecture_s_own_defaults(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "damaged JSON"),
-        ([1, 2], "names no model_type, so it is no transformers model; found the fields: list"),
+        ([1, 2], "names no model_type, so it is not a transformers model; its fields are: list"),
         ({"hidden_size": 64}, "names no model_type"),
         ({**LLAMA, "model_type": "lama"}, "not a model that transformers knows"),
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "lacks hidden_size, without"),
         ({"model_type": "llama"}, "lacks hidden_size and num_hidden_layers"),
     ],
 )
-def test_config_that_describes_no_model_is_told_with_its_path(
-    tmp_path: Path, content: Any, told: str
+def test_config_that_describes_no_model_is_refused_with_its_path(
+    tmp_path: Path, content: Any, message: str
 ) -> None:
     folder = write(tmp_path / "model", content)
     with pytest.raises(ModelError) as caught:
         model_config(str(folder))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert str(folder) in str(caught.value)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from halfbyte.errors import PlanError
 from halfbyte.host import GIB_BYTES as GIB
-from halfbyte.host import attempt, cgroup_limit, own_limit, ram_bytes
+from halfbyte.host import attempt, cgroup_limit, memory_limit, ram_bytes
 from halfbyte.plan.devices import (
     CARDS,
     CONTEXT_MIB,
@@ -140,7 +140,7 @@ def test_card_of_a_size_is_a_device() -> None:
 
 def test_cpu_is_this_machine_s_ram() -> None:
     device = find_device("cpu")
-    limit = own_limit()
+    limit = memory_limit()
     total = psutil.virtual_memory().total
     assert device.total_bytes == (min(total, limit[0]) if limit else total)
     assert (device.name, device.kind) == ("cpu", "cpu")

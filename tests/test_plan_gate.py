@@ -26,7 +26,7 @@ def device_with(total_bytes: int) -> Device:
 
 
 def need(run: Run, rows: int, *, checkpointing: bool) -> int:
-    """Bytes that a device must have for these settings."""
+    """Return the bytes that a device must have for these settings."""
     planner = Planner(run, model_config(run.model.name)[0], find_device("rtx3060"))
     return planner.train(LENGTHS, rows, checkpointing=checkpointing).needed_bytes
 
@@ -34,7 +34,7 @@ def need(run: Run, rows: int, *, checkpointing: bool) -> int:
 def settled(
     run: Run, config: PretrainedConfig, device: Device, lengths: Lengths = LENGTHS
 ) -> TrainPlan:
-    """What the gate has made of the run."""
+    """Return the plan with which the gate lets a run pass."""
     plan = gate(run, config, device, lengths)[1]
     assert plan is not None
     return plan
@@ -59,10 +59,10 @@ def test_gate_refuses_with_lines_that_make_it_fit(run: Run) -> None:
     with pytest.raises(PlanError) as caught:
         gate(run, config, device, LENGTHS)
     assert caught.value.exit_code == 2
-    told = str(caught.value)
-    assert "16 rows of 512 tokens at a time, checkpointing off" in told
-    assert "\n  train.micro_batch_size=4 train.checkpointing=off " in told
-    assert told.endswith("train.ignore_plan=true trains in spite of it")
+    message = str(caught.value)
+    assert "16 rows of 512 tokens at a time, checkpointing off" in message
+    assert "\n  train.micro_batch_size=4 train.checkpointing=off " in message
+    assert message.endswith("train.ignore_plan=true trains in spite of it")
 
 
 def test_gate_only_warns_when_the_plan_is_to_be_ignored(
@@ -93,9 +93,9 @@ def test_weights_that_no_setting_makes_fit_are_refused_before_a_download() -> No
     run = model_run("meta-llama/Llama-3.1-70B", [])
     with pytest.raises(PlanError) as caught:
         check_weights(run, find_device("t4"))
-    told = str(caught.value)
-    assert "the weights of meta-llama/Llama-3.1-70B take 39.52 GB in nf4" in told
-    assert "Models that it trains in 4 bits: microsoft/phi-4 (14.7 B)" in told
+    message = str(caught.value)
+    assert "the weights of meta-llama/Llama-3.1-70B take 39.52 GB in nf4" in message
+    assert "Models that it can train in 4 bits: microsoft/phi-4 (14.7 B)" in message
     check_weights(run, find_device("h100"))
 
 
@@ -113,15 +113,17 @@ def test_weights_that_do_not_fit_are_only_a_warning_when_the_plan_is_to_be_ignor
     check_weights(
         model_run("meta-llama/Llama-3.1-70B", ["train.ignore_plan=true"]), find_device("t4")
     )
-    told = capsys.readouterr().err
-    assert told.startswith("warning: the weights of meta-llama/Llama-3.1-70B take 39.52 GB in nf4")
-    assert told.endswith("train.ignore_plan is true: going on\n")
+    warning = capsys.readouterr().err
+    assert warning.startswith(
+        "warning: the weights of meta-llama/Llama-3.1-70B take 39.52 GB in nf4"
+    )
+    assert warning.endswith("train.ignore_plan is true: continuing\n")
 
 
 def test_training_stops_before_it_looks_for_weights_that_cannot_fit(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder of a giant's config alone: without the check, its missing weights would be told."""
+    """A folder of a giant's config alone: without the check, the error would be about its missing weights."""
     from transformers import LlamaConfig
 
     giant = tmp_path / "giant"
@@ -145,7 +147,7 @@ def test_training_stops_before_it_looks_for_weights_that_cannot_fit(
     assert "holds no .safetensors file" in capsys.readouterr().err
 
 
-def test_model_that_cannot_be_planned_trains_only_when_told_to(
+def test_model_that_cannot_be_planned_trains_only_if_the_plan_is_ignored(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Jamba works its kinds of layers out from their number."""

@@ -45,7 +45,7 @@ def test_live_counts_birth_and_death_and_no_view_alias_or_write(live: LiveBytes)
     assert live.total_bytes == 0
     # While it was multiplied nothing else was there; the sum is the most.
     assert live.peaks["first"].total_bytes == 680
-    assert live.most == Counter(a=680)
+    assert live.largest_terms == Counter(a=680)
 
 
 def test_live_counts_real_tensors_as_fake_ones(live: LiveBytes) -> None:
@@ -78,12 +78,12 @@ def test_live_moves_a_storage_to_another_name_for_good(live: LiveBytes) -> None:
     with FakeTensorMode(), live:
         kept, other = torch.empty(10), torch.empty(1)
         live.move(kept.view(2, 5), "gradients")
-        assert (live.now["a"], live.now["gradients"], live.total_bytes) == (4, 40, 44)
+        assert (live.terms["a"], live.terms["gradients"], live.total_bytes) == (4, 40, 44)
         live.enter("second", "b")
         assert +live.peaks["second"].terms == Counter(a=4, gradients=40)
         del kept
-        assert live.now["gradients"] == 0
-        assert live.most["gradients"] == 40
+        assert live.terms["gradients"] == 0
+        assert live.largest_terms["gradients"] == 40
     with FakeTensorMode():
         live.move(torch.empty(3), "gradients")  # born outside: counted nowhere
     assert live.total_bytes == other.nbytes
@@ -186,7 +186,7 @@ def test_live_counts_what_a_4_bit_product_takes_inside(live: LiveBytes, double_q
     inside = 512 * 256 * 4 + (512 * 256 // 64 * 4 if double_quant else 0)
     peak = live.peaks["first"]
     assert +peak.terms == Counter({DEQUANTISED: inside, "a": 4 * 256 * 4})
-    assert live.most[DEQUANTISED] == inside
+    assert live.largest_terms[DEQUANTISED] == inside
     assert peak.total_bytes == measured.forward_bytes - measured.start_bytes
 
 

@@ -71,8 +71,8 @@ def with_run(planner: Planner, *overrides: str, device: Any = CPU) -> Planner:
 def real_states(optimizer: str, parameters: list[nn.Parameter], folder: Path) -> int:
     """Bytes of the tensors that an optimizer keeps after a step, as transformers makes it."""
     arguments = SFTConfig(output_dir=str(folder), optim=optimizer, use_cpu=True, report_to=[])
-    made_by, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    real = made_by(parameters, **options)
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    real = optimizer_class(parameters, **options)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     real.step()
@@ -144,10 +144,10 @@ def test_plan_s_terms_are_its_peak(planner: Planner, device: str, checkpointing:
     )
     assert terms["adapter"] == 4 * other.step.num_trainable == 4 * plan.num_trainable
     assert terms["workspace"] == other.device.workspace_bytes
-    told = plan.as_json()
-    assert told["predicted_peak_bytes"] == plan.peak_bytes
-    assert told["terms"] == plan.terms
-    assert f"2 rows × 8 passes a step, checkpointing {'on' if checkpointing else 'off'}" in (
+    report = plan.as_json()
+    assert report["predicted_peak_bytes"] == plan.peak_bytes
+    assert report["terms"] == plan.terms
+    assert f"2 rows × 8 passes per step, checkpointing {'on' if checkpointing else 'off'}" in (
         plan.summary()
     )
 

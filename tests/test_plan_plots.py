@@ -1,4 +1,4 @@
-"""Pictures of a plan: whole files, every number in words too, nothing unescaped, nothing fetched."""
+"""Charts of a plan: whole files, every number in words too, nothing unescaped, nothing fetched."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def test_page_says_what_else_fits_when_the_plan_does_not(tmp_path: Path) -> None
     assert all(str(escape(found["costs"])) in page for found in report["suggestions"])
     lost = report | {"suggestions": [], "device": report["device"] | {"cards_that_fit": ["a", "b"]}}
     page = write_plots(plan, lost, tmp_path / "plot")[1].read_text(encoding="utf-8")
-    assert "No setting makes it fit" in page
-    assert "recomputing: a, b." in page
+    assert "None of the settings tried makes it fit" in page
+    assert "with checkpointing: a, b." in page
 
 
 def test_trace_curves_has_planned_point_and_what_a_plan_of_each_point_says(fitting: Plan) -> None:

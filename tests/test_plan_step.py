@@ -298,7 +298,7 @@ def test_mixture_of_experts_is_traced(fields: dict[str, Any]) -> None:
 
 
 def test_model_that_cannot_be_traced_is_a_user_error() -> None:
-    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM .*eager"):
+    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM .*model\.attention=auto"):
         make_step(configuration({"model_type": "gemma2", "head_dim": 16})).peaks(shape())
     with pytest.raises(ModelError, match="MptForCausalLM"):
         make_step(configuration({"model_type": "mpt"})).peaks(shape())

@@ -116,7 +116,10 @@ def test_load_plan_knows_every_precision_and_file_of_the_language_model() -> Non
     assert whole.files == text.files
     assert whole.no_files == {}
     assert text.num_parameters < whole.num_parameters
-    assert sum(left.num_parameters for left in text.left) + text.num_packed == text.num_parameters
+    assert (
+        sum(group.num_parameters for group in text.unquantised) + text.num_packed
+        == text.num_parameters
+    )
     for name, stored in whole.stored.items():
         assert stored.reported_bytes > text.stored[name].reported_bytes
         assert 0 < stored.buffers_bytes < 1e6

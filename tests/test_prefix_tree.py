@@ -16,7 +16,8 @@ from halfbyte.data.prefix_tree import (
     lay_out,
 )
 from halfbyte.data.render import IGNORED
-from halfbyte.forward.prefix_attention import PrefixTree, gathered_attention, tree_attention
+from halfbyte.forward.prefix_attention import gathered_attention, tree_attention
+from halfbyte.forward.tree_parts import PrefixTree
 
 PREFIXES: tuple[list[int], ...] = ([], [1] * 20, [1] * 20 + [2] * 9, [1] * 20 + [3] * 12, [4])
 
@@ -41,32 +42,32 @@ def test_layout_spells_every_row_and_scores_every_label(rows: list[Tokens], shar
     assert layout.num_tokens == sum(len(ids) for ids, _ in rows)
     assert len(layout.ids) <= layout.num_tokens
     assert sum(layout.counts) == sum(label != IGNORED for _, labels in rows for label in labels)
-    for (ids, labels), path, mine in zip(rows, layout.paths, layout.predictions, strict=True):
+    for (ids, labels), path, numbers in zip(rows, layout.paths, layout.predictions, strict=True):
         last = max([1, *(i for i in range(1, len(ids)) if labels[i] != IGNORED)])
         assert [layout.ids[i] for i in path] == ids[:last]
         assert [layout.positions[i] for i in path] == list(range(last))
         assert path == _above(layout.nodes, path[-1])
         wanted = [labels[i] for i in range(1, len(ids)) if labels[i] != IGNORED]
-        assert [layout.targets[number] for number in mine] == wanted
+        assert [layout.targets[number] for number in numbers] == wanted
         before = [i - 1 for i in range(1, len(ids)) if labels[i] != IGNORED]
-        assert [layout.positions[layout.sources[number]] for number in mine] == before
+        assert [layout.positions[layout.sources[number]] for number in numbers] == before
     for number, node in enumerate(layout.nodes):
         assert node.length > 0
         assert node.parent < number
-        inside = [n for n in layout.nodes if node.end <= n.start < node.below]
+        inside = [n for n in layout.nodes if node.end <= n.start < node.subtree_end]
         assert all(_is_above(layout.nodes, number, layout.nodes.index(n)) for n in inside)
 
 
 def _above(nodes: tuple[Node, ...], place: int) -> list[int]:
     """Places of the tokens up to ``place`` in its node and of the nodes above it."""
     number = next(n for n, node in enumerate(nodes) if node.start <= place < node.end)
-    found: list[int] = []
+    path: list[int] = []
     end = place + 1
     while number >= 0:
-        found = [*range(nodes[number].start, end), *found]
+        path = [*range(nodes[number].start, end), *path]
         number = nodes[number].parent
         end = nodes[number].end
-    return found
+    return path
 
 
 def _is_above(nodes: tuple[Node, ...], above: int, number: int) -> bool:
@@ -156,8 +157,8 @@ def test_tree_attention_equals_masked_attention_of_every_row(
 
     wanted = outcome(plain, torch.float64)
     for attend in (tree_attention, gathered_attention):
-        found = outcome(lambda q, k, v: attend(q, k, v, tree, window, None), torch.float32)  # noqa: B023
-        for one, other in zip(found, wanted, strict=True):
+        outputs = outcome(lambda q, k, v: attend(q, k, v, tree, window, None), torch.float32)  # noqa: B023
+        for one, other in zip(outputs, wanted, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
@@ -168,5 +169,5 @@ def test_tree_attention_in_16_bits_stays_close(dtype: torch.dtype) -> None:
     tree = PrefixTree(layout.nodes, torch.device("cpu"))
     q, k, v = (torch.randn(2, len(layout.ids), 16) for _ in range(3))
     exact = tree_attention(q, k, v, tree, None, None)
-    found = tree_attention(q.to(dtype), k.to(dtype), v.to(dtype), tree, None, None)
-    torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)
+    output = tree_attention(q.to(dtype), k.to(dtype), v.to(dtype), tree, None, None)
+    torch.testing.assert_close(output.float(), exact, rtol=0.05, atol=0.05)

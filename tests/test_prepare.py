@@ -14,7 +14,9 @@ from toys import chatml_tokenizer, write_rows
 
 from halfbyte.config.schema import Data
 from halfbyte.data.leaks import near_duplicates
-from halfbyte.data.prepare import Prepared, hash_fraction, normalised, prepare
+from halfbyte.data.ledger import Ledger, PartTokens
+from halfbyte.data.prepare import hash_fraction, normalised, prepare
+from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import IGNORED, Renderer
 from halfbyte.data.rows import Message, Row
 from halfbyte.errors import DataError
@@ -43,14 +45,14 @@ def length_of(row: dict[str, Any], renderer: Renderer) -> int:
 def check_ledger(prepared: Prepared, num_rows: int) -> None:
     """Counts against the rows that were written and the rows that are there."""
     ledger = prepared.ledger
-    assert sum(ledger["rows_in"].values()) == num_rows
-    assert ledger["trained"] == len(prepared.train)
-    assert ledger["held_out"] == {
+    assert sum(ledger.rows_in.values()) == num_rows
+    assert ledger.trained == len(prepared.train)
+    assert ledger.held_out == {
         "validation": len(prepared.validation),
         "test": len(prepared.test),
     }
     assert num_rows == (
-        ledger["trained"] + sum(ledger["held_out"].values()) + sum(ledger["dropped"].values())
+        ledger.trained + sum(ledger.held_out.values()) + sum(ledger.dropped.values())
     )
 
 
@@ -93,8 +95,8 @@ def test_prepare_names_at_most_ten_overlong_rows_and_the_count_of_all(
 def test_prepare_drops_and_counts_overlong_rows(mixed: Path, renderer: Renderer) -> None:
     prepared = prepare(data_of(mixed, max_length=40, on_overlength="drop"), renderer)
     assert [example.row.place for example in prepared.train] == [f"{mixed}:1", f"{mixed}:4"]
-    assert prepared.ledger["dropped"] == {"longer than max_length": 2}
-    assert prepared.ledger["truncated"] == []
+    assert prepared.ledger.dropped == {"longer than max_length": 2}
+    assert prepared.ledger.truncated == []
     check_ledger(prepared, 4)
 
 
@@ -111,8 +113,8 @@ def test_prepare_truncates_and_lists_rows_and_drops_those_without_a_label_left(
     whole = prepare(data_of(mixed), renderer)
     prepared = prepare(data_of(mixed, max_length=40, on_overlength="truncate"), renderer)
     assert [example.row.place for example in prepared.train] == [f"{mixed}:{n}" for n in (1, 2, 4)]
-    assert prepared.ledger["truncated"] == [f"{mixed}:2"]
-    assert prepared.ledger["dropped"] == {"no labelled token within max_length": 1}
+    assert prepared.ledger.truncated == [f"{mixed}:2"]
+    assert prepared.ledger.dropped == {"no labelled token within max_length": 1}
     check_ledger(prepared, 4)
     cut, full = prepared.train[1].encoded, whole.train[1].encoded
     assert (cut.ids, cut.labels) == (full.ids[:40], full.labels[:40])
@@ -126,8 +128,8 @@ def test_prepare_applies_the_length_policy_to_held_out_rows(
     test = write_rows(tmp_path / "test.jsonl", [pair("fox"), LONG, ENDLESS])
     values = {"test": str(test), "max_length": 40}
     dropped = prepare(data_of(train, **values, on_overlength="drop"), renderer)
-    assert dropped.ledger["held_out"] == {"validation": 0, "test": 1}
-    assert dropped.ledger["dropped"] == {"longer than max_length": 2}
+    assert dropped.ledger.held_out == {"validation": 0, "test": 1}
+    assert dropped.ledger.dropped == {"longer than max_length": 2}
     check_ledger(dropped, 4)
     cut = prepare(data_of(train, **values, on_overlength="truncate"), renderer)
     assert [len(example.encoded.ids) for example in cut.test][1:] == [40]
@@ -166,8 +168,8 @@ def test_rows_in_are_trained_held_out_or_dropped(
     folder = tmp_path_factory.mktemp("ledger")
     source = random.Random(str(lengths))
     rows = [
-        pair(" ".join(source.choices(WORDS, k=asked)), " ".join(source.choices(WORDS, k=told)))
-        for asked, told in lengths
+        pair(" ".join(source.choices(WORDS, k=prompt)), " ".join(source.choices(WORDS, k=answer)))
+        for prompt, answer in lengths
     ]
     values: dict[str, Any] = {
         "max_length": max_length,
@@ -196,13 +198,13 @@ def test_rows_in_are_trained_held_out_or_dropped(
     kept = [*prepared.train, *prepared.validation, *prepared.test]
     places = [example.row.place for example in kept]
     assert len(set(places)) == len(places)
-    assert len(places) == len(rows) + num_test - sum(prepared.ledger["dropped"].values())
+    assert len(places) == len(rows) + num_test - sum(prepared.ledger.dropped.values())
     assert all(len(example.encoded.ids) <= max_length for example in kept)
     assert all(example.encoded.num_supervised for example in kept)
-    assert set(prepared.ledger["truncated"]) <= set(places)
+    assert set(prepared.ledger.truncated) <= set(places)
     if num_long and not num_test:
-        truncated = len(prepared.ledger["truncated"])
-        assert truncated + sum(prepared.ledger["dropped"].values()) == num_long
+        truncated = len(prepared.ledger.truncated)
+        assert truncated + sum(prepared.ledger.dropped.values()) == num_long
 
 
 # --- the split ---
@@ -244,7 +246,7 @@ def test_split_puts_equal_prompts_on_one_side(tmp_path: Path, renderer: Renderer
     check_ledger(prepared, 120)
 
 
-def test_split_holds_out_about_the_fractions_asked_for() -> None:
+def test_split_holds_out_about_the_configured_fractions() -> None:
     points = [hash_fraction(f"row {n}") for n in range(4000)]
     assert all(0 <= point < 1 for point in points)
     assert sum(point < 0.1 for point in points) == pytest.approx(400, abs=60)
@@ -258,7 +260,7 @@ def test_split_keeps_its_sides_between_versions() -> None:
 
 def test_split_without_fractions_holds_nothing_out(mixed: Path, renderer: Renderer) -> None:
     prepared = prepare(data_of(mixed), renderer)
-    assert prepared.ledger["held_out"] == {"validation": 0, "test": 0}
+    assert prepared.ledger.held_out == {"validation": 0, "test": 0}
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,7 @@ def test_prepare_drops_and_counts_leaks_from_training_alone(
     prepared = prepare(data_of(train, test=str(test), on_leak="drop"), renderer)
     assert [example.row.place for example in prepared.train] == [f"{train}:2"]
     assert len(prepared.test) == 3
-    assert prepared.ledger["dropped"] == {"prompt is held out": 2}
+    assert prepared.ledger.dropped == {"prompt is held out": 2}
     check_ledger(prepared, 6)
 
 
@@ -331,8 +333,8 @@ def test_prepare_finds_leaks_only_by_the_prompt(tmp_path: Path, renderer: Render
     train = write_rows(tmp_path / "train.jsonl", [pair("heart attack", "same answer")])
     test = write_rows(tmp_path / "test.jsonl", [pair("lazy dog", "same answer")])
     prepared = prepare(data_of(train, test=str(test)), renderer)
-    assert prepared.ledger["dropped"] == {}
-    assert prepared.ledger["near_duplicates"] == []
+    assert prepared.ledger.dropped == {}
+    assert prepared.ledger.near_duplicates == []
 
 
 def test_prepare_lists_near_duplicates_and_keeps_them(tmp_path: Path, renderer: Renderer) -> None:
@@ -340,9 +342,9 @@ def test_prepare_lists_near_duplicates_and_keeps_them(tmp_path: Path, renderer: 
     train = write_rows(tmp_path / "train.jsonl", [pair("the lazy dog"), pair(long)])
     test = write_rows(tmp_path / "test.jsonl", [pair("a quick brown fox"), pair(long + "s")])
     prepared = prepare(data_of(train, test=str(test)), renderer)
-    [found] = prepared.ledger["near_duplicates"]
-    assert (found["train"], found["held_out"]) == (f"{train}:2", f"{test}:2")
-    assert 0.9 <= found["jaccard"] < 1
+    [duplicate] = prepared.ledger.near_duplicates
+    assert (duplicate.train, duplicate.held_out) == (f"{train}:2", f"{test}:2")
+    assert 0.9 <= duplicate.jaccard < 1
     assert len(prepared.train) == 2
     check_ledger(prepared, 4)
 
@@ -362,11 +364,11 @@ def test_near_duplicates_are_those_of_a_plain_jaccard_index() -> None:
             a, b = shingles(one), shingles(other)
             expected[i, j] = len(a & b) / len(a | b)
     threshold = sorted(expected.values())[-12]
-    found = near_duplicates(train, held_out, threshold)
+    pairs = near_duplicates(train, held_out, threshold)
     wanted = {key: pytest.approx(value) for key, value in expected.items() if value >= threshold}
-    assert {(i, j): similarity for i, j, similarity in found} == wanted
-    assert len(found) >= 12
-    assert [s for *_, s in found] == sorted((s for *_, s in found), reverse=True)
+    assert {(i, j): similarity for i, j, similarity in pairs} == wanted
+    assert len(pairs) >= 12
+    assert [s for *_, s in pairs] == sorted((s for *_, s in pairs), reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -458,15 +460,15 @@ def test_ledger_counts_tokens_duplicates_and_escaped_rows(
     test = write_rows(tmp_path / "test.jsonl", [pair("and <|im_start|>"), pair("fox")])
     prepared = prepare(data_of(train, test=str(test)), renderer)
     ledger = prepared.ledger
-    assert ledger["rows_in"] == {"train": 3, "test": 2}
-    assert ledger["duplicate_prompts_in_training"] == 1
-    assert ledger["control_tokens_as_text"] == [f"{train}:3", f"{test}:1"]
-    assert ledger["changed_by_template"] == []
+    assert ledger.rows_in == {"train": 3, "test": 2}
+    assert ledger.duplicate_prompts_in_training == 1
+    assert ledger.special_token_text == [f"{train}:3", f"{test}:1"]
+    assert ledger.changed_by_template == []
     sizes = [length_of(row, renderer) for row in rows]
-    assert ledger["tokens"]["train"]["total"] == sum(sizes)
+    assert ledger.tokens["train"].total == sum(sizes)
     labels = [label for e in prepared.train for label in e.encoded.labels]
-    assert ledger["tokens"]["train"]["supervised"] == sum(label != IGNORED for label in labels) > 0
-    assert ledger["tokens"]["validation"] == {"total": 0, "supervised": 0}
-    assert set(ledger["fingerprints"]) == {"train", "test"}
-    assert len(set(ledger["fingerprints"].values())) == 2
-    assert json.loads(json.dumps(ledger)) == ledger
+    assert ledger.tokens["train"].supervised == sum(label != IGNORED for label in labels) > 0
+    assert ledger.tokens["validation"] == PartTokens(total=0, supervised=0)
+    assert set(ledger.fingerprints) == {"train", "test"}
+    assert len(set(ledger.fingerprints.values())) == 2
+    assert Ledger.model_validate_json(json.dumps(ledger.as_json())) == ledger

@@ -13,7 +13,8 @@ from toys import chatml_tokenizer, gemma_tokenizer, store, write_rows
 
 from halfbyte.config.schema import Data
 from halfbyte.data import cache
-from halfbyte.data.prepare import Prepared, pack, prepare, unpack
+from halfbyte.data.prepare import prepare
+from halfbyte.data.prepared import Prepared, pack, unpack
 from halfbyte.data.render import Renderer, load_template
 from halfbyte.errors import DataError
 from halfbyte.run_dir import cache_dir
@@ -24,7 +25,7 @@ ROWS += [pair("what is <|im_end|> 東京", " spaces around "), pair("Diagnosis 3
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, in the place that the environment names."""
+    """A separate cache for each test, in the place that the environment names."""
     monkeypatch.undo()
     monkeypatch.setattr(cache, "folder", lambda: cache_dir() / "prepared")
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
@@ -63,7 +64,7 @@ def test_second_start_gives_equal_rows_without_preparing_any(
     again = prepare(held(rows), renderer())
     assert again == first
     assert capsys.readouterr().err == (
-        f"prepared rows: read from {path}; data.cache=false prepares them anew\n"
+        f"prepared rows: read from {path}; data.cache=false prepares them again\n"
     )
     assert any(example.encoded.escaped for example in again.train + again.validation + again.test)
     assert all(type(i) is int for example in again.train for i in example.encoded.ids)
@@ -79,7 +80,7 @@ def test_cached_raw_text_and_truncated_rows_are_equal(tmp_path: Path, folder: Pa
     path = write_rows(tmp_path / "text.jsonl", [{"text": "lazy dog " * n} for n in range(1, 9)])
     data = data_of(path, max_length=12, on_overlength="truncate")
     first = prepare(data, renderer())
-    assert first.ledger["truncated"]
+    assert first.ledger.truncated
     assert prepare(data, renderer()) == first
     assert len(list(folder.iterdir())) == 1
 
@@ -115,27 +116,27 @@ def test_other_settings_are_prepared_anew(rows: Path, folder: Path, change: str)
     prepare(held(rows), renderer())
     data = held(rows, **CHANGES[change])
     fresh = Renderer(chatml_tokenizer(), None, data.loss_on)
-    found = prepare(data, fresh)
+    prepared = prepare(data, fresh)
     assert len(list(folder.iterdir())) == 2
-    assert found == prepare(data.model_copy(update={"cache": False}), fresh)
+    assert prepared == prepare(data.model_copy(update={"cache": False}), fresh)
 
 
 def test_other_rows_tokenizer_template_or_code_are_prepared_anew(
     rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def num_files() -> int:
-        prepare(held(rows), made)
+        prepare(held(rows), current)
         return len(list(folder.iterdir()))
 
-    made = renderer()
+    current = renderer()
     assert num_files() == 1
     rows.write_text(rows.read_text().replace("diagnosis 7", "Diagnosis 7"))
     assert num_files() == 2
-    made = Renderer(gemma_tokenizer(), load_template("gemma"))
+    current = Renderer(gemma_tokenizer(), load_template("gemma"))
     assert num_files() == 3
-    made = Renderer(gemma_tokenizer(), load_template("plain"))
+    current = Renderer(gemma_tokenizer(), load_template("plain"))
     assert num_files() == 4
-    made.tokenizer.add_tokens(["heart"])
+    current.tokenizer.add_tokens(["heart"])
     assert num_files() == 5
     monkeypatch.setattr(cache, "_code_sha256", lambda: "other")
     assert num_files() == 6
@@ -155,7 +156,7 @@ def test_code_is_hashed_by_the_bytes_of_the_modules(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "empty"])
-def test_damaged_file_is_told_and_made_again(
+def test_damaged_file_is_reported_and_replaced(
     rows: Path, folder: Path, capsys: pytest.CaptureFixture[str], harm: str
 ) -> None:
     first = prepare(held(rows), renderer())
@@ -170,7 +171,7 @@ def test_damaged_file_is_told_and_made_again(
         }[harm]
     )
     assert prepare(held(rows), renderer()) == first
-    assert capsys.readouterr().err == (f"warning: {path} is damaged: its rows are prepared anew\n")
+    assert capsys.readouterr().err == (f"warning: {path} is damaged: its rows are prepared again\n")
     assert path.read_bytes() == whole
 
 
@@ -191,27 +192,28 @@ def test_oldest_files_make_room(rows: Path, folder: Path, monkeypatch: pytest.Mo
     assert second not in left
 
 
-def test_result_larger_than_the_cache_is_told_and_not_kept(
+def test_result_larger_than_the_cache_is_reported_and_not_kept(
     rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(held(rows), renderer())
     monkeypatch.setattr(cache, "MAX_BYTES", 100)
     prepare(held(rows, max_length=99), renderer())
     assert (
-        "prepared rows are not cached: 0.0 GB is more than it may hold" in capsys.readouterr().err
+        "prepared rows are not cached: 0.0 GB is more than the cache may hold"
+        in capsys.readouterr().err
     )
     assert len(list(folder.iterdir())) == 1
 
 
-def test_cache_that_cannot_be_written_is_told_and_stops_nothing(
+def test_cache_that_cannot_be_written_is_reported_and_stops_nothing(
     rows: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder.parent.mkdir()
     folder.write_text("a file where the folder would be")
     assert prepare(held(rows), renderer()).train
-    told = capsys.readouterr().err
-    assert f"warning: prepared rows cannot be cached in {folder} (" in told
-    assert "Set HALFBYTE_CACHE to another folder, or data.cache=false" in told
+    warning = capsys.readouterr().err
+    assert f"warning: prepared rows cannot be cached in {folder} (" in warning
+    assert "Set HALFBYTE_CACHE to another folder, or data.cache=false" in warning
 
 
 def test_rows_that_change_while_they_are_prepared_are_not_kept(
@@ -258,10 +260,10 @@ DATED = load_template("chatml").replace("{%- if add", "{%- set today = CLOCK -%}
 def test_template_that_writes_the_date_is_cached_for_the_day(
     rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Renderer(chatml_tokenizer(), DATED.replace("CLOCK", "strftime_now('%d %b %Y')"))
-    prepare(held(rows), made)
+    dated = Renderer(chatml_tokenizer(), DATED.replace("CLOCK", "strftime_now('%d %b %Y')"))
+    prepare(held(rows), dated)
     no_rows_are_prepared(monkeypatch)
-    prepare(held(rows), made)
+    prepare(held(rows), dated)
 
     class Tomorrow:
         @staticmethod
@@ -272,14 +274,14 @@ def test_template_that_writes_the_date_is_cached_for_the_day(
 
     monkeypatch.setattr(cache, "datetime", Tomorrow)
     with pytest.raises(AssertionError, match="anew"):
-        prepare(held(rows), made)
+        prepare(held(rows), dated)
 
 
 def test_template_that_hides_what_it_reads_off_the_clock_is_not_cached(
     rows: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = Renderer(chatml_tokenizer(), DATED.replace("CLOCK", "strftime_now('%' ~ 'd')"))
-    prepare(held(rows), made)
+    dated = Renderer(chatml_tokenizer(), DATED.replace("CLOCK", "strftime_now('%' ~ 'd')"))
+    prepare(held(rows), dated)
     assert capsys.readouterr().err == (
         "prepared rows are not cached: the chat template reads the clock\n"
     )

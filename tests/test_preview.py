@@ -12,7 +12,8 @@ import pytest
 from toys import chatml_tokenizer, gemma_tokenizer, write_rows
 
 from halfbyte.config.schema import Data
-from halfbyte.data.prepare import Example, prepare
+from halfbyte.data.prepare import prepare
+from halfbyte.data.prepared import Example
 from halfbyte.data.preview import show_ledger, show_lengths, show_preview, show_row
 from halfbyte.data.render import Renderer, load_template
 from halfbyte.data.rows import Message, Row
@@ -111,11 +112,11 @@ def test_show_lengths_counts_every_row_in_its_bin(lengths: list[int]) -> None:
     *bars, summary, _ = show_lengths(lengths, 1024).splitlines()
     bins = []
     for bar in bars:
-        found = BIN.match(bar)
-        assert found is not None, bar
-        low, high, count = map(int, found.groups()[:3])
+        match = BIN.match(bar)
+        assert match is not None, bar
+        low, high, count = map(int, match.groups()[:3])
         assert count == sum(low <= length <= high for length in lengths)
-        bins.append((low, high, count, len(found[4])))
+        bins.append((low, high, count, len(match[4])))
     assert sum(count for *_, count, _ in bins) == len(lengths)
     assert len(bins) <= 10
     assert all(first[1] + 1 == second[0] for first, second in pairwise(bins))
@@ -168,20 +169,18 @@ def test_show_ledger_accounts_for_every_row(data: dict[str, Any]) -> None:
     prepared = prepare(
         Data.model_validate({**data, "on_overlength": "truncate"}), Renderer(chatml_tokenizer())
     )
-    tokens = prepared.ledger["tokens"]
+    tokens = prepared.ledger.tokens
     share = {
-        name: 100 * tokens[name]["supervised"] / tokens[name]["total"]
-        for name in data
-        if name in tokens
+        name: 100 * tokens[name].supervised / tokens[name].total for name in data if name in tokens
     }
     assert show_ledger(prepared).splitlines() == [
         "format: train is prompt_completion, test is prompt_completion",
         "rows in: 6 train + 2 test = 5 trained + held out (0 validation, 2 test) + dropped (1 prompt"
         " is held out)",
-        "truncated: 1; changed by the template: 0; control tokens as text: 1",
+        "truncated: 1; changed by the template: 0; special tokens as text: 1",
         "repeated prompts in training: 1; near duplicates of held-out prompts: 1",
-        f"train: {tokens['train']['total']} tokens, {share['train']:.1f} % supervised",
-        f"test: {tokens['test']['total']} tokens, {share['test']:.1f} % supervised",
+        f"train: {tokens['train'].total} tokens, {share['train']:.1f} % supervised",
+        f"test: {tokens['test'].total} tokens, {share['test']:.1f} % supervised",
     ]
 
 
@@ -203,10 +202,10 @@ def test_show_preview_puts_rows_lengths_ledger_and_tokens_together(data: dict[st
     assert len(whole) == len(prepared.train) + 1
     sizes = [len(example.encoded.ids) for example in whole]
     assert parts[2] == "LENGTHS (tokens)\n" + show_lengths(sizes, 60)
-    [near] = prepared.ledger["near_duplicates"]
+    [near] = prepared.ledger.near_duplicates
     assert parts[3] == (
         f"LEDGER\n{show_ledger(prepared)}\n"
-        f"  {near['jaccard']:.2f}  {data['train']}:5  ~  {data['test']}:2"
+        f"  {near.jaccard:.2f}  {data['train']}:5  ~  {data['test']}:2"
     )
     assert parts[4:] == ["BOS: none (the tokenizer adds none); stop tokens: <|im_end|>"]
 

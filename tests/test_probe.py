@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +12,20 @@ from conftest import MakeConfig
 
 from halfbyte.config import load_run
 from halfbyte.config.schema import Run
-from halfbyte.data.prepare import Example
+from halfbyte.data.prepared import Example
 from halfbyte.data.render import Encoded
 from halfbyte.data.rows import Row
 from halfbyte.errors import PlanError
 from halfbyte.plan.devices import find_device, this_machine
 from halfbyte.train.measure import live_tensor_bytes
-from halfbyte.train.probe import Probe, longest_rows, probe_run
+from halfbyte.train.probe import Probe, probe_run
+from halfbyte.train.setup import row_lengths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Wide enough that activations outweigh what any process holds beside them.
 ROWS = {"max_length": 512}
+EVALUATION = "peak of an evaluation batch"
 OF_THE_STEP = {"kept for the backward pass", "gradients"}  # differences already
 
 
@@ -41,7 +44,7 @@ def probed(run: Run) -> Probe:
 
 
 def test_longest_rows_come_first_with_the_labels_that_are_predicted() -> None:
-    rows = longest_rows([example(5, 2), example(9, 9), example(7, 1)])
+    rows = row_lengths([example(5, 2), example(9, 9), example(7, 1)])
     assert rows.rows == ((9, 8), (7, 1), (5, 2))  # nothing predicts the first token
 
 
@@ -84,6 +87,23 @@ def test_probe_of_a_real_model_is_within_a_percent(
     assert "off by" in found.as_text()
 
 
+def test_probe_scores_test_rows_where_no_row_is_for_validation(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """As training does: an evaluation of long test rows takes more than one of short training rows."""
+    rows = tmp_path / "long.jsonl"
+    prompts = [f"row {n} " + "word " * 60 for n in range(8)]
+    rows.write_text(
+        "".join(json.dumps({"prompt": p, "completion": "yes " * 40}) + "\n" for p in prompts)
+    )
+    plain = {"validation_frac": 0.0, **ROWS}
+    peaks = [
+        probed(load_run(make_config(data={**plain, "test": test}), [])).measured[EVALUATION]
+        for test in (None, str(rows))
+    ]
+    assert peaks[1] > 1.5 * peaks[0]
+
+
 def test_run_that_fits_only_without_its_optimizer_is_refused_before_it_is_loaded(
     make_config: MakeConfig,
 ) -> None:
@@ -110,6 +130,6 @@ def test_probe_of_a_head_that_scales_its_logits_is_planned_with_all_of_them(
     tokenizer.save_pretrained(folder)
     found = probed(load_run(make_config(model={"name": str(folder)}), []))
     assert abs(found.error_frac) < 0.01
-    kept = "peak of an evaluation batch"
-    assert found.predicted[kept] == pytest.approx(found.measured[kept], rel=0.01)
-    assert found.predicted[kept] > 15_000_000
+    predicted = found.predicted[EVALUATION]
+    assert predicted == pytest.approx(found.measured[EVALUATION], rel=0.01)
+    assert predicted > 15_000_000

@@ -57,7 +57,7 @@ def test_held_out_rows_are_the_same_sample_for_the_same_seed(tmp_path: Path) -> 
     assert first != held_out_rows(folder, 8, seed=4)
 
 
-def test_held_out_rows_are_all_when_fewer_are_there_than_asked_for(tmp_path: Path) -> None:
+def test_held_out_rows_are_all_when_there_are_fewer_than_requested(tmp_path: Path) -> None:
     rows = held_out_rows(run_of(tmp_path, test=ROWS[:3]), 300, seed=0)
     assert sorted(row.place for row in rows) == ["t:0", "t:1", "t:2"]
 
@@ -189,9 +189,9 @@ def test_question_labels_its_last_answer_alone_after_the_ids_of_its_prompt(
 
 @pytest.mark.parametrize("renderer", renderers())
 def test_question_without_examples_has_the_ids_of_training(renderer: Renderer) -> None:
-    found = questions(ROWS, renderer)
-    assert [question.ids for question in found] == [renderer.encode_row(row).ids for row in ROWS]
-    assert len(found) == len(ROWS)
+    ids = [question.ids for question in questions(ROWS, renderer)]
+    assert ids == [renderer.encode_row(row).ids for row in ROWS]
+    assert len(ids) == len(ROWS)
 
 
 def test_questions_put_examples_between_system_message_and_conversation() -> None:

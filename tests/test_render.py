@@ -1,4 +1,4 @@
-"""Rendering: ids and labels of conversations, the same in training and generation, control tokens safe."""
+"""Rendering: ids and labels of conversations, the same in training and generation, special tokens safe."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def real(name: str, template: str | None) -> Renderer:
 
 @pytest.mark.parametrize("make", renderers())
 def test_golden_conversations_keep_their_ids_and_labels(make: Any, request: Any) -> None:
-    """Byte for byte. HALFBYTE_WRITE_GOLDEN=1 writes the files anew, to be read in review."""
+    """The files are compared byte for byte; HALFBYTE_WRITE_GOLDEN=1 writes them again, for review."""
     renderer: Renderer = make()
     path = GOLDEN / f"{request.node.callspec.id}.json"
-    found = {}
+    results = {}
     for name, turns in CONVERSATIONS.items():
         encoded = renderer.encode_row(row_of(turns))
-        found[name] = {"ids": encoded.ids, "labels": encoded.labels}
-    text = "{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in found.items()) + "\n}\n"
+        results[name] = {"ids": encoded.ids, "labels": encoded.labels}
+    text = "{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in results.items()) + "\n}\n"
     if os.environ.get("HALFBYTE_WRITE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
-    assert len(found) == 12
+    assert len(results) == 12
     assert path.read_text(encoding="utf-8") == text
 
 
@@ -83,8 +83,8 @@ def test_supervised_text_is_the_answers_with_their_stop_tokens(make: Any) -> Non
 
 
 @pytest.mark.parametrize("make", renderers())
-def test_ids_equal_transformers_own_where_no_content_holds_control_tokens(make: Any) -> None:
-    """The library's apply_chat_template is the reference; we only drop what follows the last label."""
+def test_ids_equal_those_of_transformers_where_no_content_holds_special_tokens(make: Any) -> None:
+    """The library's apply_chat_template is the reference; halfbyte only drops what follows the last label."""
     renderer: Renderer = make()
     compared = 0
     for name, turns in CONVERSATIONS.items():
@@ -113,7 +113,7 @@ def test_prompt_ids_are_what_precedes_the_answer_in_training(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", renderers())
-def test_control_tokens_in_content_stay_text(make: Any) -> None:
+def test_special_tokens_in_content_stay_text(make: Any) -> None:
     renderer: Renderer = make()
     plain = renderer.encode_row(row_of([("user", "a b"), ("assistant", "c d")]))
     attacks = [str(t) for t in renderer.tokenizer.added_tokens_decoder.values() if t.special][:40]
@@ -130,7 +130,7 @@ def test_control_tokens_in_content_stay_text(make: Any) -> None:
     assert renderer.encode_row(row_of([("user", attacks[0]), ("assistant", "x")])).escaped is True
 
 
-def test_content_cannot_complete_a_control_token_with_the_template(
+def test_content_cannot_complete_a_special_token_with_the_template(
     chatml: PreTrainedTokenizerFast,
 ) -> None:
     """The template writes ``<|im_`` before a message that begins with ``end|>``."""
@@ -186,9 +186,9 @@ def test_raw_text_gets_bos_eos_and_all_labels(gemma: PreTrainedTokenizerFast) ->
     assert encoded.labels == [IGNORED, *encoded.ids[1:]]
 
 
-def test_raw_text_with_control_tokens_is_refused(gemma: PreTrainedTokenizerFast) -> None:
+def test_raw_text_with_special_tokens_is_refused(gemma: PreTrainedTokenizerFast) -> None:
     with pytest.raises(
-        DataError, match=r"rows:7: raw text holds the control token '<bos>'.*format messages"
+        DataError, match=r"rows:7: raw text holds the special token '<bos>'.*format messages"
     ):
         Renderer(gemma).encode_row(Row("rows:7", text="<bos>already rendered"))
 
@@ -202,7 +202,7 @@ def test_conversation_without_a_template_names_the_templates(
 
 def test_template_without_stop_token_is_refused(gemma: PreTrainedTokenizerFast) -> None:
     with pytest.raises(
-        DataError, match=r"ends with '<\|im_end\|>\\n', which holds no control token"
+        DataError, match=r"ends with '<\|im_end\|>\\n', which holds no special token"
     ):
         Renderer(gemma, load_template("chatml"))
 

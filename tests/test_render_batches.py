@@ -64,20 +64,20 @@ def odd_row(source: random.Random, place: str) -> Row:
 
 
 def veiled(content: str) -> str:
-    """The content in characters that stand for its own, one by one; spaces stay, for templates trim."""
+    """Each character replaced by another that stands for it; spaces stay, because templates trim."""
     return "".join(c if c.isspace() else chr(0x100000 + ord(c) % 0xFFF0) for c in content)
 
 
 def tokens(renderer: Renderer, text: str, unveil: dict[str, str], anchor: str | None) -> list[int]:
-    """Ids of veiled text, one call for each piece: what stands unveiled in it are the template's tokens."""
+    """Ids of veiled text, one call for each segment; what stands unveiled in it was written by the template."""
     tokenizer: Any = renderer.tokenizer
-    longest_first = sorted(renderer._controls.strings, key=lambda token: (-len(token), token))
-    controls = re.compile("|".join(map(re.escape, longest_first)))
+    longest_first = sorted(renderer._special_tokens.strings, key=lambda token: (-len(token), token))
+    special_tokens = re.compile("|".join(map(re.escape, longest_first)))
     ids: list[int] = []
-    parts = re.split(f"({controls.pattern})", text)
+    parts = re.split(f"({special_tokens.pattern})", text)
     for plain, token in zip(parts[::2], [*parts[1::2], None], strict=True):
         shown = "".join(unveil.get(char, char) for char in plain)
-        cuts = [0, *(found.start() + 1 for found in controls.finditer(shown)), len(shown)]
+        cuts = [0, *(match.start() + 1 for match in special_tokens.finditer(shown)), len(shown)]
         for start, end in pairwise(cuts):
             if start < end:
                 new = tokenizer((anchor or "") + shown[start:end], add_special_tokens=False)
@@ -91,22 +91,22 @@ def tokens(renderer: Renderer, text: str, unveil: dict[str, str], anchor: str | 
 def plainly(renderer: Renderer, messages: tuple[Message, ...]) -> tuple[list[int], list[int]]:
     """Ids and labels by the rules alone, with the template run for the whole and for each answer."""
     tokenizer: Any = renderer.tokenizer
-    stop, bos = renderer._stop, str(tokenizer.bos_token)
+    stop, bos = renderer._stop_token, str(tokenizer.bos_token)
     unveil = {veiled(char): char for message in messages for char in message.content}
     adds_bos = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
 
-    def told(turns: list[dict[str, str]], prompt: bool) -> str:
+    def rendered(turns: list[dict[str, str]], prompt: bool) -> str:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
         return bos + str(text) if adds_bos and not text.startswith(bos) else str(text)
 
     turns = [{"role": m.role, "content": veiled(m.content)} for m in messages]
-    whole = told(turns, prompt=False)
+    whole = rendered(turns, prompt=False)
     ids: list[int] = []
     labels: list[int] = []
     at = 0
     for number, message in enumerate(messages):
         if message.role == "assistant":
-            begin = len(told(turns[:number], prompt=True))
+            begin = len(rendered(turns[:number], prompt=True))
             end = whole.index(stop, begin) + len(stop)
             before = tokens(renderer, whole[at:begin], unveil, stop if at else None)
             answer = tokens(renderer, whole[begin:end], unveil, stop)
@@ -116,18 +116,18 @@ def plainly(renderer: Renderer, messages: tuple[Message, ...]) -> tuple[list[int
     return ids, labels
 
 
-def found_in(renderer: Renderer, rows: list[Row]) -> list[Encoded | str]:
+def results_of(renderer: Renderer, rows: list[Row]) -> list[Encoded | str]:
     return [str(e) if isinstance(e, DataError) else e for e in renderer.try_rows(rows)]
 
 
 def one_by_one(renderer: Renderer, rows: list[Row]) -> list[Encoded | str]:
-    found: list[Encoded | str] = []
+    results: list[Encoded | str] = []
     for row in rows:
         try:
-            found.append(renderer.encode_row(row))
+            results.append(renderer.encode_row(row))
         except DataError as error:
-            found.append(str(error))
-    return found
+            results.append(str(error))
+    return results
 
 
 @pytest.mark.parametrize("make", renderers())
@@ -136,12 +136,12 @@ def test_encode_rows_gives_what_the_rules_give_for_each_row(make: Any) -> None:
     source = random.Random(0)
     rows = [row_of(turns, name) for name, turns in CONVERSATIONS.items()]
     rows += [row for n in range(150) if (row := odd_row(source, f"row {n}")).text is None]
-    encoded = renderer.encode_rows(rows)
-    assert len(encoded) > 100
-    for row, found in zip(rows, encoded, strict=True):
+    results = renderer.encode_rows(rows)
+    assert len(results) > 100
+    for row, encoded in zip(rows, results, strict=True):
         ids, labels = plainly(renderer, row.messages)
-        assert (found.ids, found.labels) == (ids, [IGNORED, *labels[1:]]), row
-        assert found.place == row.place
+        assert (encoded.ids, encoded.labels) == (ids, [IGNORED, *labels[1:]]), row
+        assert encoded.place == row.place
 
 
 @pytest.mark.parametrize("make", renderers())
@@ -153,14 +153,14 @@ def test_encode_rows_equals_encode_row_in_batches_of_any_size(
     rows = [odd_row(source, f"row {n}") for n in range(90)]
     # Rows that cannot be rendered stand between the others.
     rows[7] = row_of([("user", "\U000f0000"), ("assistant", "x")], "bad 7")
-    rows[40] = Row("bad 40", text=f"raw {renderer._stop}")
+    rows[40] = Row("bad 40", text=f"raw {renderer._stop_token}")
     alone = one_by_one(renderer, rows)
     assert [place for place in alone if isinstance(place, str)]
-    assert found_in(renderer, rows) == alone
-    for size, many in ((1, 1), (13, 1), (64, 10**6)):
+    assert results_of(renderer, rows) == alone
+    for size, min_texts in ((1, 1), (13, 1), (64, 10**6)):
         monkeypatch.setattr(render, "BATCH_ROWS", size)
-        monkeypatch.setattr(tokenise, "MANY", many)
-        assert found_in(renderer, rows) == alone
+        monkeypatch.setattr(tokenise, "MIN_PARALLEL_TEXTS", min_texts)
+        assert results_of(renderer, rows) == alone
     assert renderer.encode_rows([]) == []
 
 
@@ -184,15 +184,15 @@ def test_encode_rows_equals_the_rules_for_any_content(
 ) -> None:
     tokenizer = chatml_tokenizer() if template == "chatml" else gemma_tokenizer()
     renderer = Renderer(tokenizer, load_template(template))
-    rows = [row_of([("user", asked), ("assistant", told)]) for asked, told in pairs]
-    for row, found in zip(rows, renderer.encode_rows(rows), strict=True):
+    rows = [row_of([("user", prompt), ("assistant", answer)]) for prompt, answer in pairs]
+    for row, encoded in zip(rows, renderer.encode_rows(rows), strict=True):
         chars = {char for message in row.messages for char in message.content}
         if len(set(map(veiled, chars))) == len(chars):
             ids, labels = plainly(renderer, row.messages)
-            assert (found.ids, found.labels) == (ids, [IGNORED, *labels[1:]])
+            assert (encoded.ids, encoded.labels) == (ids, [IGNORED, *labels[1:]])
 
 
-def test_encode_rows_tells_the_first_bad_row_with_the_words_of_encode_row() -> None:
+def test_encode_rows_raises_the_error_of_encode_row_for_the_first_bad_row() -> None:
     renderer = Renderer(chatml_tokenizer())
     good = row_of([("user", "a"), ("assistant", "b")])
     bad = [row_of([("user", "\U000f0000"), ("assistant", "b")], f"rows:{n}") for n in (2, 3)]
@@ -204,7 +204,7 @@ def test_encode_rows_tells_the_first_bad_row_with_the_words_of_encode_row() -> N
     assert str(alone.value).startswith("rows:2: a user message holds a private-use character")
 
 
-REFUSES = """\
+REJECTS = """\
 {%- for m in messages -%}
 {%- if m.role == 'system' -%}{{- raise_exception('no system here') -}}{%- endif -%}
 <|im_start|>{{ m.role }}\n{{ m.content if 'secret' not in m.content else 'hidden' }}<|im_end|>
@@ -213,23 +213,23 @@ REFUSES = """\
 
 
 @pytest.mark.parametrize("looks", [True, False])
-def test_rows_that_a_template_refuses_are_told_in_its_words(looks: bool) -> None:
+def test_rows_that_a_template_rejects_get_its_message(looks: bool) -> None:
     template = (
-        REFUSES if looks else REFUSES.replace(" if 'secret' not in m.content else 'hidden'", "")
+        REJECTS if looks else REJECTS.replace(" if 'secret' not in m.content else 'hidden'", "")
     )
     renderer = Renderer(chatml_tokenizer(), template)
     rows = [
         row_of([("user", "a"), ("assistant", "b")], "good"),
-        row_of([("system", "be brief"), ("user", "a"), ("assistant", "b")], "refused"),
+        row_of([("system", "be brief"), ("user", "a"), ("assistant", "b")], "rejected"),
     ]
-    found = found_in(renderer, rows)
-    assert isinstance(found[0], Encoded)
-    assert found[1] == "refused: the chat template refuses it: no system here"
+    results = results_of(renderer, rows)
+    assert isinstance(results[0], Encoded)
+    assert results[1] == "rejected: the chat template rejects it: no system here"
 
 
 def test_template_that_looks_into_contents_is_run_for_each_row() -> None:
     """A secret answer is hidden in the text of its row, and is no secret in another row."""
-    renderer = Renderer(chatml_tokenizer(), REFUSES)
+    renderer = Renderer(chatml_tokenizer(), REJECTS)
     rows = [row_of([("user", text), ("assistant", "b")]) for text in ("open", "secret", "open")]
     shown = [renderer.decode(e.ids) for e in renderer.encode_rows(rows)]
     assert ["hidden" in text for text in shown] == [False, True, False]

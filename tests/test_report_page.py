@@ -17,7 +17,8 @@ from halfbyte.data.rows import Message, Row
 from halfbyte.eval.measure import Variant
 from halfbyte.eval.plots import LABEL_HEIGHT, label_places
 from halfbyte.eval.report import write_report
-from halfbyte.run_dir import RunDir, read_jsonl
+from halfbyte.run_dir import read_jsonl
+from halfbyte.trained.run import read_trained_run
 
 SCORES = {
     "base-full": [0.0, 1.0, 0.5, 1.0, 0.0, 0.2, 0.0, 1.0],
@@ -54,7 +55,7 @@ def compared(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for name, scores in SCORES.items()
     ]
     run = read_run_folder(copy, ["eval.metrics=[chrf]"])
-    write_report(RunDir(copy), run, rows, variants, command="python eval/compare.py run")
+    write_report(read_trained_run(copy, run), rows, variants, command="python eval/compare.py run")
     return copy
 
 

@@ -1,4 +1,4 @@
-"""Rows: five shapes give one conversation or text, and every malformed row is named with its place."""
+"""Rows: five formats give one conversation or text, and every malformed row is named with its place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halfbyte.data.sources import RawRow, Table, read_table
 from halfbyte.errors import DataError
 
 S, U, A = "system", "user", "assistant"
-ALLOWED_SHAPES = (
+ALLOWED_FORMATS = (
     "messages: messages; sharegpt: conversations; prompt_completion: prompt, completion;"
     " alpaca: instruction, output; text: text"
 )
@@ -98,7 +98,7 @@ def error_of(
         ),
     ],
 )
-def test_parse_rows_gives_the_conversation_of_every_shape(
+def test_parse_rows_gives_the_conversation_of_every_format(
     values: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
     row = parsed(values)
@@ -182,8 +182,8 @@ def test_detect_format_goes_by_renamed_columns() -> None:
 
 def test_detect_format_names_the_columns_when_none_fits() -> None:
     assert error_of({"question": "q", "answer": "a"}) == (
-        "t.jsonl: found the columns question, answer, which are no format that halfbyte knows."
-        f" Allowed: {ALLOWED_SHAPES}. Name yours with data.columns, such as"
+        "t.jsonl: found the columns question, answer, which fit no known format."
+        f" Allowed: {ALLOWED_FORMATS}. Name yours with data.columns, such as"
         " {prompt: question, completion: answer}"
     )
 
@@ -223,7 +223,7 @@ def test_parse_rows_can_swap_two_columns() -> None:
         ({"completion": "answer", "system": "persona"}, "persona"),
     ],
 )
-def test_parse_rows_names_a_missing_column_and_those_found(
+def test_parse_rows_names_a_missing_column_and_the_present_ones(
     columns: dict[str, str], missing: str
 ) -> None:
     text = error_of(
@@ -243,7 +243,7 @@ def test_parse_rows_names_a_renaming_that_the_format_does_not_know() -> None:
         columns={"promt": "prompt"},
     )
     assert text == (
-        "data.columns: 'promt' is no column of the format prompt_completion; allowed: prompt,"
+        "data.columns: 'promt' is not a column of the format prompt_completion; allowed: prompt,"
         " completion, system"
     )
 
@@ -297,7 +297,7 @@ def test_parse_rows_reads_the_system_column_beside_message_lists() -> None:
         (["a"], 'is list ["a"]; text is expected'),
         ("", "is blank; text is expected"),
         (" \n\t", "is blank; text is expected"),
-        (HALF_PAIR, "holds half a surrogate pair, which is no Unicode text"),
+        (HALF_PAIR, "holds half a surrogate pair, which is not valid Unicode text"),
     ],
 )
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_parse_rows_names_content_that_is_no_text(
         (7, "is int 7; text is expected"),
         (0, "is int 0; text is expected"),
         (" ", "is blank; text is expected"),
-        (HALF_PAIR, "holds half a surrogate pair, which is no Unicode text"),
+        (HALF_PAIR, "holds half a surrogate pair, which is not valid Unicode text"),
         (["s"], 'is list ["s"]; text is expected'),
     ],
 )
@@ -355,7 +355,7 @@ def test_content_is_read_from_a_file_with_its_lone_surrogate(tmp_path: Path) -> 
     with pytest.raises(DataError) as caught:
         parse_rows(read_table(str(path)), "auto", {}, None)
     assert str(caught.value) == (
-        f"{path}:2: text holds half a surrogate pair, which is no Unicode text"
+        f"{path}:2: text holds half a surrogate pair, which is not valid Unicode text"
     )
 
 
@@ -402,10 +402,10 @@ def test_content_is_read_from_a_file_with_its_lone_surrogate(tmp_path: Path) -> 
         ),
         (
             turns((U, "q"), (A, "a"), (U, "r")),
-            "messages ends without an assistant turn: there is nothing to learn",
+            "messages ends without an assistant turn, so there is nothing to learn",
         ),
-        (turns((U, "q")), "messages ends without an assistant turn: there is nothing to learn"),
-        (turns((S, "s")), "messages ends without an assistant turn: there is nothing to learn"),
+        (turns((U, "q")), "messages ends without an assistant turn, so there is nothing to learn"),
+        (turns((S, "s")), "messages ends without an assistant turn, so there is nothing to learn"),
     ],
 )
 def test_parse_rows_names_a_conversation_that_cannot_be_learnt(messages: Any, fault: str) -> None:

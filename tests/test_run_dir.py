@@ -238,36 +238,6 @@ def test_need_names_path_and_command_when_it_is_missing(tmp_path: Path) -> None:
     )
 
 
-def test_trained_gives_the_adapter_when_the_run_has_one(tmp_path: Path) -> None:
-    write_json(tmp_path / "adapter" / "adapter_config.json", {})
-    write_json(tmp_path / "manifest.json", {"finished": True})
-
-    assert RunDir(tmp_path).trained() == tmp_path / "adapter"
-
-
-def test_trained_names_the_training_command_when_the_run_has_not_finished(tmp_path: Path) -> None:
-    write_json(tmp_path / "adapter" / "adapter_config.json", {})
-    write_json(tmp_path / "manifest.json", {"finished": False})
-
-    with pytest.raises(RunError) as caught:
-        RunDir(tmp_path).trained()
-    assert str(caught.value) == (
-        f"{tmp_path}: its training has not finished. Go on with it:"
-        f" accelerate launch train/sft.py {tmp_path / 'run.yaml'}"
-    )
-
-
-def test_trained_names_the_training_command_when_the_adapter_is_not_whole(tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-
-    with pytest.raises(RunError) as caught:
-        RunDir(tmp_path).trained()
-    assert str(caught.value) == (
-        f"{tmp_path / 'adapter' / 'adapter_config.json'} is missing. Make it first:"
-        f" accelerate launch train/sft.py {tmp_path / 'run.yaml'}"
-    )
-
-
 def test_move_aside_keeps_everything_under_a_dated_name(tmp_path: Path) -> None:
     write_text(tmp_path / "run" / "adapter" / "weights", "precious")
     moved = move_aside(tmp_path / "run")

@@ -220,7 +220,7 @@ def test_chat_keeps_the_conversation_and_forgets_on_reset(tiny_llama: Path) -> N
 def test_chat_of_a_run_shows_base_and_tuned_each_with_its_own_memory(merged_run: Path) -> None:
     from halfbyte.data.rows import Message
     from halfbyte.eval.chat import reply
-    from halfbyte.trained.run import load_trained
+    from halfbyte.trained.run import read_trained_run
 
     command = [sys.executable, str(ROOT / "eval/generate.py"), str(merged_run), "--chat"]
     done = subprocess.run(
@@ -235,7 +235,8 @@ def test_chat_of_a_run_shows_base_and_tuned_each_with_its_own_memory(merged_run:
     base, tuned = (re.findall(rf"{name}>(.*)", done.stdout) for name in ("base", "tuned"))
     assert len(base) == len(tuned) == 2
     assert base[0] != tuned[0]
-    loaded, renderer = load_trained(merged_run)
+    trained = read_trained_run(merged_run)
+    loaded, renderer = trained.load(), trained.renderer
     messages: tuple[Message, ...] = ()
     for said, text in zip(("heart attack", "and then"), tuned, strict=True):
         messages = (*messages, Message("user", said))

@@ -82,8 +82,8 @@ def test_a_thousand_generated_requests_a_route(server: Process, mode: str) -> No
         server, mode, 20
     )  # what first requests leave behind, buffers and threads, is there for good
     before = server.rss_bytes
-    told = fuzz(server, mode, 1000)
-    print(told[-1500:])
+    output = fuzz(server, mode, 1000)
+    print(output[-1500:])
     assert is_alive(server)
     print(f"memory {before / 1e6:.0f} MB before, {server.rss_bytes / 1e6:.0f} MB after")
     assert server.rss_bytes <= MAX_GROWTH * before
@@ -129,7 +129,7 @@ BROKEN: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_requests_are_told_what_is_wrong(server: Process, name: str) -> None:
+def test_broken_requests_get_an_error_that_says_why(server: Process, name: str) -> None:
     headers = {"content-type": "application/json"}
     reply = httpx.post(server.url + CHAT, content=BROKEN[name], headers=headers, timeout=120)
     assert 400 <= reply.status_code < 500, reply.text
@@ -137,9 +137,9 @@ def test_broken_requests_are_told_what_is_wrong(server: Process, name: str) -> N
     assert is_alive(server)
 
 
-def test_many_wrong_tokens_are_told_once(server: Process) -> None:
-    asked = {"model": "first", "prompt": [[-1] * 20_000] * 15}
-    reply = httpx.post(server.url + "/v1/completions", json=asked, timeout=120)
+def test_many_wrong_tokens_are_one_error(server: Process) -> None:
+    content = {"model": "first", "prompt": [[-1] * 20_000] * 15}
+    reply = httpx.post(server.url + "/v1/completions", json=content, timeout=120)
     assert reply.status_code == 400
     assert "prompt" in reply.json()["error"]["message"]
     assert is_alive(server)
@@ -148,8 +148,8 @@ def test_many_wrong_tokens_are_told_once(server: Process) -> None:
 def test_a_wide_pattern_costs_no_more_than_its_answer(server: Process) -> None:
     schema = {"type": "string", "pattern": "(a{1,500}){1,500}"}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    asked = body(response_format=form, max_tokens=8)
-    assert httpx.post(server.url + CHAT, json=asked, timeout=120).status_code in (200, 400)
+    content = body(response_format=form, max_tokens=8)
+    assert httpx.post(server.url + CHAT, json=content, timeout=120).status_code in (200, 400)
     assert is_alive(server)
 
 
@@ -293,8 +293,8 @@ def test_answers_of_vanished_clients_are_cancelled(server: Process) -> None:
 
 def running(server: Process) -> int:
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    found = [line for line in lines if line.startswith(("halfbyte_running ", "halfbyte_waiting "))]
-    return int(sum(float(line.split()[1]) for line in found))
+    gauges = [line for line in lines if line.startswith(("halfbyte_running ", "halfbyte_waiting "))]
+    return int(sum(float(line.split()[1]) for line in gauges))
 
 
 def health_seconds(server: Process, count: int) -> list[float]:
@@ -312,8 +312,8 @@ def health_seconds(server: Process, count: int) -> list[float]:
 def test_two_hundred_at_once_leave_health_and_memory_as_they_were(server: Process) -> None:
     def ask(number: int) -> int:
         options = {"max_tokens": 20, "temperature": 1.0, "seed": number}
-        asked = body(messages=[{"role": "user", "content": f"case {number} " * 10}], **options)
-        return httpx.post(server.url + CHAT, json=asked, timeout=120).status_code
+        content = body(messages=[{"role": "user", "content": f"case {number} " * 10}], **options)
+        return httpx.post(server.url + CHAT, json=content, timeout=120).status_code
 
     def burst(count: int) -> list[int]:
         with ThreadPoolExecutor(count) as pool:
@@ -321,11 +321,11 @@ def test_two_hundred_at_once_leave_health_and_memory_as_they_were(server: Proces
 
     burst(100)  # what a first burst leaves behind, buffers and threads, is there for good
     before = server.rss_bytes
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.extend(burst(200)))
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.extend(burst(200)))
     thread.start()
     health_seconds(server, 100)  # each of them answered; how fast: benchmarks/serve_load.py
     thread.join()
-    assert set(found) <= {200, 429}
-    assert found.count(200) > 100
+    assert set(statuses) <= {200, 429}
+    assert statuses.count(200) > 100
     assert server.rss_bytes <= MAX_GROWTH * before

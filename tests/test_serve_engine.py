@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.config import read_run_folder
 from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
@@ -20,53 +19,56 @@ from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.generate.batched import generate
 from halfbyte.generate.slot_model import SlotModel
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.load import load_base
 from halfbyte.model.precision import choose_compute, default_device
 from halfbyte.model.quantised import unpack_layers
-from halfbyte.run_dir import RunDir
 from halfbyte.serve.engine import Engine, Event, Job
 from halfbyte.serve.sampling import Sampler, Sampling
 from halfbyte.serve.text import TextStream
-from halfbyte.trained.run import saved_renderer, trained_base
+from halfbyte.trained.run import read_trained_run
 
 pytestmark = pytest.mark.real
-ASKED = ("Hello", "Name the category: acute heart attack", "Name the category: asthma", "Hi " * 30)
+QUESTIONS = (
+    "Hello",
+    "Name the category: acute heart attack",
+    "Name the category: asthma",
+    "Hi " * 30,
+)
 
 
 class Run:
     """A trained run in fp32, its plain answers first, then as a backend."""
 
     def __init__(self, path: Path) -> None:
-        folder, run = RunDir(path), read_run_folder(path)
-        base = trained_base(folder, run)
-        loaded = load_base(base, run.model, choose_compute("fp32", default_device()))
-        model = load_adapter(loaded, folder.adapter, "first")
+        trained = read_trained_run(path)
+        folder = trained.folder.adapter
+        loaded = trained.load_base(choose_compute("fp32", default_device()))
+        model = load_adapter(loaded, folder, "first")
         loaded.model = model
-        load_adapter(loaded, folder.adapter, "second")
+        load_adapter(loaded, folder, "second")
         for name, parameter in model.named_parameters():
             if "lora_B.second" in name:
                 parameter.data *= -2
-        self.renderer: Renderer = saved_renderer(folder, run, base)
-        self.prompts = [self.renderer.encode_prompt((Message("user", text),)) for text in ASKED]
+        self.renderer: Renderer = trained.renderer
+        self.prompts = [self.renderer.encode_prompt((Message("user", text),)) for text in QUESTIONS]
         self.plain: dict[str | None, list[list[int]]] = {}
         self.logits: dict[str | None, torch.Tensor] = {}
         for adapter in (None, "first", "second"):
-            self._ask(model, adapter)
+            self._record_adapter(model, adapter)
         self.model: Any = model.get_base_model()
         mix_adapters(self.model)
         self.backend = SlotModel(self.model, num_slots=4, max_context=512, dtype=torch.float32)
 
     @torch.no_grad()
-    def _ask(self, model: Any, adapter: str | None) -> None:
+    def _record_adapter(self, model: Any, adapter: str | None) -> None:
         if adapter is None:
             with model.disable_adapter():
-                self._keep(model, None)
+                self._record(model, None)
             return
         model.set_adapter(adapter)
-        self._keep(model, adapter)
+        self._record(model, adapter)
 
-    def _keep(self, model: Any, adapter: str | None) -> None:
-        made = generate(
+    def _record(self, model: Any, adapter: str | None) -> None:
+        answers = generate(
             model,
             self.prompts,
             stop_ids=self.renderer.stop_ids,
@@ -74,7 +76,7 @@ class Run:
             max_new_tokens=12,
             batch_rows=1,
         )
-        self.plain[adapter] = [answer.ids for answer in made]
+        self.plain[adapter] = [answer.ids for answer in answers]
         self.logits[adapter] = torch.stack(
             [model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in self.prompts]
         )
@@ -115,18 +117,18 @@ def finish(events: queue.Queue[Event]) -> tuple[list[int], str, str | None]:
     ids, text = [], ""
     while True:
         event = events.get(timeout=60)
-        ids += [choice.token for choice in event.choices]
+        ids += [sampled.token for sampled in event.tokens]
         text += event.text
         if event.finish_reason:
             return ids, text, event.finish_reason
 
 
 @torch.inference_mode()
-def test_lanes_give_the_logits_of_each_alone(served: Run) -> None:
+def test_slots_give_the_logits_of_each_alone(served: Run) -> None:
     served.backend.forget()
     adapters = (None, "first", "second", "first")
-    lanes = [SlotInput(n, a, served.prompts[n][:5], 0) for n, a in enumerate(adapters)]
-    served.backend.run(lanes)
+    begin = [SlotInput(n, a, served.prompts[n][:5], 0) for n, a in enumerate(adapters)]
+    served.backend.run(begin)
     # The rest of two, all but one token of the others, and that token on its own.
     rest = [SlotInput(n, a, served.prompts[n][5:-1], 5) for n, a in enumerate(adapters)]
     served.backend.run(rest)
@@ -134,29 +136,29 @@ def test_lanes_give_the_logits_of_each_alone(served: Run) -> None:
         SlotInput(n, a, served.prompts[n][-1:], len(served.prompts[n]) - 1)
         for n, a in enumerate(adapters)
     ]
-    found = served.backend.run(last)
+    logits = served.backend.run(last)
     for n, adapter in enumerate(adapters):
-        torch.testing.assert_close(found[n], served.logits[adapter][n], rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(logits[n], served.logits[adapter][n], rtol=1e-4, atol=2e-4)
     assert not torch.allclose(served.logits["first"], served.logits["second"], atol=1e-2)
     assert not torch.allclose(served.logits["first"], served.logits[None], atol=1e-2)
 
 
 def test_many_at_once_answer_as_each_alone(served: Run, engine: Engine) -> None:
-    wanted = [(a, n) for a in (None, "first", "second") for n in range(len(ASKED))] * 8
-    made = [make_job(served, served.prompts[n], adapter) for adapter, n in wanted]
-    assert engine.submit([job for job, _ in made])
-    for (adapter, n), (_, events) in zip(wanted, made, strict=True):
+    wanted = [(a, n) for a in (None, "first", "second") for n in range(len(QUESTIONS))] * 8
+    jobs = [make_job(served, served.prompts[n], adapter) for adapter, n in wanted]
+    assert engine.submit([job for job, _ in jobs])
+    for (adapter, n), (_, events) in zip(wanted, jobs, strict=True):
         assert finish(events)[0] == served.plain[adapter][n]
-    assert engine.counts.lanes > 2 * engine.counts.passes  # they shared passes
+    assert engine.counts.slot_inputs > 2 * engine.counts.passes  # they shared passes
     # Of each adapter's prompts one is computed, the other seven begin where it stands.
     assert engine.counts.shared_tokens > engine.counts.prompt_tokens / 2
 
 
 def test_what_prompts_begin_with_is_computed_once(served: Run, engine: Engine) -> None:
     lead = served.prompts[3]
-    made = [make_job(served, [*lead, token], "first", max_tokens=2) for token in range(50, 58)]
-    assert engine.submit([job for job, _ in made])
-    for _, events in made:
+    jobs = [make_job(served, [*lead, token], "first", max_tokens=2) for token in range(50, 58)]
+    assert engine.submit([job for job, _ in jobs])
+    for _, events in jobs:
         finish(events)
     computed = engine.counts.prompt_tokens - engine.counts.shared_tokens
     assert computed == len(lead) + 8
@@ -186,19 +188,19 @@ def test_a_seed_repeats_an_answer_and_log_probabilities_add_up(served: Run, engi
         engine.submit([job])
         answers.append(finish(events)[0])
     assert answers[0] == answers[1] != answers[2]
-    choice = Sampler(Sampling(top_logprobs=20)).choose(served.logits[None][0])
+    sampled = Sampler(Sampling(top_logprobs=20)).sample(served.logits[None][0])
     expected = torch.log_softmax(served.logits[None][0], dim=-1)
-    assert choice.logprob == pytest.approx(float(expected.max()))
-    assert [token for token, _ in choice.top] == expected.topk(20).indices.tolist()
+    assert sampled.logprob == pytest.approx(float(expected.max()))
+    assert [token for token, _ in sampled.top] == expected.topk(20).indices.tolist()
 
 
 def test_nucleus_leaves_out_the_unlikely() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, -5.0])
     sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=0))
-    assert {sampler.choose(logits).token for _ in range(200)} == {0, 1}
+    assert {sampler.sample(logits).token for _ in range(200)} == {0, 1}
     for temperature, top_p in ((2.0, 5e-324), (5e-324, 1.0)):
         sampler = Sampler(Sampling(temperature=temperature, top_p=top_p, seed=0))
-        assert {sampler.choose(logits).token for _ in range(20)} == {int(logits.argmax())}
+        assert {sampler.sample(logits).token for _ in range(20)} == {int(logits.argmax())}
 
 
 def test_a_failing_pass_ends_its_requests_and_no_others(
@@ -206,7 +208,7 @@ def test_a_failing_pass_ends_its_requests_and_no_others(
 ) -> None:
     whole = served.backend.run
 
-    def fail(lanes: Any) -> torch.Tensor:
+    def fail(inputs: Any) -> torch.Tensor:
         monkeypatch.setattr(served.backend, "run", whole)
         raise RuntimeError("broken")
 
@@ -232,11 +234,11 @@ def test_cancelled_and_surplus_requests_get_no_slot(served: Run) -> None:
 
 def test_unpacked_weights_are_those_that_4_bits_stand_for(served: Run) -> None:
     served.backend.forget()
-    lane = SlotInput(0, "first", served.prompts[1], 0)
-    packed = served.backend.run([lane])
+    slot_input = SlotInput(0, "first", served.prompts[1], 0)
+    packed = served.backend.run([slot_input])
     unpack_layers(served.model, torch.float32)
     served.backend.forget()
-    torch.testing.assert_close(served.backend.run([lane]), packed, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(served.backend.run([slot_input]), packed, rtol=1e-4, atol=2e-4)
 
 
 def test_dora_is_refused() -> None:
@@ -277,7 +279,7 @@ def test_text_comes_whole_and_without_stop_strings(stops: tuple[str, ...], expec
 
 
 class Counting:
-    """A backend that names as the next token the number of tokens of the lane's slot."""
+    """A backend that names as the next token the number of tokens of the slot."""
 
     num_slots, max_context, vocab_size, can_copy = 4, 10_000, 50, False
     device, unused_bytes = torch.device("cpu"), 0
@@ -285,11 +287,11 @@ class Counting:
     def __init__(self) -> None:
         self.broken: set[str] = set()
 
-    def run(self, lanes: Sequence[SlotInput]) -> torch.Tensor:
+    def run(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
         """As ``Backend.run``."""
         self._may("run")
         return torch.nn.functional.one_hot(
-            torch.tensor([lane.end % self.vocab_size for lane in lanes]), self.vocab_size
+            torch.tensor([slot.end % self.vocab_size for slot in inputs]), self.vocab_size
         ).float()
 
     def keep(self, slot: int, length: int) -> int:
@@ -334,7 +336,7 @@ def test_no_prompt_waits_for_those_that_came_later() -> None:
             return
 
         def emit(event: Event) -> None:
-            if event.choices:
+            if event.tokens:
                 begun.append(number)
             if event.finish_reason:
                 ask(number + Counting.num_slots)  # a client asks again at once
@@ -345,7 +347,7 @@ def test_no_prompt_waits_for_those_that_came_later() -> None:
     for number in range(Counting.num_slots):
         ask(number)
     while engine.num_waiting or engine.num_running:
-        engine._turn()
+        engine._step()
     assert sorted(begun) == list(range(200))
     late = [abs(place - number) for place, number in enumerate(begun)]
     assert max(late) <= Counting.num_slots
@@ -390,10 +392,10 @@ def test_a_request_that_breaks_each_pass_it_is_in_leaves_the_model_to_others() -
     engine = Engine(backend, max_waiting=100)
     poison = 7
 
-    def run(lanes: Sequence[SlotInput]) -> torch.Tensor:
-        if any(poison in lane.ids for lane in lanes):
+    def run(inputs: Sequence[SlotInput]) -> torch.Tensor:
+        if any(poison in slot.ids for slot in inputs):
             raise RuntimeError("poison")
-        return Counting.run(backend, lanes)
+        return Counting.run(backend, inputs)
 
     backend.run = run  # type: ignore[method-assign]
     engine.start()
@@ -425,7 +427,7 @@ def test_logits_that_are_nan_choose_no_token() -> None:
     for temperature in (0.0, 1.0):
         sampler = Sampler(Sampling(temperature))
         with pytest.raises((ArithmeticError, RuntimeError)):
-            sampler.choose(torch.full((10,), float("nan")))
+            sampler.sample(torch.full((10,), float("nan")))
 
 
 def test_an_adapter_that_no_layer_has_is_refused(served: Run) -> None:

@@ -19,7 +19,7 @@ from halfbyte.data.rows import Message
 from halfbyte.llamacpp.model import GgufModel
 
 pytestmark = pytest.mark.real
-ASKED = [f"diagnosis {n} of the heart" for n in range(6)]
+QUESTIONS = [f"diagnosis {n} of the heart" for n in range(6)]
 
 
 def test_gguf_files_answer_as_evaluation_does(exported_run: Path, tmp_path: Path) -> None:
@@ -29,32 +29,34 @@ def test_gguf_files_answer_as_evaluation_does(exported_run: Path, tmp_path: Path
     wanted = {}
     for kind, file in files.items():
         model = GgufModel(file)
-        prompts = [model.prompt((Message("user", text),))[1] for text in ASKED]
-        for text, prompt in zip(ASKED, prompts, strict=True):
+        prompts = [model.prompt((Message("user", text),))[1] for text in QUESTIONS]
+        for text, prompt in zip(QUESTIONS, prompts, strict=True):
             (answer,) = model.answers([prompt], stop_ids=None, max_new_tokens=12)
             wanted[kind, text] = model.decode(answer.ids)
         del model
-    given = [f"{kind}={file}" for kind, file in files.items()]
-    with serving(tmp_path / "log", *given, "--max-context", 256, "--slots", 4) as server:
+    arguments = [f"{kind}={file}" for kind, file in files.items()]
+    with serving(tmp_path / "log", *arguments, "--max-context", 256, "--slots", 4) as server:
         client = openai.OpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
         )
         assert [model.id for model in client.models.list()] == ["f16", "q8_0"]
 
         def ask(pair: tuple[str, str]) -> str:
-            made = client.chat.completions.create(
+            reply = client.chat.completions.create(
                 model=pair[0], messages=[{"role": "user", "content": pair[1]}], max_tokens=12
             )
-            return str(made.choices[0].message.content)
+            return str(reply.choices[0].message.content)
 
         for pair, text in wanted.items():
             assert ask(pair).strip() == text.strip()
         with ThreadPoolExecutor(len(wanted)) as pool:
             together = list(pool.map(ask, wanted))
         assert [text.strip() for text in together] == [text.strip() for text in wanted.values()]
-        made = client.completions.create(model="f16", prompt="Hello", max_tokens=6, logprobs=2)
-        assert made.choices[0].logprobs is not None
-        assert len(made.choices[0].logprobs.token_logprobs or []) == 6
+        completion = client.completions.create(
+            model="f16", prompt="Hello", max_tokens=6, logprobs=2
+        )
+        assert completion.choices[0].logprobs is not None
+        assert len(completion.choices[0].logprobs.token_logprobs or []) == 6
 
 
 def start(path: Path, *arguments: object, key: str = "") -> subprocess.CompletedProcess[str]:
@@ -85,27 +87,27 @@ def test_vllm_is_started_with_the_proven_adapter(exported_run: Path, tmp_path: P
     done = start(tmp_path, run)
     assert done.returncode == 1
     assert "pip install vllm" in done.stderr
-    told = tmp_path / "vllm"  # takes vLLM's place: it tells what it was given
-    told.write_text(
+    fake_vllm = tmp_path / "vllm"  # prints its arguments
+    fake_vllm.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
         "print(json.dumps([sys.argv[1:], os.environ.get('VLLM_API_KEY')]))\n"
     )
-    told.chmod(0o755)
+    fake_vllm.chmod(0o755)
     more = ("--max-context", 2048, "--", "--tensor-parallel-size", "2")
     done = start(tmp_path, f"tuned={run}", *more, key="a-secret-key")
     assert done.returncode == 0, done.stderr
     assert "a-secret-key" not in done.stdout.splitlines()[0]
-    given, key = json.loads(done.stdout.splitlines()[-1])
+    arguments, key = json.loads(done.stdout.splitlines()[-1])
     assert key == "a-secret-key"
     adapter = run / "export" / "adapter"
-    told_config = json.loads((adapter / "adapter_config.json").read_text())
-    assert given[0] == "serve"
-    assert given[given.index("--lora-modules") + 1] == f"tuned={adapter}"
-    assert int(given[given.index("--max-lora-rank") + 1]) >= told_config["r"]
-    assert given[given.index("--quantization") + 1] == "bitsandbytes"
-    assert Path(given[given.index("--chat-template") + 1]).is_file()
-    assert given[given.index("--max-model-len") + 1] == "2048"
-    assert given[-2:] == ["--tensor-parallel-size", "2"]
+    adapter_config = json.loads((adapter / "adapter_config.json").read_text())
+    assert arguments[0] == "serve"
+    assert arguments[arguments.index("--lora-modules") + 1] == f"tuned={adapter}"
+    assert int(arguments[arguments.index("--max-lora-rank") + 1]) >= adapter_config["r"]
+    assert arguments[arguments.index("--quantization") + 1] == "bitsandbytes"
+    assert Path(arguments[arguments.index("--chat-template") + 1]).is_file()
+    assert arguments[arguments.index("--max-model-len") + 1] == "2048"
+    assert arguments[-2:] == ["--tensor-parallel-size", "2"]
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     assert "changed" in start(tmp_path, run).stderr

@@ -89,8 +89,8 @@ def test_as_many_slots_as_half_of_the_free_memory_holds() -> None:
 
 
 def test_a_lost_model_ends_the_server_with_an_error() -> None:
-    class Lost:
-        failure, num_waiting, num_running = "it is lost", 0, 0
+    class Failed:
+        failure, num_waiting, num_running = "it has failed", 0, 0
 
         def start(self) -> None:
             """Nothing to do."""
@@ -98,18 +98,18 @@ def test_a_lost_model_ends_the_server_with_an_error() -> None:
         stop = cancel_all = start
 
     service = Service([], Limits())
-    service.engines = [Lost()]  # type: ignore[list-item]
-    with pytest.raises(ModelError, match="it is lost"):
+    service.engines = [Failed()]  # type: ignore[list-item]
+    with pytest.raises(ModelError, match="it has failed"):
         serve(service, "127.0.0.1", 0, 1.0)
 
 
 def test_log_probabilities_of_a_request_are_bounded() -> None:
-    asked = ChatRequest.model_validate(
+    request = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "n": 8}
     )
     backend = types.SimpleNamespace(max_context=4096)
     model = types.SimpleNamespace(name="m", engine=types.SimpleNamespace(backend=backend))
     service = Service([], Limits())
     for top in (0, 20):
-        with pytest.raises(RefusedError, match="at most 200000 are told"):
-            service.submit(asked, model, [[1] * 10] * 8, None, top)  # type: ignore[arg-type]
+        with pytest.raises(RefusedError, match="at most 200000 are allowed"):
+            service.submit(request, model, [[1] * 10] * 8, None, top)  # type: ignore[arg-type]

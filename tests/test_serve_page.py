@@ -79,7 +79,9 @@ def test_two_answers_stream_side_by_side(page: Any, tmp_path: Path) -> None:
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     answers = [turn.inner_text() for turn in page.query_selector_all(".turn.assistant")]
     assert len(answers) == len(set(answers)) == 2
-    assert all("cut" in figures.inner_text() for figures in page.query_selector_all(".figures"))
+    assert all(
+        "max tokens" in figures.inner_text() for figures in page.query_selector_all(".figures")
+    )
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.hover("section:nth-child(2) .piece")
     tip = page.inner_text("#tip")
@@ -100,7 +102,7 @@ def test_right_to_left_text_is_shown_so(page: Any) -> None:
     assert directions == ["rtl", "rtl"]
 
 
-def test_an_answer_can_be_stopped_and_begun_anew(page: Any) -> None:
+def test_an_answer_can_be_stopped_and_a_new_chat_started(page: Any) -> None:
     page.click("details summary")
     page.fill("#tokens", "400")
     page.fill("#temperature", "2")
@@ -108,18 +110,18 @@ def test_an_answer_can_be_stopped_and_begun_anew(page: Any) -> None:
     once(page, f"Math.min(...{PIECES}) > 1", "document.getElementById('send').click()")
     wait(page, DONE)
     assert max(page.evaluate(PIECES)) < 400
-    page.click("#anew")
+    page.click("#new-chat")
     assert page.evaluate("document.querySelectorAll('.turn').length") == 0
 
 
-def test_a_conversation_begun_anew_while_an_answer_comes_holds_nothing_of_it(page: Any) -> None:
+def test_a_new_chat_during_an_answer_contains_nothing_of_it(page: Any) -> None:
     page.click("details summary")
     page.fill("#tokens", "400")
     page.fill("#temperature", "2")
     sent: list[str] = []
-    page.on("request", lambda made: sent.append(made.post_data or ""))
+    page.on("request", lambda request: sent.append(request.post_data or ""))
     ask(page, "Tell a very long story")
-    once(page, f"Math.min(...{PIECES}) > 1", "document.getElementById('anew').click()")
+    once(page, f"Math.min(...{PIECES}) > 1", "document.getElementById('new-chat').click()")
     wait(page, DONE)
     assert page.evaluate("document.querySelectorAll('.turn').length") == 0
     sent.clear()
@@ -135,8 +137,8 @@ def test_a_conversation_begun_anew_while_an_answer_comes_holds_nothing_of_it(pag
 
 def test_an_error_is_told_and_the_question_stays_askable(page: Any) -> None:
     ask(page, "word " * 600)  # more than the context holds
-    wait(page, "document.querySelectorAll('.turn.wrong').length === 2")
-    assert "512" in page.inner_text(".turn.wrong")
+    wait(page, "document.querySelectorAll('.turn.error').length === 2")
+    assert "512" in page.inner_text(".turn.error")
     wait(page, DONE)
     ask(page, "Hello")
     wait(page, f"Math.min(...{PIECES}) > 0")

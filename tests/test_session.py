@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from toys import make_manifest
 
 from halfbyte.config import Run, load_run, read_run_folder
 from halfbyte.config.read import keys_of
 from halfbyte.errors import RunError
-from halfbyte.run_dir import RunDir, write_json, write_text
+from halfbyte.run_dir import RunDir, write_text
 from halfbyte.train.session import (
     CHECKPOINT_FILES,
     SILENT_DATA_KEYS,
     SILENT_TRAIN_KEYS,
-    as_before,
     newest_checkpoint,
     open_session,
 )
@@ -171,7 +171,7 @@ def test_open_session_says_whether_the_run_is_finished(
     tmp_path: Path, manifest: dict[str, bool], finished: bool
 ) -> None:
     run = run_of(tmp_path)
-    write_json(open_session(run).folder.manifest, manifest)
+    make_manifest(**manifest).write(open_session(run).folder.manifest)
 
     assert open_session(run).finished is finished
 
@@ -251,9 +251,9 @@ def test_resumed_run_cuts_its_steps_as_before_where_auto_leaves_it_open(
     folder = open_session(run_of(tmp_path)).folder
     make_checkpoint(folder.checkpoints, 5)
     memory = {"micro_batch_size": 2, "checkpointing": 7}
-    write_json(folder.manifest, {"finished": False, "memory": memory})
+    make_manifest(memory=memory).write(folder.manifest)
     run = run_of(tmp_path, *overrides)
-    train = as_before(open_session(run), run).train
+    train = open_session(run).run.train
     assert (train.micro_batch_size, train.checkpointing) == wanted
 
 
@@ -263,16 +263,16 @@ def test_resumed_run_is_cut_anew_when_the_number_of_processes_rules_the_old_cut_
     folder = open_session(run_of(tmp_path)).folder
     make_checkpoint(folder.checkpoints, 5)
     memory = {"micro_batch_size": 16, "checkpointing": "off"}
-    write_json(folder.manifest, {"finished": False, "memory": memory})
+    make_manifest(memory=memory).write(folder.manifest)
     run = run_of(tmp_path)
-    assert as_before(open_session(run), run).train.micro_batch_size == 16
+    assert open_session(run).run.train.micro_batch_size == 16
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert as_before(open_session(run), run) == run
+    assert open_session(run).run == run
 
 
 def test_new_run_leaves_auto_to_the_plan(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    assert as_before(open_session(run), run) == run
+    assert open_session(run).run == run
 
 
 def test_all_silent_keys_are_keys_of_their_section() -> None:
@@ -305,7 +305,7 @@ def test_open_session_moves_the_old_folder_aside_when_asked_to_replace(
 ) -> None:
     folder = open_session(run_of(tmp_path)).folder
     make_checkpoint(folder.checkpoints, 5)
-    write_json(folder.manifest, {"finished": True})
+    make_manifest(finished=True).write(folder.manifest)
     replacing = run_of(tmp_path, "train.existing=replace", "train.learning_rate=0.5")
     session = open_session(replacing)
 

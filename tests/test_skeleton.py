@@ -1,4 +1,4 @@
-"""Models without weights: the shapes, dtypes and layers that a real load gives, and one layer of a kind."""
+"""Tests of models without weights: they have the shapes, dtypes and layers of a real load; layer cuts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from halfbyte.model.footprint import num_parameters, stored_tensors
 from halfbyte.model.load import load_config, load_model
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
-from halfbyte.model.skeleton import EXPERTS, build, layer_list, packed_layers, quantise, unpacked
+from halfbyte.model.skeleton import (
+    EXPERTS,
+    build,
+    layer_list,
+    packed_layers,
+    quantise,
+    unquantised_weights,
+)
 from halfbyte.plan.layer_cut import MAX_KINDS, Cut, cut, keep_layers, layer_kinds
 
 SMALL: dict[str, Any] = {
@@ -64,7 +71,8 @@ def test_quantised_skeleton_has_the_tensors_of_a_real_load(
     assert storages(model) == storages(real)
     assert all(tensor.is_meta for tensor in stored_tensors(model))
     assert num_parameters(model) == num_parameters(real)
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # PEFT asks them which layers to make
+    # PEFT chooses its layer classes by these flags.
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         assert getattr(model, flag, False) == getattr(real, flag, False)
     classes = [{n: type(m).__name__ for n, m in model.named_modules()} for model in (model, real)]
     assert classes[0] == classes[1]
@@ -97,9 +105,9 @@ def test_quantise_refuses_a_model_without_linear_layers_to_pack() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_unpacked_names_what_stays_and_why(tied: bool) -> None:
+def test_unquantised_weights_are_named_with_the_reason(tied: bool) -> None:
     model = build(small("llama", tie_word_embeddings=tied), torch.bfloat16, text_only=True)
-    left = {entry.what: entry for entry in unpacked(model)}
+    left = {entry.what: entry for entry in unquantised_weights(model)}
     table = 480 * 64
     names = ["embedding and head (one matrix)"] if tied else ["embedding", "head"]
     assert list(left) == [*names, "norms and biases"]
@@ -116,19 +124,19 @@ def test_unpacked_names_what_stays_and_why(tied: bool) -> None:
         ("mixtral", {"num_local_experts": 4}, 3 * 4 * 3 * 64 * 128),
     ],
 )
-def test_unpacked_lists_experts_first(
+def test_unquantised_weights_list_experts_first(
     model_type: str, fields: dict[str, Any], experts: int
 ) -> None:
     model = build(small(model_type, **fields), torch.bfloat16, text_only=True)
-    left = unpacked(model)
+    left = unquantised_weights(model)
     assert (left[0].what, left[0].num_parameters, left[0].why) == ("experts", experts, EXPERTS)
-    assert "packs linear layers alone" in EXPERTS
+    assert "packs only linear layers" in EXPERTS
     packed = packed_layers(model)
     assert packed
     assert not any("experts" in name for name in packed)
 
 
-def test_layer_kinds_tell_attention_window_and_shapes_apart() -> None:
+def test_layer_kinds_distinguish_attention_window_and_shapes() -> None:
     gemma = small("gemma3_text", num_hidden_layers=8, sliding_window=16, head_dim=16)
     kinds = layer_kinds(build(gemma, torch.bfloat16, text_only=True))
     assert [kind[0].split("_")[0] for kind in kinds] == ["sliding"] * 5 + ["full"] + ["sliding"] * 2
@@ -140,7 +148,7 @@ def test_layer_kinds_tell_attention_window_and_shapes_apart() -> None:
     assert len(set(layer_kinds(build(small("llama"), torch.bfloat16, text_only=True)))) == 1
 
 
-def test_layer_list_says_when_no_layers_are_found() -> None:
+def test_layer_list_fails_when_the_layers_are_not_there() -> None:
     model = build(small("llama"), torch.bfloat16, text_only=True)
     model.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match="its 7 decoder layers are not found"):
@@ -160,12 +168,12 @@ def test_layer_list_says_when_no_layers_are_found() -> None:
     ],
 )
 def test_cut_takes_the_first_the_last_of_each_kind_and_a_spare(kinds: str, wanted: Cut) -> None:
-    found = cut([(kind,) for kind in kinds])
-    assert found == wanted
-    # Every layer of the whole is counted once.
-    assert len(found.base) + sum(times for _, times in found.more) == len(kinds)
-    assert found.layers == tuple(sorted({*found.base, *(layer for layer, _ in found.more)}))
-    assert (found.more == ()) == (found.layers == tuple(range(len(kinds))))
+    actual = cut([(kind,) for kind in kinds])
+    assert actual == wanted
+    # Every layer of the whole model is counted once.
+    assert len(actual.base) + sum(times for _, times in actual.extra) == len(kinds)
+    assert actual.layers == tuple(sorted({*actual.base, *(layer for layer, _ in actual.extra)}))
+    assert (actual.extra == ()) == (actual.layers == tuple(range(len(kinds))))
     assert len(set("abcdefg")) > MAX_KINDS
 
 

@@ -152,7 +152,7 @@ def test_read_table_names_json_that_is_nested_too_deep(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "place", "came"),
+    ("name", "content", "place", "actual"),
     [
         ("rows.jsonl", '{"text": "a"}\n["b"]\n', ":2", "['b']"),
         ("rows.jsonl", "null\n", ":1", "None"),
@@ -160,10 +160,10 @@ def test_read_table_names_json_that_is_nested_too_deep(
     ],
 )
 def test_read_table_names_a_row_that_is_no_object(
-    tmp_path: Path, name: str, content: str, place: str, came: str
+    tmp_path: Path, name: str, content: str, place: str, actual: str
 ) -> None:
     path = written(tmp_path / name, content)
-    assert error_of(path) == f"{path}{place}: holds {came}; a row is an object with columns"
+    assert error_of(path) == f"{path}{place}: holds {actual}; a row is an object with columns"
 
 
 def test_read_table_refuses_a_json_file_that_is_no_list(tmp_path: Path) -> None:
@@ -219,12 +219,12 @@ def test_read_table_refuses_a_source_without_rows(
 
 
 @pytest.mark.parametrize(
-    ("name", "came"),
+    ("name", "actual"),
     [("rows.txt", ".txt"), ("rows", "a file without suffix"), ("rows.JSONL", ".JSONL")],
 )
-def test_read_table_names_a_suffix_it_cannot_read(tmp_path: Path, name: str, came: str) -> None:
+def test_read_table_names_a_suffix_it_cannot_read(tmp_path: Path, name: str, actual: str) -> None:
     path = written(tmp_path / name, '{"text": "a"}')
-    assert error_of(path) == f"{path}: cannot read {came}; allowed: .jsonl, .json, .csv, .parquet"
+    assert error_of(path) == f"{path}: cannot read {actual}; allowed: .jsonl, .json, .csv, .parquet"
 
 
 def test_read_table_refuses_a_folder_without_tables(tmp_path: Path) -> None:
@@ -273,8 +273,8 @@ def test_read_table_refuses_a_hub_name_that_the_working_folder_has_too(
     write_rows(tmp_path / "rows" / "train.jsonl", ROWS)
     monkeypatch.chdir(tmp_path)
     assert error_of("rows") == (
-        "rows: was taken for a Hub id, but the working folder holds something of that name too."
-        " Run from another folder, or write the whole path if you mean that"
+        "rows: was read as a Hub id, but the working folder also holds something of that name."
+        " Run from another folder, or write the full path if you mean the local one"
     )
     assert len(read_table(str(tmp_path / "rows")).rows) == 2
 
@@ -283,6 +283,6 @@ def test_read_table_names_a_hub_dataset_that_cannot_be_had() -> None:
     text = error_of("nobody/no-such-data")
     assert text.startswith("nobody/no-such-data: cannot be loaded from the Hub: ")
     assert text.endswith(
-        ". If it is a file, write its path with a leading ./ or its suffix; if it is gated, run"
+        ". If it is a file, write its path with a leading ./ or with its suffix; if it is gated, run"
         " `hf auth login` first"
     )

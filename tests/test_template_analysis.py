@@ -1,4 +1,4 @@
-"""Templates that only copy contents: which ones do, and that texts put together equal rendered ones."""
+"""Templates that only copy contents: which ones do, and that filled-in texts equal rendered ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from toys import chatml_tokenizer
 from halfbyte.data.render import load_template
 from halfbyte.data.rows import Message
 from halfbyte.data.template_analysis import only_copies
-from halfbyte.data.template_cache import Shapes
+from halfbyte.data.template_cache import TemplateCache
 from halfbyte.errors import DataError
 
 FOR = "{% for message in messages %}"
@@ -76,7 +76,7 @@ CONTENTS = st.text(st.sampled_from(" \n\t\u2003\u00a0xa<é東\U000f0003"), max_s
 
 
 def run(template: str, messages: tuple[Message, ...]) -> list[str]:
-    """What transformers makes of it: the conversation, then the prompt of each answer."""
+    """What transformers renders: the conversation, then the prompt of each answer."""
     tokenizer: Any = chatml_tokenizer()
     turns = [{"role": m.role, "content": m.content} for m in messages]
     prompts = [turns[:n] for n, m in enumerate(messages) if m.role == "assistant"]
@@ -101,7 +101,7 @@ def test_only_copies_sees_that_a_template_copies(name: str) -> None:
 @pytest.mark.parametrize("name", LOOKS)
 def test_only_copies_sees_that_a_template_may_do_more(name: str) -> None:
     assert not only_copies(LOOKS[name])
-    assert Shapes(LOOKS[name], lambda _: []).texts((Message("user", "x"),)) is None
+    assert TemplateCache(LOOKS[name], lambda _: []).texts((Message("user", "x"),)) is None
 
 
 def published() -> dict[str, str]:
@@ -121,7 +121,7 @@ def test_texts_put_together_are_those_that_the_template_writes(
     ours = {name: load_template(name) for name in ("gemma", "chatml", "plain")}
     compared = 0
     for name, template in {**COPIES, **ours, **published()}.items():
-        texts = Shapes(template, lambda m, t=template: run(t, m)).texts(messages)  # type: ignore[misc]
+        texts = TemplateCache(template, lambda m, t=template: run(t, m)).texts(messages)  # type: ignore[misc]
         if texts is not None:
             assert list(texts) == run(template, messages), name
             compared += 1
@@ -129,16 +129,16 @@ def test_texts_put_together_are_those_that_the_template_writes(
 
 
 def test_published_templates_of_common_models_are_seen_to_copy() -> None:
-    found = {name for name, template in published().items() if only_copies(template)}
-    assert found >= {"gemma3.jinja", "llama3.jinja", "phi3.jinja"}
-    assert not found & {"qwen3.jinja", "deepseekv3.jinja", "llama3_2.jinja"}
+    copying = {name for name, template in published().items() if only_copies(template)}
+    assert copying >= {"gemma3.jinja", "llama3.jinja", "phi3.jinja"}
+    assert not copying & {"qwen3.jinja", "deepseekv3.jinja", "llama3_2.jinja"}
 
 
 @pytest.mark.parametrize("extra", ["\u2003", "\U000f0001"])
-def test_template_that_writes_the_stand_ins_itself_is_run_for_each_row(extra: str) -> None:
+def test_template_that_writes_placeholders_itself_is_run_for_each_row(extra: str) -> None:
     template = COPIES["attribute"] + extra
-    shapes = Shapes(template, lambda messages: run(template, messages))
-    assert shapes.texts((Message("user", "x"),)) is None
+    cache = TemplateCache(template, lambda messages: run(template, messages))
+    assert cache.texts((Message("user", "x"),)) is None
 
 
 def test_template_runs_once_for_all_rows_with_the_same_roles() -> None:
@@ -148,9 +148,9 @@ def test_template_runs_once_for_all_rows_with_the_same_roles() -> None:
         calls.append(messages)
         return run(COPIES["attribute"], messages)
 
-    shapes = Shapes(COPIES["attribute"], render)
+    cache = TemplateCache(COPIES["attribute"], render)
     for content in ("a", "b", "c"):
-        texts = shapes.texts((Message("user", content), Message("assistant", "x")))
+        texts = cache.texts((Message("user", content), Message("assistant", "x")))
         assert texts is not None
         assert next(texts) == f"user: {content}assistant: x"
     assert len(calls) == 1

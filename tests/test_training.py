@@ -16,17 +16,20 @@ from transformers import LlamaConfig
 from wandb_history import history
 
 from halfbyte.config import load_run
-from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.data.prepare import prepare
+from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import load_model, load_tokenizer
 from halfbyte.model.resolve import resolve_base
+from halfbyte.plan.devices import this_machine
 from halfbyte.run_dir import read_jsonl
 from halfbyte.tracking import choose_mode
 from halfbyte.train.arguments import Passes
 from halfbyte.train.batching import StepwiseSampler
 from halfbyte.train.preflight import check_first_step
+from halfbyte.train.setup import Setup, loss_rows, row_lengths, set_up
 from halfbyte.train.tracking import Tracker
 from halfbyte.train.trainer import TokenTrainer, build_trainer
 
@@ -39,14 +42,11 @@ def make_trainer(config: Path, *overrides: str) -> tuple[TokenTrainer, Prepared]
     prepared = prepare(run.data, renderer)
     loaded = load_model(base, run.model.precision, compute_dtype=run.model.compute_dtype)
     model = attach_adapter(loaded, run.adapter, run.seed, config.parent)
-    examples = (prepared.train, prepared.validation or prepared.test)
     size = run.train.micro_batch_size
     recompute = run.train.checkpointing not in ("auto", "off")
     passes = Passes(1 if size == "auto" else size, recompute, run.train.recomputed_layers)
-    trainer = build_trainer(
-        run, loaded, model, renderer, examples, passes, config.parent / "checkpoints", None
-    )
-    return trainer, prepared
+    setup = Setup(run, renderer, prepared.train, loss_rows(prepared), loaded, model, passes)
+    return build_trainer(setup, config.parent / "checkpoints", None), prepared
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -325,10 +325,31 @@ def test_so_many_layers_are_recomputed_from_the_first_on(make_config: MakeConfig
     assert [layer.gradient_checkpointing for layer in layers] == [True, False]
 
 
-def test_evaluations_without_held_out_rows_are_refused(make_config: MakeConfig) -> None:
+def test_evaluations_without_held_out_rows_are_refused_before_anything_is_loaded(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     config = make_config(data={"test": None, "validation_frac": 0.0001}, train={"eval_steps": 2})
+    run = load_run(config, [])
+    base = resolve_base(run.model.name)
+    renderer = Renderer(load_tokenizer(base))
+    prepared = prepare(run.data, renderer)
     with pytest.raises(RunError, match=r"train\.eval_steps is 2, but of 32 rows none fell into"):
-        make_trainer(config)
+        set_up(run, base, renderer, prepared, this_machine(), tmp_path)
+
+
+def test_setup_holds_out_test_rows_where_there_are_no_validation_rows(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Training, its plan and ``train/plan.py --probe`` measure the loss on the same rows."""
+    run = load_run(make_config(data={"validation_frac": 0.0}), [])
+    base = resolve_base(run.model.name)
+    renderer = Renderer(load_tokenizer(base))
+    prepared = prepare(run.data, renderer)
+    assert not prepared.validation
+    setup = set_up(run, base, renderer, prepared, this_machine(), tmp_path)
+    assert setup.held_out == prepared.test[:64] != []
+    assert setup.planner is not None
+    assert setup.planner.held_out == row_lengths(prepared.test[:64])
 
 
 def test_finished_run_is_not_trained_again(

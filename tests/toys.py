@@ -13,6 +13,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.data.render import load_template
+from halfbyte.model.merged import MergeReport
+from halfbyte.trained.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = [
@@ -145,3 +147,31 @@ def run_script(script: str, *arguments: object) -> None:
 
 # Two layers of thirty predict badly, so that small errors show more than in a whole model.
 LENIENT = ("export.rows=8", "export.max_quantised_kl=2", "export.min_quantised_top1=0.3")
+
+
+def make_manifest(**fields: Any) -> Manifest:
+    """A whole manifest, with fields that are given."""
+    content = {
+        "name": "tiny",
+        "base": {"name": "org/model", "revision": None, "origin": "drawn", "fingerprint": "f" * 64},
+        "model_class": "LlamaForCausalLM",
+        "precision": "nf4",
+        "compute_dtype": {"name": "fp32", "why": "test"},
+        "device": "cpu",
+        "chat_template_sha256": "0" * 64,
+        "stop_ids": [2],
+    }
+    return Manifest.model_validate(content | fields)
+
+
+def make_merge_report(kept: str, trained: str, dtype: str = "fp16", **fields: Any) -> MergeReport:
+    """A whole merge report, with fields that are given."""
+    merge = {"base": kept, "dtype": dtype, "weights_bytes": 1, "kl_nats_per_token": 0.0}
+    merge |= {"top1_agreement": 1.0, "loss": 1.0, "num_positions": 1}
+    content = {
+        "base": make_manifest().base.as_json(),
+        "kept": merge,
+        "trained": {"precision": trained, "loss": 1.0},
+        "sha256": {},
+    }
+    return MergeReport.model_validate(content | fields)

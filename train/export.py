@@ -16,8 +16,8 @@ from halfbyte.config import Run, read_run_folder
 from halfbyte.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
+    from halfbyte.ship.measured_run import MeasuredRun
     from halfbyte.ship.proof import Exam
-    from halfbyte.ship.work import Work
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.run_dir import RunDir
-    from halfbyte.ship.export import Target, check_quants, export
+    from halfbyte.ship.export import ExportTarget, check_quants, export
     from halfbyte.ship.export_report import as_markdown
     from halfbyte.ship.hub import check_push, push
 
@@ -55,36 +55,36 @@ def main() -> None:
     if arguments.push:
         check_push(arguments.push)
 
-    targets = [Target(arguments.to)]
+    targets = [ExportTarget(arguments.to)]
     if arguments.to == "gguf":
-        targets = [Target("gguf", quant) for quant in quants]
+        targets = [ExportTarget("gguf", quant) for quant in quants]
     if arguments.adapter_only:
-        targets = [Target("gguf-lora")]
+        targets = [ExportTarget("gguf-lora")]
     folder = RunDir(arguments.run.resolve())
-    reports = export(folder, run, targets, lambda work: _examine(work, run))
+    reports = export(folder.path, run, targets, lambda measured: _examine(measured, run))
     print(as_markdown(reports))
     for report in reports:
-        print(f"proven: {folder.export / report['name']}")
+        print(f"proven: {folder.export / report.name}")
         if arguments.push:
             print(f"pushed: {push(folder, report, arguments.push)}")
 
 
-def _examine(work: Work, run: Run) -> Exam | None:
+def _examine(measured: MeasuredRun, run: Run) -> Exam | None:
     """The questions of the run's comparison, and how answers are graded."""
     from halfbyte.data.questions import held_out_rows, questions
     from halfbyte.eval.compare import check_answers
     from halfbyte.eval.measure import metric_scores, score_intervals
     from halfbyte.ship.proof import Exam
 
-    if any(row.text is not None for row in work.measuring):
+    if any(row.text is not None for row in measured.held_out):
         return None
-    rows = held_out_rows(work.folder, run.eval.rows, run.seed)
+    rows = held_out_rows(measured.trained.folder, run.eval.rows, run.seed)
     check_answers(rows, run)
 
     def grade(answers: list[str]) -> dict[str, dict[str, float]]:
         return score_intervals(metric_scores(answers, rows, run), run)
 
-    return Exam(questions(rows, work.renderer), grade, run.eval.max_new_tokens)
+    return Exam(questions(rows, measured.trained.renderer), grade, run.eval.max_new_tokens)
 
 
 if __name__ == "__main__":

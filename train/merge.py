@@ -29,16 +29,16 @@ def main() -> None:
     from halfbyte.ship.merge import merge
 
     folder = RunDir(arguments.run.resolve())
-    report = merge(folder, run)
-    for candidate in report["candidates"]:
+    report = merge(folder.path, run)
+    for candidate in report.candidates:
         print(
-            f"{candidate['base']} base in {candidate['dtype']}:"
-            f" KL {candidate['kl_nats_per_token']:.2e} nats/token,"
-            f" top-1 {candidate['top1_agreement']:.2%}, loss {candidate['loss']:.4f},"
-            f" {candidate['weights_bytes'] / 1e6:.0f} MB"
+            f"{candidate.base} base in {candidate.dtype}:"
+            f" KL {candidate.kl_nats_per_token:.2e} nats/token,"
+            f" top-1 {candidate.top1_agreement:.2%}, loss {candidate.loss:.4f},"
+            f" {candidate.weights_bytes / 1e6:.0f} MB"
         )
-    print(f"trained model: loss {report['trained']['loss']:.4f}")
-    print(f"kept the {report['kept']['base']} base: {folder.merged}")
+    print(f"trained model: loss {report.trained.loss:.4f}")
+    print(f"kept the {report.kept.base} base: {folder.merged}")
     print(f"next: python eval/compare.py {folder.path}")
 
 

@@ -1,8 +1,8 @@
-"""Say what a model takes to load, to train and to run, before anything is downloaded.
+"""Plan the memory that a model needs to load, train and run, before anything is downloaded.
 
 python train/plan.py TARGET [section.key=value …] [--device NAME|auto] [--json]
-TARGET: a config, a Hub id, a folder that holds a config.json, or a .gguf file, for which it also says
-how many layers llama.cpp can hold in VRAM.
+TARGET: a config, a Hub id, a folder with a config.json, or a .gguf file. For a .gguf file the plan also
+says how many layers fit in VRAM in llama.cpp.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import load_run, model_run
-from halfbyte.errors import ModelError, UntraceableError, exit_on_user_error
+from halfbyte.errors import ModelError, exit_on_user_error
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Config or model → bytes by name → verdict and settings that fit."""
+    """Plan a config or a model: bytes by term, a verdict, and settings that fit."""
     arguments = _arguments()
     if arguments.is_config:
         run = load_run(Path(arguments.target), arguments.overrides)
@@ -43,19 +43,19 @@ def main() -> None:
     from halfbyte.plan.report import quantised_json, quantised_text
 
     device = find_device(arguments.device)
-    placed = None
+    placement = None
     if run.model.name.endswith(".gguf"):
-        placed = gguf_placement.plan(Path(run.model.name), device, arguments.gpu_layers)
+        placement = gguf_placement.plan(Path(run.model.name), device, arguments.gpu_layers)
         if not arguments.json and not arguments.suggest:
-            print(gguf_placement.as_text(placed) + "\n")
+            print(gguf_placement.as_text(placement) + "\n")
     config, origin = model_config(run.model.name, run.model.revision)
     method = stored_method(config)
     check_keeps_training(Path(run.model.name), run.model.precision)
     if method in (None, "bitsandbytes"):
-        _plan_training(arguments, run, device, config, origin, placed)
+        _plan_training(arguments, run, device, config, origin, placement)
     elif arguments.is_config or arguments.suggest:
         raise ModelError(
-            f"{run.model.name}: is already quantised ({method}), so it cannot be trained. Name the"
+            f"{run.model.name} is already quantised ({method}), so it cannot be trained; name the"
             " unquantised checkpoint"
         )
     else:
@@ -67,18 +67,28 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", help="a .yaml config, a model's Hub id, folder or pypi: name")
+    parser.add_argument(
+        "target", help="a .yaml config, a .gguf file, or a model's Hub id, folder or pypi: name"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--device", default="auto", help="t4, rtx4090, cpu-16, auto …")
+    parser.add_argument(
+        "--device", default="auto", help="t4, rtx4090, cpu-16, auto (this machine) …"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--suggest", action="store_true", help="print only overrides that fit")
+    parser.add_argument("--suggest", action="store_true", help="print only the overrides that fit")
     parser.add_argument("--plot", type=Path, metavar="NAME", help="write NAME.png and NAME.html")
-    parser.add_argument("--probe", action="store_true", help="load the model and measure a step")
-    parser.add_argument("--gpu-layers", type=int, help="of a .gguf file; -1: all; else what fits")
+    parser.add_argument(
+        "--probe", action="store_true", help="also load the model and measure a real step"
+    )
+    parser.add_argument(
+        "--gpu-layers",
+        type=int,
+        help="layers of a .gguf file in VRAM; -1: all; default: as many as fit",
+    )
     arguments = parser.parse_intermixed_args()
     arguments.is_config = arguments.target.endswith((".yaml", ".yml"))
     if arguments.gpu_layers is not None and not arguments.target.endswith(".gguf"):
-        parser.error("--gpu-layers places the layers of a .gguf file")
+        parser.error("--gpu-layers needs a .gguf file")
     if arguments.probe and not arguments.is_config:
         parser.error("--probe needs a config, which names the rows to measure with")
     if arguments.probe and arguments.device != "auto":
@@ -92,24 +102,25 @@ def _plan_training(
     device: Device,
     config: PretrainedConfig,
     origin: str,
-    placed: dict[str, Any] | None,
+    placement: dict[str, Any] | None,
 ) -> None:
-    """Print what it takes to load, to train and to run; ``placed``: the same in llama.cpp."""
+    """Print what loading, training and running take; ``placement`` is the plan for llama.cpp."""
     from halfbyte.plan.report import as_json, as_text, load_text, make_plan
     from halfbyte.plan.shape import Lengths
 
     lengths = Lengths.up_to(run.data.max_length, run.train.batch_size, config)
     try:
         plan = make_plan(run, config, origin, device, lengths)
-    except UntraceableError:
-        print(load_text(config))  # what is known; the error says what is not
+    except ModelError:
+        if not arguments.json and not arguments.suggest:
+            print(load_text(config))  # the part that is known; the error names the other
         raise
     report = as_json(plan)
-    if placed is not None:
-        report["llama_cpp"] = placed
+    if placement is not None:
+        report["llama_cpp"] = placement
     measured = None
     if arguments.probe:
-        # transformers prints a line as it is imported with WANDB_MODE=offline.
+        # transformers prints a line when it is imported with WANDB_MODE=offline.
         with contextlib.redirect_stdout(sys.stderr):
             from halfbyte.train.probe import probe_run
 

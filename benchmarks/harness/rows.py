@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from benchmarks.harness.models import ROOT, Model
 
 if TYPE_CHECKING:
-    from halfbyte.data.prepare import Prepared
+    from halfbyte.data.prepared import Prepared
     from halfbyte.data.render import Renderer
 
 STEP_ROWS = 16

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 
 from benchmarks.peers.job import Job, Watch, read_job, start_adapter
 from halfbyte.config import Run, model_run
-from halfbyte.data.prepare import Example
+from halfbyte.data.ledger import Ledger
+from halfbyte.data.prepared import Example, Prepared
 from halfbyte.data.render import Encoded, Renderer
 from halfbyte.data.rows import Row
 from halfbyte.libraries import quiet_libraries
@@ -20,13 +21,12 @@ from halfbyte.libraries import quiet_libraries
 def main(job: Job, *callbacks: TrainerCallback) -> None:
     """Base → plan → trainer → adapter and result."""
     quiet_libraries()
-    from halfbyte.model.adapter import attach_adapter, save_adapter
-    from halfbyte.model.load import load_config, load_model, load_tokenizer
+    from halfbyte.model.adapter import save_adapter
+    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
     from halfbyte.plan.devices import this_machine
-    from halfbyte.plan.gate import gate
-    from halfbyte.train.arguments import Passes
-    from halfbyte.train.probe import first_look, longest_rows
+    from halfbyte.train.probe import first_look
+    from halfbyte.train.setup import set_up
     from halfbyte.train.trainer import build_trainer
 
     run, out = _run(job), Path(job.out)
@@ -36,19 +36,18 @@ def main(job: Job, *callbacks: TrainerCallback) -> None:
     ]
     base = resolve_base(run.model.name)
     renderer = Renderer(load_tokenizer(base))
-    planner, plan = gate(run, load_config(base), this_machine(), longest_rows(rows))
-    loaded = load_model(base, "nf4", compute_dtype=run.model.compute_dtype)
-    model = attach_adapter(loaded, run.adapter, run.seed, out)
-    start_adapter(model, job.seed)
-    passes = Passes.of(run, plan)
-    trainer = build_trainer(run, loaded, model, renderer, (rows, []), passes, out, None)
+    ledger = Ledger(rows_in={"train": len(rows)}, trained=len(rows), held_out={}, dropped={})
+    prepared = Prepared(rows, [], [], ledger)
+    setup = set_up(run, base, renderer, prepared, this_machine(), out)
+    start_adapter(setup.model, job.seed)
+    trainer = build_trainer(setup, out, None)
     watch = Watch(job)
     for callback in (watch, *callbacks):
         trainer.add_callback(callback)
-    first_look(trainer, planner, plan)
-    trainer.train_to(job.steps, None)
+    first_look(trainer, setup)
+    trainer.train_to_end(None)
     watch.write()
-    save_adapter(model, loaded, out / "adapter", out)
+    save_adapter(setup.model, setup.loaded, out / "adapter", out)
 
 
 def _run(job: Job) -> Run:

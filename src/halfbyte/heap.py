@@ -1,4 +1,4 @@
-"""Owns the C library's heap: blocks that are mapped, freed blocks that go back to the system."""
+"""Owns control of the C library's heap: which blocks are mapped, and when freed ones are given back."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ from pathlib import Path
 
 MADV_PAGEOUT = 21
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MAPPED_BYTES = 128 << 10  # glibc's own start
-MOST_MAPPED_BYTES = 32 << 20  # and what it rises to as blocks are freed
+MMAP_THRESHOLD_BYTES = 128 << 10  # glibc's initial threshold
+MAX_MMAP_THRESHOLD_BYTES = 32 << 20  # the highest that glibc raises it to as blocks are freed
 
 
 @contextmanager
 def mapped_blocks() -> Iterator[None]:
-    """Within it, large blocks go back to the system as they are freed, and leave no holes in the heap.
+    """Return large blocks to the system as soon as they are freed, so that they leave no holes in the heap.
 
-    For loading, whose temporaries die among weights that stay. Afterwards blocks are kept for the next
-    use, as glibc does of itself once large ones have been freed (mallopt(3)); other C libraries are left
-    as they are.
+    This is for loading, which frees temporaries between weights that stay. On exit, freed blocks are kept
+    for reuse again, as glibc does by itself once large ones have been freed (mallopt(3)). Other C libraries
+    are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         yield
         return
-    mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
     try:
         yield
     finally:
-        mallopt(M_MMAP_THRESHOLD, MOST_MAPPED_BYTES)
-        mallopt(M_TRIM_THRESHOLD, 2 * MOST_MAPPED_BYTES)
+        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD_BYTES)
+        mallopt(M_TRIM_THRESHOLD, 2 * MAX_MMAP_THRESHOLD_BYTES)
 
 
 def trim_heap() -> None:
-    """Give freed blocks back to the system, holes among used ones too (malloc_trim(3)); glibc alone."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    """Return freed blocks to the system, holes among used ones too (malloc_trim(3)); only with glibc."""
+    malloc_trim = (
+        getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    )
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def release_pages() -> None:
-    """Give back what loading has left resident: pages of checkpoints that were read, freed blocks.
+    """Release what loading has left resident: pages of checkpoints that were read, and freed blocks.
 
-    safetensors maps whole files, and a mapping lives as long as any tensor in it. Its clean pages come
-    back from the file when they are read; changed ones stay (madvise(2), MADV_PAGEOUT, Linux 5.4).
-    Elsewhere than on Linux with glibc this does nothing: it changes what is resident, never a value.
+    safetensors maps whole files, and a mapping lives as long as any tensor in it. Its clean pages are read
+    from the file again when needed; changed ones stay (madvise(2), MADV_PAGEOUT, Linux 5.4). On systems
+    other than Linux with glibc this does nothing. It changes what is resident, never a value.
     """
     if not sys.platform.startswith("linux"):
         return

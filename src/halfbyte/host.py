@@ -1,4 +1,4 @@
-"""Owns what the computer says of itself: its RAM and the limit on it, its CPU, disk and driver."""
+"""Owns facts about this computer: its RAM and the limit on it, its CPU, disk and driver."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-USABLE_FRAC = 0.6  # of the free memory, for weights alone; the rest is for what is done with them
+USABLE_FRAC = (
+    0.6  # share of the free memory that weights may take; the rest is for computing with them
+)
 GIB_BYTES = 1 << 30
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-CPU_FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")  # what makes bf16 and int8 quick
+CPU_FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")  # make bf16 and int8 fast
 DRIVER_TIMEOUT_S = 5
 
 
 def ram_bytes() -> tuple[int, int]:
-    """RAM in all and RAM available, both within the limit that a container or a job sets."""
+    """Return total and available RAM in bytes, both within the limit that a container or a job sets."""
     import psutil
 
     memory = psutil.virtual_memory()
-    limit = own_limit()
+    limit = memory_limit()
     if limit is None or limit[0] >= memory.total:
         return memory.total, memory.available
     total, used = limit
     return total, max(0, min(memory.available, total - used))
 
 
-def own_limit() -> tuple[int, int] | None:
-    """The limit of this process's control group in bytes, and what is used of it, if there is one."""
+def memory_limit() -> tuple[int, int] | None:
+    """Return the memory limit of this process's control group and its use, in bytes, if it has one."""
     return attempt(lambda: cgroup_limit(CGROUP_ROOT, _read(Path("/proc/self/cgroup")) or ""))
 
 
 def cgroup_limit(root: Path, membership: str) -> tuple[int, int] | None:
-    """The narrowest memory limit above a process, and what is used of it.
+    """Return the tightest memory limit on a process and the memory used of it, in bytes.
 
     Args:
         root: The folder of the control groups, of version 1 or 2.
-        membership: The text of ``/proc/<pid>/cgroup``. In a container its paths may lead nowhere;
-            the root is the container's own group then.
+        membership: The text of ``/proc/<pid>/cgroup``. In a container its paths may not exist; then
+            the root is the container's own group.
     """
     groups: list[Path] = []
     for line in membership.splitlines() or ["0::/"]:
         _, controllers, path = line.split(":", 2)
         if controllers == "" or "memory" in controllers.split(","):
             base = root / "memory" if controllers else root
-            own = base / path.strip("/")
-            groups += [own, *(parent for parent in own.parents if parent.is_relative_to(base))]
-    found = [limit for group in groups if (limit := _group_limit(group))]
-    # Of equal limits the outer one is nearer: others are in it too.
-    return min(found, key=lambda limit: (limit[0], -limit[1]), default=None)
+            group = base / path.strip("/")
+            groups += [group, *(parent for parent in group.parents if parent.is_relative_to(base))]
+    limits = [limit for group in groups if (limit := _group_limit(group))]
+    # Of equal limits the outer group's is reached first: other processes count towards it too.
+    return min(limits, key=lambda limit: (limit[0], -limit[1]), default=None)
 
 
 def _group_limit(group: Path) -> tuple[int, int] | None:
-    """Limit and use of one group; use without the file cache, which gives way when it must."""
+    """Return the limit and use of one group; use excludes the file cache, which is freed on demand."""
     for limit_file, used_file, cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -74,12 +76,12 @@ def _group_limit(group: Path) -> tuple[int, int] | None:
 
 
 def cpu_model() -> str | None:
-    """The name that the CPU gives itself."""
+    """Return the name that the CPU reports."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine() or None
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver."""
+    """Return the version of NVIDIA's driver."""
     if tool := shutil.which("nvidia-smi"):
         query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
         result = attempt(
@@ -95,18 +97,18 @@ def driver_version() -> str | None:
 
 
 def host_facts() -> tuple[str, ...]:
-    """A line for each thing that could be found out about the CPU, the RAM and the disk."""
-    found = (attempt(fact) for fact in (_cpu, _vector_units, _cores, _ram, _limit, _disk))
-    return tuple(line for line in found if line)
+    """Return a line for each fact that can be read about the CPU, the RAM and the disk."""
+    lines = (attempt(fact) for fact in (_cpu, _vector_units, _cores, _ram, _limit, _disk))
+    return tuple(line for line in lines if line)
 
 
 def gib(num_bytes: int) -> str:
-    """``14.6 GiB``."""
+    """Format bytes, such as ``14.6 GiB``."""
     return f"{num_bytes / GIB_BYTES:.1f} GiB"
 
 
 def attempt(read: Callable[[], T | None]) -> T | None:
-    """What ``read`` finds, or None where this system does not tell."""
+    """Return what ``read`` returns, or None where it fails on this system."""
     try:
         return read()
     except Exception:  # systems fail in many ways, and no fact is worth a crash
@@ -121,11 +123,11 @@ def _cpu() -> str | None:
 def _vector_units() -> str:
     import torch
 
-    known = _cpuinfo().get("flags", "").split()
+    flags = _cpuinfo().get("flags", "").split()
     return ", ".join(
         [
             f"vector units: {torch.backends.cpu.get_cpu_capability()}",
-            *(flag for flag in CPU_FLAGS if flag in known),
+            *(flag for flag in CPU_FLAGS if flag in flags),
         ]
     )
 
@@ -151,7 +153,7 @@ def _ram() -> str:
 def _limit() -> str | None:
     import psutil
 
-    limit = own_limit()
+    limit = memory_limit()
     if limit is None or limit[0] >= psutil.virtual_memory().total:
         return None
     return f"memory limit of the control group: {gib(limit[0])}, {gib(limit[1])} in use"
@@ -162,7 +164,7 @@ def _disk() -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's entries, where the system has such a file."""
+    """Return the first processor's entries in /proc/cpuinfo, or none where there is no such file."""
     first = (_read(Path("/proc/cpuinfo")) or "").split("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
@@ -176,11 +178,11 @@ def _read(path: Path) -> str | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory on the device, or of the machine for the CPU."""
+    """Return the free memory of a device in bytes; for the CPU, that of the machine."""
     if device.type == "cuda":
         from torch import cuda
 
-        # What torch holds without using it is there for its next tensor.
-        held = cuda.memory_reserved(device) - cuda.memory_allocated(device)
-        return int(cuda.mem_get_info(device)[0]) + held
+        # Memory that torch has reserved but not allocated is available to its next tensor.
+        unallocated = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+        return int(cuda.mem_get_info(device)[0]) + unallocated
     return ram_bytes()[1]

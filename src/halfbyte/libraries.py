@@ -40,6 +40,28 @@ def use_all_cores() -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, share))
 
 
+def disable_cudnn_attention() -> None:
+    """Keep PyTorch's attention from cuDNN, for the whole process.
+
+    cuDNN plans attention anew for each shape, and rows of many lengths have hundreds of shapes: on an H200
+    in bf16 a call took 4 ms of host time.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def hide_harness_bars() -> None:
+    """Switch off lm-evaluation-harness's progress bars, for the whole process.
+
+    There is one for each subject of a group, and lm_eval 0.4.13 has no setting for them.
+    """
+    import lm_eval.api.task as api
+    from lm_eval.models import dummy
+
+    api.tqdm = dummy.tqdm = lambda items, **_: items
+
+
 @contextmanager
 def parallel_tokenisers() -> Iterator[None]:
     """Within it, Rust tokenizers take a batch on every core.

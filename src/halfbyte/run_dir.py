@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,22 +70,6 @@ class RunDir:
         if not path.exists():
             raise RunError(f"{path} is missing. Make it first: {command}")
         return path
-
-    def trained(self) -> Path:
-        """The adapter folder of a finished training.
-
-        Raises:
-            RunError: the training has not finished.
-        """
-        command = f"accelerate launch train/sft.py {self.config}"
-        self.need(self.adapter / "adapter_config.json", command)
-        if not self.is_finished():
-            raise RunError(f"{self.path}: its training has not finished. Go on with it: {command}")
-        return self.adapter
-
-    def is_finished(self) -> bool:
-        """Whether the training came to its end."""
-        return self.manifest.is_file() and bool(read_json(self.manifest).get("finished"))
 
 
 def cache_dir() -> Path:
@@ -183,14 +167,14 @@ def move_aside(folder: Path) -> Path:
     return target
 
 
-def replace_folder(made: Path, final: Path) -> None:
+def replace_folder(new: Path, final: Path) -> None:
     """Give a finished folder its final name; one of that name is deleted only afterwards."""
     final.parent.mkdir(exist_ok=True)
     if not final.exists():
-        made.rename(final)
+        new.rename(final)
         return
     old = move_aside(final)
-    made.rename(final)
+    new.rename(final)
     shutil.rmtree(old)
 
 
@@ -226,3 +210,21 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_files(folder: Path, sha256: Mapping[str, str], subject: str, remedy: str) -> None:
+    """Check that files are still those that a report named.
+
+    Args:
+        folder: that holds them.
+        sha256: hex digest of each file, by its name in the folder.
+        subject: for the message, such as ``the file that was proven``.
+        remedy: what to do about it.
+
+    Raises:
+        RunError: a file is missing, cut short or changed.
+    """
+    for name, digest in sha256.items():
+        path = folder / name
+        if not path.is_file() or file_sha256(path) != digest:
+            raise RunError(f"{path}: is not {subject} (missing, cut short or changed). {remedy}")

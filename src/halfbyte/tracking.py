@@ -1,4 +1,4 @@
-"""Owns beginning a Weights & Biases run: in the mode that is possible, never asking, never blocking for long."""
+"""Owns starting a Weights & Biases run in the mode that is possible, never prompting or blocking for long."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ RUN_ID_FILE = "wandb_run.json"
 
 
 def start_wandb(run: Run, folder: RunDir, job: str = "train") -> Any:
-    """A W&B run in the mode that is possible, or None.
+    """Start a W&B run in the mode that is possible, or return None where it is off.
 
-    All that is done with a run folder lies in one group; ``job`` says what it is.
+    The W&B runs of one run folder share a group; ``job`` is the type of this one.
+
+    Raises:
+        RunError: W&B is wanted, but its library is not installed.
     """
     mode = choose_mode(run.track.wandb)
     if mode == "off":
@@ -32,16 +35,16 @@ def start_wandb(run: Run, folder: RunDir, job: str = "train") -> Any:
         if run.track.wandb != "auto":
             raise RunError(f"track.wandb is {mode}: pip install 'halfbyte[wandb]', or set auto")
         return None
-    # Read when wandb is first imported; its notices would break the progress bar.
+    # Read when wandb is first imported; without it, notices would break the progress bar.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    known = folder.path / RUN_ID_FILE
-    told: dict[str, Any] = (
-        read_json(known) if known.is_file() else {"group": secrets.token_hex(4), "attempts": 0}
+    id_file = folder.path / RUN_ID_FILE
+    run_id: dict[str, Any] = (
+        read_json(id_file) if id_file.is_file() else {"group": secrets.token_hex(4), "attempts": 0}
     )
-    told["attempts"] += 1
-    write_json(known, told)
+    run_id["attempts"] += 1
+    write_json(id_file, run_id)
 
     def init(mode: Any, suffix: str) -> Any:
         settings = wandb.Settings(
@@ -57,8 +60,8 @@ def start_wandb(run: Run, folder: RunDir, job: str = "train") -> Any:
             entity=run.track.entity,
             tags=run.track.tags,
             name=run.name if job == "train" else f"{run.name}-{job}",
-            group=told["group"],
-            id=f"{told['group']}-{told['attempts']}{suffix}",
+            group=run_id["group"],
+            id=f"{run_id['group']}-{run_id['attempts']}{suffix}",
             job_type=job,
             dir=str(folder.path if job == "train" else folder.eval),
             config=run.model_dump(mode="json"),
@@ -66,31 +69,31 @@ def start_wandb(run: Run, folder: RunDir, job: str = "train") -> Any:
         )
 
     try:
-        started = init(mode, "")
+        wandb_run = init(mode, "")
     except wandb.errors.Error as error:
         if mode == "offline":
             raise
         print(f"warning: W&B cannot be reached ({error}); recording offline", file=sys.stderr)
-        started = init("offline", "-offline")
+        wandb_run = init("offline", "-offline")
     if job == "train":
-        started.define_metric("step")
-        started.define_metric("*", step_metric="step")
-    return started
+        wandb_run.define_metric("step")
+        wandb_run.define_metric("*", step_metric="step")
+    return wandb_run
 
 
-def where(started: Any) -> str:
-    """What to tell the user about a W&B run."""
-    if started is None:
+def where(wandb_run: Any) -> str:
+    """Tell the user where a W&B run is recorded."""
+    if wandb_run is None:
         return "off"
-    if started.settings.mode == "offline":
-        return f"offline, send it later: wandb sync {Path(started.dir).parent}"
-    return str(started.url)
+    if wandb_run.settings.mode == "offline":
+        return f"offline, upload it later: wandb sync {Path(wandb_run.dir).parent}"
+    return str(wandb_run.url)
 
 
 def choose_mode(wanted: str) -> str:
-    """``online``, ``offline`` or ``off``; WANDB_MODE and WANDB_DISABLED are obeyed under ``auto``.
+    """Return ``online``, ``offline`` or ``off``; under ``auto`` WANDB_MODE and WANDB_DISABLED are obeyed.
 
-    Online needs a key: without one W&B would ask for it.
+    Online needs a key, because without one W&B would prompt for it.
     """
     mode = os.environ.get("WANDB_MODE", "").lower()
     if wanted == "auto":
@@ -100,7 +103,7 @@ def choose_mode(wanted: str) -> str:
         return "offline" if mode in ("offline", "dryrun") or not _has_key() else "online"
     if wanted == "online" and not _has_key():
         print(
-            "warning: track.wandb is online, but no W&B key is found; recording offline",
+            "warning: track.wandb is online, but there is no W&B key; recording offline",
             file=sys.stderr,
         )
         return "offline"
@@ -108,7 +111,7 @@ def choose_mode(wanted: str) -> str:
 
 
 def _has_key() -> bool:
-    """Whether a key is in the environment or in netrc for the W&B server; nothing is asked."""
+    """Return whether the environment or netrc has a key for the W&B server, without prompting."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     if find_spec("wandb") is None:

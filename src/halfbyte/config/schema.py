@@ -42,8 +42,10 @@ class Model(Section):
         " fp16 for training a quantised base if a probe of real rows shows that it fits, else fp32; on"
         " CPU whichever a short measurement finds faster.",
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention implementation in transformers."
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="Attention implementation in transformers; `auto`: sdpa, or eager where the architecture"
+        " has no sdpa (Gemma-2 caps its attention scores).",
     )
 
 

@@ -1,1 +1,1 @@
-"""Owns data: where rows come from, what they mean, how they become ids and labels, what is held out."""
+"""Owns the data: sources and formats of rows, their rendering to ids and labels, what is held out."""

@@ -1,7 +1,7 @@
-"""Owns the cache of prepared rows: what they depend on, files that are checked, and their total size.
+"""Owns the cache of prepared rows: its keys, the check of its files, and their total size.
 
-A file is named by the sha256 of everything that the rows depend on. It holds the sha256 of its
-content, then the content as safetensors.
+A file is named after the sha256 of everything that the rows depend on. It holds the sha256 of its
+content, followed by the content as safetensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte import __version__
+from halfbyte import __version__, record
 from halfbyte.config.schema import Data
 from halfbyte.data.render import Renderer
 from halfbyte.run_dir import cache_dir, write_bytes
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_BYTES = 2 * 10**9  # of all files together; the ones unused for longest go first
+MAX_BYTES = 2 * 10**9  # of all files together; the least recently used are deleted first
 DIGEST_BYTES = hashlib.sha256().digest_size
 # Libraries that read, render, tokenise or compare rows.
 LIBRARIES = (
@@ -40,29 +40,31 @@ LIBRARIES = (
     "tokenizers",
     "transformers",
 )
-CLOCK = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
-CLOCK_NAMED = re.compile(r"strftime_now(?!\s+is\s)")
+CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
+CLOCK_NAME = re.compile(r"strftime_now(?!\s+is\s)")
 
 
 def folder() -> Path:
-    """Where prepared rows are kept."""
+    """Return the folder of prepared rows."""
     return cache_dir() / "prepared"
 
 
 def key_of(data: Data, renderer: Renderer, sources: dict[str, str]) -> str | None:
-    """Sha256 of everything that prepared rows depend on: rows, settings, tokenizer, template, code.
-
-    None where nobody can tell: a template that reads the clock other than by fixed formats.
+    """Return the sha256 of all that prepared rows depend on: rows, settings, tokenizer, template, code.
 
     Args:
         data: the config's section.
-        renderer: brings tokenizer and template.
+        renderer: provides the tokenizer and the template.
         sources: a digest of the rows of each source.
+
+    Returns:
+        The key, or None if it cannot be determined, because the template reads the clock other than by
+        fixed formats.
     """
     tokenizer: Any = renderer.tokenizer
-    clock = _clock(tokenizer.chat_template)
-    if clock is None:
-        _say("prepared rows are not cached: the chat template reads the clock")
+    dates = _dates(tokenizer.chat_template)
+    if dates is None:
+        _log("prepared rows are not cached: the chat template reads the clock")
         return None
     parts = {
         "halfbyte": [__version__, _code_sha256()],
@@ -74,14 +76,14 @@ def key_of(data: Data, renderer: Renderer, sources: dict[str, str]) -> str | Non
             hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         ],
-        "template": [tokenizer.chat_template, clock],
+        "template": [tokenizer.chat_template, dates],
         "loss_on": renderer.loss_on,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def read(key: str) -> dict[str, NDArray[Any]] | None:
-    """The arrays that ``write`` has kept under ``key``; None if there are none or the file is damaged."""
+    """Return the arrays that ``write`` stored under ``key``; None if there are none or they are damaged."""
     from safetensors.numpy import load
 
     path = _path(key)
@@ -90,36 +92,38 @@ def read(key: str) -> dict[str, NDArray[Any]] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        _say(f"warning: {path} cannot be read ({error.strerror}): its rows are prepared anew")
+        _log(f"warning: {path} cannot be read ({error.strerror}): its rows are prepared again")
         return None
     digest, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
-        _say(f"warning: {path} is damaged: its rows are prepared anew")
+        _log(f"warning: {path} is damaged: its rows are prepared again")
         return None
-    with contextlib.suppress(OSError):  # a cache that cannot be written to
+    with contextlib.suppress(OSError):  # the cache may be read-only
         os.utime(path)
-    _say(f"prepared rows: read from {path}; data.cache=false prepares them anew")
+    _log(f"prepared rows: read from {path}; data.cache=false prepares them again")
     arrays: dict[str, NDArray[Any]] = load(payload)
     return arrays
 
 
 def write(key: str, arrays: dict[str, NDArray[np.generic]]) -> None:
-    """Keep arrays under ``key``, whole or not at all; files unused for longest make room."""
+    """Store arrays under ``key``, whole or not at all; delete the least recently used files for room."""
     from safetensors.numpy import save
 
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # every process of this machine has the same
+        return  # every process of this machine has the same rows
     payload = save(arrays)
     if len(payload) > MAX_BYTES:
-        _say(f"prepared rows are not cached: {len(payload) / 1e9:.1f} GB is more than it may hold")
+        _log(
+            f"prepared rows are not cached: {len(payload) / 1e9:.1f} GB is more than the cache may hold"
+        )
         return
     path = _path(key)
     try:
-        # Rows may be confidential; a shared machine need not see them.
+        # Rows may be confidential, so other users of a shared machine cannot read them.
         write_bytes(path, hashlib.sha256(payload).digest() + payload, mode=0o600)
         _make_room(path)
     except OSError as error:
-        _say(
+        _log(
             f"warning: prepared rows cannot be cached in {path.parent} ({error.strerror}). Set"
             " HALFBYTE_CACHE to another folder, or data.cache=false"
         )
@@ -130,6 +134,7 @@ def _path(key: str) -> Path:
 
 
 def _make_room(newest: Path) -> None:
+    """Delete the least recently used files other than ``newest`` until the rest fit."""
     files = [(path.stat(), path) for path in newest.parent.iterdir() if path != newest]
     total = newest.stat().st_size + sum(stat.st_size for stat, _ in files)
     for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
@@ -140,25 +145,25 @@ def _make_room(newest: Path) -> None:
 
 
 def _code_sha256() -> str:
-    """Of the source of every module beside this one: a change of code never meets an old result."""
+    """Return the sha256 of every module that shapes prepared rows: changed code never gets an old result."""
     digest = hashlib.sha256()
-    modules = resources.files("halfbyte.data").iterdir()
+    modules = [*resources.files("halfbyte.data").iterdir(), Path(record.__file__)]
     for module in sorted(modules, key=lambda module: module.name):
         if module.name.endswith(".py"):
             digest.update(f"{module.name}\n".encode() + module.read_bytes())
     return digest.hexdigest()
 
 
-def _clock(template: str | None) -> list[str] | None:
-    """What a template reads off the clock now; None if that cannot be told from its text."""
+def _dates(template: str | None) -> list[str] | None:
+    """Return what a template would read off the clock now; None if its text does not show that."""
     text = template or ""
-    formats = [found.group(2) for found in CLOCK.finditer(text)]
-    if len(CLOCK_NAMED.findall(text)) != len(formats):
+    formats = [match.group(2) for match in CLOCK_CALL.finditer(text)]
+    if len(CLOCK_NAME.findall(text)) != len(formats):
         return None
-    return [datetime.now().strftime(each) for each in formats]
+    return [datetime.now().strftime(date_format) for date_format in formats]
 
 
-def _say(line: str) -> None:
-    # Beside what a script prints, which may be JSON.
+def _log(line: str) -> None:
+    # To stderr, because what a script prints to stdout may be JSON.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(line, file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Owns the medical-coding dataset: ICD-10-CM diagnoses in words to the category's title and code.
+"""Owns the medical-coding dataset: diagnoses in words to the title and code of their ICD-10-CM category.
 
-The tables are the US CDC's (public domain), as the package simple-icd-10-cm ships them. Training
+The tables are the US CDC's (public domain), as shipped in the package simple-icd-10-cm. Training
 rows are official descriptions; test rows are inclusion terms, other wordings of the same diagnoses,
 none of which is a training prompt.
 """
@@ -20,7 +20,7 @@ CIRCULATORY = "9"  # chapter IX, I00-I99
 
 
 def build_icd10(folder: Path, chapter: str = CIRCULATORY) -> dict[str, int]:
-    """Write train.jsonl, test.jsonl and card.json into ``folder``; returns the counts.
+    """Write train.jsonl, test.jsonl and card.json into ``folder`` and return the counts.
 
     The same package version gives the same bytes.
 
@@ -28,12 +28,12 @@ def build_icd10(folder: Path, chapter: str = CIRCULATORY) -> dict[str, int]:
         DataError: the package is missing or of another version, or there is no such chapter.
     """
     try:
-        found = metadata.version(PACKAGE)
+        installed = metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
-        found = "nothing"
-    if found != VERSION:
+        installed = "nothing"
+    if installed != VERSION:
         raise DataError(
-            f"{PACKAGE} {VERSION} is needed, found {found}: pip install {PACKAGE}=={VERSION}"
+            f"{PACKAGE} {VERSION} is needed, found {installed}: pip install {PACKAGE}=={VERSION}"
         )
     import simple_icd_10_cm as icd
 
@@ -42,7 +42,7 @@ def build_icd10(folder: Path, chapter: str = CIRCULATORY) -> dict[str, int]:
     codes = [code for code in icd.get_descendants(chapter) if not icd.is_block(code)]
     answers = {code: _answer(icd.get_description(code[:3]), code[:3]) for code in codes}
     train = [{"prompt": icd.get_description(code), "completion": answers[code]} for code in codes]
-    taken = {normalised(row["prompt"]) for row in train}
+    train_prompts = {normalised(row["prompt"]) for row in train}
     terms: dict[str, list[tuple[str, str]]] = {}
     num_terms = 0
     for code in codes:
@@ -52,7 +52,7 @@ def build_icd10(folder: Path, chapter: str = CIRCULATORY) -> dict[str, int]:
     test = [
         {"prompt": uses[0][0], "completion": uses[0][1]}
         for key, uses in terms.items()
-        if key not in taken and len({answer for _, answer in uses}) == 1
+        if key not in train_prompts and len({answer for _, answer in uses}) == 1
     ]
     counts = {
         "descriptions": len(train),
@@ -69,5 +69,5 @@ def build_icd10(folder: Path, chapter: str = CIRCULATORY) -> dict[str, int]:
 
 
 def _answer(title: str, code: str) -> str:
-    # The title first: a small model must name the thing before it can recall its number.
+    # The title comes first: a small model must name the diagnosis before it can recall its code.
     return f"{title} ({code})"

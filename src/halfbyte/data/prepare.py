@@ -1,62 +1,38 @@
-"""Owns the way from a config to encoded rows: splits, leaks, lengths, and the ledger that adds up."""
+"""Owns the way from a config to encoded rows: splits, leaks, lengths, and a ledger that adds up."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from halfbyte.config.schema import Data
 from halfbyte.data import cache
 from halfbyte.data.leaks import near_duplicates
-from halfbyte.data.render import IGNORED, Encoded, Renderer
-from halfbyte.data.rows import Message, Row, detect_format, parse_rows
+from halfbyte.data.ledger import Ledger, NearDuplicate, PartTokens
+from halfbyte.data.prepared import Example, Prepared, pack, unpack
+from halfbyte.data.render import Encoded, Renderer
+from halfbyte.data.rows import Row, detect_format, parse_rows
 from halfbyte.data.sources import Table, files_sha256, read_table
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 NEAR_DUPLICATE = 0.9
 MAX_NAMED_ROWS = 10
 
 
-@dataclass(frozen=True)
-class Example:
-    """A row with its ids and labels."""
-
-    row: Row
-    encoded: Encoded
-
-
-@dataclass
-class Prepared:
-    """Everything that a run learns from and is measured on.
-
-    ``ledger`` says what became of every row that came in; see ``_close_ledger``.
-    """
-
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    ledger: dict[str, Any]
-    formats: dict[str, str] = field(default_factory=dict)
-    # Tokens of each training row before any is dropped for its length or cut.
-    full_lengths: list[int] = field(default_factory=list)
-
-
 def prepare(data: Data, renderer: Renderer) -> Prepared:
-    """Read, parse, split, check and encode the rows of a config, or find them in the cache.
+    """Read, parse, split, check and encode the rows of a config, or read them from the cache.
 
-    The held-out split goes by a hash of the prompt: it does not depend on the order of the rows,
-    and equal prompts fall on the same side.
+    A hash of the prompt decides which rows are held out: the split does not depend on the order of
+    the rows, and equal prompts land on the same side.
 
     Raises:
         DataError: rows are malformed, too long (``on_overlength: error``), leak from the held-out
@@ -68,11 +44,11 @@ def prepare(data: Data, renderer: Renderer) -> Prepared:
         tables: dict[str, Table] = {}
         digests = _digests(data, tables)
         key = cache.key_of(data, renderer, digests)
-        found = cache.read(key) if key is not None else None
-        if found is not None:
-            return unpack(found)
+        arrays = cache.read(key) if key is not None else None
+        if arrays is not None:
+            return unpack(arrays)
         prepared = _prepare_anew(data, renderer, tables)
-        # Files that were written to meanwhile are not the ones that the key speaks of.
+        # If the files have changed in the meantime, the key does not describe these rows.
         if key is not None and digests == _digests(data, tables):
             cache.write(key, pack(prepared))
         return prepared
@@ -80,18 +56,18 @@ def prepare(data: Data, renderer: Renderer) -> Prepared:
 
 @contextmanager
 def _paused_collector() -> Iterator[None]:
-    """Rows are many small objects that stay; Python would look through them time and again."""
-    was_on = gc.isenabled()
+    """Pause the garbage collector: rows are many small objects that stay, and it would scan them often."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
 def _sources(data: Data) -> dict[str, tuple[str, str]]:
-    """Each source and its split."""
+    """Return each source by its name, with its split."""
     sources = {"train": (data.train, data.train_split)}
     return sources if data.test is None else {**sources, "test": (data.test, data.test_split)}
 
@@ -101,7 +77,7 @@ def _read(data: Data, source: str, split: str) -> Table:
 
 
 def _digests(data: Data, tables: dict[str, Table]) -> dict[str, str]:
-    """A digest of the rows of each source; ``tables`` gains those that had to be read for it."""
+    """Return a digest of each source's rows; tables that must be read for it are added to ``tables``."""
     digests = {}
     for name, (source, split) in _sources(data).items():
         digest = files_sha256(source)
@@ -113,9 +89,10 @@ def _digests(data: Data, tables: dict[str, Table]) -> dict[str, str]:
     return digests
 
 
-def _prepare_anew(data: Data, renderer: Renderer, known: dict[str, Table]) -> Prepared:
+def _prepare_anew(data: Data, renderer: Renderer, read: dict[str, Table]) -> Prepared:
+    """Prepare the rows without the cache; ``read`` holds the tables that are read already."""
     tables = {
-        name: known[name] if name in known else _read(data, source, split)
+        name: read[name] if name in read else _read(data, source, split)
         for name, (source, split) in _sources(data).items()
     }
     formats = {
@@ -143,38 +120,18 @@ def _prepare_anew(data: Data, renderer: Renderer, known: dict[str, Table]) -> Pr
     encoded, truncated, full_lengths = _encode_all(parts, data, renderer, dropped)
     if not encoded["train"]:
         raise DataError(f"{data.train}: no row is left to train on; dropped: {dict(dropped)}")
-    ledger = _close_ledger(tables, encoded, dropped)
-    ledger |= {
-        "truncated": truncated,
-        "changed_by_template": [e.row.place for e in encoded["train"] if e.encoded.changed],
-        "control_tokens_as_text": [
-            e.row.place for part in encoded.values() for e in part if e.encoded.escaped
-        ],
-        "duplicate_prompts_in_training": _count_duplicates(encoded["train"]),
-        "near_duplicates": [
-            {
-                "train": parts["train"][i].place,
-                "held_out": held_out[j].place,
-                "jaccard": round(similarity, 3),
-            }
-            for i, j, similarity in near
-        ],
-        "tokens": {
-            name: {
-                "total": sum(len(e.encoded.ids) for e in part),
-                "supervised": sum(e.encoded.num_supervised for e in part),
-            }
-            for name, part in encoded.items()
-        },
-        "fingerprints": {name: table.fingerprint for name, table in tables.items()},
-    }
+    ledger = _ledger(tables, parts, encoded, dropped, near)
+    ledger = ledger.model_copy(update={"truncated": truncated})
     return Prepared(
         encoded["train"], encoded["validation"], encoded["test"], ledger, formats, full_lengths
     )
 
 
 def normalised(prompt: str) -> str:
-    """The form in which two prompts count as the same: case, spaces and closing punctuation aside."""
+    """Return the prompt without regard to case, spaces and closing punctuation.
+
+    Two prompts count as the same if their normalised forms are equal.
+    """
     text = " ".join(prompt.casefold().split())
     end = len(text)
     while end and unicodedata.category(text[end - 1])[0] in "PZ":
@@ -183,21 +140,27 @@ def normalised(prompt: str) -> str:
 
 
 def hash_fraction(prompt: str) -> float:
-    """A number in [0, 1) that depends on the normalised prompt alone."""
+    """Return a number in [0, 1) that depends on the normalised prompt alone."""
     digest = hashlib.sha256(normalised(prompt).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _part_of(row: Row, data: Data) -> str:
-    point = hash_fraction(row.prompt)
-    if point < data.test_frac:
+    """Return the name of the part that the row's prompt is assigned to."""
+    fraction = hash_fraction(row.prompt)
+    if fraction < data.test_frac:
         return "test"
-    return "validation" if point < data.test_frac + data.validation_frac else "train"
+    return "validation" if fraction < data.test_frac + data.validation_frac else "train"
 
 
 def _without_leaks(
     train: list[Row], held_out: list[Row], data: Data, dropped: Counter[str]
 ) -> list[Row]:
+    """Return the training rows whose prompts are not held out, and count the others as dropped.
+
+    Raises:
+        DataError: there are such rows and ``on_leak`` is ``error``.
+    """
     places = {normalised(row.prompt): row.place for row in held_out}
     leaks = [row for row in train if normalised(row.prompt) in places]
     if leaks and data.on_leak == "error":
@@ -210,17 +173,25 @@ def _without_leaks(
         )
     if leaks:
         dropped["prompt is held out"] += len(leaks)
-    gone = {row.place for row in leaks}
-    return [row for row in train if row.place not in gone]
+    leaking = {row.place for row in leaks}
+    return [row for row in train if row.place not in leaking]
 
 
 def _encode_all(
     parts: dict[str, list[Row]], data: Data, renderer: Renderer, dropped: Counter[str]
 ) -> tuple[dict[str, list[Example]], list[str], list[int]]:
+    """Encode the rows of every part and apply the policy for rows that are too long.
+
+    Returns:
+        The examples of each part, the places of truncated rows, and the full lengths of training rows.
+
+    Raises:
+        DataError: rows cannot be rendered, or are too long and ``on_overlength`` is ``error``.
+    """
     full_lengths: list[int] = []
     overlong: list[tuple[Row, int]] = []
     truncated: list[str] = []
-    faults: list[str] = []
+    errors: list[str] = []
 
     def fit(row: Row, encoded: Encoded) -> Encoded | None:
         if len(encoded.ids) <= data.max_length:
@@ -239,29 +210,40 @@ def _encode_all(
         overlong.append((row, len(encoded.ids)))
         return None
 
-    # One list, so that texts are tokenised in as few batches as there can be.
-    every = [(name, row) for name, rows in parts.items() for row in rows]
+    # One list, so that texts are tokenised in as few batches as possible.
+    all_rows = [(name, row) for name, rows in parts.items() for row in rows]
+    results = renderer.try_rows([row for _, row in all_rows])
     examples: dict[str, list[Example]] = {name: [] for name in parts}
-    for (name, row), encoded in zip(every, renderer.try_rows([r for _, r in every]), strict=True):
+    for (name, row), encoded in zip(all_rows, results, strict=True):
         if isinstance(encoded, DataError):
-            faults.append(str(encoded))
+            errors.append(str(encoded))
             continue
         if name == "train":
             full_lengths.append(len(encoded.ids))
         fitted = fit(row, encoded)
         if fitted is not None:
             examples[name].append(Example(row, fitted))
-    _refuse(faults, overlong, data)
+    _raise_errors(errors, overlong, data)
     if overlong:
         dropped["longer than max_length"] += len(overlong)
     return examples, truncated, full_lengths
 
 
-def _refuse(faults: list[str], overlong: list[tuple[Row, int]], data: Data) -> None:
-    if faults:
-        more = f"\n… and {len(faults) - MAX_NAMED_ROWS} more rows"
+def _raise_errors(errors: list[str], overlong: list[tuple[Row, int]], data: Data) -> None:
+    """Raise what is wrong with rows, if anything is.
+
+    Args:
+        errors: messages about rows that cannot be rendered.
+        overlong: rows longer than ``max_length``, with their lengths.
+        data: the config's section.
+
+    Raises:
+        DataError: rows cannot be rendered, or are too long and ``on_overlength`` is ``error``.
+    """
+    if errors:
+        more = f"\n… and {len(errors) - MAX_NAMED_ROWS} more rows"
         raise DataError(
-            "\n".join(faults[:MAX_NAMED_ROWS]) + (more if len(faults) > MAX_NAMED_ROWS else "")
+            "\n".join(errors[:MAX_NAMED_ROWS]) + (more if len(errors) > MAX_NAMED_ROWS else "")
         )
     if overlong and data.on_overlength == "error":
         named = ", ".join(f"{row.place} ({size})" for row, size in overlong[:MAX_NAMED_ROWS])
@@ -272,90 +254,47 @@ def _refuse(faults: list[str], overlong: list[tuple[Row, int]], data: Data) -> N
         )
 
 
-def _close_ledger(
-    tables: dict[str, Table], encoded: dict[str, list[Example]], dropped: Counter[str]
-) -> dict[str, Any]:
-    """Rows in = trained + held out + dropped, or it is our own bug."""
-    ledger = {
-        "rows_in": {name: len(table.rows) for name, table in tables.items()},
-        "trained": len(encoded["train"]),
-        "held_out": {name: len(encoded[name]) for name in ("validation", "test")},
-        "dropped": dict(dropped),
-    }
-    rows_in = sum(len(table.rows) for table in tables.values())
-    rows_out = sum(len(part) for part in encoded.values()) + sum(dropped.values())
-    assert rows_in == rows_out, ledger
+def _ledger(
+    tables: dict[str, Table],
+    parts: dict[str, list[Row]],
+    encoded: dict[str, list[Example]],
+    dropped: Counter[str],
+    near: list[tuple[int, int, float]],
+) -> Ledger:
+    """Account for every row that was read; ``near`` has pairs of training and held-out rows."""
+    held_out = parts["test"] + parts["validation"]
+    ledger = Ledger(
+        rows_in={name: len(table.rows) for name, table in tables.items()},
+        trained=len(encoded["train"]),
+        held_out={name: len(encoded[name]) for name in ("validation", "test")},
+        dropped=dict(dropped),
+        fingerprints={name: table.fingerprint for name, table in tables.items()},
+        changed_by_template=[e.row.place for e in encoded["train"] if e.encoded.changed],
+        control_tokens_as_text=[
+            e.row.place for part in encoded.values() for e in part if e.encoded.escaped
+        ],
+        duplicate_prompts_in_training=_count_duplicates(encoded["train"]),
+        near_duplicates=[
+            NearDuplicate(
+                train=parts["train"][i].place,
+                held_out=held_out[j].place,
+                jaccard=round(similarity, 3),
+            )
+            for i, j, similarity in near
+        ],
+        tokens={
+            name: PartTokens(
+                total=sum(len(e.encoded.ids) for e in part),
+                supervised=sum(e.encoded.num_supervised for e in part),
+            )
+            for name, part in encoded.items()
+        },
+    )
+    assert ledger.adds_up, ledger
     return ledger
 
 
 def _count_duplicates(examples: list[Example]) -> int:
+    """Return how many examples repeat the prompt of an earlier one."""
     counts = Counter(normalised(example.row.prompt) for example in examples)
     return sum(count - 1 for count in counts.values())
-
-
-# --- the form in the cache ---
-
-PARTS = ("train", "validation", "test")
-
-
-def pack(prepared: Prepared) -> dict[str, NDArray[Any]]:
-    """Prepared rows as a few arrays; ``unpack`` gives equal ones back."""
-    import numpy as np
-
-    examples = [example for part in PARTS for example in getattr(prepared, part)]
-    messages: dict[Message, int] = {}
-    rows = [
-        [e.row.place, e.row.text, [messages.setdefault(m, len(messages)) for m in e.row.messages]]
-        for e in examples
-    ]
-    meta = {
-        "counts": [len(getattr(prepared, part)) for part in PARTS],
-        "ledger": prepared.ledger,
-        "formats": prepared.formats,
-        "messages": [[message.role, message.content] for message in messages],
-        "rows": rows,
-    }
-    encoded = [example.encoded for example in examples]
-    ids = np.array(list(chain.from_iterable(e.ids for e in encoded)), dtype=np.uint32)
-    labels = np.array(list(chain.from_iterable(e.labels for e in encoded)), dtype=np.int64)
-    assert np.array_equal(np.where(labels == IGNORED, ids, labels), ids)
-    return {
-        "meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
-        "ids": ids.astype(np.uint16) if ids.max(initial=0) < 1 << 16 else ids,
-        "learnt": np.packbits(labels != IGNORED),
-        "lengths": np.array([len(e.ids) for e in encoded], dtype=np.int64),
-        "changed": np.array([e.changed for e in encoded], dtype=np.uint8),
-        "escaped": np.array([e.escaped for e in encoded], dtype=np.uint8),
-        "full_lengths": np.array(prepared.full_lengths, dtype=np.int64),
-    }
-
-
-def unpack(arrays: dict[str, NDArray[Any]]) -> Prepared:
-    """The prepared rows that ``pack`` was given."""
-    import numpy as np
-
-    meta = json.loads(arrays["meta"].tobytes())
-    messages = [Message(role, content) for role, content in meta["messages"]]
-    learnt = np.unpackbits(arrays["learnt"], count=len(arrays["ids"])).astype(bool)
-    # One object for each token of the vocabulary, as numbers beyond 256 would else be one each.
-    ids = np.arange(int(arrays["ids"].max(initial=0)) + 1).astype(object)[arrays["ids"]]
-    labels = np.where(learnt, ids, IGNORED).tolist()
-    ids = ids.tolist()
-    ends = pairwise([0, *np.cumsum(arrays["lengths"]).tolist()])
-    flags = zip(arrays["changed"].astype(bool), arrays["escaped"].astype(bool), strict=True)
-    examples = []
-    for (place, text, numbers), (start, end), (changed, escaped) in zip(
-        meta["rows"], ends, flags, strict=True
-    ):
-        row = Row(place, tuple([messages[number] for number in numbers]), text)
-        encoded = Encoded(place, ids[start:end], labels[start:end], bool(changed), bool(escaped))
-        examples.append(Example(row, encoded))
-    first, second, _ = np.cumsum(meta["counts"]).tolist()
-    return Prepared(
-        examples[:first],
-        examples[first:second],
-        examples[second:],
-        meta["ledger"],
-        meta["formats"],
-        arrays["full_lengths"].tolist(),
-    )

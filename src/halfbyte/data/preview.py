@@ -1,11 +1,11 @@
-"""Owns what a person sees of prepared data: coloured tokens, lengths, shares, duplicates, ledger."""
+"""Owns the preview of prepared data: coloured tokens, lengths, shares, duplicates, ledger."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from halfbyte.config.schema import Data
-from halfbyte.data.prepare import Example, Prepared
+from halfbyte.data.prepared import Example, Prepared
 from halfbyte.data.render import IGNORED, Renderer
 
 GREEN, GREY, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
@@ -14,10 +14,10 @@ NUM_BINS = 10
 
 
 def show_row(example: Example, renderer: Renderer, *, colour: bool) -> str:
-    """The row as the model sees it; supervised tokens green, or between ‹ and › without colour."""
+    """Return a row as the model sees it, supervised tokens in green, or in ‹ › without colour."""
     parts = []
     encoded = example.encoded
-    for supervised, ids in _runs(encoded.ids, encoded.labels):
+    for supervised, ids in _label_runs(encoded.ids, encoded.labels):
         text = renderer.tokenizer.decode(ids, skip_special_tokens=False)
         if colour:
             parts.append(f"{GREEN if supervised else GREY}{text}{RESET}")
@@ -29,7 +29,8 @@ def show_row(example: Example, renderer: Renderer, *, colour: bool) -> str:
     )
 
 
-def _runs(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
+def _label_runs(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
+    """Yield runs of ids that are all supervised or all not, each with whether it is."""
     start = 0
     for end in range(1, len(ids) + 1):
         supervised = labels[start] != IGNORED
@@ -39,7 +40,7 @@ def _runs(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]
 
 
 def show_lengths(lengths: list[int], max_length: int) -> str:
-    """A histogram of row lengths in tokens, and what ``max_length`` would cut."""
+    """Return a histogram of row lengths in tokens, and what ``max_length`` would cut."""
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // NUM_BINS))
     bins = [0] * NUM_BINS
@@ -52,44 +53,44 @@ def show_lengths(lengths: list[int], max_length: int) -> str:
         if low + k * width <= high
     ]
     ordered = sorted(lengths)
-    middle, ninety_nine = ordered[len(ordered) // 2], ordered[int(0.99 * (len(ordered) - 1))]
-    over = sum(length > max_length for length in lengths)
-    cut = sum(max(0, length - max_length) for length in lengths)
-    lines.append(f"median {middle}, 99 % {ninety_nine}, longest {high} tokens")
-    lines.append(f"max_length {max_length} would cut {over} rows, {cut} tokens")
+    median, percentile_99 = ordered[len(ordered) // 2], ordered[int(0.99 * (len(ordered) - 1))]
+    num_overlong = sum(length > max_length for length in lengths)
+    num_excess = sum(max(0, length - max_length) for length in lengths)
+    lines.append(f"median {median}, 99 % {percentile_99}, longest {high} tokens")
+    lines.append(f"max_length {max_length} would cut {num_overlong} rows, {num_excess} tokens")
     return "\n".join(lines)
 
 
 def show_ledger(prepared: Prepared) -> str:
-    """Rows in = trained + held out + dropped, and what else there is to know about the data."""
+    """Return the ledger as text: rows in = trained + held out + dropped, and other facts of the data."""
     ledger = prepared.ledger
-    held_out = ", ".join(f"{count} {name}" for name, count in ledger["held_out"].items())
-    dropped = ", ".join(f"{n} {why}" for why, n in ledger["dropped"].items()) or "0"
-    rows_in = " + ".join(f"{count} {name}" for name, count in ledger["rows_in"].items())
+    held_out = ", ".join(f"{count} {name}" for name, count in ledger.held_out.items())
+    dropped = ", ".join(f"{count} {reason}" for reason, count in ledger.dropped.items()) or "0"
+    rows_in = " + ".join(f"{count} {name}" for name, count in ledger.rows_in.items())
     lines = [
         "format: " + ", ".join(f"{name} is {kind}" for name, kind in prepared.formats.items()),
-        f"rows in: {rows_in} = {ledger['trained']} trained + held out ({held_out}) + dropped ({dropped})",
-        f"truncated: {len(ledger['truncated'])}; changed by the template:"
-        f" {len(ledger['changed_by_template'])}; control tokens as text:"
-        f" {len(ledger['control_tokens_as_text'])}",
-        f"repeated prompts in training: {ledger['duplicate_prompts_in_training']}; near duplicates of"
-        f" held-out prompts: {len(ledger['near_duplicates'])}",
+        f"rows in: {rows_in} = {ledger.trained} trained + held out ({held_out}) + dropped ({dropped})",
+        f"truncated: {len(ledger.truncated)}; changed by the template:"
+        f" {len(ledger.changed_by_template)}; special tokens as text:"
+        f" {len(ledger.special_token_text)}",
+        f"repeated prompts in training: {ledger.duplicate_prompts_in_training}; near duplicates of"
+        f" held-out prompts: {len(ledger.near_duplicates)}",
     ]
-    for name, tokens in ledger["tokens"].items():
-        if tokens["total"]:
-            share = 100 * tokens["supervised"] / tokens["total"]
-            lines.append(f"{name}: {tokens['total']} tokens, {share:.1f} % supervised")
+    for name, tokens in ledger.tokens.items():
+        if tokens.total:
+            share = 100 * tokens.supervised / tokens.total
+            lines.append(f"{name}: {tokens.total} tokens, {share:.1f} % supervised")
     return "\n".join(lines)
 
 
 def show_preview(
     prepared: Prepared, renderer: Renderer, data: Data, num_rows: int, *, colour: bool
 ) -> str:
-    """Everything that ``data/preview.py`` prints."""
+    """Return everything that ``data/preview.py`` prints."""
     rows = [show_row(example, renderer, colour=colour) for example in prepared.train[:num_rows]]
     near = [
-        f"  {pair['jaccard']:.2f}  {pair['train']}  ~  {pair['held_out']}"
-        for pair in prepared.ledger["near_duplicates"][:5]
+        f"  {pair.jaccard:.2f}  {pair.train}  ~  {pair.held_out}"
+        for pair in prepared.ledger.near_duplicates[:5]
     ]
     bos = "exactly 1 in each row" if renderer.has_bos else "none (the tokenizer adds none)"
     return "\n\n".join(

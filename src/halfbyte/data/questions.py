@@ -1,4 +1,4 @@
-"""Owns what every variant is asked: the held-out rows of a run, and the same rows with examples."""
+"""Owns the questions put to every variant: a run's held-out rows, with or without examples."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from halfbyte.run_dir import RunDir, read_jsonl
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row: its prompt's ids, and ids with labels on its last answer alone.
+    """A held-out row as token ids.
 
     Raw text has an empty prompt and labels on every token.
+
+    Attributes:
+        row: the row.
+        prompt: ids of its prompt.
+        ids: ids of the whole row.
+        labels: labels of the row, on its last answer alone.
     """
 
     row: Row
@@ -25,10 +31,10 @@ class Question:
 
 
 def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
-    """A seeded sample of the test rows, or of the validation rows of a run without a test set.
+    """Return a seeded sample of the test rows, or of the validation rows if there is no test set.
 
     Raises:
-        RunError: the run held nothing out.
+        RunError: the run held out no rows.
     """
     rows = _first_rows(folder, ("test", "validation"))
     if not rows:
@@ -40,13 +46,13 @@ def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
 
 
 def measuring_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
-    """Rows of any kind on which two models are compared: held out, or else from training."""
+    """Return a seeded sample of held-out rows, or else of training rows, to compare two models on."""
     rows = _first_rows(folder, ("test", "validation", "fewshot"))
     return random.Random(seed).sample(rows, min(num_rows, len(rows)))
 
 
 def _first_rows(folder: RunDir, names: tuple[str, ...]) -> list[Row]:
-    """The rows of the first file in the run folder's data that holds any."""
+    """Return the rows of the first of these files in the run folder's data that has any."""
     for name in names:
         path = folder.need(folder.data / f"{name}.jsonl", "accelerate launch train/sft.py CONFIG")
         rows = [row_from_json(record) for record in read_jsonl(path)]
@@ -56,10 +62,10 @@ def _first_rows(folder: RunDir, names: tuple[str, ...]) -> list[Row]:
 
 
 def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ...]:
-    """The turns of ``count`` training rows, without their system messages.
+    """Return the turns of ``count`` training rows, without their system messages.
 
     Raises:
-        RunError: the training set is smaller than that.
+        RunError: the run kept fewer training rows.
     """
     rows = training_examples(folder)
     if len(rows) < count:
@@ -69,7 +75,7 @@ def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ..
 
 
 def training_examples(folder: RunDir) -> list[Row]:
-    """The training rows that a run keeps for use after the training."""
+    """Return the training rows that a run keeps for use after training."""
     path = folder.need(folder.data / "fewshot.jsonl", "accelerate launch train/sft.py CONFIG")
     return [row_from_json(record) for record in read_jsonl(path)]
 
@@ -77,16 +83,16 @@ def training_examples(folder: RunDir) -> list[Row]:
 def questions(
     rows: list[Row], renderer: Renderer, examples: tuple[Message, ...] = ()
 ) -> list[Question]:
-    """Render rows for evaluation, with ``examples`` between system message and conversation."""
+    """Render rows for evaluation, with ``examples`` between the system message and the conversation."""
     return [_question(row, renderer, examples) for row in rows]
 
 
 def _question(row: Row, renderer: Renderer, examples: tuple[Message, ...]) -> Question:
     if row.text is not None:
-        whole = renderer.encode_row(row)
-        return Question(row, [], whole.ids, whole.labels)
-    lead = 1 if row.messages[0].role == "system" else 0
-    messages = (*row.messages[:lead], *examples, *row.messages[lead:])
+        encoded = renderer.encode_row(row)
+        return Question(row, [], encoded.ids, encoded.labels)
+    num_system = 1 if row.messages[0].role == "system" else 0
+    messages = (*row.messages[:num_system], *examples, *row.messages[num_system:])
     prompt = renderer.encode_prompt(messages[:-1], row.place)
     encoded = renderer.encode_row(Row(row.place, messages))
     labels = [IGNORED] * len(prompt) + encoded.labels[len(prompt) :]

@@ -1,9 +1,9 @@
 """Owns rendering: conversations to ids and labels, the same way in training, evaluation and serving.
 
-The text comes from the tokenizer's chat template. It is cut where an answer begins, so that the
-ids before an answer are exactly the ids of the generation prompt, and each part is tokenised on
-its own. Control tokens count only where the template wrote them: the same characters in a message
-are tokenised as plain text (issue 2; transformers issue 29279).
+The text comes from the tokenizer's chat template. It is split where each answer begins, so that the
+ids before an answer are exactly the ids of the generation prompt, and each part is tokenised by
+itself. Special tokens count only where the template wrote them: the same characters in a message are
+tokenised as plain text (issue 2; transformers issue 29279).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.config.paths import TEMPLATE_NAMES
 from halfbyte.config.schema import Data
 from halfbyte.data.rows import Message, Row
-from halfbyte.data.special_tokens import Controls
-from halfbyte.data.template_cache import Shapes
-from halfbyte.data.tokenise import Pieces, plain_ids
+from halfbyte.data.special_tokens import SpecialTokens
+from halfbyte.data.template_cache import TemplateCache
+from halfbyte.data.tokenise import Segments, plain_ids
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-BATCH_ROWS = 1 << 16  # rows whose texts are tokenised together, each text once
+BATCH_ROWS = 1 << 16  # rows whose texts are tokenised together, each distinct text once
 PROBE = (
     Message("user", "alpha"),
     Message("assistant", "beta"),
@@ -42,8 +42,11 @@ class Encoded:
     """One row as token ids; ``labels[t]`` is ``ids[t]`` where it is learnt and -100 elsewhere.
 
     Attributes:
-        changed: the template altered a message (such as trimming its ends).
-        escaped: a message held the characters of a control token, now plain text.
+        place: where the row comes from, such as ``file:line``.
+        ids: token ids.
+        labels: label of each token.
+        changed: whether the template altered a message (such as by trimming its ends).
+        escaped: whether a message held special-token text, which is plain text now.
     """
 
     place: str
@@ -59,8 +62,15 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """A row cut into numbered pieces: stretches of them, and whether each is learnt."""
+class _SegmentedRow:
+    """A row split into numbered segments.
+
+    Attributes:
+        place: where the row comes from.
+        parts: the segments' numbers in stretches, and whether each stretch is supervised.
+        changed: as in ``Encoded``.
+        escaped: as in ``Encoded``.
+    """
 
     place: str
     parts: list[tuple[list[int], bool]]
@@ -69,7 +79,7 @@ class _Draft:
 
 
 def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """The renderer that a config's ``data`` section asks for.
+    """Return the renderer that a config's ``data`` section describes.
 
     Raises:
         DataError: as ``load_template`` and ``Renderer``.
@@ -79,10 +89,10 @@ def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
 
 
 def load_template(name: str) -> str:
-    """The Jinja text of a named template or of a file.
+    """Return the Jinja text of a named template or of a file.
 
     Raises:
-        DataError: no such file.
+        DataError: the file cannot be read.
     """
     if name in TEMPLATE_NAMES:
         return (
@@ -97,16 +107,17 @@ def load_template(name: str) -> str:
 class Renderer:
     """Renders rows with one tokenizer and one chat template.
 
-    Sets ``tokenizer.chat_template``, so that what is saved with the model is what was trained.
+    Sets ``tokenizer.chat_template``, so that the template saved with the model is the one it was
+    trained with.
 
     Args:
         tokenizer: a fast tokenizer.
-        chat_template: Jinja text that replaces the tokenizer's own, or None to keep that.
+        chat_template: Jinja text that replaces the tokenizer's template, or None to keep that.
         loss_on: ``completion`` labels assistant turns with their stop token, ``all`` every token.
 
     Raises:
-        DataError: there is no template, or it cannot be used for training (no stop token, an
-            answer that does not follow its generation prompt).
+        DataError: the template cannot be used for training (no stop token, an answer that does not
+            follow its generation prompt).
     """
 
     def __init__(
@@ -119,259 +130,275 @@ class Renderer:
         self.loss_on = loss_on
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        specials = [
-            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
-        ]
-        specials += [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
-        self._controls = Controls(specials, tokenizer)
+        strings = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        strings += [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
+        self._special_tokens = SpecialTokens(strings, tokenizer)
         self.stop_id: int | None = None
         self.eos_id: int | None = tokenizer.eos_token_id
-        plain = tokenizer("x").input_ids
-        bos = tokenizer.bos_token_id
-        self._adds_bos = bos is not None and plain[:1] == [bos]
+        ids = tokenizer("x").input_ids
+        bos_id = tokenizer.bos_token_id
+        self._adds_bos = bos_id is not None and ids[:1] == [bos_id]
         if tokenizer.chat_template is not None:
-            self._learn_template()
-        self._shapes = Shapes(
-            tokenizer.chat_template, lambda messages: list(self._texts(messages, "chat template"))
+            self._inspect_template()
+        self._template_cache = TemplateCache(
+            tokenizer.chat_template,
+            lambda messages: list(self._render_all(messages, "chat template")),
         )
         self.has_bos = self._has_single_bos()
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the template's stop token and the tokenizer's EOS."""
+        """Ids that end an answer: the template's stop token and the tokenizer's EOS token."""
         return sorted({i for i in (self.stop_id, self.eos_id) if i is not None})
 
     @property
     def pad_id(self) -> int:
-        """Id to pad with; padding is told apart by position, so that it may be the stop id."""
+        """Id to pad with; it may be the stop id, since padding is recognised by its position."""
         return int(self.tokenizer.pad_token_id)
 
     @property
     def template_sha256(self) -> str:
-        """Identity of the chat template, for the manifest."""
+        """Sha256 of the chat template, which identifies it in the manifest."""
         return hashlib.sha256((self.tokenizer.chat_template or "").encode()).hexdigest()
 
     def encode_row(self, row: Row) -> Encoded:
-        """Ids and labels of a row; nothing is truncated.
+        """Return the ids and labels of a row, without truncation to a maximum length.
 
-        After the last labelled token nothing is kept: later tokens have no label and, in a causal
+        Nothing is kept after the last labelled token: later tokens have no label and, in a causal
         model, no influence. The label of position 0 is always -100, since nothing predicts it.
 
         Raises:
-            DataError: the row cannot be rendered so that it teaches what it says.
+            DataError: the row cannot be rendered so that the model would learn its answers.
         """
         return self.encode_rows([row])[0]
 
     def encode_rows(self, rows: list[Row]) -> list[Encoded]:
-        """``encode_row`` of each row, many times faster: pieces of text are tokenised in batches.
+        """Encode each row as ``encode_row`` does, many times faster: text is tokenised in batches.
 
         Raises:
-            DataError: as ``encode_row``, of the first row that cannot be rendered.
+            DataError: as ``encode_row``, for the first row that cannot be rendered.
         """
         encoded = []
-        for found in self.try_rows(rows):
-            if isinstance(found, DataError):
-                raise found
-            encoded.append(found)
+        for result in self.try_rows(rows):
+            if isinstance(result, DataError):
+                raise result
+            encoded.append(result)
         return encoded
 
     def try_rows(self, rows: list[Row]) -> Iterator[Encoded | DataError]:
-        """``encode_row`` of each row in turn, or the error that it raises."""
-        for at in range(0, len(rows), BATCH_ROWS):
-            drafts, pieces = self._draft(rows[at : at + BATCH_ROWS])
-            yield from self._finish(drafts, pieces.ids(self.tokenizer))
+        """Yield what ``encode_row`` gives for each row, or the error that it raises."""
+        for start in range(0, len(rows), BATCH_ROWS):
+            segmented, segments = self._segment_rows(rows[start : start + BATCH_ROWS])
+            yield from self._assemble(segmented, segments.ids(self.tokenizer))
 
     def encode_prompt(self, messages: tuple[Message, ...], place: str = "prompt") -> list[int]:
-        """Ids up to where the assistant's answer begins: the ids that precede it in training."""
-        self._need_template(place)
-        neutral, table = self._controls.neutralise(messages, place)
-        text = self._render(neutral, place, prompt=True)
-        answers = self._answers(neutral, text, self._prompts(neutral, place), place)
-        pieces = Pieces(self._controls)
-        parts = self._parts(text, answers, table, pieces)
-        ids = pieces.ids(self.tokenizer)
+        """Return the ids up to where the assistant's answer begins, as they precede it in training."""
+        self._require_template(place)
+        escaped, originals = self._special_tokens.escape(messages, place)
+        text = self._render(escaped, place, generation_prompt=True)
+        spans = self._answer_spans(escaped, text, self._render_prompts(escaped, place), place)
+        segments = Segments(self._special_tokens)
+        parts = self._split_at_answers(text, spans, originals, segments)
+        ids = segments.ids(self.tokenizer)
         return [index for numbers, _ in parts for number in numbers for index in ids[number]]
 
     def prompt_text(self, messages: tuple[Message, ...], place: str = "prompt") -> str:
-        """What the chat template writes up to where the assistant's answer begins."""
-        self._need_template(place)
-        return self._render(messages, place, prompt=True)
+        """Return what the chat template writes up to where the assistant's answer begins."""
+        self._require_template(place)
+        return self._render(messages, place, generation_prompt=True)
 
-    # --- rows to pieces, and pieces to ids and labels ---
+    # --- rows to segments, and segments to ids and labels ---
 
-    def _draft(self, rows: list[Row]) -> tuple[list[_Draft | DataError], Pieces]:
-        pieces = Pieces(self._controls)
-        drafts: list[_Draft | DataError] = []
+    def _segment_rows(self, rows: list[Row]) -> tuple[list[_SegmentedRow | DataError], Segments]:
+        """Split each row into segments, or keep the error that it raises."""
+        segments = Segments(self._special_tokens)
+        segmented: list[_SegmentedRow | DataError] = []
         for row in rows:
             try:
-                draft = self._draft_text if row.text is not None else self._draft_conversation
-                drafts.append(draft(row, pieces))
+                if row.text is not None:
+                    segmented.append(self._segment_text(row, segments))
+                else:
+                    segmented.append(self._segment_conversation(row, segments))
             except DataError as error:
-                drafts.append(error)
-        return drafts, pieces
+                segmented.append(error)
+        return segmented, segments
 
-    def _draft_conversation(self, row: Row, pieces: Pieces) -> _Draft:
-        self._need_template(row.place)
-        messages, table = self._controls.neutralise(row.messages, row.place)
-        texts = self._shapes.texts(messages) or self._texts(messages, row.place)
+    def _segment_conversation(self, row: Row, segments: Segments) -> _SegmentedRow:
+        self._require_template(row.place)
+        messages, originals = self._special_tokens.escape(row.messages, row.place)
+        texts = self._template_cache.texts(messages) or self._render_all(messages, row.place)
         text = next(texts)
-        answers = self._answers(messages, text, texts, row.place)
-        parts = self._parts(text[: answers[-1][1]], answers, table, pieces)
-        changed = any(m.content not in text for m in messages)
-        escaped = bool(table) and any(s in self._controls.strings for s in table.values())
-        return _Draft(row.place, parts, changed=changed, escaped=escaped)
+        spans = self._answer_spans(messages, text, texts, row.place)
+        parts = self._split_at_answers(text[: spans[-1][1]], spans, originals, segments)
+        changed = any(message.content not in text for message in messages)
+        escaped = any(original in self._special_tokens.strings for original in originals.values())
+        return _SegmentedRow(row.place, parts, changed=changed, escaped=escaped)
 
-    def _draft_text(self, row: Row, pieces: Pieces) -> _Draft:
+    def _segment_text(self, row: Row, segments: Segments) -> _SegmentedRow:
         assert row.text is not None
-        found = self._controls.pattern.search(row.text)
-        if found:
+        match = self._special_tokens.pattern.search(row.text)
+        if match:
             raise DataError(
-                f"{row.place}: raw text holds the control token {found.group()!r}, as if it were"
+                f"{row.place}: raw text holds the special token {match.group()!r}, as if it were"
                 " already rendered. Use the format messages and let the chat template write it"
             )
-        bos = [pieces.control(self.tokenizer.bos_token)] if self._adds_bos else []
-        eos = [pieces.control(self.tokenizer.eos_token)] if self.eos_id is not None else []
-        return _Draft(row.place, [([*bos, pieces.text(None, row.text), *eos], True)])
+        bos = [segments.add_special_token(self.tokenizer.bos_token)] if self._adds_bos else []
+        eos = (
+            [segments.add_special_token(self.tokenizer.eos_token)]
+            if self.eos_id is not None
+            else []
+        )
+        return _SegmentedRow(row.place, [([*bos, segments.add_text(None, row.text), *eos], True)])
 
-    def _parts(
+    def _split_at_answers(
         self,
         text: str,
-        answers: list[tuple[int, int]],
-        table: dict[str, str],
-        pieces: Pieces,
+        spans: list[tuple[int, int]],
+        originals: dict[str, str],
+        segments: Segments,
     ) -> list[tuple[list[int], bool]]:
-        """Pieces of each stretch of ``text`` and whether it is an answer; cut the same way everywhere."""
+        """Split ``text`` into stretches of segments, each with whether it is an answer.
+
+        Training and generation split a text the same way.
+        """
         parts = []
         at = 0
-        for start, end in answers:
-            parts.append((self._cut(text[at:start], table, pieces, first=at == 0), False))
-            parts.append((self._cut(text[start:end], table, pieces, first=False), True))
+        for start, end in spans:
+            before = self._split(text[at:start], originals, segments, first=at == 0)
+            parts.append((before, False))
+            parts.append((self._split(text[start:end], originals, segments, first=False), True))
             at = end
-        parts.append((self._cut(text[at:], table, pieces, first=at == 0), False))
+        parts.append((self._split(text[at:], originals, segments, first=at == 0), False))
         return parts
 
-    def _cut(self, text: str, table: dict[str, str], pieces: Pieces, *, first: bool) -> list[int]:
-        """Numbers of the pieces of ``text``.
+    def _split(
+        self, text: str, originals: dict[str, str], segments: Segments, *, first: bool
+    ) -> list[int]:
+        """Return the numbers of the segments of ``text``.
 
         ``first`` marks the beginning of a row, where BOS belongs if the tokenizer adds one.
         """
         if first and self._adds_bos and not text.startswith(str(self.tokenizer.bos_token)):
             text = str(self.tokenizer.bos_token) + text
-        return pieces.cut(text, table, None if first else self._stop)
+        return segments.split(text, originals, None if first else self._stop_token)
 
-    def _finish(
-        self, drafts: list[_Draft | DataError], piece_ids: list[list[int]]
+    def _assemble(
+        self, rows: list[_SegmentedRow | DataError], segment_ids: list[list[int]]
     ) -> Iterator[Encoded | DataError]:
-        for draft in drafts:
-            if isinstance(draft, DataError):
-                yield draft
+        """Yield ids and labels of each row, or its error."""
+        for row in rows:
+            if isinstance(row, DataError):
+                yield row
                 continue
             ids: list[int] = []
             labels: list[int] = []
-            for numbers, supervised in draft.parts:
-                new = list(chain.from_iterable([piece_ids[number] for number in numbers]))
+            for numbers, supervised in row.parts:
+                new = list(chain.from_iterable([segment_ids[number] for number in numbers]))
                 ids += new
                 labels += new if supervised or self.loss_on == "all" else [IGNORED] * len(new)
             labels[:1] = [IGNORED]
-            fault = self._fault(ids, labels, draft.place)
-            yield fault or Encoded(
-                draft.place, ids, labels, changed=draft.changed, escaped=draft.escaped
-            )
+            error = self._check(ids, labels, row.place)
+            yield error or Encoded(row.place, ids, labels, changed=row.changed, escaped=row.escaped)
 
-    def _fault(self, ids: list[int], labels: list[int], place: str) -> DataError | None:
+    def _check(self, ids: list[int], labels: list[int], place: str) -> DataError | None:
+        """Return what is wrong with the ids and labels of a row, if anything is."""
         if self.has_bos and (ids[0] != self.tokenizer.bos_token_id or ids.count(ids[0]) != 1):
             return DataError(
-                f"{place}: {ids.count(self.tokenizer.bos_token_id)} BOS tokens; exactly one is right,"
-                " at the start"
+                f"{place}: has {ids.count(self.tokenizer.bos_token_id)} BOS tokens; it needs exactly"
+                " one, at the start"
             )
         if labels.count(IGNORED) == len(labels):
-            return DataError(f"{place}: no token carries a label: there is nothing to learn")
+            return DataError(f"{place}: no token has a label, so there is nothing to learn")
         return None
 
     def decode(self, ids: list[int]) -> str:
-        """Text of generated ids, control tokens left out."""
+        """Return the text of generated ids without special tokens and without spaces at its ends."""
         text: Any = self.tokenizer.decode(ids, skip_special_tokens=True)
         return str(text).strip()
 
     # --- the template ---
 
-    def _need_template(self, place: str) -> None:
+    def _require_template(self, place: str) -> None:
         if self.tokenizer.chat_template is None:
             raise DataError(
-                f"{place}: a conversation, but the model brings no chat template. Set"
+                f"{place}: a conversation, but the model has no chat template. Set"
                 f" data.chat_template to {', '.join(TEMPLATE_NAMES)} or a .jinja file"
             )
 
-    def _learn_template(self) -> None:
-        """Find the stop token, count template-only control tokens in, and prove the splicing."""
+    def _inspect_template(self) -> None:
+        """Find the stop token and the template's special tokens; check that parts can be joined."""
         text = self._render(PROBE, "chat template")
-        used = {
+        written = {
             token
             for index, token in self.tokenizer.added_tokens_decoder.items()
             # Gemma lists runs of newlines among its added tokens; they are text all the same.
             if str(token).strip() and str(token) in text and index in self._plain_ids(text)
         }
-        strings = [*self._controls.strings, *(str(token) for token in used)]
-        self._controls = Controls(strings, self.tokenizer)
+        strings = [*self._special_tokens.strings, *(str(token) for token in written)]
+        self._special_tokens = SpecialTokens(strings, self.tokenizer)
         after = text[text.index("epsilon zeta") + len("epsilon zeta") :]
-        stop = self._controls.pattern.match(after.lstrip())
+        stop = self._special_tokens.pattern.match(after.lstrip())
         if stop is None:
             raise DataError(
-                f"chat template: an assistant turn ends with {after!r}, which holds no control token"
+                f"chat template: an assistant turn ends with {after!r}, which holds no special token"
                 " of this tokenizer, so the model could not learn to stop. Name another"
                 f" data.chat_template ({', '.join(TEMPLATE_NAMES)}) or add {{{{ eos_token }}}}"
             )
-        self._stop = stop.group()
-        self.stop_id = self.tokenizer.convert_tokens_to_ids(self._stop)
-        self._answers(PROBE, text, self._prompts(PROBE, "chat template"), "chat template")
-        if self._ids(text)[-8:] != self._plain_ids(text)[-8:]:
+        self._stop_token = stop.group()
+        self.stop_id = self.tokenizer.convert_tokens_to_ids(self._stop_token)
+        prompts = self._render_prompts(PROBE, "chat template")
+        self._answer_spans(PROBE, text, prompts, "chat template")
+        if self._template_ids(text)[-8:] != self._plain_ids(text)[-8:]:
             raise DataError(
-                "chat template: this tokenizer splits text differently beside control tokens, so rows"
+                "chat template: this tokenizer splits text differently beside special tokens, so rows"
                 " cannot be put together from parts; it is not supported"
             )
 
     def _plain_ids(self, text: str) -> list[int]:
         return plain_ids(self.tokenizer, [text])[0]
 
-    def _ids(self, text: str) -> list[int]:
-        """Ids of a whole text that the template wrote."""
-        pieces = Pieces(self._controls)
-        numbers = self._cut(text, {}, pieces, first=True)
-        ids = pieces.ids(self.tokenizer)
+    def _template_ids(self, text: str) -> list[int]:
+        """Return the ids of a whole text that the template wrote."""
+        segments = Segments(self._special_tokens)
+        numbers = self._split(text, {}, segments, first=True)
+        ids = segments.ids(self.tokenizer)
         return [index for number in numbers for index in ids[number]]
 
     def _has_single_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        if bos is None or self.tokenizer.chat_template is None:
+        """Return whether a rendered row begins with BOS and has no other."""
+        bos_id = self.tokenizer.bos_token_id
+        if bos_id is None or self.tokenizer.chat_template is None:
             return self._adds_bos
-        ids = self._ids(self._render(PROBE, "chat template"))
-        return ids[0] == bos and (self._adds_bos or ids.count(bos) == 1)
+        ids = self._template_ids(self._render(PROBE, "chat template"))
+        return ids[0] == bos_id and (self._adds_bos or ids.count(bos_id) == 1)
 
-    def _prompts(self, messages: tuple[Message, ...], place: str) -> Iterator[str]:
-        """The text of the prompt of each answer, rendered as generation would."""
+    def _render_prompts(self, messages: tuple[Message, ...], place: str) -> Iterator[str]:
+        """Yield the generation prompt of each answer of a conversation."""
         for number, message in enumerate(messages):
             if message.role == "assistant":
-                yield self._render(messages[:number], place, prompt=True)
+                yield self._render(messages[:number], place, generation_prompt=True)
 
-    def _texts(self, messages: tuple[Message, ...], place: str) -> Iterator[str]:
-        """The text of a conversation, then of the prompt of each of its answers."""
+    def _render_all(self, messages: tuple[Message, ...], place: str) -> Iterator[str]:
+        """Yield the text of a conversation, then the generation prompt of each of its answers."""
         yield self._render(messages, place)
-        yield from self._prompts(messages, place)
+        yield from self._render_prompts(messages, place)
 
-    def _render(self, messages: tuple[Message, ...], place: str, *, prompt: bool = False) -> str:
+    def _render(
+        self, messages: tuple[Message, ...], place: str, *, generation_prompt: bool = False
+    ) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text: Any = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=prompt
+                turns, tokenize=False, add_generation_prompt=generation_prompt
             )
-        except Exception as error:  # Jinja and the template's own raise_exception
-            raise DataError(f"{place}: the chat template refuses it: {error}") from error
+        except Exception as error:  # Jinja's errors and the template's raise_exception
+            raise DataError(f"{place}: the chat template rejects it: {error}") from error
         return str(text)
 
-    def _answers(
+    def _answer_spans(
         self, messages: tuple[Message, ...], text: str, prompts: Iterator[str], place: str
     ) -> list[tuple[int, int]]:
-        """Half-open character spans of the answers in ``text``, each with its stop token."""
+        """Return half-open character spans of the answers in ``text``, each with its stop token."""
         spans = []
         numbers = (n for n, message in enumerate(messages) if message.role == "assistant")
         for number, prompt in zip(numbers, prompts, strict=True):
@@ -381,10 +408,10 @@ class Renderer:
                     f" for its answer {number}: {text[: len(prompt)][-60:]!r} against {prompt[-60:]!r}."
                     " Training and generation would see different text"
                 )
-            stop = text.find(self._stop, len(prompt))
+            stop = text.find(self._stop_token, len(prompt))
             if stop < 0:
                 raise DataError(
-                    f"{place}: the chat template writes no {self._stop} after answer {number}"
+                    f"{place}: the chat template writes no {self._stop_token} after answer {number}"
                 )
-            spans.append((len(prompt), stop + len(self._stop)))
+            spans.append((len(prompt), stop + len(self._stop_token)))
         return spans

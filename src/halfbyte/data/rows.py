@@ -1,4 +1,4 @@
-"""Owns what a row means: five shapes in, one conversation or one text out, or an error that names it."""
+"""Owns the row formats: five are read, into a conversation or a text, or an error names the bad row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; ``role`` is system, user or assistant."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: system, user or assistant.
+        content: its text.
+    """
 
     role: str
     content: str
@@ -24,7 +29,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """Either a conversation that ends with the assistant, or raw ``text``."""
+    """Either a conversation that ends with the assistant, or raw text.
+
+    Attributes:
+        place: where the row comes from, such as ``file:line``.
+        messages: the conversation, empty for raw text.
+        text: the raw text, None for a conversation.
+    """
 
     place: str
     messages: tuple[Message, ...] = ()
@@ -32,18 +43,21 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """What identifies the row's question: every turn but the last answer, or the raw text."""
+        """Text that identifies the row's question: every turn but the last answer, or the raw text.
+
+        System messages are left out.
+        """
         if self.text is not None:
             return self.text
         return "\n".join(m.content for m in self.messages[:-1] if m.role != "system")
 
     @property
     def answer(self) -> str:
-        """The last assistant turn, or nothing for raw text."""
+        """Content of the last assistant turn; empty for raw text."""
         return self.messages[-1].content if self.messages else ""
 
     def as_json(self) -> dict[str, Any]:
-        """The row for a file in the run folder; ``row_from_json`` reads it back."""
+        """Return the row as JSON for a file in the run folder; ``row_from_json`` reads it back."""
         record: dict[str, Any] = {"place": self.place}
         if self.text is not None:
             return {**record, "text": self.text}
@@ -56,7 +70,7 @@ def row_from_json(record: dict[str, Any]) -> Row:
     return Row(record["place"], messages, record.get("text"))
 
 
-# Columns that a format must have; the ones in brackets may be there besides.
+# Columns that each format needs, and those that it may have besides.
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ()),
     "sharegpt": (("conversations",), ("system",)),
@@ -75,37 +89,37 @@ SHAREGPT_ROLES = {
 
 
 def detect_format(table: Table, columns: dict[str, str]) -> str:
-    """The one format whose columns the table has, after renaming.
+    """Return the one format whose columns the table has, after renaming.
 
     Raises:
-        DataError: none fits, or several do.
+        DataError: no format fits, or several do.
     """
     present = set(_renamed_columns(table, columns))
     fitting = [name for name, (needed, _) in FORMATS.items() if set(needed) <= present]
     if len(fitting) == 1:
         return fitting[0]
-    found = f"{table.name}: found the columns {', '.join(table.columns)}"
-    shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
+    table_columns = f"{table.name}: found the columns {', '.join(table.columns)}"
+    formats = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
     if not fitting:
         raise DataError(
-            f"{found}, which are no format that halfbyte knows. Allowed: {shapes}. Name yours with"
+            f"{table_columns}, which fit no known format. Allowed: {formats}. Name yours with"
             " data.columns, such as {prompt: question, completion: answer}"
         )
     raise DataError(
-        f"{found}, which fit several formats: {', '.join(fitting)}. Set data.format to one"
+        f"{table_columns}, which fit several formats: {', '.join(fitting)}. Set data.format to one"
     )
 
 
 def parse_rows(
     table: Table, format_name: str, columns: dict[str, str], system: str | None
 ) -> list[Row]:
-    """Turn every raw row into a Row.
+    """Parse every raw row of a table.
 
     Args:
         table: the rows as stored.
         format_name: a key of ``FORMATS``, or ``auto``.
-        columns: the format's column names to the table's own.
-        system: system message for conversations that bring none.
+        columns: names of the format's columns to names of the table's columns.
+        system: system message for conversations that have none.
 
     Raises:
         DataError: a column is missing, or rows are malformed; up to ten are named at once.
@@ -115,22 +129,23 @@ def parse_rows(
     needed, optional = FORMATS[format_name]
     _check_columns(table, format_name, columns, needed, optional)
     parse = PARSERS[format_name]
-    rows, faults = [], []
+    rows, errors = [], []
     for raw in table.rows:
         values = {name: raw.values.get(columns.get(name, name)) for name in (*needed, *optional)}
         try:
             rows.append(_with_system(parse(raw.place, values), system))
         except DataError as error:
-            faults.append(str(error))
-    if faults:
-        more = f"\n… and {len(faults) - 10} more rows" if len(faults) > 10 else ""
-        raise DataError("\n".join(faults[:10]) + more)
+            errors.append(str(error))
+    if errors:
+        more = f"\n… and {len(errors) - 10} more rows" if len(errors) > 10 else ""
+        raise DataError("\n".join(errors[:10]) + more)
     return rows
 
 
 def _renamed_columns(table: Table, columns: dict[str, str]) -> list[str]:
-    own = set(table.columns)
-    renamed = [name for name, theirs in columns.items() if theirs in own]
+    """Return the table's column names after renaming them to the format's names."""
+    present = set(table.columns)
+    renamed = [name for name, source in columns.items() if source in present]
     return renamed + [name for name in table.columns if name not in columns.values()]
 
 
@@ -141,48 +156,61 @@ def _check_columns(
     needed: tuple[str, ...],
     optional: tuple[str, ...],
 ) -> None:
-    own = table.columns
+    """Check that the table has every column that the format needs or ``columns`` names.
+
+    Raises:
+        DataError: a column is missing, or ``columns`` names one that the format does not have.
+    """
+    present = table.columns
     unknown = [name for name in columns if name not in needed + optional]
     if unknown:
         raise DataError(
-            f"data.columns: {unknown[0]!r} is no column of the format {format_name}; allowed: "
+            f"data.columns: {unknown[0]!r} is not a column of the format {format_name}; allowed: "
             + ", ".join(needed + optional)
         )
-    missing = [columns.get(name, name) for name in needed if columns.get(name, name) not in own]
+    missing = [columns.get(name, name) for name in needed if columns.get(name, name) not in present]
     missing += [
-        theirs for theirs in columns.values() if theirs not in own and theirs not in missing
+        source for source in columns.values() if source not in present and source not in missing
     ]
     if missing:
         raise DataError(
-            f"{table.name}: the column {missing[0]!r} is missing; found: {', '.join(own)}. The format"
+            f"{table.name}: the column {missing[0]!r} is missing; found: {', '.join(present)}. The format"
             f" {format_name} needs {', '.join(needed)}; name yours with data.columns,"
-            " such as {" + f"{needed[0]}: {own[0]}" + "}"
+            " such as {" + f"{needed[0]}: {present[0]}" + "}"
         )
 
 
 def _with_system(row: Row, system: str | None) -> Row:
+    """Return the row with this system message, unless it has one or is raw text."""
     if system is None or row.text is not None or row.messages[0].role == "system":
         return row
     return Row(row.place, (Message("system", system), *row.messages))
 
 
-def _with_own_system(row: Row, system: Any) -> Row:
-    """The row with the system message of its own column, if that holds one."""
+def _with_system_column(row: Row, system: Any) -> Row:
+    """Return the row with the system message of its ``system`` column, if that holds one."""
     return row if system in (None, "") else _with_system(row, _text_of(row.place, "system", system))
 
 
 def _text_of(place: str, column: str, value: Any) -> str:
+    """Return ``value`` if it is text that can be trained on.
+
+    Raises:
+        DataError: it is not a string, is blank, or is not valid Unicode.
+    """
     if not isinstance(value, str):
-        came = (
+        actual = (
             "null"
             if value is None
             else f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
         )
-        raise DataError(f"{place}: {column} is {came}; text is expected")
+        raise DataError(f"{place}: {column} is {actual}; text is expected")
     if not value.strip():
         raise DataError(f"{place}: {column} is blank; text is expected")
     if SURROGATES.search(value):
-        raise DataError(f"{place}: {column} holds half a surrogate pair, which is no Unicode text")
+        raise DataError(
+            f"{place}: {column} holds half a surrogate pair, which is not valid Unicode text"
+        )
     return value
 
 
@@ -194,39 +222,56 @@ def _parse_sharegpt(place: str, values: dict[str, Any]) -> Row:
     row = _conversation(
         place, "conversations", values["conversations"], "from", "value", SHAREGPT_ROLES
     )
-    return _with_own_system(row, values["system"])
+    return _with_system_column(row, values["system"])
 
 
 def _conversation(
     place: str, column: str, turns: Any, role_key: str, text_key: str, roles: dict[str, str]
 ) -> Row:
+    """Parse a list of turns.
+
+    Args:
+        place: where the row comes from.
+        column: name of the column, for errors.
+        turns: dicts, or pairs of a column's name and a dict where the turns come from two columns.
+        role_key: key of a turn's role.
+        text_key: key of a turn's content.
+        roles: the format's role names to ours; empty if they are the same.
+
+    Raises:
+        DataError: the turns are malformed or in the wrong order.
+    """
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{place}: {column} is {str(turns)[:60]!r}; a list of turns is expected")
     messages = []
     counts: dict[str, int] = {}
-    for named in turns:
-        # Turns of two columns come with the name of theirs.
-        own, turn = named if isinstance(named, tuple) else (column, named)
-        number = counts.get(own, 0)
-        counts[own] = number + 1
-        here = f"{own}[{number}]"
+    for item in turns:
+        turn_column, turn = item if isinstance(item, tuple) else (column, item)
+        number = counts.get(turn_column, 0)
+        counts[turn_column] = number + 1
+        location = f"{turn_column}[{number}]"
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
             keys = ", ".join(turn) if isinstance(turn, dict) else repr(turn)[:60]
-            raise DataError(f"{place}: {here} has {keys}; {role_key} and {text_key} are needed")
+            raise DataError(f"{place}: {location} has {keys}; {role_key} and {text_key} are needed")
         role = (
             roles.get(turn[role_key], turn[role_key]) if isinstance(turn[role_key], str) else None
         )
         if role not in ("system", "user", "assistant"):
             raise DataError(
-                f"{place}: {here}.{role_key} is {turn[role_key]!r}; allowed: "
+                f"{place}: {location}.{role_key} is {turn[role_key]!r}; allowed: "
                 + ", ".join(roles or ("system", "user", "assistant"))
             )
-        messages.append(Message(role, _text_of(place, f"{here}.{text_key}", turn[text_key])))
+        messages.append(Message(role, _text_of(place, f"{location}.{text_key}", turn[text_key])))
     _check_order(place, column, messages)
     return Row(place, tuple(messages))
 
 
 def _check_order(place: str, column: str, messages: list[Message]) -> None:
+    """Check that user and assistant alternate and the assistant comes last.
+
+    Raises:
+        DataError: they do not.
+    """
     turns = messages[1:] if messages[0].role == "system" else messages
     for number, message in enumerate(turns):
         expected = "user" if number % 2 == 0 else "assistant"
@@ -238,7 +283,7 @@ def _check_order(place: str, column: str, messages: list[Message]) -> None:
             )
     if not turns or turns[-1].role != "assistant":
         raise DataError(
-            f"{place}: {column} ends without an assistant turn: there is nothing to learn"
+            f"{place}: {column} ends without an assistant turn, so there is nothing to learn"
         )
 
 
@@ -252,23 +297,25 @@ def _parse_prompt_completion(place: str, values: dict[str, Any]) -> Row:
             ("completion", turn) for turn in completion
         ]
         row = _conversation(place, "prompt and completion", turns, "role", "content", {})
-        return _with_own_system(row, values["system"])
+        return _with_system_column(row, values["system"])
     return _pair(place, values, "prompt", "completion")
 
 
 def _parse_alpaca(place: str, values: dict[str, Any]) -> Row:
     if values["input"] not in (None, ""):
-        joined = f"{_text_of(place, 'instruction', values['instruction'])}\n\n{_text_of(place, 'input', values['input'])}"
-        values = {**values, "instruction": joined}
+        instruction = _text_of(place, "instruction", values["instruction"])
+        extra_input = _text_of(place, "input", values["input"])
+        values = {**values, "instruction": f"{instruction}\n\n{extra_input}"}
     return _pair(place, values, "instruction", "output")
 
 
 def _pair(place: str, values: dict[str, Any], question: str, answer: str) -> Row:
+    """Return the conversation of the columns ``question`` and ``answer``."""
     messages = (
         Message("user", _text_of(place, question, values[question])),
         Message("assistant", _text_of(place, answer, values[answer])),
     )
-    return _with_own_system(Row(place, messages), values["system"])
+    return _with_system_column(Row(place, messages), values["system"])
 
 
 def _parse_text(place: str, values: dict[str, Any]) -> Row:

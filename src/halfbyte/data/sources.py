@@ -1,4 +1,4 @@
-"""Owns where rows come from: files, folders and the Hub, each row with its place."""
+"""Owns the sources of rows: files, folders and the Hub, each row with its place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from halfbyte.errors import DataError
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it was stored; ``place`` is ``file:line`` or ``source row N`` (1-based)."""
+    """One row as it was stored.
+
+    Attributes:
+        place: ``file:line`` or ``source row N`` (1-based).
+        values: column name to value.
+    """
 
     place: str
     values: dict[str, Any]
@@ -22,7 +27,13 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Every row of one source; ``fingerprint`` is the sha256 of their canonical JSON."""
+    """Every row of one source.
+
+    Attributes:
+        name: the source.
+        rows: its rows.
+        fingerprint: sha256 of the rows' canonical JSON.
+    """
 
     name: str
     rows: list[RawRow]
@@ -43,7 +54,7 @@ def read_table(
     datasets alone.
 
     Raises:
-        DataError: nothing is there, a file cannot be parsed, or it holds no rows.
+        DataError: the source does not exist, cannot be parsed, or holds no rows.
     """
     if Path(source).is_absolute():
         rows = [row for file in _files(Path(source)) for row in _read_file(file)]
@@ -59,22 +70,27 @@ def read_table(
 
 
 def files_sha256(source: str) -> str | None:
-    """Sha256 of the names and bytes of a local source's files; None for a Hub dataset.
+    """Return the sha256 of the names and bytes of a local source's files; None for a Hub dataset.
 
     Raises:
-        DataError: nothing is there.
+        DataError: the source does not exist.
     """
     if not Path(source).is_absolute():
         return None
     digest = hashlib.sha256()
     for file in _files(Path(source)):
         with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file}\n{found}\n".encode("utf-8", "surrogateescape"))
+            file_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file}\n{file_sha256}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def _files(path: Path) -> list[Path]:
+    """Return the data files that a path names: itself, or those in its folder by name.
+
+    Raises:
+        DataError: there are none.
+    """
     if path.is_file():
         if path.suffix not in DATA_SUFFIXES:
             raise DataError(
@@ -83,18 +99,21 @@ def _files(path: Path) -> list[Path]:
             )
         return [path]
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix in DATA_SUFFIXES)
-        if not found:
+        files = sorted(file for file in path.iterdir() if file.suffix in DATA_SUFFIXES)
+        if not files:
             raise DataError(f"{path}: the folder holds no {', '.join(DATA_SUFFIXES)} file")
-        return found
+        return files
     raise DataError(f"{path}: no such file or folder{_how_to_build(path)}")
 
 
 def _how_to_build(path: Path) -> str:
-    """``data/icd10/train.jsonl`` is built by ``data/icd10.py``: say so where such a script is."""
-    for place in (path, *path.parents):
-        script = place.parent / f"{place.name}.py"
-        if place.name and script.is_file():
+    """Return a hint at the script that builds a missing file, or at the data files beside it.
+
+    ``data/icd10/train.jsonl`` is built by ``data/icd10.py``.
+    """
+    for candidate in (path, *path.parents):
+        script = candidate.parent / f"{candidate.name}.py"
+        if candidate.name and script.is_file():
             return f". Build it: python {script}"
     siblings = sorted(file.name for file in path.parent.glob("*") if file.suffix in DATA_SUFFIXES)
     return f"; {path.parent} holds {', '.join(siblings)}" if siblings else ""
@@ -110,7 +129,7 @@ def _read_file(path: Path) -> list[RawRow]:
 
 def _read_jsonl(path: Path) -> list[RawRow]:
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -124,7 +143,7 @@ def _read_jsonl(path: Path) -> list[RawRow]:
 
 def _read_json(path: Path) -> list[RawRow]:
     try:
-        value = json.loads(_text(path))
+        value = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, list):
@@ -135,7 +154,7 @@ def _read_json(path: Path) -> list[RawRow]:
     ]
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -153,20 +172,20 @@ def _read_with_datasets(path: Path) -> list[RawRow]:
 
     try:
         if path.suffix == ".csv":
-            # Text stays text: no guess turns "007" or "NA" into something else.
+            # Keeps text as text: no type inference turns "007" or "NA" into something else.
             import pandas
 
             frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
             if not isinstance(frame.index, pandas.RangeIndex):
                 raise ValueError(
-                    "its rows have more cells than its header; quote cells with commas"
+                    "its rows have more cells than its header; quote cells that contain commas"
                 )
             records = frame.to_dict(orient="records")
         else:
             import pyarrow.parquet
 
             records = Dataset(pyarrow.parquet.read_table(path)).to_list()
-    except Exception as error:  # the readers raise many kinds; all mean an unreadable file
+    except Exception as error:  # the readers raise many types; each means an unreadable file
         raise DataError(f"{path}: cannot be read: {error}") from error
     return [
         RawRow(f"{path} row {n}", {str(key): value for key, value in record.items()})
@@ -177,8 +196,8 @@ def _read_with_datasets(path: Path) -> list[RawRow]:
 def _read_hub(source: str, split: str, subset: str | None, revision: str | None) -> list[RawRow]:
     if Path(source).exists():
         raise DataError(
-            f"{source}: was taken for a Hub id, but the working folder holds something of that name too."
-            " Run from another folder, or write the whole path if you mean that"
+            f"{source}: was read as a Hub id, but the working folder also holds something of that name."
+            " Run from another folder, or write the full path if you mean the local one"
         )
     from datasets import get_dataset_split_names, load_dataset
 
@@ -192,7 +211,7 @@ def _read_hub(source: str, split: str, subset: str | None, revision: str | None)
     except Exception as error:
         raise DataError(
             f"{source}: cannot be loaded from the Hub: {error}. If it is a file, write its path with"
-            " a leading ./ or its suffix; if it is gated, run `hf auth login` first"
+            " a leading ./ or with its suffix; if it is gated, run `hf auth login` first"
         ) from error
     return [
         RawRow(f"{source}[{split}] row {n}", dict(record)) for n, record in enumerate(data, start=1)

@@ -1,4 +1,4 @@
-"""Owns control tokens: which strings they are, and messages in which the same characters are text."""
+"""Owns special tokens: which strings they are, and how the same characters in messages stay text."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from halfbyte.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Supplementary private use area A: stands in for control strings while the template runs.
+# Supplementary private use area A: its characters replace special-token text while the template runs.
 SENTINEL_START = 0xF0000
 SENTINELS = re.compile("[\U000f0000-\U000ffffd]")
 
 
-class Controls:
-    """The control strings of one tokenizer and template.
+class SpecialTokens:
+    """The special tokens of one tokenizer and template.
 
     Args:
-        strings: every control string, longer ones found before those that they contain.
-        tokenizer: gives each its id.
+        strings: text of every special token; longer ones match before those that they contain.
+        tokenizer: maps each to its id.
 
     Attributes:
-        ids: control string to token id.
-        pattern: finds the next control string in a text.
+        strings: text of every special token.
+        ids: special-token text to token id.
+        pattern: matches the next special-token text in a text.
     """
 
     def __init__(self, strings: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -35,41 +36,44 @@ class Controls:
         self.ids: dict[str, int] = {
             token: tokenizer.convert_tokens_to_ids(token) for token in longest_first
         }
-        either = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        self.pattern = re.compile(either)
-        self._cut = re.compile(f"({either})")
-        self._starts = {token[:size] for token in self.strings for size in range(1, len(token))}
-        self._ends = {token[size:] for token in self.strings for size in range(1, len(token))}
-        self._last_of_starts = {start[-1] for start in self._starts}
-        self._first_of_ends = {end[0] for end in self._ends}
-        self._longest = max(map(len, self.strings), default=0)
+        alternatives = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        self.pattern = re.compile(alternatives)
+        self._split_pattern = re.compile(f"({alternatives})")
+        self._prefixes = {token[:size] for token in self.strings for size in range(1, len(token))}
+        self._suffixes = {token[size:] for token in self.strings for size in range(1, len(token))}
+        self._last_of_prefixes = {prefix[-1] for prefix in self._prefixes}
+        self._first_of_suffixes = {suffix[0] for suffix in self._suffixes}
+        self._max_length = max(map(len, self.strings), default=0)
 
     def split(self, text: str) -> list[str]:
-        """Text, control string, text, …, text: the parts of ``text`` in turn, texts may be empty."""
-        return self._cut.split(text)
+        """Split ``text`` into text, special token, text, …, text; the texts may be empty."""
+        return self._split_pattern.split(text)
 
-    def neutralise(
+    def escape(
         self, messages: tuple[Message, ...], place: str
     ) -> tuple[tuple[Message, ...], dict[str, str]]:
-        """Messages with a sentinel for each control string, and what each sentinel stands for.
+        """Replace special-token text in messages by sentinels.
 
-        The ends of a message are guarded too, where they could complete a control string together
+        The ends of a message are replaced as well where they could complete a special token together
         with what the template writes next to them.
 
-        Raises:
-            DataError: a message holds a sentinel itself.
-        """
-        table: dict[str, str] = {}
+        Returns:
+            The messages with sentinels, and the text that each sentinel stands for.
 
-        def sentinel(text: str) -> str:
-            for char, known in table.items():
-                if known == text:
+        Raises:
+            DataError: a message itself contains a sentinel.
+        """
+        originals: dict[str, str] = {}
+
+        def sentinel_for(text: str) -> str:
+            for char, original in originals.items():
+                if original == text:
                     return char
-            char = chr(SENTINEL_START + len(table))
-            table[char] = text
+            char = chr(SENTINEL_START + len(originals))
+            originals[char] = text
             return char
 
-        neutral = []
+        escaped = []
         for message in messages:
             content = message.content
             if SENTINELS.search(content):
@@ -77,29 +81,35 @@ class Controls:
                     f"{place}: a {message.role} message holds a private-use character"
                     " (U+F0000 to U+FFFFD), which halfbyte reserves; remove it"
                 )
-            content = self.pattern.sub(lambda found: sentinel(found.group()), content)
+            content = self.pattern.sub(lambda match: sentinel_for(match.group()), content)
             size = len(content.rstrip())
-            tail = self._tail(content, size)
+            tail = self._prefix_start(content, size)
             if tail < size:
-                content = content[:tail] + sentinel(content[tail:size]) + content[size:]
+                content = content[:tail] + sentinel_for(content[tail:size]) + content[size:]
             lead = len(content) - len(content.lstrip())
-            head = self._head(content, lead)
+            head = self._suffix_end(content, lead)
             if head > lead:
-                content = content[:lead] + sentinel(content[lead:head]) + content[head:]
-            same = content == message.content
-            neutral.append(message if same else Message(message.role, content))
-        return tuple(neutral), table
+                content = content[:lead] + sentinel_for(content[lead:head]) + content[head:]
+            unchanged = content == message.content
+            escaped.append(message if unchanged else Message(message.role, content))
+        return tuple(escaped), originals
 
-    def _tail(self, content: str, size: int) -> int:
-        """Where the longest beginning of a control string begins that ends at ``size``."""
-        if size == 0 or content[size - 1] not in self._last_of_starts:
+    def _prefix_start(self, content: str, size: int) -> int:
+        """Return where the longest proper prefix of a special token starts that ends at ``size``.
+
+        Where none does, return ``size``.
+        """
+        if size == 0 or content[size - 1] not in self._last_of_prefixes:
             return size
-        first = max(0, size - self._longest)
-        return next((n for n in range(first, size) if content[n:size] in self._starts), size)
+        first = max(0, size - self._max_length)
+        return next((n for n in range(first, size) if content[n:size] in self._prefixes), size)
 
-    def _head(self, content: str, lead: int) -> int:
-        """Where the longest ending of a control string ends that begins at ``lead``."""
-        if lead == len(content) or content[lead] not in self._first_of_ends:
+    def _suffix_end(self, content: str, lead: int) -> int:
+        """Return where the longest proper suffix of a special token ends that starts at ``lead``.
+
+        Where none does, return ``lead``.
+        """
+        if lead == len(content) or content[lead] not in self._first_of_suffixes:
             return lead
-        last = min(len(content), lead + self._longest)
-        return next((n for n in range(last, lead, -1) if content[lead:n] in self._ends), lead)
+        last = min(len(content), lead + self._max_length)
+        return next((n for n in range(last, lead, -1) if content[lead:n] in self._suffixes), lead)

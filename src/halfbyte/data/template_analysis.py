@@ -1,15 +1,17 @@
 """Owns the proof that a chat template only copies contents, so that it need not run for each row.
 
-Where a template takes decisions by the roles and the number of turns alone, and writes each content
-as it is or with its ends trimmed, the text of a row is that of any row with the same roles, with its
-own contents put in. The proof reads the template's syntax tree; what it does not know is no copy.
+If a template decides by the roles and the number of turns alone, and writes each content as it is or
+with its ends trimmed, then the text of a row is that of any row with the same roles, with its own
+contents put in. The proof walks the template's syntax tree; a construct that it does not know counts
+as one that may look into a content.
 """
 
 from __future__ import annotations
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 
-# What an expression can hold. ``text`` has contents joined to other text, ``content`` is one alone.
+# What an expression can hold: ``content`` is one message's content alone, ``text`` has contents joined
+# to other text, and ``plain`` depends on no content.
 PLAIN, CONTENT, TEXT, MESSAGE, MESSAGES, LOOP = (
     "plain",
     "content",
@@ -18,13 +20,13 @@ PLAIN, CONTENT, TEXT, MESSAGE, MESSAGES, LOOP = (
     "messages",
     "loop",
 )
-WRITTEN = (PLAIN, CONTENT, TEXT)
-# True or false by the type alone; every content is a str.
+STRING_KINDS = (PLAIN, CONTENT, TEXT)  # what a template may write
+# Tests that look at the type alone; every content is a str.
 TYPE_TESTS = ("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number")
-LOOP_FACTS = ("first", "last", "index", "index0", "revindex", "revindex0", "length")
-FUNCTIONS = ("range", "namespace", "raise_exception")
-# What a template may call besides, by any name: the clock, chance, and things with a memory.
-UNKNOWN = ("strftime_now", "lipsum", "cycler", "joiner", "dict")
+LOOP_ATTRIBUTES = ("first", "last", "index", "index0", "revindex", "revindex0", "length")
+ALLOWED_FUNCTIONS = ("range", "namespace", "raise_exception")
+# Globals that no expression may use: the clock, random text, objects with state, and dict.
+FORBIDDEN_NAMES = ("strftime_now", "lipsum", "cycler", "joiner", "dict")
 MAX_PASSES = 16
 
 
@@ -33,12 +35,12 @@ class _NotCopiedError(Exception):
 
 
 def only_copies(template: str) -> bool:
-    """Whether a chat template provably writes contents as they are or trimmed, and asks only for roles.
+    """Return whether a chat template provably copies contents, whole or trimmed, and looks only at roles.
 
-    It may not read the clock, draw random numbers or look at a content in any way. The messages are
-    dicts of ``role`` and ``content``, both str.
+    Such a template does not read the clock, draw random numbers or look at a content in any way. The
+    messages are dicts of ``role`` and ``content``, both str.
     """
-    # As transformers sets it up; its generation tag is unknown here, and so no copy.
+    # Set up as in transformers, but without its generation tag: a template with one fails to parse.
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -46,45 +48,54 @@ def only_copies(template: str) -> bool:
         tree = environment.parse(template)
     except TemplateSyntaxError:
         return False
-    reader = _Reader()
+    walker = _TemplateWalker()
     try:
         for _ in range(MAX_PASSES):
-            before = dict(reader.names)
-            reader.run(tree.body)
-            if reader.names == before:
+            before = dict(walker.kinds)
+            walker.walk(tree.body)
+            if walker.kinds == before:
                 return True
     except _NotCopiedError:
         return False
     return False
 
 
-class _Reader:
-    """Walks a template; ``names`` says what each name holds at most, wherever it was set."""
+class _TemplateWalker:
+    """Walks a template's syntax tree and keeps track of what its variables can hold.
+
+    Attributes:
+        kinds: name of a variable to the most general kind that it is set to anywhere.
+    """
 
     def __init__(self) -> None:
-        self.names: dict[str, str] = {"messages": MESSAGES, "loop": LOOP}
+        self.kinds: dict[str, str] = {"messages": MESSAGES, "loop": LOOP}
 
-    def run(self, body: list[nodes.Node]) -> None:
+    def walk(self, body: list[nodes.Node]) -> None:
+        """Walk some statements.
+
+        Raises:
+            _NotCopiedError: one of them may look into a content.
+        """
         for node in body:
             self._statement(node)
 
     def _statement(self, node: nodes.Node) -> None:
         if isinstance(node, nodes.Output):
             for part in node.nodes:
-                self._need(part, WRITTEN)
+                self._require(part, STRING_KINDS)
         elif isinstance(node, nodes.If) and self._is_string_test(node.test):
-            self.run(node.body)
+            self.walk(node.body)
         elif isinstance(node, nodes.If):
             self._condition(node.test)
-            self.run([*node.body, *node.elif_, *node.else_])
+            self.walk([*node.body, *node.elif_, *node.else_])
         elif isinstance(node, nodes.For):
             if node.recursive or node.test is not None:
                 raise _NotCopiedError
-            item = {MESSAGES: MESSAGE, PLAIN: PLAIN}.get(self._kind(node.iter))
-            if item is None:
+            item_kind = {MESSAGES: MESSAGE, PLAIN: PLAIN}.get(self._kind(node.iter))
+            if item_kind is None:
                 raise _NotCopiedError
-            self._assign(node.target, item)
-            self.run([*node.body, *node.else_])
+            self._assign(node.target, item_kind)
+            self.walk([*node.body, *node.else_])
         elif isinstance(node, nodes.Assign):
             self._assign(node.target, self._kind(node.node))
         elif not isinstance(node, (nodes.Break, nodes.Continue)):
@@ -92,35 +103,37 @@ class _Reader:
 
     def _assign(self, target: nodes.Node, kind: str) -> None:
         if isinstance(target, nodes.Name) and target.name != "loop" and kind != LOOP:
-            self.names[target.name] = _join(self.names.get(target.name, kind), kind)
+            self.kinds[target.name] = _join(self.kinds.get(target.name, kind), kind)
         elif kind != PLAIN or not isinstance(target, nodes.NSRef):
             raise _NotCopiedError
 
     def _is_string_test(self, node: nodes.Node) -> bool:
-        """``content is string``, which is always true here."""
+        """Return whether the node is ``content is string``, which is always true here."""
         if not isinstance(node, nodes.Test) or node.name != "string":
             return False
         return self._kind(node.node) in (CONTENT, TEXT)
 
     def _condition(self, node: nodes.Node) -> None:
-        self._need(node, (PLAIN, MESSAGE, MESSAGES))
+        self._require(node, (PLAIN, MESSAGE, MESSAGES))
 
-    def _need(self, node: nodes.Node, kinds: tuple[str, ...]) -> str:
+    def _require(self, node: nodes.Node, kinds: tuple[str, ...]) -> str:
+        """Return what the expression holds, which must be one of ``kinds``."""
         kind = self._kind(node)
         if kind not in kinds:
             raise _NotCopiedError
         return kind
 
-    def _kind(self, node: nodes.Node) -> str:  # noqa: C901, PLR0911 (one case a kind of node)
+    def _kind(self, node: nodes.Node) -> str:  # noqa: C901, PLR0911 (one case per kind of node)
+        """Return what the expression holds."""
         match node:
             case nodes.Const() | nodes.TemplateData():
                 return PLAIN
             case nodes.Name():
-                return self._named(node.name)
+                return self._variable(node.name)
             case nodes.Getitem():
-                return self._item(node)
+                return self._subscript(node)
             case nodes.Getattr():
-                return self._field(self._kind(node.node), node.attr)
+                return self._attribute(self._kind(node.node), node.attr)
             case nodes.Filter():
                 return self._filter(node)
             case nodes.Test():
@@ -129,7 +142,7 @@ class _Reader:
                 return self._call(node)
             case nodes.Add() | nodes.Concat():
                 parts = node.nodes if isinstance(node, nodes.Concat) else [node.left, node.right]
-                kinds = {self._need(part, WRITTEN) for part in parts}
+                kinds = {self._require(part, STRING_KINDS) for part in parts}
                 return PLAIN if kinds == {PLAIN} else TEXT
             case nodes.CondExpr():
                 self._condition(node.test)
@@ -144,39 +157,39 @@ class _Reader:
                 return self._all_plain(node)
         raise _NotCopiedError
 
-    def _named(self, name: str) -> str:
-        if name in UNKNOWN:
+    def _variable(self, name: str) -> str:
+        if name in FORBIDDEN_NAMES:
             raise _NotCopiedError
-        return self.names.get(name, PLAIN)
+        return self.kinds.get(name, PLAIN)
 
     def _all_plain(self, node: nodes.Node) -> str:
-        """Every expression within ``node`` is plain."""
+        """Require that every expression within ``node`` is plain."""
         for part in node.iter_child_nodes():
             if isinstance(part, (nodes.Operand, nodes.Pair, nodes.Keyword)):
                 self._all_plain(part)
             else:
-                self._need(part, (PLAIN,))
+                self._require(part, (PLAIN,))
         return PLAIN
 
-    def _item(self, node: nodes.Getitem) -> str:
+    def _subscript(self, node: nodes.Getitem) -> str:
         kind = self._kind(node.node)
         if kind == MESSAGES:
-            self._need(node.arg, (PLAIN,))
+            self._require(node.arg, (PLAIN,))
             return MESSAGES if isinstance(node.arg, nodes.Slice) else MESSAGE
         if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
-            return self._field(kind, node.arg.value)
-        self._need(node.arg, (PLAIN,))
+            return self._attribute(kind, node.arg.value)
+        self._require(node.arg, (PLAIN,))
         if kind != PLAIN:
             raise _NotCopiedError
         return PLAIN
 
-    def _field(self, kind: str, name: str) -> str:
-        """What ``message.name`` or ``loop.name`` is; a key that a dict lacks is undefined."""
+    def _attribute(self, kind: str, name: str) -> str:
+        """Return what ``message.name`` or ``loop.name`` holds; a key that a dict lacks is undefined."""
         if kind == MESSAGE and name == "content":
             return CONTENT
         if kind == MESSAGE and not hasattr(dict, name):
             return PLAIN
-        if kind == PLAIN or (kind == LOOP and name in LOOP_FACTS):
+        if kind == PLAIN or (kind == LOOP and name in LOOP_ATTRIBUTES):
             return PLAIN
         raise _NotCopiedError
 
@@ -184,40 +197,42 @@ class _Reader:
         if node.node is None or node.name == "random":
             raise _NotCopiedError
         kind = self._kind(node.node)
-        bare = not (node.args or node.kwargs or node.dyn_args or node.dyn_kwargs)
-        if kind == CONTENT and node.name == "trim" and bare:
+        if kind == CONTENT and node.name == "trim" and not _has_arguments(node):
             return CONTENT
-        if kind == MESSAGES and node.name in ("length", "count") and bare:
+        if kind == MESSAGES and node.name in ("length", "count") and not _has_arguments(node):
             return PLAIN
         return self._all_plain(node)
 
     def _test(self, node: nodes.Test) -> str:
-        bare = not (node.args or node.kwargs or node.dyn_args or node.dyn_kwargs)
-        if node.name in TYPE_TESTS and bare:
+        if node.name in TYPE_TESTS and not _has_arguments(node):
             if not isinstance(node.node, nodes.Name):
                 self._kind(node.node)
             return PLAIN
         return self._all_plain(node)
 
     def _call(self, node: nodes.Call) -> str:
-        called = node.node
-        if isinstance(called, nodes.Name):
-            if called.name not in FUNCTIONS or called.name in self.names:
+        function = node.node
+        if isinstance(function, nodes.Name):
+            if function.name not in ALLOWED_FUNCTIONS or function.name in self.kinds:
                 raise _NotCopiedError
-            # A template that raises is run for each row, and tells its own reason.
-            return PLAIN if called.name == "raise_exception" else self._all_plain(node)
-        if not isinstance(called, nodes.Getattr):
+            # A template that raises an exception is run for each row, so that the row gets its message.
+            return PLAIN if function.name == "raise_exception" else self._all_plain(node)
+        if not isinstance(function, nodes.Getattr):
             raise _NotCopiedError
-        bare = not (node.args or node.kwargs or node.dyn_args or node.dyn_kwargs)
-        if called.attr == "strip" and bare and self._kind(called.node) == CONTENT:
+        strips = function.attr == "strip" and not _has_arguments(node)
+        if strips and self._kind(function.node) == CONTENT:
             return CONTENT
         return self._all_plain(node)
 
 
+def _has_arguments(node: nodes.Filter | nodes.Test | nodes.Call) -> bool:
+    return bool(node.args or node.kwargs or node.dyn_args or node.dyn_kwargs)
+
+
 def _join(one: str, other: str) -> str:
-    """What holds either of two kinds."""
+    """Return the kind that covers two kinds."""
     if one == other:
         return one
-    if one in WRITTEN and other in WRITTEN:
+    if one in STRING_KINDS and other in STRING_KINDS:
         return TEXT
     raise _NotCopiedError

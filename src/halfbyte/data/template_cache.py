@@ -1,4 +1,4 @@
-"""Owns texts of rows from templates that only copy: rendered once for all rows with the same roles."""
+"""Owns the texts of copying chat templates: one rendering serves all rows with the same roles."""
 
 from __future__ import annotations
 
@@ -11,30 +11,36 @@ from halfbyte.data.special_tokens import SENTINEL_START
 from halfbyte.data.template_analysis import only_copies
 from halfbyte.errors import DataError
 
-# A stand-in for a content, between two spaces by which it is seen whether its ends were trimmed.
+# A placeholder stands for a content, between two spaces that show whether the template trimmed its ends.
 EDGE = "\u2003"
-MARKS = re.compile(f"({EDGE}?)([\U000f0000-\U000ffffd])({EDGE}?)")
+PLACEHOLDERS = re.compile(f"({EDGE}?)([\U000f0000-\U000ffffd])({EDGE}?)")
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """A rendered text with places for contents: literal, content, literal, …, literal.
+class _RenderedTemplate:
+    """A rendered text with placeholders for contents: literal, content, literal, …, literal.
 
-    ``places`` has the number of the message whose content comes next, and whether it is trimmed.
+    Attributes:
+        literals: the texts that the template writes, one more than there are placeholders.
+        placeholders: for each, the number of the message whose content it stands for, and whether the
+            template trims that content.
     """
 
     literals: list[str]
-    places: list[tuple[int, bool]]
+    placeholders: list[tuple[int, bool]]
 
-    def text(self, contents: list[str], trimmed: list[str]) -> str:
-        parts = [""] * (len(self.literals) + len(self.places))
+    def fill(self, contents: list[str], trimmed: list[str]) -> str:
+        """Return the text with each message's content, or its trimmed content, put in."""
+        parts = [""] * (len(self.literals) + len(self.placeholders))
         parts[::2] = self.literals
-        parts[1::2] = [(trimmed if trim else contents)[number] for number, trim in self.places]
+        parts[1::2] = [
+            (trimmed if trim else contents)[number] for number, trim in self.placeholders
+        ]
         return "".join(parts)
 
 
-class Shapes:
-    """What one chat template makes of conversations, by their roles.
+class TemplateCache:
+    """The texts that one chat template writes, rendered once for each sequence of roles.
 
     Args:
         template: Jinja text, or None.
@@ -46,42 +52,45 @@ class Shapes:
     ) -> None:
         self._render = render
         self._copies = isinstance(template, str) and (
-            only_copies(template) and EDGE not in template and not MARKS.search(template)
+            only_copies(template) and EDGE not in template and not PLACEHOLDERS.search(template)
         )
-        self._known: dict[tuple[str, ...], list[_Shape]] = {}
+        self._rendered: dict[tuple[str, ...], list[_RenderedTemplate]] = {}
 
     def texts(self, messages: tuple[Message, ...]) -> Iterator[str] | None:
-        """What ``render`` would give; None where only running the template can tell."""
+        """Return what ``render`` would, or None if the template must be run for these messages."""
         if not self._copies:
             return None
         roles = tuple(message.role for message in messages)
-        if roles not in self._known:
-            self._known[roles] = self._learn(roles)
-        shapes = self._known[roles]
+        if roles not in self._rendered:
+            self._rendered[roles] = self._render_roles(roles)
+        rendered = self._rendered[roles]
         contents = [message.content for message in messages]
         trimmed = [content.strip() for content in contents]
-        return (shape.text(contents, trimmed) for shape in shapes) if shapes else None
+        return (text.fill(contents, trimmed) for text in rendered) if rendered else None
 
-    def _learn(self, roles: tuple[str, ...]) -> list[_Shape]:
-        marked = tuple(
+    def _render_roles(self, roles: tuple[str, ...]) -> list[_RenderedTemplate]:
+        """Render placeholders with these roles; empty if that fails or damages a placeholder."""
+        messages = tuple(
             Message(role, f"{EDGE}{chr(SENTINEL_START + number)}{EDGE}")
             for number, role in enumerate(roles)
         )
         try:
-            texts = self._render(marked)
-        except DataError:  # the template refuses such roles: each row is told so with its place
+            texts = self._render(messages)
+        except (
+            DataError
+        ):  # the template rejects these roles: each row gets that error with its place
             return []
-        shapes = [_shape_of(text) for text in texts]
-        return [] if None in shapes else [shape for shape in shapes if shape is not None]
+        rendered = [_parse(text) for text in texts]
+        return [] if None in rendered else [text for text in rendered if text is not None]
 
 
-def _shape_of(text: str) -> _Shape | None:
-    """The places of stand-ins in a rendered text; None if the template has cut into one."""
-    found = MARKS.split(text)
-    literals, before, chars, after = found[::4], found[1::4], found[2::4], found[3::4]
+def _parse(text: str) -> _RenderedTemplate | None:
+    """Split a rendered text at its placeholders; None if the template has cut into one of them."""
+    parts = PLACEHOLDERS.split(text)
+    literals, before, chars, after = parts[::4], parts[1::4], parts[2::4], parts[3::4]
     if before != after or any(EDGE in literal for literal in literals):
         return None
-    places = [
+    placeholders = [
         (ord(char) - SENTINEL_START, not edge) for char, edge in zip(chars, before, strict=True)
     ]
-    return _Shape(literals, places)
+    return _RenderedTemplate(literals, placeholders)

@@ -1,93 +1,97 @@
-"""Owns text to ids: pieces of text, each tokenised once, many at a time, on every core."""
+"""Owns tokenisation: segments of text to ids, each segment once, in batches, on every core."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from halfbyte.data.special_tokens import SENTINELS, Controls
+from halfbyte.data.special_tokens import SENTINELS, SpecialTokens
 from halfbyte.libraries import parallel_tokenisers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Fewer texts than this are not worth waking threads for.
-MANY = 512
-CALL_TEXTS = 1024  # what a call returns is many times larger than its ids
+# With fewer texts than this, waking threads does not pay.
+MIN_PARALLEL_TEXTS = 512
+TEXTS_PER_CALL = 1024  # what a call returns is many times larger than its ids
 
 
-class Pieces:
-    """Control tokens and stretches of text that rows are put together from, each known by a number.
+class Segments:
+    """The distinct segments of some rows, each known by its number: special tokens and plain text.
 
-    A stretch belongs to the control token before it, its anchor: behind one, tokenizers that mark
-    the beginning of a text do not mark this one.
+    A segment of plain text belongs to the special token before it, its anchor: tokenizers that mark
+    the beginning of a text do not mark one that follows a special token.
     """
 
-    def __init__(self, controls: Controls) -> None:
-        self._controls = controls
-        # (anchor, text), or (control token, None).
+    def __init__(self, special_tokens: SpecialTokens) -> None:
+        self._special_tokens = special_tokens
+        # (anchor, text), or (special token, None).
         self._numbers: dict[tuple[str | None, str | None], int] = {}
 
-    def control(self, token: str) -> int:
-        """Number of a control token."""
+    def add_special_token(self, token: str) -> int:
+        """Return the number of a special token."""
         return self._numbers.setdefault((token, None), len(self._numbers))
 
-    def text(self, anchor: str | None, text: str) -> int:
-        """Number of text that holds no control token, behind the control token ``anchor``."""
+    def add_text(self, anchor: str | None, text: str) -> int:
+        """Return the number of plain ``text`` behind the special token ``anchor``."""
         return self._numbers.setdefault((anchor, text), len(self._numbers))
 
-    def cut(self, text: str, table: dict[str, str], anchor: str | None) -> list[int]:
-        """Numbers of template text: control tokens as themselves, everything else as plain text.
+    def split(self, text: str, originals: dict[str, str], anchor: str | None) -> list[int]:
+        """Split template text into segments: its special tokens, and everything else as plain text.
 
         Args:
-            text: what a template wrote of neutralised messages.
-            table: what each sentinel in it stands for.
-            anchor: the control token before the text, None at the beginning of a row.
+            text: what a template wrote of escaped messages.
+            originals: the text that each sentinel in it stands for.
+            anchor: the special token before the text, None at the beginning of a row.
+
+        Returns:
+            The numbers of the segments.
         """
         numbers: list[int] = []
-        parts = self._controls.split(text)
+        parts = self._special_tokens.split(text)
         for plain, token in zip(parts[::2], [*parts[1::2], None], strict=True):
             if plain:
-                self._cut_plain(plain, table, anchor, numbers)
+                self._split_plain(plain, originals, anchor, numbers)
             if token is not None:
-                numbers.append(self.control(token))
+                numbers.append(self.add_special_token(token))
                 anchor = token
         return numbers
 
-    def _cut_plain(
-        self, text: str, table: dict[str, str], anchor: str | None, numbers: list[int]
+    def _split_plain(
+        self, text: str, originals: dict[str, str], anchor: str | None, numbers: list[int]
     ) -> None:
-        at = 0
-        if table and SENTINELS.search(text):
-            text = SENTINELS.sub(lambda found: table[found.group()], text)
-            # Cut each control string behind its first character: no part of it is one any more.
-            for found in self._controls.pattern.finditer(text):
-                numbers.append(self.text(anchor, text[at : found.start() + 1]))
-                at = found.start() + 1
-        numbers.append(self.text(anchor, text[at:]))
+        """Append the numbers of plain text, with what its sentinels stand for put back."""
+        start = 0
+        if originals and SENTINELS.search(text):
+            text = SENTINELS.sub(lambda match: originals[match.group()], text)
+            # Split special-token text after its first character: no segment holds a whole one then.
+            for match in self._special_tokens.pattern.finditer(text):
+                numbers.append(self.add_text(anchor, text[start : match.start() + 1]))
+                start = match.start() + 1
+        numbers.append(self.add_text(anchor, text[start:]))
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Token ids of each piece, by its number."""
+        """Return the token ids of each segment, by its number."""
         texts = [(anchor or "") + text for anchor, text in self._numbers if text is not None]
-        found = iter(plain_ids(tokenizer, texts))
+        text_ids = iter(plain_ids(tokenizer, texts))
         ids = []
         for anchor, text in self._numbers:
             if text is None:
                 assert anchor is not None
-                ids.append([self._controls.ids[anchor]])
+                ids.append([self._special_tokens.ids[anchor]])
             else:
-                ids.append(next(found)[1:] if anchor else next(found))
+                ids.append(next(text_ids)[1:] if anchor else next(text_ids))
         return ids
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text, as ``tokenizer(text, add_special_tokens=False)`` gives them one by one."""
+    """Return the ids that ``tokenizer(text, add_special_tokens=False)`` gives each text by itself."""
     # Leaves the Rust tokenizer without padding and truncation, which earlier calls may have set.
     tokenizer("x", add_special_tokens=False)
     encode = tokenizer.backend_tokenizer.encode_batch_fast
     ids: list[list[int]] = []
-    with parallel_tokenisers() if len(texts) >= MANY else nullcontext():
-        for at in range(0, len(texts), CALL_TEXTS):
-            found = encode(texts[at : at + CALL_TEXTS], add_special_tokens=False)
-            ids += [encoding.ids for encoding in found]
+    with parallel_tokenisers() if len(texts) >= MIN_PARALLEL_TEXTS else nullcontext():
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            batch = encode(texts[start : start + TEXTS_PER_CALL], add_special_tokens=False)
+            ids += [encoding.ids for encoding in batch]
     return ids

@@ -1,1 +1,1 @@
-"""Owns the comparison: metrics, intervals, variants on the same prompts, the report."""
+"""Owns evaluation: metrics, intervals, the comparison of variants on the same prompts, the report."""

@@ -1,4 +1,4 @@
-"""Owns asking one loaded model one thing: a conversation, perhaps with a picture, to an answer."""
+"""Owns chatting with one loaded model: a conversation, perhaps with an image, and the answer to it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
 from halfbyte.generate.batched import generate
 from halfbyte.llamacpp.model import GgufModel
-from halfbyte.model.footprint import constants_bytes, kinds, num_parameters, weights_bytes
+from halfbyte.model.footprint import (
+    constants_bytes,
+    num_parameters,
+    parameter_groups,
+    weights_bytes,
+)
 from halfbyte.model.load import Loaded
 
-MIN_COLUMN = 30  # characters of an answer beside another
+MIN_COLUMN = 30  # narrowest column, in characters, for answers side by side
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer with its speed."""
+    """An answer and how fast it was generated."""
 
     text: str
     num_tokens: int
@@ -35,15 +40,15 @@ class Reply:
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens per second, prompt processing included."""
+        """Return generated tokens per second; the time includes reading the prompt."""
         return self.num_tokens / self.seconds
 
 
 def describe(loaded: Loaded) -> str:
-    """The dtype of each kind of parameter, and the footprint as counted and as it truly is."""
+    """Tabulate the dtype of each kind of parameter, and the footprint as counted and as it really is."""
     model = loaded.model
     lines = [f"{'kind':<24}{'stored as':<18}{'parameters':>16}{'bytes':>16}"]
-    for kind in kinds(model):
+    for kind in parameter_groups(model):
         lines.append(
             f"{kind.name:<24}{kind.stored_as:<18}{kind.num_parameters:>16,}{kind.num_bytes:>16,}"
         )
@@ -52,7 +57,7 @@ def describe(loaded: Loaded) -> str:
         f"parameters:                        {num_parameters(model):>16,}",
         f"footprint, as transformers counts: {counted:>16,} bytes",
         f"footprint, true:                   {weights_bytes(model):>16,} bytes"
-        f" (with {constants:,} bytes of quantisation constants)",
+        f" (including {constants:,} bytes of quantisation constants)",
         f"compute: {loaded.compute.name} on {loaded.compute.device} ({loaded.compute.reason})",
     ]
     return "\n".join(lines)
@@ -61,7 +66,7 @@ def describe(loaded: Loaded) -> str:
 def reply(
     loaded: Loaded, renderer: Renderer, messages: tuple[Message, ...], max_new_tokens: int
 ) -> Reply:
-    """The greedy answer to a conversation that ends with the user."""
+    """Generate the greedy answer to a conversation that ends with the user's message."""
     start = time.perf_counter()
     (answer,) = generate(
         loaded.model,
@@ -77,7 +82,7 @@ def reply(
 
 
 def reply_from_gguf(model: GgufModel, messages: tuple[Message, ...], max_new_tokens: int) -> Reply:
-    """The same from a GGUF file in llama.cpp, with the template and stop tokens inside it."""
+    """Generate the greedy answer with a GGUF file in llama.cpp, by its own chat template and stop tokens."""
     start = time.perf_counter()
     _, ids = model.prompt(messages)
     (answer,) = model.answers([ids], stop_ids=None, max_new_tokens=max_new_tokens)
@@ -90,10 +95,10 @@ def reply_from_gguf(model: GgufModel, messages: tuple[Message, ...], max_new_tok
 def reply_to_image(
     loaded: Loaded, processor: Any, messages: tuple[Message, ...], image: Path, max_new_tokens: int
 ) -> Reply:
-    """The greedy answer of an image-and-text model to a prompt with a picture before it.
+    """Generate the greedy answer of an image-and-text model to a prompt that follows an image.
 
     Raises:
-        ModelError: the picture cannot be read, or Pillow is missing.
+        ModelError: the image cannot be read, or Pillow is missing.
     """
     try:
         from PIL import Image, UnidentifiedImageError
@@ -112,35 +117,36 @@ def reply_to_image(
     inputs = processor.apply_chat_template(
         turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(loaded.compute.device, dtype=loaded.compute.dtype)
-    length = inputs["input_ids"].shape[1]
+    prompt_tokens = inputs["input_ids"].shape[1]
     start = time.perf_counter()
-    made: Any = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = made[0, length:].tolist()
-    text = str(processor.decode(new, skip_special_tokens=True)).strip()
-    reason = "length" if len(new) == max_new_tokens else "stop"
-    return Reply(text, len(new), time.perf_counter() - start, reason)
+    output: Any = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    ids = output[0, prompt_tokens:].tolist()
+    text = str(processor.decode(ids, skip_special_tokens=True)).strip()
+    reason = "length" if len(ids) == max_new_tokens else "stop"
+    return Reply(text, len(ids), time.perf_counter() - start, reason)
 
 
-Answer = Callable[[tuple[Message, ...]], Reply]
+Responder = Callable[[tuple[Message, ...]], Reply]
 
 
 def chat(
-    answers: Mapping[str, Answer],
+    responders: Mapping[str, Responder],
     system: str | None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] = print,
 ) -> None:
-    """A conversation on the terminal until /quit or end of input; /reset forgets the turns so far.
+    """Hold a conversation on the terminal until /quit or end of input; /reset forgets the turns so far.
 
     Args:
-        answers: who answers, by name; of two, each remembers its own answers, shown side by side.
+        responders: who answers, by name; where there are two, each remembers its own answers, and they are
+            shown side by side.
         system: the system message.
-        read: asks for a line.
-        write: shows one.
+        read: reads a line from the user.
+        write: shows a line.
     """
     opening = (Message("system", system),) if system else ()
-    turns = dict.fromkeys(answers, opening)
-    write("Type a message; /reset begins anew, /quit ends.")
+    turns = dict.fromkeys(responders, opening)
+    write("Type a message; /reset starts a new conversation, /quit exits.")
     while True:
         try:
             text = read("you> ").strip()
@@ -149,45 +155,46 @@ def chat(
         if text == "/quit":
             return
         if text == "/reset":
-            turns = dict.fromkeys(answers, opening)
+            turns = dict.fromkeys(responders, opening)
             continue
         if not text:
             continue
-        made = {}
-        for name, answer in answers.items():
-            asked = (*turns[name], Message("user", text))
-            made[name] = answer(asked)
-            turns[name] = (*asked, Message("assistant", made[name].text or " "))
-        for line in shown(made, shutil.get_terminal_size().columns):
+        replies = {}
+        for name, respond in responders.items():
+            messages = (*turns[name], Message("user", text))
+            replies[name] = respond(messages)
+            turns[name] = (*messages, Message("assistant", replies[name].text or " "))
+        for line in reply_lines(replies, shutil.get_terminal_size().columns):
             write(line)
 
 
-def shown(made: Mapping[str, Reply], columns: int) -> list[str]:
-    """Answers beside each other where so many columns are wide enough, else one after the other."""
-    told = {
+def reply_lines(replies: Mapping[str, Reply], columns: int) -> list[str]:
+    """Lay out replies side by side where ``columns`` of a terminal leave room, else one below the other."""
+    speeds = {
         name: f"({reply.num_tokens} tokens, {reply.tokens_per_s:.1f} tokens/s)"
-        for name, reply in made.items()
+        for name, reply in replies.items()
     }
-    each = (columns - 3 * (len(made) - 1)) // len(made)
-    # A terminal shows wide and right-to-left characters in columns of its own counting.
-    aligns = all(_counts_as_written(reply.text) for reply in made.values())
-    if len(made) == 1 or each < MIN_COLUMN or not aligns:
+    width = (columns - 3 * (len(replies) - 1)) // len(replies)
+    # Terminals differ in how many columns they give to wide and right-to-left characters.
+    aligns = all(_has_narrow_characters(reply.text) for reply in replies.values())
+    if len(replies) == 1 or width < MIN_COLUMN or not aligns:
         lines = []
-        for name, reply in made.items():
-            lines += [f"{name}> {reply.text}", " " * (len(name) + 2) + told[name]]
+        for name, reply in replies.items():
+            lines += [f"{name}> {reply.text}", " " * (len(name) + 2) + speeds[name]]
         return lines
     blocks = []
-    for name, reply in made.items():
-        paragraphs = [textwrap.wrap(part, each) or [""] for part in reply.text.split("\n")]
-        blocks.append([f"{name}>", *(line for part in paragraphs for line in part), told[name]])
+    for name, reply in replies.items():
+        paragraphs = [textwrap.wrap(part, width) or [""] for part in reply.text.split("\n")]
+        blocks.append([f"{name}>", *(line for part in paragraphs for line in part), speeds[name]])
     height = max(map(len, blocks))
     filled = [[*block[:-1], *[""] * (height - len(block)), block[-1]] for block in blocks]
     return [
-        " | ".join(line.ljust(each) for line in row).rstrip() for row in zip(*filled, strict=True)
+        " | ".join(line.ljust(width) for line in row).rstrip() for row in zip(*filled, strict=True)
     ]
 
 
-def _counts_as_written(text: str) -> bool:
+def _has_narrow_characters(text: str) -> bool:
+    """Return whether every character takes one column and is written from left to right."""
     return all(
         unicodedata.east_asian_width(char) not in "WF"
         and unicodedata.bidirectional(char) not in ("R", "AL")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from halfbyte.config import Run
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
@@ -18,16 +19,15 @@ from halfbyte.eval.variants import (
     BASE_NF4,
     FEWSHOT,
     MERGED,
-    Trained,
+    Comparison,
     contenders,
     is_artefact,
 )
 from halfbyte.llamacpp.model import GgufModel
-from halfbyte.model.merged import MERGE_REPORT
+from halfbyte.model.merged import merged_report
 from halfbyte.model.resolve import resolve_base
-from halfbyte.run_dir import RunDir
 from halfbyte.trained.artefact import read_artefact
-from halfbyte.trained.run import same_compute, saved_renderer, trained_base
+from halfbyte.trained.run import TrainedRun, read_trained_run
 
 UNSCORABLE = {  # what is wrong with an answer that does not even match itself
     "exact_match": "matches eval.answer_pattern {0.answer_pattern!r} nowhere",
@@ -37,54 +37,59 @@ UNSCORABLE = {  # what is wrong with an answer that does not even match itself
 }
 
 
-def compare(folder: RunDir, run: Run, benchmarks: Sequence[LoadedBenchmark] = ()) -> list[Variant]:
+def compare(
+    path: Path, run: Run, benchmarks: Sequence[LoadedBenchmark] = ()
+) -> tuple[TrainedRun, list[Variant]]:
     """Measure every variant of ``eval.variants`` and ``eval.baselines``, in that order.
 
-    Benchmarks are asked of every model but those in llama.cpp; of the base once, not again with examples.
+    Every model but those in llama.cpp takes the benchmarks; the base once, not again with examples.
+
+    Args:
+        path: the run folder.
+        run: its settings, with overrides of ``eval``.
+        benchmarks: general benchmarks, loaded.
+
+    Returns:
+        the run, and what each variant came to.
 
     Raises:
-        RunError: the run is not trained, or not merged while ``merged`` is asked for.
+        RunError: the run is not trained, or not merged while ``merged`` is to be compared, or a file is not
+            the one that was measured.
     """
-    folder.trained()
-    wanted = list(run.eval.variants)
+    trained = read_trained_run(path, run)
+    folder, wanted = trained.folder, list(run.eval.variants)
     if MERGED in wanted:
-        folder.need(
-            folder.merged / MERGE_REPORT,
-            f"python train/merge.py {folder.path} (or leave it out with eval.variants)",
-        )
+        merged_report(folder)
     for name in wanted:
         if is_artefact(name):
             read_artefact(folder, name)
-    base = trained_base(folder, run)
-    renderer = saved_renderer(folder, run, base)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
     check_answers(rows, run)
-    asked = questions(rows, renderer)
     if FEWSHOT in wanted:
         fewshot_examples(folder, run.eval.fewshot, run.seed)
     for baseline in run.eval.baselines:
         resolve_base(baseline.model, baseline.revision)
         fewshot_examples(folder, baseline.fewshot, run.seed)
-    trained = Trained(folder, run, base, same_compute(folder), asked, renderer)
+    plain = questions(rows, trained.renderer)
 
-    found = {}
-    for contender in contenders(trained):
-        found[contender.name] = variant = measure(contender, run)
+    variants = {}
+    for contender in contenders(Comparison(trained, trained.trained_compute(), plain)):
+        variants[contender.name] = variant = measure(contender, run)
         if contender.name != FEWSHOT and not isinstance(contender.model, GgufModel):
-            for asked_of_all in benchmarks:
-                task = asked_of_all.settings.task
+            for benchmark in benchmarks:
+                task = benchmark.settings.task
                 print(f"{contender.name}: {task}", file=sys.stderr, flush=True)
                 variant.benchmarks[task] = ask(
-                    asked_of_all, contender.model, contender.renderer.tokenizer, run
+                    benchmark, contender.model, contender.renderer.tokenizer, run
                 )
         # The next model is loaded only when nothing holds this one any more.
         del contender
     order = [*wanted, *(baseline.name for baseline in run.eval.baselines)]
-    return [found[name] for name in order]
+    return trained, [variants[name] for name in order]
 
 
 def check_answers(rows: list[Row], run: Run) -> None:
-    """Whether the metrics can score these rows, before any model is loaded.
+    """Check that the metrics can score these rows, before any model is loaded.
 
     Raises:
         RunError: raw text is to be scored by its answers, or no answer could ever be right.

@@ -1,4 +1,4 @@
-"""Owns the comparison in Weights & Biases: its figures, tables and page, and the saved view of a project."""
+"""Owns recording a comparison in Weights & Biases: figures, tables, the report page and a saved view."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.errors import UserError
+from halfbyte.eval.report_record import Report
 from halfbyte.run_dir import RunDir
 from halfbyte.tracking import choose_mode, start_wandb, where
 
 METRIC, LOW, HIGH = "value", "ci_low", "ci_high"
 REPORT_FILES = ("report.json", "report.md", "report.html", "answers.jsonl", "benchmarks.jsonl")
-MAX_ROWS = 10_000  # W&B's tables end there
+MAX_ROWS = 10_000  # the most that a W&B table shows
 
 
 def check_workspace(run: Run) -> None:
-    """Whether a view can be saved, before anything is computed.
+    """Check before anything is computed that a view can be saved.
 
     Raises:
         UserError: W&B will not be online, or the library is not installed.
     """
     if choose_mode(run.track.wandb) != "online":
         raise UserError(
-            "--workspace saves a view in W&B's project and needs W&B online: set WANDB_API_KEY, and"
+            "--workspace saves a view in the W&B project and needs W&B online: set WANDB_API_KEY and"
             " track.wandb=online"
         )
     workspace("entity", run.track.project, [], run.eval.metrics[0])
@@ -32,23 +33,29 @@ def check_workspace(run: Run) -> None:
 def track_report(
     run: Run,
     folder: RunDir,
-    report: dict[str, Any],
+    report: Report,
     answered: list[dict[str, Any]],
     *,
     save_view: bool = False,
 ) -> str:
-    """Record a comparison as a W&B run in the group of its training; returns where it went.
+    """Record a comparison as a W&B run in the group of its training, and return where it was recorded.
 
-    The summary has each variant's figures (``base-full.exact_match``, …) and the verdict; tables have the
-    variants, the benchmarks and every row; the page is shown as it is; all files are an artifact.
-    ``save_view``: also save the project's view.
+    The summary has each variant's figures (``base-full.exact_match``, …) and the verdict; tables list the
+    variants, the benchmarks and every row; the page is shown as it is; an artifact holds all files.
+
+    Args:
+        run: the config.
+        folder: the run's folder.
+        report: the content of report.json.
+        answered: the rows of answers.jsonl.
+        save_view: whether to save the project's view too.
     """
-    started = start_wandb(run, folder, "eval")
-    if started is None:
-        return where(started)
+    wandb_run = start_wandb(run, folder, "eval")
+    if wandb_run is None:
+        return where(wandb_run)
     import wandb
 
-    started.summary.update(summary(report))
+    wandb_run.summary.update(summary(report))
     tables = {
         "variants": _variants(report),
         "benchmarks": _benchmarks(report),
@@ -56,46 +63,47 @@ def track_report(
     }
     for name, (columns, rows) in tables.items():
         if rows:
-            started.log({name: wandb.Table(columns=columns, data=rows[:MAX_ROWS])})
+            wandb_run.log({name: wandb.Table(columns=columns, data=rows[:MAX_ROWS])})
     page = folder.eval / "report.html"
-    started.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-    artifact = wandb.Artifact(f"comparison-{started.id}", type="evaluation")
+    wandb_run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+    artifact = wandb.Artifact(f"comparison-{wandb_run.id}", type="evaluation")
     for name in REPORT_FILES:
         if (folder.eval / name).is_file():
             artifact.add_file(str(folder.eval / name))
-    started.log_artifact(artifact)
-    told = where(started)
+    wandb_run.log_artifact(artifact)
+    location = where(wandb_run)
     if save_view:
-        names = [entry["name"] for entry in report["variants"]]
-        view = workspace(started.entity, started.project, names, report["metric"])
-        told = f"{told}, view {view.save().url}"
-    started.finish()
-    return told
+        names = [entry["name"] for entry in report.variants]
+        view = workspace(wandb_run.entity, wandb_run.project, names, report.metric)
+        location = f"{location}, view {view.save().url}"
+    wandb_run.finish()
+    return location
 
 
-def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a comparison, by the names that they have in W&B."""
-    values: dict[str, Any] = {"verdict": report["verdict"], "forgetting": report["forgetting"]}
-    for entry in report["variants"]:
+def summary(report: Report) -> dict[str, Any]:
+    """Return the figures of a comparison by their names in W&B."""
+    values: dict[str, Any] = {"verdict": report.verdict, "forgetting": report.forgetting}
+    for entry in report.variants:
         name = entry["name"]
         for key in ("held_out_loss", "weights_bytes", "disk_bytes", "tokens_per_s"):
             values[f"{name}.{key}"] = entry[key]
-        for metric in report["metrics"]:
+        for metric in report.metrics:
             if isinstance(entry.get(metric), dict):
                 values[f"{name}.{metric}"] = entry[metric][METRIC]
-    for benchmark in report["benchmarks"]:
-        for name, told in benchmark["variants"].items():
-            values[f"{name}.{benchmark['task']}"] = told[METRIC]
+    for benchmark in report.benchmarks:
+        for name, estimate in benchmark["variants"].items():
+            values[f"{name}.{benchmark['task']}"] = estimate[METRIC]
     return values
 
 
-def _variants(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    metrics = [m for m in report["metrics"] if isinstance(report["variants"][0].get(m), dict)]
+def _variants(report: Report) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of the table of variants."""
+    metrics = [m for m in report.metrics if isinstance(report.variants[0].get(m), dict)]
     columns = ["variant"]
     columns += [f"{metric}{end}" for metric in metrics for end in ("", " low", " high")]
     columns += ["held-out loss", "MB in memory", "MB on disk", "tokens/s", "verdict"]
     rows = []
-    for entry in report["variants"]:
+    for entry in report.variants:
         cells = [entry["name"]]
         for metric in metrics:
             cells += [entry[metric][key] for key in (METRIC, LOW, HIGH)]
@@ -104,23 +112,23 @@ def _variants(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return columns, rows
 
 
-def _benchmarks(report: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+def _benchmarks(report: Report) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of the table of benchmarks."""
     columns = ["benchmark", "metric", "questions", "variant", "value", "low", "high", "trained"]
     rows = []
-    for benchmark in report["benchmarks"]:
-        for name, told in benchmark["variants"].items():
-            figures = [told[key] for key in (METRIC, LOW, HIGH)]
+    for benchmark in report.benchmarks:
+        for name, estimate in benchmark["variants"].items():
+            figures = [estimate[key] for key in (METRIC, LOW, HIGH)]
             verdict = benchmark["differences"].get(name, {}).get("verdict", "")
             head = [benchmark["task"], benchmark["metric"], benchmark["n"], name]
             rows.append([*head, *figures, verdict])
     return columns, rows
 
 
-def _rows(
-    report: dict[str, Any], answered: list[dict[str, Any]]
-) -> tuple[list[str], list[list[Any]]]:
-    names = [entry["name"] for entry in report["variants"]]
-    metric = report["metric"]
+def _rows(report: Report, answered: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of the table of answers."""
+    names = [entry["name"] for entry in report.variants]
+    metric = report.metric
     columns = ["place", "prompt", "wanted", *names, *(f"{name} {metric}" for name in names)]
     rows = [
         [
@@ -134,14 +142,14 @@ def _rows(
 
 
 def workspace(entity: str, project: str, variants: list[str], metric: str) -> Any:
-    """The saved view of a project, not yet saved: training, memory, samples, and variants by metric.
+    """Build a project's view, not yet saved: training, memory, samples, and variants by metric.
 
     Raises:
         UserError: the library is not installed.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own use of pydantic
+            warnings.simplefilter("ignore")  # about its use of pydantic
             import wandb_workspaces.reports.v2 as panels
             import wandb_workspaces.workspaces as views
     except ImportError:

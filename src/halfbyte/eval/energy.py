@@ -1,4 +1,4 @@
-"""Owns the power that a measurement drew, where the hardware counts it; nothing is guessed."""
+"""Owns measuring the power that a computation draws where the hardware counts it; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from pathlib import Path
 
 import torch
 
-RAPL = Path("/sys/class/powercap")  # Linux's counters of a CPU's packages, in microjoules
+RAPL = Path("/sys/class/powercap")  # Linux's energy counters of CPU packages, in microjoules
 
 
 class Meter:
-    """Mean power from its making on.
+    """Measures the mean power from the moment it is created.
 
-    On a GPU its own counter (NVML), else those of the CPU's packages (RAPL), which count everything that
-    runs on them; where neither can be read, ``watts`` of the config stand for them, or nothing does.
+    It reads the counter of the GPU (NVML), or on a CPU those of its packages (RAPL), which count everything
+    that runs on them. Where neither can be read, the config's ``watts`` are taken, if given.
 
     Args:
-        device: that computes.
-        watts: of ``eval.watts``.
+        device: the device that computes.
+        watts: ``eval.watts`` of the config.
     """
 
     def __init__(self, device: torch.device, watts: float | None) -> None:
         self._watts = watts
-        self._joules = _nvml(device) if device.type == "cuda" else _rapl(RAPL)
-        self._start, self._from = time.perf_counter(), self._read()
+        self._counters = _nvml(device) if device.type == "cuda" else _rapl(RAPL)
+        self._start, self._start_joules = time.perf_counter(), self._read()
 
     def watts(self) -> float | None:
-        """Mean power until now."""
-        gained = [now - before for now, before in zip(self._read(), self._from, strict=True)]
-        # A counter that wrapped around has counted nothing of use.
-        if not gained or min(gained) <= 0:
+        """Return the mean power until now, or None where it is unknown."""
+        joules = [now - start for now, start in zip(self._read(), self._start_joules, strict=True)]
+        # After a counter has wrapped around, its difference means nothing.
+        if not joules or min(joules) <= 0:
             return self._watts
-        return sum(gained) / (time.perf_counter() - self._start)
+        return sum(joules) / (time.perf_counter() - self._start)
 
     def _read(self) -> list[float]:
-        """Joules of each counter."""
-        return [] if self._joules is None else self._joules()
+        """Return the joules of each counter."""
+        return [] if self._counters is None else self._counters()
 
 
 def _rapl(root: Path) -> Callable[[], list[float]] | None:
-    """Counters of all packages; what else is counted there lies within them."""
+    """Return a reader of all packages' counters; the other counters there are parts of these."""
     counters = []
     try:
         for zone in sorted(root.glob("intel-rapl:*")):
@@ -56,14 +56,15 @@ def _rapl(root: Path) -> Callable[[], list[float]] | None:
 
 
 def _nvml(device: torch.device) -> Callable[[], list[float]] | None:
+    """Return a reader of the GPU's energy counter, or None where it has none that can be read."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        # By its identity: CUDA_VISIBLE_DEVICES gives other numbers than NVML does.
-        identity = torch.cuda.get_device_properties(device).uuid
-        found = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(found)
-    except Exception:  # not installed, or a card from before Volta: its own errors are many
+        # By UUID: CUDA_VISIBLE_DEVICES numbers devices differently from NVML.
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # not installed, or a card older than Volta: NVML raises errors of many kinds
         return None
-    return lambda: [pynvml.nvmlDeviceGetTotalEnergyConsumption(found) / 1e3]
+    return lambda: [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3]

@@ -1,7 +1,7 @@
-"""Owns standard benchmarks: lm-evaluation-harness's own tasks, asked of a model that is in memory.
+"""Owns standard benchmarks: tasks of lm-evaluation-harness, run on a model that is in memory.
 
-The harness makes the prompts, reads the answers and scores them. Drawn here, once for all variants: which
-questions are asked. Rehearsed here, before any model is loaded: that each task loads, runs and scores.
+The harness writes the prompts, parses the answers and scores them. This module draws the questions, once for
+all variants, and checks before any model is loaded that each task loads, runs and scores.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from torch import nn
 from halfbyte.config import Run
 from halfbyte.config.evaluation import Benchmark
 from halfbyte.errors import ConfigError, RunError, UserError, last_line
-from halfbyte.eval.code_metric import is_held, sandboxed_code
+from halfbyte.eval.code_metric import is_sandboxed, sandboxed_code
+from halfbyte.libraries import hide_harness_bars
 
-# lm-evaluation-harness's own defaults: with them the prompts are those of its command line.
+# The defaults of lm-evaluation-harness, with which prompts are those of its command line.
 RANDOM_SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234
-BOOTSTRAP = 100  # resamples of the harness's standard errors where it has no formula
+BOOTSTRAP = 100  # resamples for the harness's standard errors where it has no formula
 
-Question = tuple[str, int]  # task and number of the question in it
+Question = tuple[str, int]  # task, and number of the question in it
 
 
 @dataclass(frozen=True)
 class LoadedBenchmark:
-    """A benchmark that is ready to be asked.
+    """A benchmark that is ready to run.
 
     Attributes:
-        settings: of the config.
-        tasks: the harness's, by name; a group has several.
-        questions: in the order of their scores.
-        metric: ``metric,filter`` that decides.
-        higher_is_better: whether more of it is better.
+        settings: the benchmark's entry in the config.
+        tasks: the harness's tasks by name; a group has several.
+        questions: the drawn questions, in the order of their scores.
+        metric: the deciding metric, as ``metric,filter``.
+        higher_is_better: whether a higher value of it is better.
     """
 
     settings: Benchmark
@@ -52,8 +53,8 @@ class LoadedBenchmark:
     metric: str
     higher_is_better: bool
 
-    def described(self, run: Run) -> dict[str, Any]:
-        """What was asked, for the report: enough to ask it again."""
+    def as_json(self, run: Run) -> dict[str, Any]:
+        """Describe the benchmark for the report, with all that is needed to repeat it."""
         chat = run.eval.benchmark_chat
         return {
             "task": self.settings.task,
@@ -66,7 +67,9 @@ class LoadedBenchmark:
                 name: {
                     "version": task.VERSION,
                     "fewshot": task.config.num_fewshot,
-                    "questions": [number for own, number in self.questions if own == name],
+                    "questions": [
+                        n for question_task, n in self.questions if question_task == name
+                    ],
                 }
                 for name, task in self.tasks.items()
             },
@@ -74,14 +77,14 @@ class LoadedBenchmark:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What one model got in a benchmark.
+class BenchmarkResult:
+    """The result of one model in a benchmark.
 
     Attributes:
-        scores: for each ``metric,filter`` the score of every question.
+        scores: the score of every question, for each ``metric,filter``.
         harness: the harness's own figures with their standard errors, for each task.
-        samples: what was answered, for each question.
-        seconds: it took.
+        samples: the answers to each question.
+        seconds: how long it took.
     """
 
     scores: dict[str, list[float]]
@@ -91,11 +94,11 @@ class Answered:
 
 
 def load_benchmarks(run: Run) -> list[LoadedBenchmark]:
-    """Every benchmark of the config, its questions drawn, rehearsed without a model.
+    """Load every benchmark of the config, draw its questions and rehearse it without a model.
 
     Raises:
-        ConfigError: a task is unknown, lacks its data, runs code that is not allowed, or has not what is
-            asked of it.
+        ConfigError: a task is unknown, lacks its data, runs code that is not allowed, or does not support a
+            setting.
         UserError: lm-evaluation-harness is not installed, or programs cannot be run here.
     """
     if not run.eval.benchmarks:
@@ -107,35 +110,36 @@ def load_benchmarks(run: Run) -> list[LoadedBenchmark]:
             "eval.benchmarks need lm-evaluation-harness: pip install 'halfbyte[bench]'"
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    _hide_bars()
+    hide_harness_bars()
     manager = _task_manager([benchmark.task for benchmark in run.eval.benchmarks])
     return [_load(benchmark, manager, run) for benchmark in run.eval.benchmarks]
 
 
-def ask(asked: LoadedBenchmark, model: nn.Module, tokenizer: Any, run: Run) -> Answered:
-    """Ask a model that knows ``token_loss`` the questions of a benchmark.
+def ask(benchmark: LoadedBenchmark, model: nn.Module, tokenizer: Any, run: Run) -> BenchmarkResult:
+    """Ask a model that has ``token_loss`` the questions of a benchmark.
 
     Raises:
-        RunError: a question got no score, such as from a model that gives NaN.
+        RunError: a question got no score, for example because the model gave NaN.
     """
     from halfbyte.eval.harness_model import SharedPrefixLM
 
     training = model.training
-    answers = SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=run.eval.batch_size)
+    lm = SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=run.eval.batch_size)
     start = time.perf_counter()
-    found = _evaluate(asked.tasks, asked.questions, answers, run)
+    results = _evaluate(benchmark.tasks, benchmark.questions, lm, run)
     model.train(training)
-    told = _collect(asked.tasks, found, asked.questions, time.perf_counter() - start)
-    if asked.metric not in told.scores:
+    seconds = time.perf_counter() - start
+    result = _collect(benchmark.tasks, results, benchmark.questions, seconds)
+    if benchmark.metric not in result.scores:
         raise RunError(
-            f"eval.benchmarks: {asked.settings.task}: {asked.metric} is no finite number for some of the"
-            " questions, so that this model cannot be compared on it"
+            f"eval.benchmarks: {benchmark.settings.task}: {benchmark.metric} is not a finite number for some"
+            " of the questions, so this model cannot be compared on it"
         )
-    return told
+    return result
 
 
 def _task_manager(names: list[str]) -> Any:
-    """The harness's index of the folders that mention these names; the whole takes it a minute to read."""
+    """Index only the harness's folders that mention these names; indexing all of them takes a minute."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -143,48 +147,48 @@ def _task_manager(names: list[str]) -> Any:
         path: path.read_text(encoding="utf-8", errors="replace") for path in root.rglob("*.yaml")
     }
     folders: set[Path] = set()
-    is_known = True
+    all_known = True
     for name in names:
-        # As a task, a group or a tag, or in a list of them.
+        # The name as that of a task, a group or a tag, or in a list of them.
         line = rf"""^\s*(?:-|["']?(?:task|group|tag)["']?:)\s*["']?{re.escape(name)}["']?\s*$"""
         mentions = re.compile(line, re.M)
-        found = {
+        matching = {
             path.relative_to(root).parts[0] for path, text in texts.items() if mentions.search(text)
         }
-        folders |= {root / part for part in found}
-        is_known &= bool(found)
-    quick = lm_eval.tasks.TaskManager(include_path=sorted(folders), include_defaults=False)
-    if not is_known or all(_is_whole(quick, name) for name in names):
-        return quick
+        folders |= {root / folder for folder in matching}
+        all_known &= bool(matching)
+    manager = lm_eval.tasks.TaskManager(include_path=sorted(folders), include_defaults=False)
+    if not all_known or all(_is_complete(manager, name) for name in names):
+        return manager
     return lm_eval.tasks.TaskManager()
 
 
-def _is_whole(manager: Any, name: str) -> bool:
-    """Whether a name and all that belongs to it are in the index."""
+def _is_complete(manager: Any, name: str) -> bool:
+    """Return whether the index has a name and everything that belongs to it."""
     entry = manager.task_index.get(name)
-    return entry is not None and all(_is_whole(manager, child) for child in _children(entry))
+    return entry is not None and all(_is_complete(manager, child) for child in _children(entry))
 
 
 def _children(entry: Any) -> list[str]:
-    """Names that a group or a tag stands for."""
+    """Return the names that a group or a tag stands for."""
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
-    return list(_named((entry.cfg or {}).get("task"))) if entry.kind.name == "GROUP" else []
+    return list(_task_names((entry.cfg or {}).get("task"))) if entry.kind.name == "GROUP" else []
 
 
-def _named(part: Any) -> Iterator[str]:
-    """Task names of a group's list, in which groups may stand written out."""
+def _task_names(part: Any) -> Iterator[str]:
+    """Yield the task names in a group's list, which may contain further groups inline."""
     if isinstance(part, str):
         yield part
     elif isinstance(part, dict):
-        yield from _named(part.get("task"))
+        yield from _task_names(part.get("task"))
     elif isinstance(part, list):
         for inner in part:
-            yield from _named(inner)
+            yield from _task_names(inner)
 
 
 def _leaves(manager: Any, name: str) -> Iterator[Any]:
-    """The index's entries of the tasks that belong to a name."""
+    """Yield the index entries of the tasks that belong to a name."""
     entry = manager.task_index[name]
     children = _children(entry)
     if not children:
@@ -194,17 +198,16 @@ def _leaves(manager: Any, name: str) -> Iterator[Any]:
 
 
 def _load(benchmark: Benchmark, manager: Any, run: Run) -> LoadedBenchmark:
+    """Load one benchmark's tasks, refuse those that cannot be run safely, and draw its questions."""
     where = f"eval.benchmarks: {benchmark.task}"
-    if not _is_whole(manager, benchmark.task):
+    if not _is_complete(manager, benchmark.task):
         raise ConfigError(
             [f"{where}: lm-evaluation-harness has no such task; its list: lm-eval ls tasks"]
         )
     leaves = list(_leaves(manager, benchmark.task))
     if any("score" in (leaf.yaml_path or Path()).parts for leaf in leaves):
         raise ConfigError(
-            [
-                f"{where}: reads answers by sympy's parser, which runs them as Python; take another task"
-            ]
+            [f"{where}: parses answers with sympy, which runs them as Python; use another task"]
         )
     if any((leaf.cfg or {}).get("unsafe_code") for leaf in leaves) and not run.eval.run_code:
         raise ConfigError(
@@ -214,40 +217,40 @@ def _load(benchmark: Benchmark, manager: Any, run: Run) -> LoadedBenchmark:
     if data is not None:
         paths = [(leaf.cfg or {}).get("dataset_path") for leaf in leaves]
         needed = {str(path) for path in paths if path}
-        lacking = sorted(name for name in needed if not (data / name).is_dir())
-        if lacking:
+        missing = sorted(name for name in needed if not (data / name).is_dir())
+        if missing:
             raise ConfigError(
-                [f"{where}: eval.benchmark_data has no {', '.join(lacking)} in {data}"]
+                [f"{where}: eval.benchmark_data has no {', '.join(missing)} in {data}"]
             )
     try:
         with contextlib.chdir(data or Path.cwd()), sandboxed_code():
             tasks: dict[str, Any] = dict(manager.load([benchmark.task])["tasks"])
     except UserError:
         raise
-    except Exception as error:  # the Hub's, a dataset's, a missing package's: each has its own
+    except Exception as error:  # the Hub, a dataset and a missing package each raise their own kind
         raise ConfigError([f"{where}: cannot be loaded: {last_line(str(error))}"]) from error
     for task in tasks.values():
-        if not is_held(task):
+        if not is_sandboxed(task):
             raise ConfigError(
                 [
-                    f"{where}: runs programs by means of its own, which nothing holds; it cannot be asked"
+                    f"{where}: runs programs in its own way, outside the sandbox, so it cannot be used"
                 ]
             )
         _configure(task, benchmark, where)
     questions = _draw(tasks, benchmark, run.seed)
-    tasks = {name: task for name, task in tasks.items() if name in {own for own, _ in questions}}
+    tasks = {name: task for name, task in tasks.items() if name in {task for task, _ in questions}}
     metric, higher = _rehearse(tasks, questions, benchmark, run)
     return LoadedBenchmark(benchmark, tasks, questions, metric, higher)
 
 
 def _configure(task: Any, benchmark: Benchmark, where: str) -> None:
-    """Settings of the config on a task, as the harness's command line sets them."""
-    own = task.config.num_fewshot
-    if benchmark.fewshot is not None and own == 0 and benchmark.fewshot != 0:
+    """Apply the config's settings to a task, as the harness's command line does."""
+    task_fewshot = task.config.num_fewshot
+    if benchmark.fewshot is not None and task_fewshot == 0 and benchmark.fewshot != 0:
         raise ConfigError(
             [f"{where}: fewshot has no effect: the task itself asks without examples"]
         )
-    if benchmark.fewshot is not None or own is None:
+    if benchmark.fewshot is not None or task_fewshot is None:
         task.set_config(key="num_fewshot", value=benchmark.fewshot or 0)
     if benchmark.max_new_tokens is None:
         return
@@ -258,7 +261,7 @@ def _configure(task: Any, benchmark: Benchmark, where: str) -> None:
 
 
 def _draw(tasks: dict[str, Any], benchmark: Benchmark, seed: int) -> list[Question]:
-    """A seeded sample over all tasks of a benchmark, in the harness's order."""
+    """Draw a seeded sample over all tasks of a benchmark, kept in the harness's order."""
     every = [(name, i) for name, task in tasks.items() for i in range(len(task.eval_docs))]
     if benchmark.limit is None or benchmark.limit >= len(every):
         return every
@@ -269,16 +272,16 @@ def _draw(tasks: dict[str, Any], benchmark: Benchmark, seed: int) -> list[Questi
 def _rehearse(
     tasks: dict[str, Any], questions: list[Question], benchmark: Benchmark, run: Run
 ) -> tuple[str, bool]:
-    """Ask a dummy the first question of each task; returns the metric that decides, and its direction."""
+    """Ask a dummy model the first question of each task; return the deciding metric and its direction."""
     from lm_eval.models.dummy import DummyLM
 
     firsts = [next(question for question in questions if question[0] == name) for name in tasks]
-    found = _evaluate(tasks, firsts, DummyLM(), run, chat=False)
-    scores = _collect(tasks, found, firsts, 0).scores
+    results = _evaluate(tasks, firsts, DummyLM(), run, chat=False)
+    scores = _collect(tasks, results, firsts, 0).scores
     where = f"eval.benchmarks: {benchmark.task}"
     if not scores:
         raise ConfigError(
-            [f"{where}: has no metric that scores every question by itself, in all of its tasks"]
+            [f"{where}: has no metric that scores each question separately in all of its tasks"]
         )
     metric = next(
         (
@@ -292,17 +295,9 @@ def _rehearse(
     if metric is None:
         raise ConfigError([f"{where}: metric {benchmark.metric!r}; there are: {'; '.join(scores)}"])
     directions = next(iter(tasks.values())).higher_is_better()
-    # A function that gives several metrics, as pass@k, is known by its own name alone.
+    # A function that yields several metrics, such as pass@k, is listed under the function's name only.
     default = next(iter(directions.values()), True)
     return metric, bool(directions.get(metric.rpartition(",")[0], default))
-
-
-def _hide_bars() -> None:
-    """The harness draws a bar for each subject of a group, with no setting against it."""
-    import lm_eval.api.task as api
-    import lm_eval.models.dummy as rehearsed
-
-    api.tqdm = rehearsed.tqdm = lambda items, **_: items
 
 
 def _evaluate(
@@ -313,7 +308,7 @@ def _evaluate(
     *,
     chat: bool | None = None,
 ) -> dict[str, Any]:
-    """The harness's own evaluation of these questions, seeded as its command line."""
+    """Let the harness evaluate these questions, seeded as its command line does."""
     from lm_eval.evaluator import evaluate
 
     chat = run.eval.benchmark_chat if chat is None else chat
@@ -322,8 +317,10 @@ def _evaluate(
     torch.manual_seed(TORCH_SEED)
     for task in tasks.values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    samples = {name: [number for own, number in questions if own == name] for name in tasks}
-    found: dict[str, Any] = evaluate(
+    samples = {
+        name: [n for question_task, n in questions if question_task == name] for name in tasks
+    }
+    results: dict[str, Any] = evaluate(
         lm=model,
         task_dict={"tasks": tasks},
         samples=samples,
@@ -332,27 +329,27 @@ def _evaluate(
         fewshot_as_multiturn=chat,
         confirm_run_unsafe_code=run.eval.run_code,
     )
-    return found
+    return results
 
 
 def _collect(
-    tasks: dict[str, Any], found: dict[str, Any], questions: list[Question], seconds: float
-) -> Answered:
-    """Scores of each question from the harness's samples.
+    tasks: dict[str, Any], results: dict[str, Any], questions: list[Question], seconds: float
+) -> BenchmarkResult:
+    """Take the score of each question from the harness's samples.
 
-    Only of metrics that are the mean of them: others (perplexity, F1 of a corpus) keep for a question what
-    is no score of it.
+    Only metrics that are the mean of their questions' scores are taken: for others (perplexity, F1 of a
+    corpus) the value that the harness keeps for a question is not its score.
     """
     from lm_eval.utils import handle_non_serializable
 
     values: dict[str, dict[Question, float]] = {}
     samples: dict[Question, dict[str, Any]] = {}
-    for name, told in found["samples"].items():
-        for sample in told:
+    for name, task_samples in results["samples"].items():
+        for sample in task_samples:
             question = (name, int(sample["doc_id"]))
-            kept = {"task": name, "doc_id": question[1], "target": sample["target"]}
-            kept["answers"] = sample["resps"]
-            plain = json.loads(json.dumps(kept, default=handle_non_serializable))
+            record = {"task": name, "doc_id": question[1], "target": sample["target"]}
+            record["answers"] = sample["resps"]
+            plain = json.loads(json.dumps(record, default=handle_non_serializable))
             samples[question] = _finite(plain)
             for metric in sample["metrics"]:
                 if _is_mean(tasks[name], metric) and isinstance(
@@ -361,27 +358,27 @@ def _collect(
                     number = float(sample[metric])
                     values.setdefault(f"{metric},{sample['filter']}", {})[question] = number
     scores = {
-        metric: [own[question] for question in questions]
-        for metric, own in values.items()
-        if len(own) == len(questions) and all(map(math.isfinite, own.values()))
+        metric: [by_question[question] for question in questions]
+        for metric, by_question in values.items()
+        if len(by_question) == len(questions) and all(map(math.isfinite, by_question.values()))
     }
     harness = {
         name: {key: float(value) for key, value in figures.items() if _is_figure(key, value)}
-        for name, figures in found["results"].items()
+        for name, figures in results["results"].items()
     }
-    return Answered(scores, harness, [samples[question] for question in questions], seconds)
+    return BenchmarkResult(scores, harness, [samples[question] for question in questions], seconds)
 
 
 def _is_mean(task: Any, metric: str) -> bool:
-    """Whether a task's metric is the mean of its questions'."""
-    known = task.aggregation()
-    # A function that gives several metrics, as pass@k, is known by its own name alone.
-    how = known.get(metric) or next(iter(known.values()), None)
-    return getattr(how, "__name__", "") in ("mean", "nanmean")
+    """Return whether a task's metric is the mean of its questions' scores."""
+    aggregations = task.aggregation()
+    # A function that yields several metrics, such as pass@k, is listed under the function's name only.
+    aggregation = aggregations.get(metric) or next(iter(aggregations.values()), None)
+    return getattr(aggregation, "__name__", "") in ("mean", "nanmean")
 
 
 def _finite(value: Any) -> Any:
-    """JSON without NaN and infinity, which become words."""
+    """Return JSON in which NaN and infinity are replaced by their names."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, list):
@@ -392,4 +389,5 @@ def _finite(value: Any) -> Any:
 
 
 def _is_figure(key: str, value: Any) -> bool:
+    """Return whether a result of the harness is a finite number of a ``metric,filter``."""
     return "," in key and isinstance(value, (int, float, np.number)) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Owns uncertainty: intervals for a variant's score and for the paired difference of two."""
+"""Owns uncertainty: confidence intervals for a variant's score and for the paired difference of two."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy.typing as npt
 from scipy import stats
 
 GAIN, NO_GAIN, LOSS = "gain", "no gain", "loss"
-POWER = 0.8  # of the comparisons that would find a difference, where rows are counted
+POWER = 0.8  # share of comparisons that should find a difference, for counts of rows
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval; ``n`` rows."""
+    """A mean over ``n`` rows with its confidence interval."""
 
     value: float
     ci_low: float
@@ -26,24 +26,26 @@ class Estimate:
     n: int
 
     def as_json(self) -> dict[str, float | int]:
-        """For report.json."""
+        """Return the estimate as it is written to report.json."""
         return asdict(self)
 
 
 def mean_interval(scores: list[float], confidence: float, resamples: int, seed: int) -> Estimate:
-    """Mean of row scores with an interval.
+    """Return the mean of the rows' scores with a confidence interval.
 
-    Scores of 0 and 1 get Wilson's interval, which stays honest at 0 of n and n of n; others a BCa
-    bootstrap (Efron 1987).
+    Scores of 0 and 1 get Wilson's interval, which stays valid at 0 of n and n of n; other scores get a BCa
+    bootstrap interval (Efron 1987).
     """
     values = np.asarray(scores, dtype=np.float64)
     if np.isin(values, (0.0, 1.0)).all():
-        found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(
+        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(
             confidence_level=confidence, method="wilson"
         )
-        return Estimate(float(values.mean()), float(found.low), float(found.high), len(values))
+        return Estimate(
+            float(values.mean()), float(interval.low), float(interval.high), len(values)
+        )
     if np.ptp(values) == 0 and 0 <= values[0] <= 1:
-        # Equal scores have no spread to resample: as far from 0 and 1 as n successes of n leave room.
+        # Equal scores have no spread to resample: the interval leaves the room of n successes in n trials.
         value, share = float(values[0]), _agreement(len(values), confidence)
         return Estimate(value, value * share, 1 - (1 - value) * share, len(values))
     return _bootstrap(values, confidence, resamples, seed)
@@ -52,7 +54,7 @@ def mean_interval(scores: list[float], confidence: float, resamples: int, seed: 
 def paired_difference(
     ours: list[float], theirs: list[float], confidence: float, resamples: int, seed: int
 ) -> Estimate:
-    """Mean of ours - theirs over the same rows, with a BCa bootstrap interval over rows."""
+    """Return the mean of ours - theirs over the same rows, with a BCa bootstrap interval over rows."""
     assert len(ours) == len(theirs)
     values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     return _bootstrap(values, confidence, resamples, seed)
@@ -61,7 +63,7 @@ def paired_difference(
 def ratio_interval(
     sums: list[float], counts: list[int], confidence: float, resamples: int, seed: int
 ) -> Estimate:
-    """Sum of ``sums`` over sum of ``counts``, such as a loss per token, with a BCa interval over rows."""
+    """Return sum(sums) / sum(counts), such as a loss per token, with a BCa bootstrap interval over rows."""
     totals, weights = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     value = float(totals.sum() / weights.sum())
     if np.ptp(totals / weights) == 0:
@@ -73,15 +75,16 @@ def ratio_interval(
 def _ratio(
     totals: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], axis: int = -1
 ) -> npt.NDArray[np.float64]:
+    """Divide the sum of totals by the sum of weights along an axis."""
     quotient: npt.NDArray[np.float64] = totals.sum(axis=axis) / weights.sum(axis=axis)
     return quotient
 
 
 def p_value(ours: list[float], theirs: list[float], resamples: int, seed: int) -> float:
-    """Chance of so large a mean difference of pairs, either way, if both were equally good.
+    """Return the chance of a mean paired difference at least this large, either way, if both were equal.
 
-    Where every row is right or wrong it is McNemar's exact test, the sign test on the rows that differ;
-    else a permutation test that swaps the two answers of rows.
+    Where every row is right or wrong, this is McNemar's exact test: the sign test on the rows that differ.
+    Otherwise it is a permutation test that swaps the two answers of a row.
     """
     values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     differing = values[values != 0]
@@ -89,7 +92,7 @@ def p_value(ours: list[float], theirs: list[float], resamples: int, seed: int) -
         return 1.0
     if np.isin(differing, (-1.0, 1.0)).all():
         return float(stats.binomtest(int((differing > 0).sum()), len(differing)).pvalue)
-    found = stats.permutation_test(
+    result = stats.permutation_test(
         (differing,),
         np.mean,
         permutation_type="samples",
@@ -98,46 +101,47 @@ def p_value(ours: list[float], theirs: list[float], resamples: int, seed: int) -
         batch=256,
         rng=np.random.default_rng(seed),
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """P-values corrected for their number (Holm 1979): each at most its level with all of them together."""
+    """Correct p-values for their number (Holm 1979), which bounds the chance of any false positive."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, at in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[at]))
-        corrected[at] = highest
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
     return corrected
 
 
 def rows_needed(ours: list[float], theirs: list[float], confidence: float) -> int | None:
-    """Rows that would show a difference as large as this one, in ``POWER`` of such comparisons.
+    """Return how many rows would show a difference as large as this one in ``POWER`` of such comparisons.
 
-    ((z of the level + z of the power)·s / d)² for a mean difference d with standard deviation s of rows;
-    None if there is no difference.
+    This is ((z of the confidence level + z of the power)·s / d)² for a mean difference d with standard
+    deviation s over rows, or None if there is no difference.
     """
     mean, spread = _moments(ours, theirs)
     if mean == 0:
         return None
-    return max(2, math.ceil((_reach(confidence) * spread / mean) ** 2))
+    return max(2, math.ceil((_z_sum(confidence) * spread / mean) ** 2))
 
 
 def smallest_shown(ours: list[float], theirs: list[float], confidence: float) -> float | None:
-    """The mean difference that so many rows, so spread, would show in ``POWER`` of such comparisons.
+    """Return the mean difference that this many rows, with this spread, show in ``POWER`` of comparisons.
 
-    None where the rows do not differ, which says nothing of their spread.
+    The result is None where all rows have the same difference, which does not tell their spread.
     """
     _, spread = _moments(ours, theirs)
-    return _reach(confidence) * spread / math.sqrt(len(ours)) if spread else None
+    return _z_sum(confidence) * spread / math.sqrt(len(ours)) if spread else None
 
 
-def _reach(confidence: float) -> float:
+def _z_sum(confidence: float) -> float:
+    """Return z of the confidence level plus z of the power."""
     return float(stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(POWER))
 
 
 def _moments(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation of the rows' differences."""
+    """Return mean and standard deviation of the rows' differences."""
     values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
@@ -145,7 +149,7 @@ def _moments(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 def evidence(
     ours: list[float], theirs: list[float], confidence: float, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """What so many rows show of a difference: its chance if there were none, and what they can show."""
+    """Return a difference's p-value, the smallest difference these rows show, and the rows it needs."""
     return {
         "p_value": p_value(ours, theirs, resamples, seed),
         "smallest_shown": smallest_shown(ours, theirs, confidence),
@@ -154,23 +158,24 @@ def evidence(
 
 
 def judge_together(
-    found: list[dict[str, Any]], confidence: float, better: str, worse: str, unknown: str
+    differences: list[dict[str, Any]], confidence: float, better: str, worse: str, unknown: str
 ) -> list[dict[str, Any]]:
-    """Differences with ``value`` and ``p_value``, each with ``p_holm`` and its verdict in these words."""
-    told = []
-    for difference, chance in zip(found, holm([one["p_value"] for one in found]), strict=True):
+    """Add ``p_holm`` and a verdict in the given words to differences with ``value`` and ``p_value``."""
+    corrected = holm([difference["p_value"] for difference in differences])
+    judged = []
+    for difference, p_holm in zip(differences, corrected, strict=True):
         verdict = unknown
-        if chance < 1 - confidence:
+        if p_holm < 1 - confidence:
             verdict = better if difference["value"] > 0 else worse
-        told.append({**difference, "p_holm": chance, "verdict": verdict})
-    return told
+        judged.append({**difference, "p_holm": p_holm, "verdict": verdict})
+    return judged
 
 
 def judge(difference: Estimate, ours: list[float], theirs: list[float], confidence: float) -> str:
-    """``gain`` or ``loss`` if the interval leaves out zero, else ``no gain``.
+    """Return ``gain`` or ``loss`` if the interval excludes zero, else ``no gain``.
 
     Where every row is right or wrong, the exact sign test on the rows that differ (McNemar) must
-    agree: with few of them a bootstrap interval is too narrow.
+    agree, because with few such rows a bootstrap interval is too narrow.
     """
     values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     differing = values[values != 0]
@@ -186,6 +191,7 @@ def judge(difference: Estimate, ours: list[float], theirs: list[float], confiden
 def _bootstrap(
     values: npt.NDArray[np.float64], confidence: float, resamples: int, seed: int
 ) -> Estimate:
+    """Return the mean of values with a bootstrap interval."""
     mean = float(values.mean())
     if np.ptp(values) == 0:
         return Estimate(mean, *_constant_interval(mean, len(values), confidence), len(values))
@@ -200,13 +206,13 @@ def _resampled(
     resamples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """BCa interval of a statistic of rows, or the percentile interval where BCa gives none."""
+    """Return the BCa interval of a statistic of rows, or the percentile interval where BCa gives none."""
     methods: tuple[Literal["BCa", "percentile"], ...] = ("BCa", "percentile")
     for method in methods:
         with warnings.catch_warnings():
-            # BCa warns on degenerate jackknife values and returns NaN.
+            # BCa warns about degenerate jackknife values and returns NaN.
             warnings.simplefilter("ignore")
-            found = stats.bootstrap(
+            interval = stats.bootstrap(
                 data,
                 statistic,
                 paired=len(data) > 1,
@@ -216,16 +222,16 @@ def _resampled(
                 rng=np.random.default_rng(seed),
                 batch=256,
             ).confidence_interval
-        if np.isfinite([found.low, found.high]).all():
+        if np.isfinite([interval.low, interval.high]).all():
             break
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def _constant_interval(value: float, n: int, confidence: float) -> tuple[float, float]:
-    """Interval of ``n`` equal values, which have no spread to resample.
+    """Return the interval of ``n`` equal values, which have no spread to resample.
 
-    They are n agreements in sign of n: Wilson's lower bound on the share p of rows that agree, the
-    others opposed, gives value·(2p - 1). Few rows say little.
+    All n values agree in sign. If a share p of all rows agrees and the others are opposed, the mean is
+    value·(2p - 1); Wilson's lower bound of p gives the other end of the interval, far away for few rows.
     """
     if value == 0:
         return 0.0, 0.0
@@ -234,6 +240,6 @@ def _constant_interval(value: float, n: int, confidence: float) -> tuple[float, 
 
 
 def _agreement(n: int, confidence: float) -> float:
-    """Wilson's lower bound of a share after ``n`` agreements of ``n``."""
-    found = stats.binomtest(n, n).proportion_ci(confidence_level=confidence, method="wilson")
-    return float(found.low)
+    """Return Wilson's lower bound of a share of which ``n`` of ``n`` rows were seen to agree."""
+    interval = stats.binomtest(n, n).proportion_ci(confidence_level=confidence, method="wilson")
+    return float(interval.low)

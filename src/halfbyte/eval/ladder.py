@@ -1,4 +1,4 @@
-"""Owns the quantisation ladder: one model at every precision, by what each takes and what each loses."""
+"""Owns the quantisation ladder: one model at every precision, with the memory and the quality of each."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ from halfbyte.eval.variants import Contender, in_llama_cpp, is_artefact, load_sc
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.footprint import num_parameters, weights_bytes
 from halfbyte.model.load import load_tokenizer, stored_method
-from halfbyte.model.merged import MERGE_REPORT
+from halfbyte.model.merged import merged_report
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.run_dir import RunDir
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.fidelity import (
     Fidelity,
@@ -39,9 +38,9 @@ from halfbyte.trained.fidelity import (
     reference,
     torch_predict,
 )
-from halfbyte.trained.run import saved_renderer, trained_base
+from halfbyte.trained.run import read_trained_run
 
-# Name, precision, double quantisation. The first is what the others are held against.
+# Precision and double quantisation by name. The first rung measured is the reference of the others.
 RUNGS: dict[str, tuple[Precision, bool]] = {
     "fp32": ("fp32", False),
     "bf16": ("bf16", False),
@@ -57,14 +56,14 @@ DEFAULT_RUNGS = ("fp32", "bf16", "int8", "nf4", "nf4+dq", "fp4", "fp4+dq")
 
 @dataclass(frozen=True)
 class Rung:
-    """One precision: the answers and the speed of a variant, and how far it is from the full one."""
+    """One precision: its answers and speed, and how far it is from the full precision."""
 
     variant: Variant
     fidelity: Fidelity
-    num_weights: int | None  # None: not counted
+    num_weights: int | None  # None: not counted (GGUF)
 
     def as_json(self, run: Run) -> dict[str, Any]:
-        """For ladder.json."""
+        """Return the rung's entry in ladder.json."""
         return {
             **self.variant.as_json(run),
             "num_weights": self.num_weights,
@@ -75,27 +74,29 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Climb:
-    """What is measured at every rung.
+class Ladder:
+    """The model that is measured at every rung, and its questions.
 
     Attributes:
+        run: the config.
         base: the model, unquantised.
-        asked: rows with their wanted answers.
-        artefacts: quantised copies of it in files of their own, by name: GGUF files, AWQ folders.
+        renderer: renders the questions for it.
+        questions: rows with their wanted answers.
+        artefacts: quantised copies of the model in their own files, by name: GGUF files, AWQ folders.
     """
 
     run: Run
     base: Base
     renderer: Renderer
-    asked: list[Question]
+    questions: list[Question]
     artefacts: dict[str, Path]
 
 
-def of_config(run: Run) -> Climb:
-    """The base of a config, on the rows that it holds out.
+def ladder_of_config(run: Run) -> Ladder:
+    """Return the ladder of a config's base on the rows that the config holds out.
 
     Raises:
-        DataError: it holds none out.
+        DataError: the config holds out no rows.
     """
     base = resolve_base(run.model.name, run.model.revision)
     renderer = renderer_of(run.data, load_tokenizer(base))
@@ -107,104 +108,108 @@ def of_config(run: Run) -> Climb:
             " data.validation_frac"
         )
     chosen = random.Random(run.seed).sample(rows, min(run.eval.rows, len(rows)))
-    check_answers(chosen, _alone(run))
-    return Climb(run, base, renderer, questions(chosen, renderer), {})
+    check_answers(chosen, _without_variants(run))
+    return Ladder(run, base, renderer, questions(chosen, renderer), {})
 
 
-def _alone(run: Run) -> Run:
-    """The config without the variants of a comparison, which are not measured here."""
+def _without_variants(run: Run) -> Run:
+    """Return the config without the variants of a comparison, which are not measured here."""
     return run.model_copy(update={"eval": run.eval.model_copy(update={"variants": []})})
 
 
-def of_run(folder: RunDir, run: Run) -> Climb:
-    """The merged model of a run with what was made of it, on the rows of the run's comparison.
+def ladder_of_run(path: Path, run: Run) -> Ladder:
+    """Return the ladder of a run's merged model and its exports, on the rows of the run's comparison.
 
     Raises:
-        RunError: it is not merged, or an artefact is not the one that was proven.
+        RunError: the run is not merged, or a file is not the one that was measured.
     """
-    folder.need(folder.merged / MERGE_REPORT, f"python train/merge.py {folder.path}")
-    renderer = saved_renderer(folder, run, trained_base(folder, run))
+    trained = read_trained_run(path, run)
+    folder, renderer = trained.folder, trained.renderer
+    merged_report(folder)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
-    check_answers(rows, _alone(run))
+    check_answers(rows, _without_variants(run))
     artefacts = {}
-    for path in sorted(folder.export.glob("*/")):
-        if is_artefact(path.name) and path.name != "gguf-lora":
-            read_artefact(folder, path.name)
-            artefacts[path.name] = next(path.glob("*.gguf"), path)
+    for export in sorted(folder.export.glob("*/")):
+        if is_artefact(export.name) and export.name != "gguf-lora":
+            read_artefact(folder, export.name)
+            artefacts[export.name] = next(export.glob("*.gguf"), export)
     base = resolve_base(str(folder.merged))
-    return Climb(run, base, renderer, questions(rows, renderer), artefacts)
+    return Ladder(run, base, renderer, questions(rows, renderer), artefacts)
 
 
-def climb(work: Climb, rungs: Sequence[str]) -> list[Rung]:
-    """Measure the rungs one after the other, each alone in memory; the full precision comes first.
+def measure_ladder(ladder: Ladder, rungs: Sequence[str]) -> list[Rung]:
+    """Measure the rungs one after the other, each alone in memory; the first is the reference.
 
     Raises:
-        ConfigError: a name is unknown, or the first rung is none that others can be held against.
+        ConfigError: a name is unknown, or the first rung is not a full precision.
     """
     unknown = [name for name in rungs if name not in RUNGS]
     if unknown or not rungs or rungs[0] not in DTYPES:
         raise ConfigError(
             [
-                f"rungs: {', '.join(rungs)}; allowed: {', '.join(RUNGS)}, and the first of them one of"
-                f" {', '.join(DTYPES)}, which the others are held against"
+                f"rungs: {', '.join(rungs)}; allowed: {', '.join(RUNGS)}; the first, the reference of the"
+                f" others, must be one of {', '.join(DTYPES)}"
             ]
         )
-    rows = [(question.ids, question.labels) for question in work.asked]
+    rows = [(question.ids, question.labels) for question in ladder.questions]
     full: Reference | None = None
-    found = []
-    for name in [*rungs, *work.artefacts]:
+    measured = []
+    for name in [*rungs, *ladder.artefacts]:
         print(f"{name} …", file=sys.stderr, flush=True)
-        with _standing(work, name) as contender:
-            predict = _predict(contender, work)
+        with _contender(ladder, name) as contender:
+            predict = _predict(contender, ladder)
             if full is None:
-                vocabulary = len(work.renderer.tokenizer)
+                vocabulary = len(ladder.renderer.tokenizer)
                 full = reference(predict, rows, vocabulary)
                 close = agreement(full.log_probs, full.loss, full)
             else:
                 close = fidelity(predict, rows, full)
-            counted = contender.model if isinstance(contender.model, nn.Module) else None
-            size = num_parameters(counted) if counted is not None else None
-            found.append(Rung(measure(contender, work.run), close, size))
-        del contender, predict, counted
+            model = contender.model if isinstance(contender.model, nn.Module) else None
+            num_weights = num_parameters(model) if model is not None else None
+            measured.append(Rung(measure(contender, ladder.run), close, num_weights))
+        del contender, predict, model
         release()
-    return found
+    return measured
 
 
-def _predict(contender: Contender, work: Climb) -> Callable[..., Any]:
+def _predict(contender: Contender, ladder: Ladder) -> Callable[..., Any]:
+    """Return the function that predicts log-probabilities with the contender's model."""
     if isinstance(contender.model, GgufModel):
         return contender.model.predict
-    return torch_predict(contender.model, work.renderer.pad_id)
+    return torch_predict(contender.model, ladder.renderer.pad_id)
 
 
 @contextmanager
-def _standing(work: Climb, name: str) -> Iterator[Contender]:
-    """The model at a rung, or an artefact of it, in memory."""
-    path = work.artefacts.get(name)
+def _contender(ladder: Ladder, name: str) -> Iterator[Contender]:
+    """Load the model at a rung, or an artefact of it."""
+    path = ladder.artefacts.get(name)
     if path is not None and path.suffix == ".gguf":
-        with in_llama_cpp(name, path, work.asked, work.renderer) as contender:
+        with in_llama_cpp(name, path, ladder.questions, ladder.renderer) as contender:
             yield contender
         return
-    base = work.base if path is None else resolve_base(str(path))
+    base = ladder.base if path is None else resolve_base(str(path))
     precision, double_quant = RUNGS.get(name, (None, False))
-    run = work.run.model_copy(
-        update={"model": work.run.model.model_copy(update={"double_quant": double_quant})}
+    run = ladder.run.model_copy(
+        update={"model": ladder.run.model.model_copy(update={"double_quant": double_quant})}
     )
     model = load_scored(base, precision, choose_compute(run.model.compute_dtype), run).model
     what = f"{base.name} in {name}" if path is None else f"{base.name}, {_method(model)}"
     size, stored = weights_bytes(model), (Path(base.path),)
-    yield Contender(name, what, model, size, work.asked, work.renderer, stored)
+    yield Contender(name, what, model, size, ladder.questions, ladder.renderer, stored)
 
 
 def _method(model: Any) -> str:
+    """Return the quantisation method of a stored model."""
     return stored_method(model.config) or "as stored"
 
 
 def as_markdown(rungs: list[dict[str, Any]], metric: str) -> str:
-    """The ladder as a table."""
+    """Format the ladder as a Markdown table."""
     scored = metric in rungs[0] and metric != LOSS_METRIC
-    head = ["rung", "weights", "bits a weight", "perplexity", "KL to the first", "top-1 alike"]
+    head = ["rung", "weights", "bits per weight", "perplexity"]
+    head += [f"KL to {rungs[0]['name']}", "top-1 agreement"]
     head += [metric] if scored else []
-    head += ["tokens/s prompt", "tokens/s answer"]
+    head += ["prompt tokens/s", "answer tokens/s"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for rung in rungs:
         cells = [
@@ -222,27 +227,27 @@ def as_markdown(rungs: list[dict[str, Any]], metric: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_order(rungs: list[dict[str, Any]]) -> list[str]:
-    """Whether NF4 loses less than FP4 and double quantisation next to nothing (QLoRA, Table 2 and §3), in words."""
-    known = {rung["name"]: rung for rung in rungs}
-    said = []
+def qlora_lines(rungs: list[dict[str, Any]]) -> list[str]:
+    """Say whether NF4 loses less than FP4 and double quantisation almost nothing (QLoRA, Table 2 and §3)."""
+    by_name = {rung["name"]: rung for rung in rungs}
+    lines = []
     for better, worse in (("nf4", "fp4"), ("nf4+dq", "fp4+dq")):
-        if better in known and worse in known:
-            ppl = [known[name]["perplexity"] for name in (better, worse)]
-            kl = [known[name]["kl_nats_per_token"] for name in (better, worse)]
+        if better in by_name and worse in by_name:
+            ppl = [by_name[name]["perplexity"] for name in (better, worse)]
+            kl = [by_name[name]["kl_nats_per_token"] for name in (better, worse)]
             verdict = (
                 "as in QLoRA, Table 2" if ppl[0] <= ppl[1] and kl[0] <= kl[1] else "NOT as in QLoRA"
             )
-            said.append(
-                f"{better} against {worse}: perplexity {ppl[0]:.4f} and {ppl[1]:.4f}, KL {kl[0]:.3e} and"
+            lines.append(
+                f"{better} vs {worse}: perplexity {ppl[0]:.4f} vs {ppl[1]:.4f}, KL {kl[0]:.3e} vs"
                 f" {kl[1]:.3e}: {verdict}."
             )
-    if "nf4" in known and "nf4+dq" in known:
-        plain, double = known["nf4"], known["nf4+dq"]
+    if "nf4" in by_name and "nf4+dq" in by_name:
+        plain, double = by_name["nf4"], by_name["nf4+dq"]
         change = double["perplexity"] / plain["perplexity"] - 1
         saved = 8 * (plain["weights_bytes"] - double["weights_bytes"]) / rungs[0]["num_weights"]
-        said.append(
-            f"Double quantisation: perplexity {change:+.2%}, KL {double['kl_nats_per_token']:.3e} after"
-            f" {plain['kl_nats_per_token']:.3e}, {saved:.3f} bits a weight of the whole model saved."
+        lines.append(
+            f"Double quantisation: perplexity {change:+.2%}, KL {double['kl_nats_per_token']:.3e} instead of"
+            f" {plain['kl_nats_per_token']:.3e}, {saved:.3f} bits per weight of the whole model saved."
         )
-    return said
+    return lines

@@ -1,4 +1,4 @@
-"""Owns what one model is measured by: its answers, their scores, the held-out loss, its speed."""
+"""Owns the measurement of one model: its answers, their scores, the held-out loss and its speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from halfbyte.data.questions import Question
 from halfbyte.data.render import IGNORED
 from halfbyte.data.rows import Row
 from halfbyte.eval.energy import Meter
-from halfbyte.eval.harness import Answered
+from halfbyte.eval.harness import BenchmarkResult
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
 from halfbyte.eval.variants import Contender
@@ -27,12 +27,12 @@ from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.cpu_speed import unpack_for_speed
 
 LOSS_METRIC = "held_out_loss"
-MOST_WANTED = 64  # labelled tokens of a row whose logits are held all at once
+MAX_LABELLED_TOKENS = 64  # of a row whose logits are all held at once
 
 
 @dataclass
 class Variant:
-    """What one variant answered and what that is worth."""
+    """The answers of one variant and what was measured on them."""
 
     name: str
     what: str
@@ -43,21 +43,21 @@ class Variant:
     )  # tokens of each answer, its stop token included
     scores: dict[str, list[float]] = field(default_factory=dict)
     losses: list[tuple[float, int]] = field(default_factory=list)  # nats and tokens of each row
-    benchmarks: dict[str, Answered] = field(default_factory=dict)
+    benchmarks: dict[str, BenchmarkResult] = field(default_factory=dict)
     weights_bytes: int = 0
     disk_bytes: int = 0
-    watts: float | None = None  # mean power while it was measured; None: not counted here
+    watts: float | None = None  # mean power during the measurement; None: not counted here
     prompt_tokens_per_s: float | None = None  # None: not measured
     tokens_per_s: float | None = None
-    row_seconds: float | None = None  # for prompt and answer of a row, batched
+    row_seconds: float | None = None  # for a row's prompt and answer, batched
     seconds: float = 0.0
 
     def loss_columns(self) -> tuple[list[float], list[int]]:
-        """Summed losses and token counts of the rows."""
+        """Return the rows' summed losses and their token counts."""
         return [loss for loss, _ in self.losses], [count for _, count in self.losses]
 
     def as_json(self, run: Run) -> dict[str, Any]:
-        """The variant's entry in report.json."""
+        """Return the variant's entry in report.json."""
         settings = run.eval
         estimates = score_intervals(self.scores, run)
         loss = ratio_interval(
@@ -81,15 +81,15 @@ class Variant:
             ),
             "finish_reasons": reasons,
             "lengths": {
-                "answers": _deciles(self.lengths),
-                "wanted": _deciles([count for _, count in self.losses]),
+                "answers": _percentiles(self.lengths),
+                "wanted": _percentiles([count for _, count in self.losses]),
             },
             "seconds": round(self.seconds, 1),
         }
 
 
 def measure(contender: Contender, run: Run) -> Variant:
-    """Answers, scores, held-out loss and speed of one model on its questions."""
+    """Measure answers, scores, held-out loss and speed of one model on its questions."""
     variant = Variant(
         contender.name,
         contender.what,
@@ -98,62 +98,70 @@ def measure(contender: Contender, run: Run) -> Variant:
     )
     start = time.perf_counter()
     meter = Meter(contender.device, run.eval.watts)
-    rows = [(question.ids, question.labels) for question in contender.asked]
+    rows = [(question.ids, question.labels) for question in contender.questions]
     if isinstance(contender.model, GgufModel):
-        _ask_gguf(variant, contender.model, contender, run)
+        _generate_gguf(variant, contender.model, contender, run)
         variant.losses = contender.model.losses(rows)
     else:
         unpack_for_speed(contender.model)
         refusal = slots_refusal(contender.model)
-        if refusal or not all(map(_is_short, contender.asked)):
+        if refusal or not all(map(_has_short_answer, contender.questions)):
             size = max(1, run.eval.batch_size // ROWS_PER_SCORED)
             scored = row_scores(contender.model, rows, size)
             variant.losses = [(loss, len(hits)) for loss, hits in scored]
-            known = [_known(*pair) for pair in zip(contender.asked, scored, strict=True)]
-            _ask(variant, contender.model, contender, run, refusal, known)
+            begun = [
+                _correct_prefix(*pair) for pair in zip(contender.questions, scored, strict=True)
+            ]
+            _generate(variant, contender.model, contender, run, refusal, begun)
         else:
-            _ask(variant, contender.model, contender, run)
+            _generate(variant, contender.model, contender, run)
     variant.seconds, variant.watts = time.perf_counter() - start, meter.watts()
     return variant
 
 
-def _ask_gguf(variant: Variant, model: GgufModel, contender: Contender, run: Run) -> None:
+def _generate_gguf(variant: Variant, model: GgufModel, contender: Contender, run: Run) -> None:
     """Let llama.cpp answer every question, and score the answers."""
-    if any(question.row.text for question in contender.asked):
+    if any(question.row.text for question in contender.questions):
         return
     start = time.perf_counter()
-    made = model.answers(
-        [question.prompt for question in contender.asked],
+    answers = model.answers(
+        [question.prompt for question in contender.questions],
         stop_ids=contender.renderer.stop_ids,
         max_new_tokens=run.eval.max_new_tokens,
-        progress=_progress(contender.name, len(contender.asked)),
+        progress=_progress(contender.name, len(contender.questions)),
     )
-    _take(variant, made, contender, run)
-    _take_time(variant, made, time.perf_counter() - start)
+    _record_answers(variant, answers, contender, run)
+    _record_time(variant, answers, time.perf_counter() - start)
 
 
-def _ask(
+def _generate(
     variant: Variant,
     model: nn.Module,
     contender: Contender,
     run: Run,
     refusal: str = "",
-    known: list[list[int]] | None = None,
+    begun: list[list[int]] | None = None,
 ) -> None:
     """Let a model answer every question, and score the answers.
 
-    ``refusal`` says why it cannot answer in slots. ``known`` is what each answer begins with, from the pass
-    that measured the loss; without it the loss is measured here, in the pass that reads the prompt.
+    Args:
+        variant: takes the answers and what was measured.
+        model: the contender's model.
+        contender: has the questions and the renderer.
+        run: the config.
+        refusal: why the model cannot generate in slots.
+        begun: the tokens that each answer begins with, from the pass that measured the loss; without it the
+            loss is measured here, in the pass that reads the prompt.
     """
-    asked, renderer = contender.asked, contender.renderer
-    if any(question.row.text for question in asked):
+    questions, renderer = contender.questions, contender.renderer
+    if any(question.row.text for question in questions):
         return
-    prompts = [question.prompt for question in asked]
-    progress = _progress(contender.name, len(asked))
+    prompts = [question.prompt for question in questions]
+    progress = _progress(contender.name, len(questions))
     if refusal:
-        print(f"{contender.name}: answers in padded batches: {refusal}", file=sys.stderr)
+        print(f"{contender.name}: generating in padded batches: {refusal}", file=sys.stderr)
         start = time.perf_counter()
-        made = generate(
+        answers = generate(
             model,
             prompts,
             stop_ids=renderer.stop_ids,
@@ -162,81 +170,85 @@ def _ask(
             batch_rows=run.eval.batch_size,
             progress=progress,
         )
-        _take_time(variant, made, time.perf_counter() - start)
+        _record_time(variant, answers, time.perf_counter() - start)
     else:
         spent = Spent()
-        made = SlotGenerator(model).generate(
+        answers = SlotGenerator(model).generate(
             prompts,
             stop_ids=renderer.stop_ids,
             max_new_tokens=run.eval.max_new_tokens,
-            begun=known,
-            wanted=None if known else [_wanted(question) for question in asked],
+            begun=begun,
+            wanted=None if begun else [_labelled_tokens(question) for question in questions],
             progress=progress,
             spent=spent,
         )
-        if not known:
-            scores = [spent.scores[number] for number in range(len(asked))]
+        if not begun:
+            scores = [spent.scores[number] for number in range(len(questions))]
             variant.losses = [(loss, len(hits)) for loss, hits in scores]
-        _take_rates(variant, made, prompts, spent)
-    _take(variant, made, contender, run)
+        _record_rates(variant, answers, prompts, spent)
+    _record_answers(variant, answers, contender, run)
 
 
-def _wanted(question: Question) -> list[int]:
-    """The labelled tokens of a row."""
+def _labelled_tokens(question: Question) -> list[int]:
+    """Return the labelled tokens of a row, which are the wanted answer."""
     return [label for label in question.labels if label != IGNORED]
 
 
-def _is_short(question: Question) -> bool:
-    """Whether all that is labelled is a short answer, right behind the prompt."""
-    answer = _wanted(question)
+def _has_short_answer(question: Question) -> bool:
+    """Return whether the labelled tokens are one short answer that directly follows the prompt."""
+    answer = _labelled_tokens(question)
     whole = [*question.prompt, *answer]
-    fits = bool(question.prompt) and 0 < len(answer) <= MOST_WANTED
+    fits = bool(question.prompt) and 0 < len(answer) <= MAX_LABELLED_TOKENS
     return fits and question.ids[: len(whole)] == whole
 
 
-def _known(question: Question, scored: tuple[float, list[bool]]) -> list[int]:
-    """The beginning of the wanted answer that is the model's own."""
-    answer, hits = _wanted(question), scored[1]
+def _correct_prefix(question: Question, scored: tuple[float, list[bool]]) -> list[int]:
+    """Return the prefix of the wanted answer that the model would generate itself."""
+    answer, hits = _labelled_tokens(question), scored[1]
     return answer[: hits.index(False)] if False in hits else answer
 
 
-def _take(variant: Variant, made: list[Answer], contender: Contender, run: Run) -> None:
-    variant.answers = [contender.renderer.decode(answer.ids) for answer in made]
-    variant.finish_reasons = [answer.finish_reason for answer in made]
-    variant.lengths = _lengths(made)
-    rows = [question.row for question in contender.asked]
+def _record_answers(
+    variant: Variant, answers: list[Answer], contender: Contender, run: Run
+) -> None:
+    """Record the answers of a variant and their scores."""
+    variant.answers = [contender.renderer.decode(answer.ids) for answer in answers]
+    variant.finish_reasons = [answer.finish_reason for answer in answers]
+    variant.lengths = _lengths(answers)
+    rows = [question.row for question in contender.questions]
     variant.scores = metric_scores(variant.answers, rows, run)
 
 
-def _take_time(variant: Variant, made: list[Answer], seconds: float) -> None:
-    variant.tokens_per_s = sum(_lengths(made)) / seconds
-    variant.row_seconds = seconds / len(made)
+def _record_time(variant: Variant, answers: list[Answer], seconds: float) -> None:
+    """Record the speed where prompts and answers are not timed separately."""
+    variant.tokens_per_s = sum(_lengths(answers)) / seconds
+    variant.row_seconds = seconds / len(answers)
 
 
-def _take_rates(
-    variant: Variant, made: list[Answer], prompts: list[list[int]], spent: Spent
+def _record_rates(
+    variant: Variant, answers: list[Answer], prompts: list[list[int]], spent: Spent
 ) -> None:
-    """Speed from the tokens that were computed; what the rows would take from that speed."""
+    """Record the speed on the tokens that were computed, and the time of a whole row at that speed."""
     variant.prompt_tokens_per_s = spent.prompt_tokens / spent.prompt_s if spent.prompt_s else None
     variant.tokens_per_s = spent.answer_tokens / spent.answer_s if spent.answer_s else None
     if variant.prompt_tokens_per_s and variant.tokens_per_s:
         seconds = sum(map(len, prompts)) / variant.prompt_tokens_per_s
-        seconds += sum(_lengths(made)) / variant.tokens_per_s
-        variant.row_seconds = seconds / len(made)
+        seconds += sum(_lengths(answers)) / variant.tokens_per_s
+        variant.row_seconds = seconds / len(answers)
 
 
-def _lengths(made: list[Answer]) -> list[int]:
-    """Generated tokens of each answer, its stop token included."""
-    return [len(answer.ids) + (answer.finish_reason == "stop") for answer in made]
+def _lengths(answers: list[Answer]) -> list[int]:
+    """Return the number of generated tokens of each answer, including its stop token."""
+    return [len(answer.ids) + (answer.finish_reason == "stop") for answer in answers]
 
 
-def _deciles(values: list[int]) -> list[float]:
-    """10th, 50th and 90th percentile."""
-    return [float(at) for at in np.percentile(values, (10, 50, 90))] if values else []
+def _percentiles(values: list[int]) -> list[float]:
+    """Return the 10th, 50th and 90th percentile."""
+    return [float(value) for value in np.percentile(values, (10, 50, 90))] if values else []
 
 
 def metric_scores(answers: list[str], rows: list[Row], run: Run) -> dict[str, list[float]]:
-    """The score of each answer by each metric of the run but the loss."""
+    """Score each answer by each of the run's metrics except the loss."""
     scores: dict[str, list[float]] = {}
     for metric in run.eval.metrics:
         if metric != LOSS_METRIC:
@@ -248,7 +260,7 @@ def metric_scores(answers: list[str], rows: list[Row], run: Run) -> dict[str, li
 
 
 def score_intervals(scores: dict[str, list[float]], run: Run) -> dict[str, dict[str, Any]]:
-    """Each metric's mean with its interval."""
+    """Return each metric's mean with its confidence interval."""
     settings = run.eval
     return {
         metric: mean_interval(values, settings.confidence, settings.resamples, run.seed).as_json()
@@ -257,10 +269,13 @@ def score_intervals(scores: dict[str, list[float]], run: Run) -> dict[str, dict[
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
+    """Round a value, if there is one."""
     return None if value is None else round(value, digits)
 
 
 def _progress(name: str, total: int) -> Callable[[int], None]:
+    """Return a function that shows how many rows are done."""
+
     def show(done: int) -> None:
         end = "\n" if done == total else ""
         print(f"\r{name}: {done} of {total} rows", end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Owns scoring: an answer against the wanted one, as a number from 0 to 1 for each row."""
+"""Owns scoring an answer against the wanted one, as a number from 0 to 1 for each row."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NO_JSON = object()
 
 
 def scorer(metric: str, settings: Eval) -> Score:
-    """A function (answer, wanted) → score.
+    """Return a metric's function (answer, wanted) → score.
 
     Args:
-        metric: a name of ``eval.metrics`` that scores answers.
-        settings: with ``answer_pattern`` for ``exact_match`` and ``json_schema`` for ``schema_valid``.
+        metric: the name of an answer metric in ``eval.metrics``.
+        settings: has ``answer_pattern`` for ``exact_match`` and ``json_schema`` for ``schema_valid``.
 
     Raises:
         UserError: the metric needs a library that is not installed, or the schema cannot be read.
@@ -38,69 +38,73 @@ def scorer(metric: str, settings: Eval) -> Score:
 
 
 def normalised_match(answer: str, wanted: str) -> float:
-    """1 if both are the same words: case, punctuation, width and spaces aside, in any script."""
-    if not _words(wanted):  # signs alone, such as + or 👍
+    """Return 1 if both have the same words in any script, ignoring case, punctuation, width and spaces."""
+    if not _words(wanted):  # only symbols, such as + or 👍
         return exact_match(answer, wanted)
     return float(_words(answer) == _words(wanted))
 
 
 def numeric_match(answer: str, wanted: str) -> float:
-    """1 if the last number in both is the same, to 9 digits; an answer without a number is wrong."""
-    found, needed = last_number(answer), last_number(wanted)
-    if found is None or needed is None:
+    """Return 1 if the last numbers of both agree to 9 digits; an answer without a number is wrong."""
+    number, wanted_number = last_number(answer), last_number(wanted)
+    if number is None or wanted_number is None:
         return 0.0
-    return float(math.isclose(found, needed, rel_tol=1e-9))
+    return float(math.isclose(number, wanted_number, rel_tol=1e-9))
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text: ``1,234.5``, ``-3``, ``6.02e23``, digits of any script; else None."""
-    found = NUMBER.findall(unicodedata.normalize("NFKC", text).translate(ARABIC_MARKS))
-    return float(found[-1].replace(",", "")) if found else None
+    """Return the last number of a text (``1,234.5``, ``-3``, ``6.02e23``, digits of any script), or None."""
+    numbers = NUMBER.findall(unicodedata.normalize("NFKC", text).translate(ARABIC_MARKS))
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def exact_match(answer: str, wanted: str, pattern: str | None = None) -> float:
-    """1 if both are the same text, case and outer spaces aside; with a pattern, if its last matches are.
+    """Return 1 if both are the same text; case and outer spaces do not count.
 
-    An answer in which the pattern matches nothing is wrong.
+    With a pattern, its last matches are compared instead. An answer that it does not match is wrong.
     """
     if pattern is None:
         return float(_folded(answer) == _folded(wanted))
-    found, needed = extract(answer, pattern), extract(wanted, pattern)
-    return float(found is not None and found == needed)
+    match, wanted_match = extract(answer, pattern), extract(wanted, pattern)
+    return float(match is not None and match == wanted_match)
 
 
 def extract(text: str, pattern: str) -> str | None:
-    """The group of the pattern's last match, or None."""
-    found = [match.group(1) for match in re.finditer(pattern, text)]
-    return found[-1] if found else None
+    """Return the group of the pattern's last match, or None."""
+    groups = [match.group(1) for match in re.finditer(pattern, text)]
+    return groups[-1] if groups else None
 
 
 def field_match(answer: str, wanted: str) -> float:
-    """Share of the wanted JSON object's fields that the answer has with an equal value.
+    """Return the share of the wanted JSON object's fields that the answer has with an equal value.
 
-    The answer's first ``{…}`` counts. An answer that is no JSON object scores 0; fields that nobody
-    asked for count against it, as further fields that do not match.
+    The answer's first ``{…}`` is taken. An answer without a JSON object scores 0; fields that are not
+    wanted count against it, as further fields that do not match.
     """
-    needed = _json_object(wanted)
-    if needed is None:
+    wanted_fields = _json_object(wanted)
+    if wanted_fields is None:
         return 0.0
-    found = _json_object(answer)
-    if found is None:
+    fields = _json_object(answer)
+    if fields is None:
         return 0.0
-    names = set(needed) | set(found)
+    names = set(wanted_fields) | set(fields)
     if not names:
         return 1.0
-    same = [name in needed and name in found and _same(needed[name], found[name]) for name in names]
+    same = [
+        name in wanted_fields and name in fields and _same(wanted_fields[name], fields[name])
+        for name in names
+    ]
     return sum(same) / len(names)
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object at the first ``{`` of a text, or None."""
     value = _json_from(text, text.find("{"))
     return value if isinstance(value, dict) else None
 
 
 def _json_from(text: str, start: int) -> Any:
-    """The JSON value that begins there, or ``NO_JSON``."""
+    """Return the JSON value that begins at ``start``, or ``NO_JSON``."""
     if start < 0:
         return NO_JSON
     try:
@@ -110,7 +114,7 @@ def _json_from(text: str, start: int) -> Any:
 
 
 def _schema_valid(path: Path) -> Score:
-    """1 where the answer's first object or array is JSON that keeps to the schema; ``wanted`` is not read."""
+    """Score 1 if the answer's first JSON object or array conforms to the schema; ``wanted`` is not used."""
     try:
         from jsonschema import Draft202012Validator, SchemaError
     except ImportError:
@@ -133,6 +137,7 @@ def _schema_valid(path: Path) -> Score:
 
 
 def _words(text: str) -> str:
+    """Return the words of a text in normal form, separated by single spaces."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(
         "".join(c if c.isalnum() or unicodedata.combining(c) else " " for c in plain).split()
@@ -140,7 +145,7 @@ def _words(text: str) -> str:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Equal as JSON: true is not 1, though 1 is 1.0."""
+    """Return whether two values are equal as JSON, where 1 equals 1.0 but true does not equal 1."""
     if isinstance(ours, bool) or isinstance(theirs, bool):
         return ours is theirs
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -151,6 +156,7 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def _folded(text: str) -> str:
+    """Fold the case of a text and reduce each run of spaces to one."""
     return " ".join(text.casefold().split())
 
 
@@ -179,9 +185,10 @@ def _bleu() -> Score:
 
 
 class _Words:
-    """Words of any script, lower-cased."""
+    """Splits text of any script into words with their case folded."""
 
     def tokenize(self, text: str) -> list[str]:
+        """Return the words, as rouge_score calls it."""
         return re.findall(r"\w+", text.casefold())
 
 
@@ -193,7 +200,7 @@ def _rouge_l() -> Score:
         raise UserError(
             "eval.metrics: rouge_l needs rouge-score: pip install 'halfbyte[metrics]'"
         ) from None
-    # The library's own tokenizer knows a-z and 0-9 alone: other scripts would score 0.
+    # The library's own tokenizer keeps only a-z and 0-9, so other scripts would score 0.
     metric = RougeScorer(["rougeL"], tokenizer=_Words())
     return lambda answer, wanted: float(metric.score(wanted, answer)["rougeL"].fmeasure)
 

@@ -1,4 +1,4 @@
-"""Owns how a report reads: a page of Markdown, and one HTML file that needs nothing else."""
+"""Owns the report's pages: one of Markdown, and one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -16,37 +16,42 @@ from halfbyte.eval.plots import (
     memory_against_quality,
     metric_bars,
 )
+from halfbyte.eval.report_record import Report
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, trained_name
 
 MAX_SHOWN_ROWS = 600
-# Heading, key of a variant's entry, decimals.
+# Heading, key in a variant's entry, decimals.
 RATES = (
-    ("tokens/s prompt", "prompt_tokens_per_s", 0),
-    ("tokens/s answer", "tokens_per_s", 0),
-    ("s per 1,000 rows", "seconds_per_1000_rows", 0),
+    ("prompt tokens/s", "prompt_tokens_per_s", 0),
+    ("answer tokens/s", "tokens_per_s", 0),
+    ("seconds per 1,000 rows", "seconds_per_1000_rows", 0),
     ("Wh per 1,000 rows", "watt_hours_per_1000_rows", 2),
 )
 FIRST_OPPONENTS = (BASE_FULL, FEWSHOT, BASE_NF4)
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """The report as a page of Markdown."""
-    metrics = _scored(report)
+def as_markdown(report: Report) -> str:
+    """Format the report as a page of Markdown."""
+    metrics, ours = _answer_metrics(report), _ours(report)
     head = [
         "variant",
         *metrics,
         "held-out loss",
-        "cut off",
-        f"{_ours(report)} against it",
+        "answers cut off",
+        f"difference to {ours}",
     ]
-    lines = [f"# {report['run']}", "", f"**{report['verdict']}**", ""]
-    lines += [f"{report['n']} held-out rows, {report['confidence']:.0%} intervals.", ""]
+    lines = [f"# {report.run}", "", f"**{report.verdict}**", ""]
+    lines += [
+        f"{report.n} held-out rows, {report.confidence:.0%} confidence intervals."
+        f" A positive difference means that {ours} is better.",
+        "",
+    ]
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for entry in report["variants"]:
+    for entry in report.variants:
         cells = [entry["name"], *(interval(entry[metric]) for metric in metrics)]
         cells += [interval(entry["held_out_loss_interval"])]
         cells += [str(entry["finish_reasons"]["length"])]
-        difference = report["differences"].get(entry["name"])
+        difference = report.differences.get(entry["name"])
         cells.append(signed(difference) if difference else "")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
@@ -54,17 +59,17 @@ def as_markdown(report: dict[str, Any]) -> str:
         *_cost_table(report),
         *judged_lines(report),
         *_benchmark_table(report),
-        *(f"- {note}" for note in report["notes"]),
+        *(f"- {note}" for note in report.notes),
         "",
     ]
     return "\n".join(lines)
 
 
-def _cost_table(report: dict[str, Any]) -> list[str]:
-    """What each variant takes; energy where it was counted or reckoned."""
-    head = ["variant", "what it is", "in memory", "on disk", *(label for label, _, _ in RATES)]
+def _cost_table(report: Report) -> list[str]:
+    """Format what each variant costs; energy is given where it was measured or can be computed."""
+    head = ["variant", "description", "in memory", "on disk", *(label for label, _, _ in RATES)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for entry in report["variants"]:
+    for entry in report.variants:
         cells = [entry["name"], entry["what"].replace("|", "\\|")]
         cells += [f"{entry[key] / 1e6:.0f} MB" for key in ("weights_bytes", "disk_bytes")]
         cells += [rate(entry[key], decimals) for _, key, decimals in RATES]
@@ -72,24 +77,22 @@ def _cost_table(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def judged_lines(report: dict[str, Any]) -> list[str]:
-    """What the judge preferred, a sentence for each variant."""
+def judged_lines(report: Report) -> list[str]:
+    """Say what the judge preferred, in a sentence for each variant."""
     return [
-        f"{told['model']} prefers the trained model's answer to {name}'s in {interval(told)} of {told['n']}"
-        f" rows ({told['undecided']} undecided count half)."
-        for name, told in report.get("judged", {}).items()
+        f"Judge {judged['model']} prefers the trained model's answer to that of {name} in a share of"
+        f" {interval(judged)} of {judged['n']} rows ({judged['undecided']} undecided rows count half)."
+        for name, judged in report.judged.items()
     ]
 
 
-def _benchmark_table(report: dict[str, Any]) -> list[str]:
-    """Benchmarks in rows, variants in columns."""
-    entries = report["benchmarks"]
+def _benchmark_table(report: Report) -> list[str]:
+    """Format the benchmarks in rows and the variants in columns."""
+    entries = report.benchmarks
     if not entries:
         return []
-    names = [
-        v["name"] for v in report["variants"] if any(v["name"] in e["variants"] for e in entries)
-    ]
-    lines = [f"**{line}**" for line in report["forgetting"]]
+    names = [v["name"] for v in report.variants if any(v["name"] in e["variants"] for e in entries)]
+    lines = [f"**{line}**" for line in report.forgetting]
     lines += [
         "",
         "| benchmark | questions | " + " | ".join(names) + " |",
@@ -104,50 +107,50 @@ def _benchmark_table(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _scored(report: dict[str, Any]) -> list[str]:
-    """Metrics with a score for each answer, in the order of the config."""
-    return [metric for metric in report["metrics"] if metric != LOSS_METRIC]
+def _answer_metrics(report: Report) -> list[str]:
+    """Return the metrics that score each answer, in the order of the config."""
+    return [metric for metric in report.metrics if metric != LOSS_METRIC]
 
 
 def as_html(
-    report: dict[str, Any],
+    report: Report,
     answered: list[dict[str, Any]],
     training: list[dict[str, Any]],
     manifest: dict[str, Any],
 ) -> str:
-    """The report as a page: figures, pictures, every row with its answers, and what was run.
+    """Format the report as an HTML page: figures, charts, every row with its answers, and the settings.
 
     Args:
-        report: of ``build_report``.
+        report: the result of ``build_report``.
         answered: the rows of answers.jsonl.
         training: the records of metrics.jsonl.
-        manifest: of the run.
+        manifest: the manifest of the run.
     """
     import jinja2
 
     folder = resources.files("halfbyte.eval").joinpath("templates")
-    names = [entry["name"] for entry in report["variants"]]
+    names = [entry["name"] for entry in report.variants]
     ours = _ours(report)
     others = sorted((name for name in names if name != ours), key=_opponent_rank)
-    pictures = [
-        ("Score with interval", metric_bars(report)),
-        ("Memory against quality", memory_against_quality(report)),
-        (f"{ours}: by how much it is better", difference_bars(report)),
+    charts = [
+        ("Score with confidence interval", metric_bars(report)),
+        ("Memory and quality", memory_against_quality(report)),
+        (f"How much better {ours} is", difference_bars(report)),
         ("Length of answers", answer_lengths(report)),
         ("Loss during training", loss_curve(training)),
     ]
-    has_energy = any(entry["watts"] is not None for entry in report["variants"])
+    has_energy = any(entry["watts"] is not None for entry in report.variants)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = folder.joinpath("report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
         report=report,
-        metrics=_scored(report),
+        metrics=_answer_metrics(report),
         rates=RATES[: None if has_energy else -1],
-        benchmarked={name for entry in report["benchmarks"] for name in entry["variants"]},
-        plots=[(title, svg) for title, svg in pictures if svg],
+        benchmarked={name for entry in report.benchmarks for name in entry["variants"]},
+        plots=[(title, svg) for title, svg in charts if svg],
         ours=ours,
         others=others,
-        rows=[_row(row, report["metric"], ours, others) for row in answered[:MAX_SHOWN_ROWS]],
+        rows=[_row(row, report.metric, ours, others) for row in answered[:MAX_SHOWN_ROWS]],
         num_rows=len(answered),
         judged=judged_lines(report),
         manifest=json.dumps(manifest, indent=1, ensure_ascii=False),
@@ -155,20 +158,21 @@ def as_html(
     )
 
 
-def _ours(report: dict[str, Any]) -> str:
-    """The variant that the others are compared with."""
-    names = [entry["name"] for entry in report["variants"]]
+def _ours(report: Report) -> str:
+    """Return the name of the variant that the others are compared with."""
+    names = [entry["name"] for entry in report.variants]
     return trained_name(names) or str(names[-1])
 
 
 def _opponent_rank(name: str) -> tuple[int, str]:
-    known = FIRST_OPPONENTS.index(name) if name in FIRST_OPPONENTS else len(FIRST_OPPONENTS)
-    return known, name
+    """Return the key that sorts opponents: the first ones, then the others by name."""
+    rank = FIRST_OPPONENTS.index(name) if name in FIRST_OPPONENTS else len(FIRST_OPPONENTS)
+    return rank, name
 
 
 def _row(row: dict[str, Any], metric: str, ours: str, others: list[str]) -> dict[str, Any]:
-    """One row for the page: who answered what, what of it was wanted, and who did better."""
-    scores = {name: told.get(metric) for name, told in row["scores"].items()}
+    """Return one row for the page: the answers with their differing words marked, and who did better."""
+    scores = {name: by_metric.get(metric) for name, by_metric in row["scores"].items()}
     return {
         "place": row["place"],
         "prompt": row["prompt"],
@@ -189,15 +193,16 @@ def _row(row: dict[str, Any], metric: str, ours: str, others: list[str]) -> dict
 
 
 def _outcome(ours: float | None, theirs: float | None) -> str:
+    """Return ``win``, ``loss`` or ``same``, by which the page filters rows."""
     if ours is None or theirs is None or ours == theirs:
         return "same"
     return "win" if ours > theirs else "loss"
 
 
 def marked_words(answer: str, wanted: str) -> list[tuple[str, bool]]:
-    """Pieces of an answer, each with whether it differs from what was wanted; together they are the answer."""
-    words, needed = (re.findall(r"\s+|[^\W_]+|[\W_]", text) for text in (answer, wanted))
-    matcher = difflib.SequenceMatcher(None, words, needed, autojunk=False)
+    """Split an answer into pieces, each with whether it differs from the wanted answer."""
+    words, wanted_words = (re.findall(r"\s+|[^\W_]+|[\W_]", text) for text in (answer, wanted))
+    matcher = difflib.SequenceMatcher(None, words, wanted_words, autojunk=False)
     return [
         ("".join(words[start:end]), kind != "equal")
         for kind, start, end, _, _ in matcher.get_opcodes()
@@ -206,16 +211,16 @@ def marked_words(answer: str, wanted: str) -> list[tuple[str, bool]]:
 
 
 def rate(value: float | None, decimals: int = 0) -> str:
-    """Tokens a second, or seconds; "" where they were not measured."""
+    """Format a rate or a time; "" where it was not measured."""
     return "" if value is None else f"{value:.{decimals}f}"
 
 
 def interval(estimate: dict[str, Any]) -> str:
-    """A value with its interval."""
+    """Format a value with its confidence interval."""
     return f"{estimate['value']:.3f} [{estimate['ci_low']:.3f}, {estimate['ci_high']:.3f}]"
 
 
 def signed(difference: dict[str, Any]) -> str:
-    """A difference with its interval."""
+    """Format a difference, with signs, and its confidence interval."""
     low, high = difference["ci_low"], difference["ci_high"]
     return f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -1,4 +1,4 @@
-"""Owns the report's pictures, as inline SVG."""
+"""Owns the report's charts, as inline SVG."""
 
 from __future__ import annotations
 
@@ -10,126 +10,129 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
+from halfbyte.eval.report_record import Report
 from halfbyte.eval.variants import TRAINED
 
-# Of a label in the picture of memory and quality, as parts of its axes.
+# Size of a label in the chart of memory and quality, as shares of its axes.
 LABEL_WIDTH, LABEL_HEIGHT = 0.25, 0.085
 INK, OURS, OTHERS, BAD = "#1f2933", "#0f766e", "#94a3b8", "#b91c1c"
 
 
 def estimate_of(entry: dict[str, Any], metric: str) -> dict[str, Any]:
-    """A variant's estimate of a metric; the held-out loss is a plain number beside its interval."""
-    found: dict[str, Any] = entry["held_out_loss_interval" if metric == "held_out_loss" else metric]
-    return found
+    """Return a variant's estimate of a metric; that of the held-out loss is stored under another key."""
+    key = "held_out_loss_interval" if metric == "held_out_loss" else metric
+    estimate: dict[str, Any] = entry[key]
+    return estimate
 
 
-def metric_bars(report: dict[str, Any]) -> str:
-    """The deciding metric of each variant with its interval."""
-    entries = report["variants"]
+def metric_bars(report: Report) -> str:
+    """Draw the deciding metric of each variant with its confidence interval."""
+    entries = report.variants
     figure, axes = _figure(height=0.5 + 0.42 * len(entries))
     for row, entry in enumerate(reversed(entries)):
-        estimate = estimate_of(entry, report["metric"])
+        estimate = estimate_of(entry, report.metric)
         axes.barh(row, estimate["value"], color=_colour(entry), height=0.6)
         axes.plot([estimate["ci_low"], estimate["ci_high"]], [row, row], color=INK, linewidth=1.5)
         axes.text(
             estimate["ci_high"] + 0.01, row, f"{estimate['value']:.2f}", va="center", fontsize=9
         )
     axes.set_yticks(range(len(entries)), [entry["name"] for entry in reversed(entries)])
-    highest = max(estimate_of(entry, report["metric"])["ci_high"] for entry in entries)
+    highest = max(estimate_of(entry, report.metric)["ci_high"] for entry in entries)
     axes.set_xlim(0, max(1.0, highest) * 1.1)
-    axes.set_xlabel(report["metric"].replace("_", " "))
+    axes.set_xlabel(report.metric.replace("_", " "))
     return _svg(figure)
 
 
-def memory_against_quality(report: dict[str, Any]) -> str:
-    """Each variant's weights in MB against the deciding metric."""
+def memory_against_quality(report: Report) -> str:
+    """Draw each variant's weights in MB against the deciding metric."""
     figure, axes = _figure(height=2.8)
     points = {}
-    for entry in report["variants"]:
-        estimate, megabytes = estimate_of(entry, report["metric"]), entry["weights_bytes"] / 1e6
+    for entry in report.variants:
+        estimate, megabytes = estimate_of(entry, report.metric), entry["weights_bytes"] / 1e6
         points[entry["name"]] = (megabytes, estimate["value"])
         axes.plot(
             [megabytes] * 2, [estimate["ci_low"], estimate["ci_high"]], color=OTHERS, linewidth=1
         )
         axes.plot(megabytes, estimate["value"], "o", color=_colour(entry))
     axes.set_xlim(0, 1.35 * max(x for x, _ in points.values()))
-    if report["metric"] != "held_out_loss":
+    if report.metric != "held_out_loss":
         axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("weights, MB")
-    axes.set_ylabel(report["metric"].replace("_", " "))
-    for name, place in label_places(points, axes.get_xlim()[1], axes.get_ylim()).items():
-        beside = points[name][0] + 0.015 * axes.get_xlim()[1]
-        axes.text(beside, place, name, va="center", fontsize=9)
+    axes.set_ylabel(report.metric.replace("_", " "))
+    for name, y in label_places(points, axes.get_xlim()[1], axes.get_ylim()).items():
+        x = points[name][0] + 0.015 * axes.get_xlim()[1]
+        axes.text(x, y, name, va="center", fontsize=9)
     return _svg(figure)
 
 
 def label_places(
-    points: dict[str, tuple[float, float]], width: float, ends: tuple[float, float]
+    points: dict[str, tuple[float, float]], width: float, limits: tuple[float, float]
 ) -> dict[str, float]:
-    """Heights of labels beside their points, apart where they would cover each other.
+    """Return the heights of labels beside their points, moved apart where they would overlap.
 
     Args:
-        points: by label, in the units of the axes.
-        width: of the axes.
-        ends: the lowest and the highest value of the axes.
+        points: points by label, in the units of the axes.
+        width: width of the axes.
+        limits: lowest and highest value of the axes.
     """
-    apart = LABEL_HEIGHT * (ends[1] - ends[0])
+    distance = LABEL_HEIGHT * (limits[1] - limits[0])
     placed: dict[str, float] = {}
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        beside = [
+        overlapping = [
             placed[other]
             for other in placed
-            if abs(points[other][0] - x) < LABEL_WIDTH * width and placed[other] > y - apart
+            if abs(points[other][0] - x) < LABEL_WIDTH * width and placed[other] > y - distance
         ]
-        placed[name] = max([y, *(height + apart for height in beside)])
+        placed[name] = max([y, *(height + distance for height in overlapping)])
     return placed
 
 
-def difference_bars(report: dict[str, Any]) -> str:
-    """The trained variant's difference to the base, on the domain and in each benchmark; "" without one."""
-    name = next((n for n in ("base-full", "base-nf4") if n in report["differences"]), None)
+def difference_bars(report: Report) -> str:
+    """Draw the trained variant's difference to the base on the domain and in each benchmark; "" without."""
+    name = next((n for n in ("base-full", "base-nf4") if n in report.differences), None)
     if name is None:
         return ""
-    found = [(report["metric"], report["differences"][name], INK)]
-    for entry in report["benchmarks"]:
+    bars = [(report.metric, report.differences[name], INK)]
+    for entry in report.benchmarks:
         if name in entry["differences"]:
-            told = entry["differences"][name]
-            colour = {"forgets": BAD, "better": OURS}.get(told["verdict"], OTHERS)
-            found.append((entry["task"], told, colour))
-    figure, axes = _figure(height=0.7 + 0.42 * len(found))
-    for row, (_, told, colour) in enumerate(reversed(found)):
-        axes.plot([told["ci_low"], told["ci_high"]], [row, row], color=colour, linewidth=1.5)
-        axes.plot(told["value"], row, "o", color=colour)
+            difference = entry["differences"][name]
+            colour = {"forgets": BAD, "better": OURS}.get(difference["verdict"], OTHERS)
+            bars.append((entry["task"], difference, colour))
+    figure, axes = _figure(height=0.7 + 0.42 * len(bars))
+    for row, (_, difference, colour) in enumerate(reversed(bars)):
+        ends = [difference["ci_low"], difference["ci_high"]]
+        axes.plot(ends, [row, row], color=colour, linewidth=1.5)
+        axes.plot(difference["value"], row, "o", color=colour)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(found)), [label.replace("_", " ") for label, *_ in reversed(found)])
-    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.set_yticks(range(len(bars)), [label.replace("_", " ") for label, *_ in reversed(bars)])
+    axes.set_ylim(-0.6, len(bars) - 0.4)
     axes.set_xlabel(f"difference to {name}")
     return _svg(figure)
 
 
-def answer_lengths(report: dict[str, Any]) -> str:
-    """Where the middle 80 % of each variant's answers end, in tokens, beside those that are wanted."""
-    found = [(e["name"], e["lengths"], e) for e in report["variants"] if e["lengths"]["answers"]]
-    if not found:
+def answer_lengths(report: Report) -> str:
+    """Draw the lengths of the middle 80 % of each variant's answers, in tokens, and of the wanted ones."""
+    bars = [(e["name"], e["lengths"], e) for e in report.variants if e["lengths"]["answers"]]
+    if not bars:
         return ""
-    figure, axes = _figure(height=0.7 + 0.42 * len(found))
-    for row, (_, told, entry) in enumerate(reversed(found)):
-        low, middle, high = told["answers"]
+    figure, axes = _figure(height=0.7 + 0.42 * len(bars))
+    for row, (_, lengths, entry) in enumerate(reversed(bars)):
+        low, middle, high = lengths["answers"]
         colour = _colour(entry)
         axes.plot([low, high], [row, row], color=colour, linewidth=6, solid_capstyle="butt")
         axes.plot(middle, row, "|", color=INK, markersize=12)
         cut, total = entry["finish_reasons"]["length"], sum(entry["finish_reasons"].values())
         axes.text(high + 0.5, row, f"{cut / total:.0%} cut off", va="center", fontsize=9)
-    low, _, high = found[0][1]["wanted"]
+    low, _, high = bars[0][1]["wanted"]
     axes.axvspan(low, high, color=OURS, alpha=0.12, linewidth=0)
-    axes.set_yticks(range(len(found)), [name for name, *_ in reversed(found)])
-    axes.set_xlim(0, 1.25 * max(told["answers"][2] for _, told, _ in found) + 1)
-    axes.set_xlabel("tokens of an answer (10th, 50th, 90th percentile); shaded: wanted")
+    axes.set_yticks(range(len(bars)), [name for name, *_ in reversed(bars)])
+    axes.set_xlim(0, 1.25 * max(lengths["answers"][2] for _, lengths, _ in bars) + 1)
+    axes.set_xlabel("tokens per answer (10th, 50th, 90th percentile); shaded: expected answers")
     return _svg(figure)
 
 
 def loss_curve(records: list[dict[str, Any]]) -> str:
-    """Training and held-out loss by step, in nats per labelled token."""
+    """Draw training and held-out loss by step, in nats per labelled token."""
     figure, axes = _figure(height=2.8)
     for key, label, colour, style in (
         ("loss", "training", OTHERS, "-"),
@@ -146,10 +149,12 @@ def loss_curve(records: list[dict[str, Any]]) -> str:
 
 
 def _colour(entry: dict[str, Any]) -> str:
+    """Return the colour of a variant, by whether it is a trained one."""
     return OURS if entry["name"] in TRAINED else OTHERS
 
 
 def _figure(height: float) -> tuple[Figure, Any]:
+    """Return an empty figure of this height and its axes."""
     figure = Figure(figsize=(6.4, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -157,8 +162,9 @@ def _figure(height: float) -> tuple[Figure, Any]:
 
 
 def _svg(figure: Figure) -> str:
+    """Return a figure as an ``<svg>`` element."""
     stream = io.StringIO()
-    # A fixed salt and no date: the same numbers give the same file.
+    # With a fixed salt and without a date, the same numbers give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "halfbyte", "font.size": 10}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()

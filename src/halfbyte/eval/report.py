@@ -1,4 +1,4 @@
-"""Owns the report: report.json for programs, report.md and report.html for people."""
+"""Owns the report of a comparison: report.json for programs, report.md and report.html for people."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from halfbyte.config import Run
+from halfbyte.data.ledger import Ledger
 from halfbyte.data.rows import Row
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
 from halfbyte.eval.harness import LoadedBenchmark
@@ -26,47 +27,58 @@ from halfbyte.eval.judge import judge_answers
 from halfbyte.eval.measure import LOSS_METRIC, Variant
 from halfbyte.eval.pages import as_html, as_markdown, interval, signed
 from halfbyte.eval.plots import estimate_of
+from halfbyte.eval.report_record import Decoding, Report, TrainingRows
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, MERGED, is_artefact, trained_name
-from halfbyte.run_dir import RunDir, read_json, read_jsonl, write_json, write_jsonl, write_text
+from halfbyte.model.identity import BaseIdentity
+from halfbyte.run_dir import RunDir, read_jsonl, write_jsonl, write_text
+from halfbyte.trained.run import TrainedRun
 
-MAX_LENGTH_FINISHES = 0.01
+MAX_CUT_OFF_FRAC = 0.01  # share of cut-off answers above which the report has a note
 
 
 def write_report(
-    folder: RunDir,
-    run: Run,
+    trained: TrainedRun,
     rows: list[Row],
     variants: list[Variant],
     benchmarks: Sequence[LoadedBenchmark] = (),
     *,
     command: str = "",
-) -> dict[str, Any]:
-    """Write report.json, .md and .html, answers.jsonl and benchmarks.jsonl; returns report.json's content.
+) -> Report:
+    """Write report.json, .md and .html, answers.jsonl and benchmarks.jsonl; return report.json's content.
 
-    ``command`` repeats the comparison.
+    Args:
+        trained: the run, with the settings of the comparison.
+        rows: the held-out rows.
+        variants: the measured variants.
+        benchmarks: the benchmarks that were run.
+        command: the command line that repeats the comparison.
     """
-    report = {**build_report(folder, run, variants, benchmarks), "command": command, "judged": {}}
+    folder, run = trained.folder, trained.run
+    report = build_report(trained, variants, benchmarks, command)
     answered = [] if not variants[0].answers else _answers(rows, variants)
     write_jsonl(folder.eval / "answers.jsonl", answered)
     write_jsonl(folder.eval / "benchmarks.jsonl", _benchmark_answers(variants))
-    _write_pages(folder, report, answered)
-    if run.eval.judge is not None:  # last: all else is kept where the judge fails
-        report["judged"] = _judged(folder, run, answered, variants)
-        _write_pages(folder, report, answered)
+    _write_pages(trained, report, answered)
+    if run.eval.judge is not None:  # last, so that the rest is kept if the judge fails
+        judged = _judged(folder, run, answered, variants)
+        report = report.model_copy(update={"judged": judged})
+        _write_pages(trained, report, answered)
     return report
 
 
-def _write_pages(folder: RunDir, report: dict[str, Any], answered: list[dict[str, Any]]) -> None:
-    write_json(folder.eval / "report.json", report)
+def _write_pages(trained: TrainedRun, report: Report, answered: list[dict[str, Any]]) -> None:
+    """Write report.json, report.md and report.html."""
+    folder = trained.folder
+    report.write(folder.eval / "report.json")
     write_text(folder.eval / "report.md", as_markdown(report))
-    training, manifest = list(read_jsonl(folder.metrics)), read_json(folder.manifest)
-    write_text(folder.eval / "report.html", as_html(report, answered, training, manifest))
+    losses, manifest = list(read_jsonl(folder.metrics)), trained.manifest.as_json()
+    write_text(folder.eval / "report.html", as_html(report, answered, losses, manifest))
 
 
 def _judged(
     folder: RunDir, run: Run, answered: list[dict[str, Any]], variants: list[Variant]
 ) -> dict[str, Any]:
-    """What the judge preferred; nothing without one."""
+    """Return what the judge preferred; empty without a trained variant or without answers."""
     ours = _ours(variants)
     if ours is None or not answered:
         return {}
@@ -75,107 +87,107 @@ def _judged(
 
 
 def build_report(
-    folder: RunDir, run: Run, variants: list[Variant], benchmarks: Sequence[LoadedBenchmark] = ()
-) -> dict[str, Any]:
-    """Figures, differences and the verdict, as plain values."""
-    manifest, ledger = read_json(folder.manifest), read_json(folder.ledger)
+    trained: TrainedRun,
+    variants: list[Variant],
+    benchmarks: Sequence[LoadedBenchmark] = (),
+    command: str = "",
+) -> Report:
+    """Return the figures, the differences and the verdict."""
+    run, manifest, ledger = trained.run, trained.manifest, Ledger.read(trained.folder.ledger)
     entries = [variant.as_json(run) for variant in variants]
     metric = run.eval.metrics[0]
     differences = _differences(run, variants, metric)
-    elsewhere = benchmark_entries(run, benchmarks, variants, _ours(variants))
+    general = benchmark_entries(run, benchmarks, variants, _ours(variants))
     for entry in entries:
-        found = differences.get(entry["name"])
-        entry["verdict"] = found["verdict"] if found else _overall(differences)
-    return {
-        "run": run.name,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "base": manifest["base"],
-        "metric": metric,
-        "metrics": run.eval.metrics,
-        "n": len(variants[0].losses),
-        "confidence": run.eval.confidence,
-        "verdict": _verdict_line(entries, differences, metric, run),
-        "variants": entries,
-        "differences": differences,
-        "forgetting": [
+        difference = differences.get(entry["name"])
+        entry["verdict"] = difference["verdict"] if difference else _overall(differences)
+    return Report(
+        run=str(run.name),
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        base=manifest.base,
+        metric=metric,
+        metrics=list(run.eval.metrics),
+        n=len(variants[0].losses),
+        confidence=run.eval.confidence,
+        verdict=_verdict_line(entries, differences, metric, run),
+        variants=entries,
+        differences=differences,
+        forgetting=[
             line
             for name in (BASE_FULL, BASE_NF4, *(baseline.name for baseline in run.eval.baselines))
-            if (line := forgetting_line(elsewhere, name))
+            if (line := forgetting_line(general, name))
         ],
-        "benchmarks": elsewhere,
-        "eval": run.eval.model_dump(mode="json"),
-        "decoding": {
-            "greedy": True,
-            "max_new_tokens": run.eval.max_new_tokens,
-            "stop_ids": manifest["stop_ids"],
-            "batch_size": run.eval.batch_size,
-            "chat_template_sha256": manifest["chat_template_sha256"],
-            "compute_dtype": manifest["compute_dtype"]["name"],
-        },
-        "rows": {
-            "in": ledger["rows_in"],
-            "trained": ledger["trained"],
-            "dropped": ledger["dropped"],
-        },
-        "notes": _notes(ledger, entries, manifest, variants),
-    }
+        benchmarks=general,
+        eval=run.eval.model_dump(mode="json"),
+        decoding=Decoding(
+            greedy=True,
+            max_new_tokens=run.eval.max_new_tokens,
+            stop_ids=manifest.stop_ids,
+            batch_size=run.eval.batch_size,
+            chat_template_sha256=manifest.chat_template_sha256,
+            compute_dtype=manifest.compute_dtype.name,
+        ),
+        rows=TrainingRows.model_validate(ledger.as_json() | {"in": ledger.rows_in}),
+        notes=_notes(ledger, entries, manifest.base, variants),
+        command=command,
+    )
 
 
 def _benchmark_answers(variants: list[Variant]) -> list[dict[str, Any]]:
-    """What each variant answered to each question of each benchmark, and what that scored."""
+    """Return each variant's answer to each question of each benchmark, with its scores."""
     return [
         {
             "benchmark": task,
             "variant": variant.name,
             **sample,
-            "scores": {metric: scores[i] for metric, scores in told.scores.items()},
+            "scores": {metric: scores[i] for metric, scores in result.scores.items()},
         }
         for variant in variants
-        for task, told in variant.benchmarks.items()
-        for i, sample in enumerate(told.samples)
+        for task, result in variant.benchmarks.items()
+        for i, sample in enumerate(result.samples)
     ]
 
 
 def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, dict[str, Any]]:
-    """The adapter's paired difference to every other variant on the deciding metric."""
+    """Return the trained variant's paired difference to every other variant on the deciding metric."""
     ours = _ours(variants)
     if ours is None:
         return {}
     level = (run.eval.confidence, run.eval.resamples, run.seed)
-    found = {}
+    differences = {}
     for other in variants:
         if other is not ours:
             difference = _difference(run, ours, other, metric)
             loss = _difference(run, ours, other, LOSS_METRIC)
-            own, theirs = ours.scores.get(metric, []), other.scores.get(metric, [])
-            found[other.name] = {
+            scores, other_scores = ours.scores.get(metric, []), other.scores.get(metric, [])
+            differences[other.name] = {
                 **difference.as_json(),
-                **(evidence(own, theirs, *level) if own else {}),
-                "verdict": judge(difference, own, theirs, run.eval.confidence),
+                **(evidence(scores, other_scores, *level) if scores else {}),
+                "verdict": judge(difference, scores, other_scores, run.eval.confidence),
                 "held_out_loss_drop": loss.as_json(),
             }
-    return found
+    return differences
 
 
 def _ours(variants: list[Variant]) -> Variant | None:
-    """The trained variant that the verdict is about."""
+    """Return the trained variant that the verdict is about."""
     by_name = {variant.name: variant for variant in variants}
     name = trained_name(by_name)
     return by_name[name] if name else None
 
 
 def _difference(run: Run, ours: Variant, other: Variant, metric: str) -> Estimate:
-    """By how much ``ours`` is better, row by row: a higher score, or a lower loss."""
+    """Return by how much ``ours`` is better, row by row: a higher score, or a lower loss."""
     level = (run.eval.confidence, run.eval.resamples, run.seed)
     if metric != LOSS_METRIC:
         return paired_difference(ours.scores[metric], other.scores[metric], *level)
-    (own, counts), (theirs, _) = ours.loss_columns(), other.loss_columns()
-    drops = [b - a for a, b in zip(own, theirs, strict=True)]
+    (losses, counts), (other_losses, _) = ours.loss_columns(), other.loss_columns()
+    drops = [b - a for a, b in zip(losses, other_losses, strict=True)]
     return ratio_interval(drops, counts, *level)
 
 
 def _overall(differences: dict[str, dict[str, Any]]) -> str:
-    """Against everything but copies of itself, merged or exported: the worst of the verdicts."""
+    """Return the worst verdict against the other variants, leaving out its merged and exported copies."""
     others = [name for name in differences if name != MERGED and not is_artefact(name)]
     verdicts = {differences[name]["verdict"] for name in others}
     for verdict in (LOSS, NO_GAIN, GAIN):
@@ -187,41 +199,45 @@ def _overall(differences: dict[str, dict[str, Any]]) -> str:
 def _verdict_line(
     entries: list[dict[str, Any]], differences: dict[str, dict[str, Any]], metric: str, run: Run
 ) -> str:
+    """Say in one line how the trained variant does against each baseline."""
     by_name = {entry["name"]: entry for entry in entries}
     ours = trained_name(by_name)
     baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines)]
     parts = [
-        f"{differences[name]['verdict']} against {name} ({signed(differences[name])}{_too_few(differences[name])})"
+        f"{differences[name]['verdict']} against {name}"
+        f" ({signed(differences[name])}{_rows_needed(differences[name])})"
         for name in (*baselines, BASE_NF4)
         if name in differences
     ]
     if ours is None or not parts:
-        return "No verdict: the comparison has no trained variant, or no baseline beside it."
+        return "No verdict: the comparison lacks a trained variant or a baseline."
     estimate = interval(estimate_of(by_name[ours], metric))
     return f"{ours}: {metric} {estimate} — " + "; ".join(parts) + "."
 
 
-def _too_few(difference: dict[str, Any]) -> str:
-    """With how many rows a difference that was not shown would be."""
+def _rows_needed(difference: dict[str, Any]) -> str:
+    """Say how many rows would show a difference that these rows did not show."""
     needed = difference.get("rows_needed")
     if difference["verdict"] != NO_GAIN or needed is None or needed <= difference["n"]:
         return ""
-    return f"; so small a difference takes {needed:,} rows, these are {difference['n']:,}"
+    return f"; a difference this small needs {needed:,} rows to be shown, not {difference['n']:,}"
 
 
 def _notes(
-    ledger: dict[str, Any],
+    ledger: Ledger,
     entries: list[dict[str, Any]],
-    manifest: dict[str, Any],
+    base: BaseIdentity,
     variants: list[Variant],
 ) -> list[str]:
-    notes = [f"Base: {manifest['base']['origin']}."]
-    is_asked = any(variant.benchmarks for variant in variants)
-    near = ledger["near_duplicates"]
+    """Return the notes of the report, a sentence each."""
+    notes = [f"Base: {base.origin}."]
+    has_benchmarks = any(variant.benchmarks for variant in variants)
+    near = ledger.near_duplicates
     if near:
         notes.append(
-            f"{len(near)} pairs of training and held-out prompts are near duplicates (Jaccard of"
-            f" 5-character shingles from {near[-1]['jaccard']}); see ledger.json. Exact duplicates: none."
+            f"{len(near)} pairs of training and held-out prompts are near duplicates (Jaccard similarity of"
+            f" 5-character shingles at least {near[-1].jaccard}); see ledger.json. There are no exact"
+            " duplicates."
         )
     else:
         notes.append("No training prompt is an exact or near duplicate of a held-out one.")
@@ -229,31 +245,33 @@ def _notes(
     odd = [name for name, count in counts.items() if count != counts[variants[0].name]]
     if odd:
         notes.append(
-            f"{', '.join(odd)}: another tokenizer, so that its loss per token is of other tokens."
+            f"{', '.join(odd)}: a different tokenizer, so the loss per token refers to different tokens."
         )
-    unasked = [variant.name for variant in variants if is_asked and not variant.benchmarks]
-    if unasked:
+    without = [v.name for v in variants if has_benchmarks and not v.benchmarks]
+    if without:
         notes.append(
-            f"{', '.join(unasked)}: not asked the benchmarks; a model in llama.cpp cannot be, and examples in"
-            " the prompt are for the rows alone."
+            f"{', '.join(without)}: not run on the benchmarks; models in llama.cpp cannot be, and examples in"
+            " a variant's prompt are for the held-out rows only."
         )
     for entry in entries:
         cut = entry["finish_reasons"]["length"]
-        if cut > MAX_LENGTH_FINISHES * sum(entry["finish_reasons"].values()):
+        if cut > MAX_CUT_OFF_FRAC * sum(entry["finish_reasons"].values()):
             notes.append(f"{entry['name']}: {cut} answers were cut off at eval.max_new_tokens.")
     notes.append(
-        "tokens/s are of this one sitting, batched; compare them with each other, not with other machines."
+        "tokens/s were measured in this session, in batches; compare them with each other, not with those of"
+        " other machines."
     )
     return notes
 
 
 def _row_id(row: Row) -> str:
-    """The same for the same conversation, in whichever run and place."""
+    """Return an id that is the same for the same conversation in any run and place."""
     turns = [[message.role, message.content] for message in row.messages]
     return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
 
 
 def _answers(rows: list[Row], variants: list[Variant]) -> list[dict[str, Any]]:
+    """Return the rows of answers.jsonl."""
     return [
         {
             "place": row.place,

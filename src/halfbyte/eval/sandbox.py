@@ -1,8 +1,8 @@
-"""Owns running programs that a model wrote: each in a process that can compute, and nothing else.
+"""Owns running programs that a model wrote, each in a process that can compute and do nothing else.
 
-What holds a program is the kernel, not Python: Landlock (landlock(7)) leaves it its own language's files to
-read and none to write, seccomp (seccomp(2)) neither processes nor sockets nor signals to others, and limits
-bound its memory and time. Where the kernel has these not, nothing is run.
+The kernel confines a program, not Python: Landlock (landlock(7)) lets it read only the files of Python itself
+and write none, seccomp (seccomp(2)) denies processes, sockets and signals to others, and resource limits
+bound its memory and time. Where the kernel lacks these, nothing is run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from halfbyte.errors import UserError
 TIMEOUT_S = 5.0
 MEMORY_BYTES = 1 << 30
 WORKER = Path(__file__).with_name("sandbox_worker.py")
-UNABLE = 77  # the worker's exit code where the kernel cannot hold a program
-TOLD_CHARS = 2000
+UNSUPPORTED = 77  # the worker's exit code where the kernel cannot confine a program
+ERROR_CHARS = 2000
 GRACE_S = 10.0  # for the interpreter to start on a busy machine
 
 End = Literal["passed", "failed", "timeout"]
@@ -34,64 +34,64 @@ class Outcome:
 
     Attributes:
         end: ``passed`` if it ran to its last line.
-        told: the end of what Python said, where it failed.
+        error: the end of Python's error message, where the program failed.
     """
 
     end: End
-    told: str = ""
+    error: str = ""
 
 
 def run_program(
     source: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_BYTES
 ) -> Outcome:
-    """Run Python source to its end: an exception, an exit or a limit before it is a failure.
+    """Run Python source; an exception, an exit or a limit before its end is a failure.
 
-    The program sees an empty environment and an empty folder, and no packages beside the standard library.
+    The program sees an empty environment and an empty folder, and no packages but the standard library.
 
     Args:
-        source: statements; for a benchmark the answer and the tests that must hold.
-        timeout_s: of processor time, and of the clock once the program runs.
-        memory_bytes: of its address space, the interpreter's own included.
+        source: Python statements; for a benchmark the answer and the tests that it must pass.
+        timeout_s: limit of processor time, and of wall-clock time once the program runs.
+        memory_bytes: limit of the address space, including the interpreter.
 
     Raises:
-        UserError: this system cannot hold a program.
+        UserError: this system cannot confine a program.
     """
     if sys.platform != "linux":
         raise UserError(
-            f"programs are run on Linux alone, where the kernel can hold them; this is {sys.platform}"
+            f"programs run only on Linux, where the kernel can confine them; this is {sys.platform}"
         )
-    # Only a program that ran to its end can say this: it is read before the program is known.
-    word = secrets.token_hex(16)
-    asked = f"{word} {timeout_s} {memory_bytes}\n{source}".encode("utf-8", "surrogatepass")
+    # The worker writes it back once the program has run to its end.
+    secret = secrets.token_hex(16)
+    request = f"{secret} {timeout_s} {memory_bytes}\n{source}".encode("utf-8", "surrogatepass")
     with (
         tempfile.TemporaryDirectory(prefix="halfbyte-program-") as folder,
-        tempfile.TemporaryFile() as said,
-        tempfile.TemporaryFile() as complained,
+        tempfile.TemporaryFile() as stdout,
+        tempfile.TemporaryFile() as stderr,
     ):
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(WORKER)],
             stdin=subprocess.PIPE,
-            stdout=said,
-            stderr=complained,
+            stdout=stdout,
+            stderr=stderr,
             env={},
             cwd=folder,
             start_new_session=True,
         )
         try:
-            process.communicate(asked, timeout=timeout_s + GRACE_S)
+            process.communicate(request, timeout=timeout_s + GRACE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             return Outcome("timeout")
-        said.seek(0)
-        complained.seek(0)
-        end, told = said.read(), complained.read().decode(errors="replace")
-    if process.returncode == UNABLE:
+        stdout.seek(0)
+        stderr.seek(0)
+        output, error = stdout.read(), stderr.read().decode(errors="replace")
+    if process.returncode == UNSUPPORTED:
         raise UserError(
-            f"programs cannot be run here: {told.strip()}. They need Linux 5.13 or newer with Landlock and"
+            f"programs cannot be run here: {error.strip()}. They need Linux 5.13 or newer with Landlock and"
             " seccomp, on x86-64 or ARM64; leave the benchmark out"
         )
-    if end == word.encode():
+    if output == secret.encode():
         return Outcome("passed")
-    is_late = -process.returncode in (signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL)
-    return Outcome("timeout" if is_late else "failed", told[-TOLD_CHARS:])
+    timed_out = -process.returncode in (signal.SIGXCPU, signal.SIGALRM, signal.SIGKILL)
+    return Outcome("timeout" if timed_out else "failed", error[-ERROR_CHARS:])

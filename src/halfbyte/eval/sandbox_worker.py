@@ -1,7 +1,7 @@
-"""Owns the inside of a program's process: gives up every right but to compute, then runs it.
+"""Owns the inside of a program's process: it gives up every right but to compute, then runs the program.
 
-Started by ``sandbox`` alone, without site packages; imports nothing of halfbyte. On standard input: a
-secret word, seconds, bytes, a line break, the program. The word comes back on standard output if the program
+Only ``sandbox`` starts it, without site packages; it imports nothing of halfbyte. Standard input holds a
+secret, seconds, bytes, a line break and the program. The secret is written to standard output if the program
 ran to its end.
 """
 
@@ -17,18 +17,18 @@ import struct
 import sys
 import traceback
 
-UNABLE = 77
+UNSUPPORTED = 77
 OUTPUT_BYTES = 1 << 16
-TOLD_CHARS = 2000
+ERROR_CHARS = 2000
 EPERM = 1
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 4, 22, 38, 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on both architectures
-# Rights to files by the version of Landlock that knows them (linux/landlock.h).
+# Number of file rights in each version of Landlock (linux/landlock.h).
 FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-READ = 1 << 2 | 1 << 3  # files, folders
+READ = 1 << 2 | 1 << 3  # of files, of folders
 NET_RIGHTS, SCOPES = 0b11, 0b11  # bind and connect; abstract sockets and signals
 # System calls that reach beyond the process: processes, sockets, signals, owners and modes of files, limits,
-# other processes' memory, the machine. name: (x86-64, ARM64), None where there is none.
+# other processes' memory, the machine. name: (number on x86-64, on ARM64), None where there is none.
 DENIED: dict[str, tuple[int | None, int | None]] = {
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203),
     "clone": (56, 220), "fork": (57, None), "vfork": (58, None), "clone3": (435, 435),
@@ -56,46 +56,47 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186), "semget": (64, 190),
     "mq_open": (240, 180), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
 }  # fmt: skip
-MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # AUDIT_ARCH_*, column above
-X32 = 0x40000000  # numbers of x86-64's other interface
+MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # AUDIT_ARCH_*, column in DENIED
+X32 = 0x40000000  # first call number of x86-64's x32 interface
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # BPF
 ALLOW, REFUSE, END = 0x7FFF0000, 0x00050000 | EPERM, 0x80000000
 
 
-class UnableError(Exception):
-    """The kernel cannot hold a program."""
+class UnsupportedError(Exception):
+    """The kernel cannot confine a program."""
 
 
 def main() -> None:
-    """Word and limits → no more rights → the program → the word."""
+    """Read the request, give up all rights, run the program, then write the secret."""
     head, _, source = sys.stdin.buffer.read().partition(b"\n")
-    word, seconds, memory = head.decode().split()
+    secret, seconds, memory = head.decode().split()
     out, err = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
-        os.dup2(nowhere, number)
+        os.dup2(null, number)
     try:
-        _limit(float(seconds), int(memory))
-        _close_files()
-        _close_calls()
-    except (UnableError, OSError, ValueError) as error:
+        _set_limits(float(seconds), int(memory))
+        _restrict_files()
+        _restrict_calls()
+    except (UnsupportedError, OSError, ValueError) as error:
         os.write(err, str(error).encode())
-        os._exit(UNABLE)
+        os._exit(UNSUPPORTED)
     try:
         code = compile(source.decode("utf-8", "surrogatepass"), "program", "exec")
         exec(code, {"__name__": "__main__"})
     except BaseException:
-        os.write(err, traceback.format_exc()[-TOLD_CHARS:].encode("utf-8", "replace"))
+        os.write(err, traceback.format_exc()[-ERROR_CHARS:].encode("utf-8", "replace"))
         os._exit(1)
-    os.write(out, word.encode())
+    os.write(out, secret.encode())
     os._exit(0)
 
 
-def _limit(seconds: float, memory: int) -> None:
+def _set_limits(seconds: float, memory: int) -> None:
+    """Limit time, memory and resources of this process."""
     whole = max(1, math.ceil(seconds))
-    signal.alarm(whole + 1)  # of the clock, for programs that sleep
+    signal.alarm(whole + 1)  # wall-clock time, for programs that sleep
     resource.setrlimit(resource.RLIMIT_CPU, (whole, whole + 1))
-    for what, value in {
+    for limit, value in {
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_DATA: memory,
         resource.RLIMIT_FSIZE: OUTPUT_BYTES,
@@ -103,47 +104,47 @@ def _limit(seconds: float, memory: int) -> None:
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_MEMLOCK: 0,
     }.items():
-        resource.setrlimit(what, (value, value))
+        resource.setrlimit(limit, (value, value))
 
 
-def _close_files() -> None:
-    """Landlock: the language's own files may be read, nothing written, no port bound or called."""
+def _restrict_files() -> None:
+    """Let Landlock allow reading Python's own files, and deny writing, binding and connecting to ports."""
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if version < 1:
-        raise UnableError("the kernel has no Landlock")
+        raise UnsupportedError("the kernel has no Landlock")
     files = (1 << FILE_RIGHTS.get(version, max(FILE_RIGHTS.values()))) - 1
     net, scopes = (NET_RIGHTS if version >= 4 else 0), (SCOPES if version >= 6 else 0)
-    told = struct.pack("QQQ", files, net, scopes)
+    ruleset = struct.pack("QQQ", files, net, scopes)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
-    rules = libc.syscall(LANDLOCK_CREATE, told[:size], ctypes.c_size_t(size), 0)
+    rules = libc.syscall(LANDLOCK_CREATE, ruleset[:size], ctypes.c_size_t(size), 0)
     if rules < 0:
-        raise UnableError(f"Landlock: error {ctypes.get_errno()}")
-    for path in _own_files():
+        raise UnsupportedError(f"Landlock: error {ctypes.get_errno()}")
+    for path in _readable_files():
         folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rights = files & (READ if os.path.isdir(path) else 1 << 2)
         rule = struct.pack("=Qi", rights, folder)
         if libc.syscall(LANDLOCK_ADD, rules, 1, rule, 0):
-            raise UnableError(f"Landlock: {path}: error {ctypes.get_errno()}")
+            raise UnsupportedError(f"Landlock: {path}: error {ctypes.get_errno()}")
         os.close(folder)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.syscall(LANDLOCK_RESTRICT, rules, 0):
-        raise UnableError(f"Landlock: error {ctypes.get_errno()}")
+        raise UnsupportedError(f"Landlock: error {ctypes.get_errno()}")
     os.close(rules)
 
 
-def _own_files() -> list[str]:
-    """Where the standard library and what it is linked with lie."""
+def _readable_files() -> list[str]:
+    """Return where the standard library and the libraries it links to are."""
     standard = os.path.dirname(os.__file__)
-    wanted = [standard, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
-    wanted += ["/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/urandom", os.devnull]
-    return [path for path in wanted if os.path.exists(path)]
+    paths = [standard, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
+    paths += ["/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/urandom", os.devnull]
+    return [path for path in paths if os.path.exists(path)]
 
 
-def _close_calls() -> None:
-    """Seccomp: calls that reach beyond the process fail with EPERM."""
+def _restrict_calls() -> None:
+    """Let seccomp fail system calls that reach beyond the process, with EPERM."""
     if platform.machine() not in MACHINES:
-        raise UnableError(f"{platform.machine()} is not known here")
+        raise UnsupportedError(f"the processor {platform.machine()} is not supported")
     machine, column = MACHINES[platform.machine()]
     numbers = [number for pair in DENIED.values() if (number := pair[column]) is not None]
     filters = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine), (RETURN, 0, 0, END), (LOAD, 0, 0, 0)]
@@ -151,12 +152,12 @@ def _close_calls() -> None:
     for number in numbers:
         filters += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE)]
     filters.append((RETURN, 0, 0, ALLOW))
-    code = b"".join(struct.pack("=HBBI", *one) for one in filters)
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in filters)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("=H6xQ", len(filters), ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0):
-        raise UnableError(f"seccomp: error {ctypes.get_errno()}")
+        raise UnsupportedError(f"seccomp: error {ctypes.get_errno()}")
 
 
 if __name__ == "__main__":

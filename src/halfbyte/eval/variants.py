@@ -23,11 +23,11 @@ from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
-from halfbyte.model.merged import MERGE_REPORT, keeps_training
+from halfbyte.model.merged import keeps_training, merged_report
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
-from halfbyte.run_dir import RunDir, read_json
 from halfbyte.trained.artefact import read_artefact
+from halfbyte.trained.run import TrainedRun
 
 BASE_FULL, FEWSHOT, BASE_NF4 = "base-full", "base-full-fewshot", "base-nf4"
 ADAPTER, MERGED = "adapter", "merged"
@@ -42,7 +42,7 @@ def trained_name(names: Collection[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model in memory with what it is asked.
+    """A model in memory with the questions that it answers.
 
     Attributes:
         num_bytes: of weights in memory.
@@ -53,18 +53,18 @@ class Contender:
     what: str
     model: nn.Module | GgufModel
     num_bytes: int
-    asked: list[Question]
+    questions: list[Question]
     renderer: Renderer
     stored: tuple[Path, ...] = ()
 
     @property
     def disk_bytes(self) -> int:
-        """Of the weights on disk."""
+        """The size of its weights on disk."""
         return sum(_stored_bytes(path) for path in self.stored)
 
     @property
     def device(self) -> torch.device:
-        """That computes."""
+        """The device that computes."""
         if isinstance(self.model, GgufModel):
             return torch.device("cuda" if self.model.gpu_layers else "cpu")
         return next(self.model.parameters()).device
@@ -82,162 +82,172 @@ def _stored_bytes(path: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained run with what its variants are asked."""
+class Comparison:
+    """A trained run with the questions that its variants answer, and the dtype that computes them."""
 
-    folder: RunDir
-    run: Run
-    base: Base
+    trained: TrainedRun
     compute: Compute
-    asked: list[Question]
-    renderer: Renderer
+    questions: list[Question]
+
+    @property
+    def run(self) -> Run:
+        """The run's settings."""
+        return self.trained.run
 
 
-def contenders(trained: Trained) -> Iterator[Contender]:
-    """Each variant that is asked for."""
-    variants = set(trained.run.eval.variants)
+def contenders(comparison: Comparison) -> Iterator[Contender]:
+    """Load the variants of the config, one after the other."""
+    variants = set(comparison.run.eval.variants)
     if variants & {BASE_FULL, FEWSHOT}:
-        yield from _full_size(trained)
+        yield from _full_size(comparison)
         release()
     if variants & {BASE_NF4, ADAPTER}:
-        yield from _quantised(trained)
+        yield from _quantised(comparison)
         release()
     if MERGED in variants:
-        yield _merged(trained)
+        yield _merged(comparison)
         release()
-    for name in trained.run.eval.variants:
+    for name in comparison.run.eval.variants:
         if is_artefact(name):
-            yield from _artefact(trained, name)
+            yield from _artefact(comparison, name)
             release()
-    for baseline in trained.run.eval.baselines:
-        yield from _baseline(trained, baseline)
+    for baseline in comparison.run.eval.baselines:
+        yield from _baseline(comparison, baseline)
         release()
 
 
-def _full_size(trained: Trained) -> Iterator[Contender]:
+def _full_size(comparison: Comparison) -> Iterator[Contender]:
     """The base without quantisation, asked plainly and with examples in the prompt."""
-    run, asked, renderer = trained.run, trained.asked, trained.renderer
-    loaded = _load_full(trained.base, run, trained.compute)
-    size, stored = weights_bytes(loaded.model), (Path(trained.base.path),)
-    what = f"{trained.base.name} in {loaded.precision}"
+    run, base, renderer = comparison.run, comparison.trained.base, comparison.trained.renderer
+    loaded = _load_full(base, run, comparison.compute)
+    size, stored = weights_bytes(loaded.model), (Path(base.path),)
+    what = f"{base.name} in {loaded.precision}"
     if BASE_FULL in run.eval.variants:
-        yield Contender(BASE_FULL, what, loaded.model, size, asked, renderer, stored)
+        plain = comparison.questions
+        yield Contender(BASE_FULL, what, loaded.model, size, plain, renderer, stored)
     if FEWSHOT in run.eval.variants:
-        examples = fewshot_examples(trained.folder, run.eval.fewshot, run.seed)
-        longer = questions([question.row for question in asked], renderer, examples)
+        examples = fewshot_examples(comparison.trained.folder, run.eval.fewshot, run.seed)
+        longer = questions([question.row for question in comparison.questions], renderer, examples)
         what = f"{what}, {run.eval.fewshot} training examples in the prompt"
         yield Contender(FEWSHOT, what, loaded.model, size, longer, renderer, stored)
 
 
-def _quantised(trained: Trained) -> Iterator[Contender]:
+def _quantised(comparison: Comparison) -> Iterator[Contender]:
     """The adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
-    run, asked, renderer = trained.run, trained.asked, trained.renderer
-    same_weights, stored = run.model.precision == "nf4", (Path(trained.base.path),)
+    trained, run, compute = comparison.trained, comparison.run, comparison.compute
+    base, renderer, plain = trained.base, trained.renderer, comparison.questions
+    same_weights, stored = run.model.precision == "nf4", (Path(base.path),)
     if ADAPTER in run.eval.variants or same_weights:
-        loaded = load_scored(trained.base, run.model.precision, trained.compute, run)
+        loaded = load_scored(base, run.model.precision, compute, run)
         base_bytes = weights_bytes(loaded.model)
         model = load_adapter(loaded, trained.folder.adapter)
-        what = f"{trained.base.name} in {run.model.precision}"
+        what = f"{base.name} in {run.model.precision}"
         if ADAPTER in run.eval.variants:
             adapted = f"{what} with the trained adapter"
             both = (*stored, trained.folder.adapter)
-            yield Contender(ADAPTER, adapted, model, weights_bytes(model), asked, renderer, both)
+            yield Contender(ADAPTER, adapted, model, weights_bytes(model), plain, renderer, both)
         if same_weights and BASE_NF4 in run.eval.variants:
             with model.disable_adapter():
                 disabled = f"{what}, adapter disabled"
-                yield Contender(BASE_NF4, disabled, model, base_bytes, asked, renderer, stored)
+                yield Contender(BASE_NF4, disabled, model, base_bytes, plain, renderer, stored)
         del model, loaded
         release()
     if BASE_NF4 in run.eval.variants and not same_weights:
-        loaded = load_scored(trained.base, "nf4", trained.compute, run)
-        what = f"{trained.base.name} in nf4{taken_back(trained.base, 'nf4')}"
+        loaded = load_scored(base, "nf4", compute, run)
+        what = f"{base.name} in nf4{taken_back(base, 'nf4')}"
         size = weights_bytes(loaded.model)
-        yield Contender(BASE_NF4, what, loaded.model, size, asked, renderer, stored)
+        yield Contender(BASE_NF4, what, loaded.model, size, plain, renderer, stored)
 
 
-def _merged(trained: Trained) -> Contender:
+def _merged(comparison: Comparison) -> Contender:
     """The merged model, computed in a dtype that holds its stored weights exactly."""
-    folder, compute = trained.folder.merged, trained.compute
-    kept = read_json(folder / MERGE_REPORT)["kept"]
-    if kept["dtype"] != compute.name:
+    folder, compute = comparison.trained.folder.merged, comparison.compute
+    kept = merged_report(comparison.trained.folder).kept
+    if kept.dtype != compute.name:
         compute = Compute(compute.device, torch.float32, "holds the stored weights exactly")
-    loaded = _load_full(resolve_base(str(folder)), trained.run, compute)
-    stored = f"stored in {kept['dtype']}, computed in {loaded.precision}"
-    what = f"merged into the {kept['base']} base, {stored}"
-    size = int(kept["weights_bytes"])
-    return Contender(MERGED, what, loaded.model, size, trained.asked, trained.renderer, (folder,))
+    loaded = _load_full(resolve_base(str(folder)), comparison.run, compute)
+    what = (
+        f"merged into the {kept.base} base, stored in {kept.dtype}, computed in {loaded.precision}"
+    )
+    renderer = comparison.trained.renderer
+    size, plain = kept.weights_bytes, comparison.questions
+    return Contender(MERGED, what, loaded.model, size, plain, renderer, (folder,))
 
 
 def taken_back(base: Base, precision: Precision | None) -> str:
-    """What is to be said of a merge that a precision rounds back to where it was before its training."""
+    """Return what to say of a merge that a precision rounds back to what it was before its training."""
     if precision is None or keeps_training(Path(base.path), precision):
         return ""
     return ", which takes back the training that was merged into it"
 
 
 def is_artefact(variant: str) -> bool:
-    """Whether a variant is one that train/export.py makes."""
+    """Return whether a variant is one that train/export.py makes."""
     return variant.startswith(("gguf-", "awq"))
 
 
-def _artefact(trained: Trained, name: str) -> Iterator[Contender]:
+def _artefact(comparison: Comparison, name: str) -> Iterator[Contender]:
     """An exported model in the engine that serves it."""
+    trained, plain = comparison.trained, comparison.questions
     report = read_artefact(trained.folder, name)
     folder = trained.folder.export / name
-    asked, renderer = trained.asked, trained.renderer
     if name.startswith("gguf-"):
         (path,) = folder.glob("*.gguf")
-        with in_llama_cpp(name, path, asked, renderer) as contender:
+        with in_llama_cpp(name, path, plain, trained.renderer) as contender:
             yield contender
         return
-    loaded = load_scored(resolve_base(str(folder)), None, trained.compute, trained.run)
-    what = f"{report['made']['library']}, computed in {trained.compute.name}"
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    yield Contender(name, what, loaded.model, stored, asked, renderer, (folder,))
+    compute = comparison.compute
+    loaded = load_scored(resolve_base(str(folder)), None, compute, comparison.run)
+    what = f"{report.method['library']}, computed in {compute.name}"
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    yield Contender(name, what, loaded.model, size, plain, trained.renderer, (folder,))
 
 
-def _baseline(trained: Trained, baseline: Baseline) -> Iterator[Contender]:
+def _baseline(comparison: Comparison, baseline: Baseline) -> Iterator[Contender]:
     """A further model with its own tokenizer and chat template."""
+    run, compute = comparison.run, comparison.compute
     base = resolve_base(baseline.model, baseline.revision)
     template = load_template(baseline.chat_template) if baseline.chat_template else None
-    own = Renderer(load_tokenizer(base), template, trained.run.data.loss_on)
-    shown = fewshot_examples(trained.folder, baseline.fewshot, trained.run.seed)
-    asked = questions([question.row for question in trained.asked], own, shown)
-    told = f", {baseline.fewshot} training examples in the prompt" if shown else ""
+    renderer = Renderer(load_tokenizer(base), template, run.data.loss_on)
+    shown = fewshot_examples(comparison.trained.folder, baseline.fewshot, run.seed)
+    rendered = questions([question.row for question in comparison.questions], renderer, shown)
+    note = f", {baseline.fewshot} training examples in the prompt" if shown else ""
     if baseline.engine == "llama.cpp":
-        path = Path(baseline.model)
-        with in_llama_cpp(baseline.name, path, asked, own, told, baseline.gpu_layers) as contender:
+        path, layers = Path(baseline.model), baseline.gpu_layers
+        with in_llama_cpp(baseline.name, path, rendered, renderer, note, layers) as contender:
             yield contender
         return
     precision = baseline.precision
     stored = stored_method(load_config(base))
     if precision is None and stored is None:
-        precision = trained.compute.name
-    loaded = load_scored(base, precision, trained.compute, trained.run)
-    what = f"{base.name} in {precision or stored}{taken_back(base, precision)}{told}"
-    size = weights_bytes(loaded.model)
-    yield Contender(baseline.name, what, loaded.model, size, asked, own, (Path(base.path),))
+        precision = compute.name
+    loaded = load_scored(base, precision, compute, run)
+    what = f"{base.name} in {precision or stored}{taken_back(base, precision)}{note}"
+    size, files = weights_bytes(loaded.model), (Path(base.path),)
+    yield Contender(baseline.name, what, loaded.model, size, rendered, renderer, files)
 
 
 @contextmanager
 def in_llama_cpp(
     name: str,
     path: Path,
-    asked: list[Question],
+    questions: list[Question],
     renderer: Renderer,
-    told: str = "",
+    note: str = "",
     gpu_layers: int = 0,
 ) -> Iterator[Contender]:
-    """A GGUF file as a contender; its memory is its size. ``told``: what else to say of it."""
+    """Open a GGUF file as a contender; its memory is its size. ``note``: what else to say of it."""
     with GgufModel(path, gpu_layers=gpu_layers) as model:
-        what = f"{path.name} in llama.cpp{told}"
-        yield Contender(name, what, model, path.stat().st_size, asked, renderer, (path,))
+        what = f"{path.name} in llama.cpp{note}"
+        yield Contender(name, what, model, path.stat().st_size, questions, renderer, (path,))
 
 
 def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
     """Unquantised in the run's compute dtype, or in bf16 where fp32 would not fit."""
     precision: Precision = compute.name
-    if precision == "fp32" and fp32_bytes(base) > USABLE_FRAC * free_bytes(compute.device):
+    if precision == "fp32" and fp32_bytes(Path(base.path)) > USABLE_FRAC * free_bytes(
+        compute.device
+    ):
         precision = "bf16"
         print(
             f"{base.name}: fp32 does not fit in the free memory; compared in bf16", file=sys.stderr

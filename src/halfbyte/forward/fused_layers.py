@@ -1,4 +1,7 @@
-"""Owns norms and gated MLPs that keep less for the backward pass and make fewer passes over memory."""
+"""Owns norms and gated MLPs that keep less for the backward pass and make fewer passes over memory.
+
+Shapes: … any leading dimensions, E hidden size, F size of the MLP, P rows of a probe.
+"""
 
 from __future__ import annotations
 
@@ -10,69 +13,82 @@ import torch
 from torch import nn
 
 from halfbyte.config.schema import Speed
-from halfbyte.forward.fused_lora import fuse_lora, make
+from halfbyte.forward.fused_lora import apply_recipe, fuse_lora
 
 PROBE_ROWS = 4
 TOLERANCE = 1e-5
+# Classes of transformers 5.23 and torch 2.13, by name: transformers has no attribute that says which
+# function an activation is. Can go when it has one. A class that is missing here keeps its own MLP.
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
-NORM_EPS = ("variance_epsilon", "eps")
+EPS_ATTRIBUTES = ("variance_epsilon", "eps")
 
 
 @dataclass(frozen=True)
-class Norm:
-    """Root-mean-square norm (arXiv 1910.07467 §4), in fp32 inside: x / sqrt(mean(x²) + eps) · weight.
+class RMSNorm:
+    """The root-mean-square norm (arXiv 1910.07467 §4) as a recipe, computed in fp32.
+
+    y = x·s·w with s = (mean(x²) + eps)^(-1/2), and dx = s·(dy·w - x·s²·mean(dy·w·x)).
 
     Attributes:
-        weight: (D,) in fp32, frozen.
+        weight: w (E,), in fp32 and frozen.
         eps: keeps rows of zeros finite.
     """
 
     weight: torch.Tensor
     eps: float
 
-    def make(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The norm of x (…, D), in its dtype."""
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return the norm (…, E) of x, in the dtype of x."""
         (x,) = inputs
-        wide = x.float()
-        normed: torch.Tensor = (wide * self._scale(wide)).mul_(self.weight).to(x.dtype)
-        return normed
+        x32 = x.float()  # (…, E)
+        y: torch.Tensor = (x32 * self._scale(x32)).mul_(self.weight).to(x.dtype)
+        return y
 
-    def pull(self, gradient: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Gradient of x: s·(g·w − x·s²·mean(g·w·x)), s being 1 / sqrt(mean(x²) + eps)."""
+    def backward(self, dy: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the gradient (…, E) of x."""
         (x,) = inputs
-        wide = x.float()
-        scale = self._scale(wide)
-        pull = gradient.float() * self.weight
-        along = torch.linalg.vecdot(pull, wide)[..., None]
-        along.mul_(scale).mul_(scale).mul_(scale).div_(-x.shape[-1])
-        return (pull.mul_(scale).addcmul_(wide, along).to(x.dtype),)
+        x32 = x.float()  # (…, E)
+        s = self._scale(x32)  # (…, 1)
+        dyw = dy.float() * self.weight  # (…, E)
+        c = torch.linalg.vecdot(dyw, x32)[..., None]  # (…, 1)
+        c.mul_(s).mul_(s).mul_(s).div_(-x.shape[-1])  # -s³·mean(dy·w·x)
+        return (dyw.mul_(s).addcmul_(x32, c).to(x.dtype),)
 
-    def _scale(self, wide: torch.Tensor) -> torch.Tensor:
-        norm: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        return norm.square_().div_(wide.shape[-1]).add_(self.eps).rsqrt_()
+    def _scale(self, x32: torch.Tensor) -> torch.Tensor:
+        """Return s (…, 1); mean(x²) is |x|² / E."""
+        norm: torch.Tensor = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)  # (…, 1)
+        return norm.square_().div_(x32.shape[-1]).add_(self.eps).rsqrt_()
 
 
 @dataclass(frozen=True)
-class Gate:
-    """act(gate) · up (arXiv 2002.05202 §2); ``activation`` is ``silu`` or ``gelu_tanh``."""
+class GLU:
+    """The gated linear unit act(gate)·up (arXiv 2002.05202 §2) as a recipe.
+
+    d(up) = dy·act(gate), and d(gate) = dy·up·act'(gate).
+
+    Attributes:
+        activation: ``silu`` or ``gelu_tanh``.
+    """
 
     activation: str
 
-    def make(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The product (…, F)."""
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return the product (…, F)."""
         gate, up = inputs
         return self._activate(gate).mul_(up)
 
-    def pull(self, gradient: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Gradients of gate and up; the activation is computed again."""
+    def backward(self, dy: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the gradients (…, F) of gate and up; the activation is computed again."""
         gate, up = inputs
-        for_up = self._activate(gate).mul_(gradient)
-        inner = gradient * up
+        dup = self._activate(gate).mul_(dy)
+        dact = dy * up
+        # Private operators, tried with torch 2.13: each computes dact·act'(gate) in one pass over memory,
+        # where public functions take several. Can go when torch has a public function for it.
         if self.activation == "silu":
-            for_gate = torch.ops.aten.silu_backward(inner, gate)
+            dgate = torch.ops.aten.silu_backward(dact, gate)
         else:
-            for_gate = torch.ops.aten.gelu_backward(inner, gate, approximate="tanh")
-        return for_gate, for_up
+            dgate = torch.ops.aten.gelu_backward(dact, gate, approximate="tanh")
+        return dgate, dup
 
     def _activate(self, gate: torch.Tensor) -> torch.Tensor:
         if self.activation == "silu":
@@ -81,7 +97,7 @@ class Gate:
 
 
 def fuse(model: nn.Module, speed: Speed, *, probe: bool = True) -> None:
-    """Put what ``speed`` allows in the place of PEFT's and transformers' own, in place."""
+    """Replace the layers of PEFT and transformers by the fused ones that ``speed`` allows, in place."""
     if speed.fused_lora:
         fuse_lora(model)
     if speed.fused_layers:
@@ -89,12 +105,12 @@ def fuse(model: nn.Module, speed: Speed, *, probe: bool = True) -> None:
 
 
 def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
-    """Put ``Norm`` and ``Gate`` in the place of a model's own, in place.
+    """Replace a model's norms and gated MLPs by ``RMSNorm`` and ``GLU``, in place.
 
     Args:
-        model: its norms and MLPs are found by their parts.
-        probe: replace a kind of module only if it gives the same numbers; a model without data cannot
-            be asked.
+        model: its norms and MLPs are recognised by their class names and attributes.
+        probe: replace a class of modules only if the results are the same; a model without data has none to
+            compare.
 
     Returns:
         how many norms and MLPs were replaced.
@@ -102,64 +118,70 @@ def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
     norms: list[Any] = [
         m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _eps(m)
     ]
-    mlps: dict[Any, Gate] = {m: gate for m in model.modules() if (gate := _gate(m))}
-    offsets = {kind: _norm_offset(norms, kind) if probe else 0.0 for kind in set(map(type, norms))}
-    count = 0
+    mlps: dict[Any, GLU] = {m: glu for m in model.modules() if (glu := _glu_of(m))}
+    offsets = {
+        kind: _weight_offset(norms, kind) if probe else 0.0 for kind in set(map(type, norms))
+    }
+    num_norms = 0
     for norm in norms:
         offset = offsets[type(norm)]
         if offset is not None and not norm.weight.requires_grad:
-            norm.forward = functools.partial(make, _norm(norm, offset))
-            count += 1
-    same = {kind: not probe or _mlp_is_gated(mlps, kind) for kind in set(map(type, mlps))}
-    for mlp, gate in mlps.items():
-        if same[type(mlp)]:
-            mlp.forward = functools.partial(_mlp_forward, mlp, gate)
-    return count, sum(same[type(mlp)] for mlp in mlps)
+            norm.forward = functools.partial(apply_recipe, _rms_norm_of(norm, offset))
+            num_norms += 1
+    is_same = {kind: not probe or _is_gated(mlps, kind) for kind in set(map(type, mlps))}
+    for mlp, glu in mlps.items():
+        if is_same[type(mlp)]:
+            mlp.forward = functools.partial(_mlp_forward, mlp, glu)
+    return num_norms, sum(is_same[type(mlp)] for mlp in mlps)
 
 
 def _eps(module: Any) -> float | None:
-    """What keeps a norm finite, if the module is one with a weight vector."""
+    """Return the epsilon of a norm, or None if the module has no weight vector or no epsilon."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
         return None
-    return next((float(getattr(module, name)) for name in NORM_EPS if hasattr(module, name)), None)
+    return next(
+        (float(getattr(module, name)) for name in EPS_ATTRIBUTES if hasattr(module, name)), None
+    )
 
 
-def _norm(module: Any, offset: float) -> Norm:
-    """The recipe of a norm that adds ``offset`` to its weight."""
-    weight = module.weight.detach().float()
-    return Norm(weight + offset if offset else weight, _eps(module) or 0.0)
+def _rms_norm_of(module: Any, offset: float) -> RMSNorm:
+    """Return the recipe of a norm that adds ``offset`` to its weight."""
+    weight = module.weight.detach().float()  # (E,)
+    return RMSNorm(weight + offset if offset else weight, _eps(module) or 0.0)
 
 
 @torch.no_grad()
-def _norm_offset(norms: list[Any], kind: type[Any]) -> float | None:
-    """What this kind of norm adds to its weight: 0, 1 (Gemma), or None if it is something else."""
+def _weight_offset(norms: list[Any], kind: type[Any]) -> float | None:
+    """Return what norms of a class add to their weight: 0, 1 (Gemma), or None for any other norm."""
     norm: Any = next(norm for norm in norms if type(norm) is kind)
-    x = torch.randn(PROBE_ROWS, norm.weight.shape[0], device=norm.weight.device)
-    wanted = norm(x)
+    x = torch.randn(PROBE_ROWS, norm.weight.shape[0], device=norm.weight.device)  # (P, E)
+    expected = norm(x)  # (P, E)
     for offset in (0.0, 1.0):
-        found = _norm(norm, offset).make(x)
-        if torch.allclose(found, wanted.float(), rtol=TOLERANCE, atol=TOLERANCE):
+        y = _rms_norm_of(norm, offset).forward(x)  # (P, E)
+        if torch.allclose(y, expected.float(), rtol=TOLERANCE, atol=TOLERANCE):
             return offset
     return None
 
 
-def _gate(module: Any) -> Gate | None:
-    """The recipe of a gated MLP, if the module is one and its activation is known."""
+def _glu_of(module: Any) -> GLU | None:
+    """Return the recipe of a gated MLP, or None if the module is none or its activation is not known."""
     if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return None
     activation = ACTIVATIONS.get(type(module.act_fn).__name__)
-    return Gate(activation) if activation else None
+    return GLU(activation) if activation else None
 
 
-def _mlp_forward(mlp: Any, gate: Gate, x: torch.Tensor) -> torch.Tensor:
-    down: torch.Tensor = mlp.down_proj(make(gate, mlp.gate_proj(x), mlp.up_proj(x)))
-    return down
+def _mlp_forward(mlp: Any, glu: GLU, x: torch.Tensor) -> torch.Tensor:
+    """Compute a gated MLP: (…, E) through (…, F) to (…, E)."""
+    y: torch.Tensor = mlp.down_proj(apply_recipe(glu, mlp.gate_proj(x), mlp.up_proj(x)))
+    return y
 
 
 @torch.no_grad()
-def _mlp_is_gated(mlps: dict[Any, Gate], kind: type[Any]) -> bool:
-    mlp, gate = next((mlp, gate) for mlp, gate in mlps.items() if type(mlp) is kind)
+def _is_gated(mlps: dict[Any, GLU], kind: type[Any]) -> bool:
+    """Whether MLPs of a class compute what ``_mlp_forward`` computes."""
+    mlp, glu = next((mlp, glu) for mlp, glu in mlps.items() if type(mlp) is kind)
     device = next(mlp.parameters()).device
-    x = torch.randn(PROBE_ROWS, mlp.gate_proj.in_features, device=device)
-    return torch.allclose(_mlp_forward(mlp, gate, x), mlp(x), rtol=TOLERANCE, atol=TOLERANCE)
+    x = torch.randn(PROBE_ROWS, mlp.gate_proj.in_features, device=device)  # (P, E)
+    return torch.allclose(_mlp_forward(mlp, glu, x), mlp(x), rtol=TOLERANCE, atol=TOLERANCE)

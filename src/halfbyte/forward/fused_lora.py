@@ -1,9 +1,16 @@
 """Owns the fused LoRA linear: frozen layers that read the same input, with their LoRA, in one function.
 
-For W frozen, y = x Wᵀ + s (x Aᵀ) Bᵀ. What PEFT computes with clone, scale and add over whole outputs is
-added by the matrix product itself; x Aᵀ (T, r) is kept, and x once, or not even x where it can be made
-again from what is kept anyway; the gradient of x is summed in place over all layers that read it. W is
-unpacked for each product and never kept.
+For a frozen W with LoRA matrices A and B and scale s (arXiv 2106.09685 §4.1):
+
+    y  = x Wᵀ + s·(x Aᵀ) Bᵀ
+    dx = dy W + (s·dy B) A,   dB = s·dyᵀ (x Aᵀ),   dA = (s·dy B)ᵀ x
+
+What PEFT computes with clone, scale and add over whole outputs is added by the matrix product itself.
+x Aᵀ is kept for the backward pass, and x once for all layers that read it, or not even x where a recipe can
+compute it again from tensors that are kept anyway. dx is summed in place over the layers. W is dequantised
+for each product and never kept.
+
+Shapes: T tokens, in and out features of a layer, r its rank, R the sum of the ranks of the layers.
 """
 
 from __future__ import annotations
@@ -20,56 +27,60 @@ from halfbyte.model.adapter import adapted_layers
 from halfbyte.model.quantised import plain_weight
 
 # Layers of one parent that read the same input, as transformers names them.
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ADAPTER = "default"
 
 
 class Recipe(Protocol):
-    """How a tensor was made from others, so that it can be made again instead of kept."""
+    """How a tensor is computed from others, so that it can be computed again instead of kept."""
 
-    def make(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The tensor, from its inputs."""
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Compute the tensor from its inputs."""
         ...
 
-    def pull(self, gradient: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Gradients of the inputs."""
+    def backward(self, dy: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute the gradients of the inputs from that of the tensor."""
         ...
 
 
-class Plain:
+class Identity:
     """The recipe of a tensor that is its own input."""
 
-    def make(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The input."""
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return the input."""
         return inputs[0]
 
-    def pull(self, gradient: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Its gradient."""
-        return (gradient,)
+    def backward(self, dy: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the gradient."""
+        return (dy,)
 
 
-class Made(torch.autograd.Function):
-    """A recipe as a function that keeps its inputs alone."""
+class RecipeFunction(torch.autograd.Function):
+    """A recipe as a differentiable function that keeps nothing but the inputs."""
 
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
-        """What the recipe makes."""
+        """Compute the recipe."""
         ctx.save_for_backward(*inputs)
         ctx.recipe = recipe
-        return recipe.make(*inputs)
+        return recipe.forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        """Gradients of the inputs."""
-        return None, *ctx.recipe.pull(gradients[0], *ctx.saved_tensors)
+        """Compute the gradients of the inputs."""
+        return None, *ctx.recipe.backward(gradients[0], *ctx.saved_tensors)
 
 
-def make(recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
-    """What a recipe makes, knowing it: a ``FusedLora`` that reads it keeps the inputs instead."""
-    tensor: Any = Made.apply(recipe, *inputs)  # type: ignore[no-untyped-call]
-    tensor.recipe = (recipe, inputs)
-    made: torch.Tensor = tensor
-    return made
+def apply_recipe(recipe: Recipe, *inputs: torch.Tensor) -> torch.Tensor:
+    """Compute a recipe, and attach it to the result: a ``FusedLora`` that reads it keeps the inputs instead.
+
+    The attribute ``recipe`` of the tensor is the one way from a norm to the projections that read its result:
+    the model's own code hands it from one to the other, and passes tensors alone.
+    """
+    y: Any = RecipeFunction.apply(recipe, *inputs)  # type: ignore[no-untyped-call]
+    y.recipe = (recipe, inputs)
+    tagged: torch.Tensor = y
+    return tagged
 
 
 class FusedLora(torch.autograd.Function):
@@ -84,130 +95,144 @@ class FusedLora(torch.autograd.Function):
         num_inputs: int,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Outputs (…, out) of each layer.
+        """Compute the outputs (…, out) of each layer.
 
         Args:
             ctx: autograd's context.
-            x: (…, in), without a gradient of its own, in the dtype of the products.
+            x: (…, in), detached, in the dtype of the products.
             layers: PEFT's LoRA layers.
-            recipe: how x was made.
+            recipe: how x is computed.
             num_inputs: from how many tensors.
             tensors: these, and then A (r, in) and B (out, r) of each layer.
         """
-        factors = tensors[num_inputs:]
-        rows = x.reshape(-1, x.shape[-1])
-        downs = [a.to(x.dtype) for a in factors[::2]]
-        narrow = rows @ torch.cat(downs).T
-        parts = torch.split(narrow, [a.shape[0] for a in downs], dim=1)
+        matrices = tensors[num_inputs:]
+        x_rows = x.reshape(-1, x.shape[-1])  # (T, in)
+        lora_a = [a.to(x.dtype) for a in matrices[::2]]  # (r, in) each
+        xa = x_rows @ torch.cat(lora_a).T  # (T, R)
+        xa_parts = torch.split(xa, [a.shape[0] for a in lora_a], dim=1)  # (T, r) each
         outputs = []
-        for layer, part, up in zip(layers, parts, factors[1::2], strict=True):
+        for layer, xa_part, b in zip(layers, xa_parts, matrices[1::2], strict=True):
             base = layer.get_base_layer()
-            y = rows @ plain_weight(base, x.dtype).T
+            y = x_rows @ plain_weight(base, x.dtype).T  # (T, out)
             if base.bias is not None:
                 y += base.bias
-            y.addmm_(part, up.to(x.dtype).T, alpha=layer.scaling[ADAPTER])
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(narrow, *tensors)
+            y.addmm_(xa_part, b.to(x.dtype).T, alpha=layer.scaling[ADAPTER])
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))  # (…, out)
+        ctx.save_for_backward(xa, *tensors)
         ctx.layers, ctx.recipe, ctx.num_inputs = layers, recipe, num_inputs
         ctx.shape, ctx.dtype = x.shape, x.dtype
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        """Gradients of the inputs and of each A and B."""
-        narrow, *tensors = ctx.saved_tensors
-        inputs, factors = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
-        downs, ups = factors[::2], factors[1::2]
-        sizes = [a.shape[0] for a in downs]
-        needed = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
-        pushed = torch.empty_like(narrow)
-        for_x: torch.Tensor | None = None
-        for_ups = []
-        parts, pushes = torch.split(narrow, sizes, dim=1), torch.split(pushed, sizes, dim=1)
-        for layer, gradient, up, part, push in zip(
-            ctx.layers, gradients, ups, parts, pushes, strict=True
+        """Compute the gradients of the inputs of x, and of each A and B."""
+        xa, *tensors = ctx.saved_tensors
+        inputs, matrices = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
+        lora_a, lora_b = matrices[::2], matrices[1::2]
+        ranks = [a.shape[0] for a in lora_a]
+        needs_dx = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
+        dxa = torch.empty_like(xa)  # (T, R)
+        dx: torch.Tensor | None = None
+        dbs = []
+        xa_parts, dxa_parts = torch.split(xa, ranks, dim=1), torch.split(dxa, ranks, dim=1)
+        for layer, gradient, b, xa_part, dxa_part in zip(
+            ctx.layers, gradients, lora_b, xa_parts, dxa_parts, strict=True
         ):
-            g = gradient.reshape(-1, gradient.shape[-1])
+            dy = gradient.reshape(-1, gradient.shape[-1])  # (T, out)
             scale = layer.scaling[ADAPTER]
-            if needed:
-                weight = plain_weight(layer.get_base_layer(), ctx.dtype)
-                for_x = g @ weight if for_x is None else for_x.addmm_(g, weight)
+            if needs_dx:
+                weight = plain_weight(layer.get_base_layer(), ctx.dtype)  # (out, in)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)  # (T, in)
                 del weight
-            push.copy_(g @ up.to(ctx.dtype)).mul_(scale)
-            for_ups.append((g.T @ part).mul_(scale).to(up.dtype))
-        rows = ctx.recipe.make(*inputs).to(ctx.dtype).reshape(-1, ctx.shape[-1])
-        for_downs = torch.split((pushed.T @ rows).to(downs[0].dtype), sizes)
-        del rows
-        for_inputs: tuple[Any, ...] = (None,) * ctx.num_inputs
-        if for_x is not None:
-            for_x.addmm_(pushed, torch.cat([a.to(ctx.dtype) for a in downs]))
-            for_inputs = ctx.recipe.pull(for_x.view(ctx.shape), *inputs)
-        pairs = [g for pair in zip(for_downs, for_ups, strict=True) for g in pair]
-        return None, None, None, None, *for_inputs, *pairs
+            dxa_part.copy_(dy @ b.to(ctx.dtype)).mul_(scale)  # (T, r)
+            dbs.append((dy.T @ xa_part).mul_(scale).to(b.dtype))  # (out, r)
+        x_rows = ctx.recipe.forward(*inputs).to(ctx.dtype).reshape(-1, ctx.shape[-1])  # (T, in)
+        das = torch.split((dxa.T @ x_rows).to(lora_a[0].dtype), ranks)  # (r, in) each
+        del x_rows
+        dinputs: tuple[Any, ...] = (None,) * ctx.num_inputs
+        if dx is not None:
+            dx.addmm_(dxa, torch.cat([a.to(ctx.dtype) for a in lora_a]))
+            dinputs = ctx.recipe.backward(dx.view(ctx.shape), *inputs)
+        dmatrices = [gradient for pair in zip(das, dbs, strict=True) for gradient in pair]
+        return None, None, None, None, *dinputs, *dmatrices
 
 
 @dataclass
-class Group:
+class LayerGroup:
     """Layers that are computed together when the first of them is called.
 
-    The others take what is theirs if they are called with the same tensor, and compute it anew if not.
+    The others return their part if they are called with the same tensor, and compute it anew if not.
+
+    Attributes:
+        layers: PEFT's LoRA layers.
+        original_forwards: PEFT's forward of each.
+        x: the tensor that the outputs belong to.
+        outputs: by number of the layer, those that have not been returned yet.
     """
 
     layers: list[Any]
-    own: list[Callable[..., torch.Tensor]]
-    input: torch.Tensor | None = None
+    original_forwards: list[Callable[..., torch.Tensor]]
+    x: torch.Tensor | None = None
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def forward(self, number: int, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        """Output of layer ``number``; PEFT's own where it does more than add one LoRA."""
-        if args or options or not all(map(_adds_its_lora, self.layers)):
-            return self.own[number](x, *args, **options)
-        if self.input is not x or number not in self.outputs:
-            factors = [
-                part[ADAPTER].weight for one in self.layers for part in (one.lora_A, one.lora_B)
+        """Return the output of layer ``number``, from PEFT's forward where it does more than add one LoRA."""
+        if args or options or not all(map(_adds_lora, self.layers)):
+            return self.original_forwards[number](x, *args, **options)
+        if self.x is not x or number not in self.outputs:
+            matrices = [
+                part[ADAPTER].weight
+                for layer in self.layers
+                for part in (layer.lora_A, layer.lora_B)
             ]
             device = x.device.type
             dtype = (
                 torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             )
-            recipe, inputs = getattr(x, "recipe", (Plain(), (x,)))
-            found: Any = FusedLora.apply(  # type: ignore[no-untyped-call]
-                x.detach().to(dtype), self.layers, recipe, len(inputs), *inputs, *factors
+            recipe, inputs = getattr(x, "recipe", (Identity(), (x,)))  # see apply_recipe
+            outputs: Any = FusedLora.apply(  # type: ignore[no-untyped-call]
+                x.detach().to(dtype), self.layers, recipe, len(inputs), *inputs, *matrices
             )
-            self.input, self.outputs = x, dict(enumerate(found))
+            self.x, self.outputs = x, dict(enumerate(outputs))
         output = self.outputs.pop(number)
         if not self.outputs:
-            self.input = None
+            self.x = None
         return output
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Put ``FusedLora`` in the place of PEFT's forward, in place; returns the number of layers fused.
+    """Replace PEFT's forward by ``FusedLora``, in place; return the number of layers that were fused.
 
-    Layers with dropout, DoRA or a base other than a plain or 4-bit linear layer keep PEFT's.
+    Layers with dropout, DoRA or a base other than a plain or 4-bit linear layer keep PEFT's forward.
     """
     fusable = {id(layer) for layer in adapted_layers(model).values() if _is_fusable(layer)}
     for parent in model.modules():
-        waiting = {name: child for name, child in parent.named_children() if id(child) in fusable}
-        for names in TOGETHER:
-            if all(name in waiting for name in names):
-                _fuse([waiting.pop(name) for name in names])
-        for child in waiting.values():
-            _fuse([child])
+        layers = {name: child for name, child in parent.named_children() if id(child) in fusable}
+        for names in SAME_INPUT:
+            if all(name in layers for name in names):
+                _fuse([layers.pop(name) for name in names])
+        for layer in layers.values():
+            _fuse([layer])
     return len(fusable)
 
 
 def _fuse(layers: list[Any]) -> None:
-    group = Group(layers, [layer.forward for layer in layers])
+    """Let layers that read the same input be computed together."""
+    group = LayerGroup(layers, [layer.forward for layer in layers])
     for number, layer in enumerate(layers):
         layer.forward = functools.partial(group.forward, number)
 
 
+# Internal to PEFT, tried with 0.21, in the two functions below: the attributes that its LoRA layers read in
+# ``forward``. Can go when PEFT says by itself whether a layer computes plain LoRA.
+
+
 def _is_fusable(layer: Any) -> bool:
+    """Whether a LoRA layer computes the formula of this module: one plain LoRA on a plain or 4-bit base."""
     base = layer.get_base_layer()
-    plain = type(base) is nn.Linear or hasattr(getattr(base, "weight", None), "quant_state")
+    is_linear = type(base) is nn.Linear or hasattr(getattr(base, "weight", None), "quant_state")
     return (
-        plain
+        is_linear
         and list(layer.lora_A) == [ADAPTER]
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
         and not layer.lora_variant
@@ -215,5 +240,6 @@ def _is_fusable(layer: Any) -> bool:
     )
 
 
-def _adds_its_lora(layer: Any) -> bool:
+def _adds_lora(layer: Any) -> bool:
+    """Whether a LoRA layer adds its adapter now: it is neither switched off nor merged into the base."""
     return not layer.disable_adapters and not layer.merged

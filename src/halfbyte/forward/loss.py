@@ -1,10 +1,21 @@
-"""Owns the training loss: cross-entropy of labelled tokens only, without ever holding their logits.
+"""Owns the training loss: cross-entropy of labelled tokens only, without ever holding all of their logits.
 
-For a frozen head W and the hidden states h of the N tokens that predict a label, the losses are
-logsumexp(W h_i) - W[y_i]·h_i, and their gradients (softmax(W h_i) - onehot(y_i)) W: attention of h over
-the rows of W, with W as keys and as values. Like attention it is computed block by block with running
-maxima and sums (arXiv 1805.02867 §3; 2205.14135 §3.1), in the forward pass: each block of W is read
-once, its logits live in the cache, and the backward pass is a multiplication by a scalar.
+For a frozen head W, the hidden state h_i that makes prediction i, and its label y_i:
+
+    loss_i = logsumexp(W h_i) - W[y_i]·h_i
+    dh_i   = (softmax(W h_i) - onehot(y_i)) W
+
+The first terms are attention of h over the rows of W, with W as keys and as values. Like attention they are
+computed block by block with a running maximum m and a running sum ℓ (online softmax, arXiv 1805.02867 §3;
+FlashAttention, arXiv 2205.14135 §3.1), for logits z of a block W_b:
+
+    m' = max(m, max z),   p = exp(z - m'),   ℓ' = exp(m - m')·ℓ + Σ p,   a' = exp(m - m')·a + p W_b
+
+At the end logsumexp = m + log ℓ and softmax(W h) W = a / ℓ. Gradients are computed in the forward pass: each
+block of W is read once, its logits live in the cache, and the backward pass is a multiplication by a scalar.
+A cap c on the logits (Gemma 2, arXiv 2408.00118 §2) makes them c·tanh(z/c), with slope 1 - tanh²(z/c).
+
+Shapes: N predictions, R of them in a tile, E hidden size, V vocabulary, K rows of W in a block.
 """
 
 from __future__ import annotations
@@ -32,38 +43,38 @@ class TokenLoss(torch.autograd.Function):
         softcap: float | None,
         starts: range,
     ) -> torch.Tensor:
-        """Losses (N,) in nats, fp32.
+        """Compute the losses (N,) in nats, in fp32.
 
         Args:
             ctx: autograd's context.
-            hidden: (N, D) states that predict the labels.
-            head: (V, D) weight of the language-model head.
+            hidden: (N, E) states that predict the labels.
+            head: (V, E) weight of the language-model head.
             labels: (N,) token ids.
-            softcap: Gemma-2's cap: logits become cap·tanh(logits/cap).
-            starts: first row of each tile; the step is the rows of one.
+            softcap: the cap on logits, if the model has one.
+            starts: first row of each tile; the step of the range is the rows of one tile.
         """
         needs_gradient = hidden.requires_grad
-        gradient = torch.empty_like(hidden) if needs_gradient else None
-        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        dh = torch.empty_like(hidden) if needs_gradient else None  # (N, E)
+        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # (N,)
         for start in starts:
-            part = slice(start, start + starts.step)
-            rows = hidden[part].detach()
-            losses[part], found = _tile(rows, head, labels[part], softcap, needs_gradient)
-            if gradient is not None and found is not None:
-                gradient[part] = found
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+            tile = slice(start, start + starts.step)
+            h = hidden[tile].detach()  # (R, E)
+            losses[tile], dh_tile = _tile(h, head, labels[tile], softcap, needs_gradient)
+            if dh is not None and dh_tile is not None:
+                dh[tile] = dh_tile
+        if dh is not None:
+            ctx.save_for_backward(dh)
         return losses
 
     @staticmethod
     def backward(
-        ctx: Any, *grad: torch.Tensor
+        ctx: Any, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor | None, None, None, None, None]:
-        """Scale the gradients that forward computed, one factor for each row."""
-        (gradient,) = ctx.saved_tensors
+        """Scale the gradient that ``forward`` computed, by one factor for each row."""
+        (dh,) = ctx.saved_tensors
         # In fp32: a factor such as 1/N or a loss scale must not be rounded to 16 bit, or overflow it.
-        scaled = gradient.float() * grad[0].float()[:, None]
-        return scaled.to(gradient.dtype), None, None, None, None
+        scaled = dh.float() * gradients[0].float()[:, None]  # (N, E) · (N, 1)
+        return scaled.to(dh.dtype), None, None, None, None
 
 
 def _tile(
@@ -73,80 +84,80 @@ def _tile(
     softcap: float | None,
     needs_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses (R,) of a tile of rows, and the gradient (R, D) of each by its hidden state."""
+    """Compute the losses (R,) of a tile of hidden states (R, E), and their gradient (R, E)."""
     rows = len(hidden)
-    wanted = head[labels]
-    picked = (hidden.float() * wanted.float()).sum(1, keepdim=True)
-    bend = None
+    label_rows = head[labels]  # (R, E): W[y]
+    z_label = (hidden.float() * label_rows.float()).sum(1, keepdim=True)  # (R, 1): W[y]·h
+    label_slope = None
     if softcap is not None:
-        capped = torch.tanh(picked / softcap)
-        picked, bend = softcap * capped, 1 - capped * capped
-    top = torch.full_like(picked, -torch.inf)
-    total = torch.zeros_like(picked)
-    pulled = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None
+        capped = torch.tanh(z_label / softcap)
+        z_label, label_slope = softcap * capped, 1 - capped * capped
+    m = torch.full_like(z_label, -torch.inf)  # (R, 1)
+    ell = torch.zeros_like(z_label)  # (R, 1)
+    a = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None  # (R, E)
     block = max(1, BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cpu"]) // (4 * rows))
     for first in range(0, head.shape[0], block):
-        weights = head[first : first + block]
-        logits = (hidden @ weights.T).float()
+        w = head[first : first + block]  # (K, E)
+        z = (hidden @ w.T).float()  # (R, K)
         slope = None
         if softcap is not None:
-            capped = torch.tanh_(logits.div_(softcap))
+            capped = torch.tanh_(z.div_(softcap))
             slope = 1 - capped * capped if needs_gradient else None
-            logits = capped.mul_(softcap)
-        highest = torch.maximum(top, logits.amax(dim=1, keepdim=True))
-        shares = logits.sub_(highest).exp_()
-        fade = (top - highest).exp_()
-        total.mul_(fade).add_(shares.sum(dim=1, keepdim=True))
-        top = highest
-        if pulled is not None:
+            z = capped.mul_(softcap)
+        m_new = torch.maximum(m, z.amax(dim=1, keepdim=True))  # (R, 1)
+        p = z.sub_(m_new).exp_()  # (R, K)
+        decay = (m - m_new).exp_()  # (R, 1)
+        ell.mul_(decay).add_(p.sum(dim=1, keepdim=True))
+        m = m_new
+        if a is not None:
             if slope is not None:
-                shares.mul_(slope)
+                p.mul_(slope)
             if head.dtype == torch.float32:
-                pulled.mul_(fade).addmm_(shares, weights)
+                a.mul_(decay).addmm_(p, w)
             else:
-                pulled.mul_(fade).add_(shares.to(head.dtype) @ weights)
-        del logits, shares  # before the next block's are made
-    losses = (total.log() + top - picked)[:, 0]
-    if pulled is None:
+                a.mul_(decay).add_(p.to(head.dtype) @ w)
+        del z, p  # before the next block's are allocated
+    losses = (ell.log() + m - z_label)[:, 0]  # (R,)
+    if a is None:
         return losses, None
-    pull = wanted.float() if bend is None else wanted * bend
-    return losses, pulled.div_(total).sub_(pull)
+    d_label = label_rows.float() if label_slope is None else label_rows * label_slope  # (R, E)
+    return losses, a.div_(ell).sub_(d_label)
 
 
 def tile_starts(num_predictions: int) -> range:
-    """First row of each tile of so many predictions."""
+    """Return the first row of each tile of so many predictions."""
     return range(0, num_predictions, TILE_ROWS)
 
 
 def head_losses(
-    model: Any, picked: torch.Tensor, labels: torch.Tensor, softcap: float | None, starts: range
+    model: Any, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None, starts: range
 ) -> torch.Tensor:
-    """Losses (N,) of the hidden states (N, D) that predict ``labels`` (N,)."""
+    """Return the losses (N,) of the hidden states (N, E) that predict ``labels`` (N,)."""
     head = model.get_output_embeddings().weight
     # Outside autocast: the head's products stay in the dtype it is stored in.
-    with torch.autocast(picked.device.type, enabled=False):
-        losses: torch.Tensor = TokenLoss.apply(picked.to(head.dtype), head, labels, softcap, starts)  # type: ignore[no-untyped-call]
+    with torch.autocast(hidden.device.type, enabled=False):
+        losses: torch.Tensor = TokenLoss.apply(hidden.to(head.dtype), head, labels, softcap, starts)  # type: ignore[no-untyped-call]
     return losses
 
 
 @torch.no_grad()
 def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Loss in nats, and 1 where the label is the likeliest token: (2, N) from logits (N, V)."""
-    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-    return torch.stack([losses, (logits.argmax(dim=1) == labels).float()])
+    """Return (2, N) from logits (N, V): losses in nats, and 1 where the label is the likeliest token."""
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")  # (N,)
+    return torch.stack([losses, (logits.argmax(dim=1) == labels).float()])  # (2, N)
 
 
 @torch.no_grad()
 def head_scores(
-    model: Any, picked: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    model: Any, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
-    """``score_logits`` (2, N) of hidden states (N, D), without ever holding all of their logits."""
+    """Return ``score_logits`` (2, N) of hidden states (N, E), without ever holding all of their logits."""
     head = model.get_output_embeddings().weight
-    parts = []
+    scores = []
     for start in range(0, len(labels), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)
-        logits = (picked[part].to(head.dtype) @ head.T).float()
+        logits = (hidden[part].to(head.dtype) @ head.T).float()  # (R, V)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        parts.append(score_logits(logits, labels[part]))
-    return torch.cat(parts, dim=1)
+        scores.append(score_logits(logits, labels[part]))
+    return torch.cat(scores, dim=1)  # (2, N)

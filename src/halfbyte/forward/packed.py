@@ -1,4 +1,8 @@
-"""Owns the pass over a layout of rows: hidden states of its tokens, then the loss of its predictions."""
+"""Owns the pass over a layout of rows: hidden states of its tokens, then the loss of its predictions.
+
+Shapes: B rows of a padded batch, or 1 for a tree; T tokens of the longest row, or of the tree; t of one row;
+N predictions, E hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,15 @@ from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.data.render import IGNORED
 from halfbyte.forward import prefix_attention
 from halfbyte.forward.loss import head_losses, head_scores, score_logits, tile_starts
-from halfbyte.forward.probes import Allowed, first_sure, probe_words, relative_gap
+from halfbyte.forward.probes import (
+    Tolerance,
+    eval_mode,
+    first_conclusive,
+    probe_ids,
+    refusal_of,
+    relative_gap,
+)
+from halfbyte.forward.tree_parts import PrefixTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,28 +39,27 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str:
     """Teach ``model`` the call ``model(layout=…, token_loss="sum")``.
 
-    It returns the summed loss of a pass in nats, with ``"each"`` the loss of each of its
-    predictions, or with ``"scores"`` (2, N) these losses and 1 where the label is the likeliest token.
-    Other calls give what they gave.
+    The call returns the summed loss of a pass in nats; with ``"each"`` the loss of each of its predictions;
+    or with ``"scores"`` these losses and, for each, 1 where the label is the likeliest token, as (2, N).
+    Other calls return what they returned before.
 
-    The head is computed block by block where a probe shows that to be exact; where a model scales its
-    logits its own are taken.
+    The head is computed block by block where a probe shows that this is exact. For a model that scales its
+    logits, the model's own logits are used.
 
     Args:
-        model: any causal language model; its attention becomes ``halfbyte``, which is SDPA for
-            other calls.
-        labelled_head: score labelled tokens alone; else take all of the model's own logits.
+        model: any causal language model; its attention becomes ``halfbyte``, which is SDPA for other calls.
+        labelled_head: compute the logits of labelled tokens alone; else take all of the model's own logits.
 
     Returns:
         why rows are padded instead of laid out as a tree, or "".
     """
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    blocks = labelled_head and _head_is_plain(model, softcap)
+    in_blocks = labelled_head and _head_is_plain(model, softcap)
     refusal = _use_tree_attention(model)
-    own_forward = type(model).forward
+    model_forward = type(model).forward
 
-    # The signature stays the model's own: generate() and the Trainer read it.
-    @functools.wraps(own_forward)
+    # The signature stays that of the model: generate() and the Trainer read it.
+    @functools.wraps(model_forward)
     def forward(
         self: PreTrainedModel,
         *args: Any,
@@ -57,98 +68,120 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
         **options: Any,
     ) -> Any:
         if layout is None:
-            return own_forward(self, *args, **options)
+            return model_forward(self, *args, **options)
         device = self.get_input_embeddings().weight.device
         counts, targets = (
             torch.tensor(numbers, dtype=torch.long, device=device)
             for numbers in (layout.counts, layout.targets)
-        )
-        if layout.padded or refusal:
-            inputs, sources = _padded(layout, device)
+        )  # (N,) each
+        if layout.padded or not has_tree_attention(self):
+            inputs, sources = _padded_inputs(layout, device)
         else:
-            inputs, sources = _laid_out(layout, device)
-        if blocks:
-            hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
-            states = pick(hidden, sources)
+            inputs, sources = _layout_inputs(layout, device)
+        if in_blocks:
+            hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, E)
+            states = gather_rows(hidden, sources)  # (N, E)
             if token_loss == "scores":
                 return head_scores(self, states, targets, softcap)
             losses = head_losses(self, states, targets, softcap, tile_starts(len(targets)))
         else:
-            logits = pick(own_forward(self, **inputs, use_cache=False).logits, sources)
+            # Nothing else holds the logits (B, T, V), so that they go once the rows are gathered.
+            logits = gather_rows(model_forward(self, **inputs, use_cache=False).logits, sources)
             if token_loss == "scores":
-                return score_logits(logits, targets)
+                return score_logits(logits, targets)  # (2, N) from (N, V)
             losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         return (losses * counts).sum() if token_loss == "sum" else losses
 
     model.forward = types.MethodType(forward, model)
-    model.pads_rows = bool(refusal)
     return refusal
 
 
-class Picked(torch.autograd.Function):
+def causal_of(model: nn.Module) -> Any:
+    """Return the causal model that PEFT wraps, or the model itself if it is not wrapped.
+
+    LoRA layers sit inside the causal model, so it uses the adapter while that is switched on.
+    """
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model is not None else model
+
+
+def attention_of(model: Any) -> str:
+    """Return the name of the attention implementation of a model's language part."""
+    # Private attribute, tried with transformers 5.23, which has ``set_attn_implementation`` and no public
+    # way to read what is set. Can go when it has one.
+    return str(getattr(model.config.get_text_config(), "_attn_implementation", "eager"))
+
+
+def has_tree_attention(model: nn.Module) -> bool:
+    """Whether a model, wrapped by PEFT or not, can compute rows that are laid out as a tree."""
+    return attention_of(causal_of(model)) == prefix_attention.NAME
+
+
+class GatherRows(torch.autograd.Function):
     """Rows of a matrix, some of them more than once; its gradient is added up in place."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Rows (N, D) at ``places`` (N,) of (T, D)."""
-        ctx.save_for_backward(places)
-        ctx.shape = rows.shape
-        return rows.index_select(0, places)
+    def forward(ctx: Any, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return the rows (N, E) of x (B·T, E) at ``indices`` (N,)."""
+        ctx.save_for_backward(indices)
+        ctx.shape = x.shape
+        return x.index_select(0, indices)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Zeros (T, D) with each row's gradient added at its place."""
-        (places,) = ctx.saved_tensors
-        return gradients[0].new_zeros(ctx.shape).index_add_(0, places, gradients[0]), None
+        """Return zeros (B·T, E) with the gradient of each row added at its index."""
+        (indices,) = ctx.saved_tensors
+        (dy,) = gradients  # (N, E)
+        return dy.new_zeros(ctx.shape).index_add_(0, indices, dy), None
 
 
-def pick(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rows (N, D) of states (B, T, D) by their place among all B·T."""
-    picked: torch.Tensor = Picked.apply(states.flatten(0, 1), places)  # type: ignore[no-untyped-call]
-    return picked
+def gather_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the rows (N, E) of x (B, T, E) at ``indices`` (N,) among all B·T."""
+    rows: torch.Tensor = GatherRows.apply(x.flatten(0, 1), indices)  # type: ignore[no-untyped-call]
+    return rows
 
 
-def tree_inputs(
-    ids: torch.Tensor, positions: torch.Tensor, tree: prefix_attention.PrefixTree
-) -> dict[str, Any]:
-    """Arguments of a pass over the tree of tokens (1, T)."""
+def tree_inputs(ids: torch.Tensor, positions: torch.Tensor, tree: PrefixTree) -> dict[str, Any]:
+    """Return the arguments of a pass over the tree of tokens (1, T)."""
     return {
         "input_ids": ids,
         "position_ids": positions,
-        # A mask of four dimensions keeps transformers from making one; ours is in the tree.
+        # A mask of four dimensions keeps transformers from building one; ours is in the tree.
         "attention_mask": torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids.device),
         "tree": tree,
     }
 
 
-def _laid_out(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
-    """Arguments of a pass over the tree, and the places (N,) of the predictions."""
+def _layout_inputs(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return the arguments of a pass over the tree, and the indices (N,) of the tokens that predict."""
     ids, positions = (
         torch.tensor([numbers], device=device) for numbers in (layout.ids, layout.positions)
-    )
-    inputs = tree_inputs(ids, positions, prefix_attention.PrefixTree(layout.nodes, device))
+    )  # (1, T) each
+    inputs = tree_inputs(ids, positions, PrefixTree(layout.nodes, device))
     return inputs, torch.tensor(layout.sources, dtype=torch.long, device=device)
 
 
-def _padded(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
-    """Arguments of the plain padded pass; the pad is any id, since nothing looks at it."""
-    batch = pad_right(layout.rows, pad_id=0, device=device)
+def _padded_inputs(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return the arguments of the plain padded pass, and the indices (N,) of the tokens that predict."""
+    batch = pad_right(
+        layout.rows, pad_id=0, device=device
+    )  # any id: nothing attends to the padding
     length = batch["input_ids"].shape[1]
-    places = [0] * len(layout.targets)
-    for row, (mine, (_, labels)) in enumerate(zip(layout.predictions, layout.rows, strict=True)):
-        before = [i - 1 for i in range(1, len(labels)) if labels[i] != IGNORED]
-        for number, place in zip(mine, before, strict=True):
-            places[number] = row * length + place
-    return {"input_ids": batch["input_ids"]}, torch.tensor(places, dtype=torch.long, device=device)
+    indices = [0] * len(layout.targets)
+    for row, (numbers, (_, labels)) in enumerate(zip(layout.predictions, layout.rows, strict=True)):
+        sources = [i - 1 for i in range(1, len(labels)) if labels[i] != IGNORED]
+        for number, source in zip(numbers, sources, strict=True):
+            indices[number] = row * length + source
+    return {"input_ids": batch["input_ids"]}, torch.tensor(indices, dtype=torch.long, device=device)
 
 
 def pad_right(
     rows: Sequence[Tokens], pad_id: int, device: torch.device | None = None
 ) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``labels`` (B, T) of rows of (ids, labels).
+    """Return ``input_ids`` and ``labels`` (B, T) of rows of (ids, labels).
 
-    Padding stands on the right and carries label -100. In a causal model no real token sees it, so
-    that no attention mask is needed.
+    Padding stands on the right and carries label -100. In a causal model no real token attends to it, so no
+    attention mask is needed.
     """
     longest = max(len(ids) for ids, _ in rows)
     ids = [ids + [pad_id] * (longest - len(ids)) for ids, _ in rows]
@@ -161,97 +194,96 @@ def pad_right(
 
 @torch.no_grad()
 def _head_is_plain(model: Any, softcap: float | None) -> bool:
-    """Whether head(hidden), capped, gives the model's own logits."""
+    """Whether the head's product of the hidden states, capped, equals the model's own logits."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         return False
-    training = model.training
-    model.eval()
-    ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
-    wanted = type(model).forward(model, ids, use_cache=False).logits.float()
-    hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    logits = (hidden.to(head.weight.dtype) @ head.weight.T).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    model.train(training)
-    error = (logits - wanted).abs().max()
-    return bool(error <= PROBE_TOLERANCE * wanted.abs().max().clamp(min=1))
+    with eval_mode(model):
+        ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]  # (1, T)
+        expected = type(model).forward(model, ids, use_cache=False).logits.float()  # (1, T, V)
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (1, T, E)
+        logits = (hidden.to(head.weight.dtype) @ head.weight.T).float()  # (1, T, V)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+    error = (logits - expected).abs().max()
+    return bool(error <= PROBE_TOLERANCE * expected.abs().max().clamp(min=1))
 
 
-def tree_refusal(model: Any, own_attention: str) -> str:
-    """Why a model's configuration alone rules a tree out, or ""."""
+def tree_refusal(model: Any, attention: str) -> str:
+    """Return why a model's configuration rules a tree out by itself, or "".
+
+    Args:
+        model: a causal language model.
+        attention: the implementation that it was loaded with.
+    """
     name, config = type(model).__name__, model.config.get_text_config()
-    if own_attention != "sdpa":
-        return f"attention is {own_attention}; only sdpa can be laid out as a tree"
-    kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    if kinds:
-        return f"{name} has {', '.join(sorted(kinds))} layers"
-    return f"{name} drops attention weights out" if getattr(config, "attention_dropout", 0) else ""
+    if attention != "sdpa":
+        return f"attention is {attention}; only sdpa can be laid out as a tree"
+    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if others:
+        return f"{name} has {', '.join(sorted(others))} layers"
+    return f"{name} has attention dropout" if getattr(config, "attention_dropout", 0) else ""
 
 
 @torch.no_grad()
 def _use_tree_attention(model: Any) -> str:
-    """Give the model our attention; returns why it cannot have it, or "" if it has.
+    """Give the model our attention if a probe passes; return why it cannot have it, or "".
 
-    A probe lays rows out as a tree, two of them with a common beginning, and compares their hidden
-    states with those of the padded rows.
+    The probe lays rows out as a tree, two of them with a common prefix, and compares their hidden states with
+    those of the padded rows. Unless it passes, whatever it raises, the model keeps the attention it had.
     """
-    name = type(model).__name__
-    own = getattr(model.config.get_text_config(), "_attn_implementation", "eager")
-    if own == prefix_attention.NAME:
+    name, attention = type(model).__name__, attention_of(model)
+    if attention == prefix_attention.NAME:
         return ""
-    refusal = tree_refusal(model, own)
+    refusal = tree_refusal(model, attention)
     if refusal:
         return refusal
     prefix_attention.register()
-    training = model.training
-    model.eval()
+    passes = False
     try:
-        refusal = _probe_tree(model, name)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        refusal = f"{name} cannot be laid out as a tree: {error}"
+        with eval_mode(model):
+            difference = first_conclusive(lambda attempt: _probe_tree(model, attempt))
+        passes = not difference
+        refusal = f"{name}: {difference}" if difference else ""
+    except Exception as error:
+        refusal = f"{name} cannot be laid out as a tree: {refusal_of(error)}"
     finally:
-        model.train(training)
-    if refusal:
-        model.set_attn_implementation(own)
+        if not passes:
+            model.set_attn_implementation(attention)
     return refusal
 
 
-def _probe_tree(model: Any, name: str) -> str:
-    refusal = first_sure(lambda turn: _probe_rows(model, turn))
-    return f"{name}{refusal}" if refusal else ""
-
-
-def _probe_rows(model: Any, turn: int) -> tuple[str, bool]:
-    """What speaks against a tree on some rows, or ""; and whether the plain pass is sure of itself there."""
-    words = probe_words(model, PROBE_TOKENS + 4, turn)
-    stem, ends = words[:PROBE_TOKENS], words[PROBE_TOKENS:]
-    ids = [[*stem, *ends], [*stem, ends[3], ends[0]], [*ends[2::-1], ends[3], ends[0]]]
-    layout = lay_out([(row, row) for row in ids], share=True)
+def _probe_tree(model: Any, attempt: int) -> tuple[str, bool]:
+    """Compare a tree with padded rows; return the difference, or "", and whether it is conclusive."""
+    ids = probe_ids(model, PROBE_TOKENS + 4, attempt)
+    prefix, ends = ids[:PROBE_TOKENS], ids[PROBE_TOKENS:]
+    rows = [[*prefix, *ends], [*prefix, ends[3], ends[0]], [*ends[2::-1], ends[3], ends[0]]]
+    layout = lay_out([(row, row) for row in rows], share=True)
     device = model.get_input_embeddings().weight.device
-    padded = _padded(layout, device)[0]["input_ids"]
+    padded = _padded_inputs(layout, device)[0]["input_ids"]  # (B, T)
 
-    def states(rows: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model.base_model(rows, use_cache=False).last_hidden_state
-        return found
+    def states(ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = model.base_model(ids, use_cache=False).last_hidden_state
+        return hidden  # (B, T, E)
 
     model.set_attn_implementation("sdpa")
     together = states(padded)
-    wanted = [together[row, : len(path)] for row, path in enumerate(layout.paths)]
+    expected = [together[row, : len(path)] for row, path in enumerate(layout.paths)]  # (t, E) each
     alone = [states(padded[row : row + 1, : len(path)]) for row, path in enumerate(layout.paths)]
-    noise = max(relative_gap(one[0], own) for one, own in zip(alone, wanted, strict=True))
-    other = padded[:1].roll(1, dims=1)
-    other[:, -1] = padded[:1, -1]
-    allowed = Allowed.of(model, noise, relative_gap(states(other)[0, -1], together[0, -1]))
+    noise = max(relative_gap(one[0], other) for one, other in zip(alone, expected, strict=True))
+    moved = padded[:1].roll(1, dims=1)  # (1, T): the same last token after others
+    moved[:, -1] = padded[:1, -1]
+    context_effect = relative_gap(states(moved)[0, -1], together[0, -1])
+    tolerance = Tolerance.of(model, noise, context_effect)
     model.set_attn_implementation(prefix_attention.NAME)
-    inputs, _ = _laid_out(layout, device)
-    found = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
-    for path, own in zip(layout.paths, wanted, strict=True):
-        error = relative_gap(found[path], own)
-        if not error <= allowed.gap:
-            told = f": hidden states differ by {error:.1g} from those of padded rows"
-            return told, allowed.is_sure
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    if "sliding_attention" in kinds and inputs["tree"].windows == {None}:
-        return " does not tell its attention the sliding window", True
+    inputs, _ = _layout_inputs(layout, device)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # (T, E)
+    for path, row_states in zip(layout.paths, expected, strict=True):
+        gap = relative_gap(hidden[path], row_states)
+        if not gap <= tolerance.gap:
+            refusal = f"hidden states differ by {gap:.1g} from those of padded rows"
+            return refusal, tolerance.is_conclusive
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if "sliding_attention" in layer_types and inputs["tree"].windows == {None}:
+        return "its layers do not pass the sliding window to the attention", True
     return "", True

@@ -1,62 +1,138 @@
-"""Owns how a probe decides: the tokens it tries, and how far two ways to compute the same may be apart."""
+"""Owns how a probe decides: its tokens, how far two computations may differ, which errors are refusals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# In 16 bits a model may be sure of nothing on tokens that it has seldom seen, such as a row of control tokens:
-# SmolLM2 in bf16 is 0.7 from itself in fp32 there and 0.02 on words. So other tokens are tried before it fails.
-PROBE_TURNS = 3
-PROBE_STRIDE, PROBE_SHIFT = 7919, 104_729  # primes: words from all over a vocabulary
-# Norm of the difference by the norm: rounding is below. In 16 bits it adds up over layers, so that more is
-# allowed where the plain pass differs from itself, up to a part of what another context would change.
+from halfbyte.errors import ModelError
+
+# In 16 bits a model may be sure of nothing on tokens that it has seldom seen, such as a row of control
+# tokens: SmolLM2 in bf16 is 0.7 from itself in fp32 there and 0.02 on words. So a probe tries other tokens
+# before it fails.
+PROBE_ATTEMPTS = 3
+PROBE_STRIDE, PROBE_SHIFT = 7919, 104_729  # primes: ids from all over a vocabulary
+# Allowed norm of the difference, relative to the norm: more than rounding. In 16 bits rounding adds up over
+# layers, so more is allowed where the plain pass differs from itself, up to a part of what another context
+# would change.
 TREE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 NOISE_FACTOR = 2
 CONTEXT_FRAC = 0.25
+# In the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and on Windows, CUDA's,
+# HIP's and MPS's, and those of their libraries (cuBLAS, cuDNN, cuSOLVER).
+OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",
+)
+PACKAGE = __name__.partition(".")[0]
 
 
-def first_sure(attempt: Callable[[int], tuple[str, bool]]) -> str:
-    """The refusal of the first turn of a probe that has none or is sure of it, else that of the last."""
+def first_conclusive(attempt: Callable[[int], tuple[str, bool]]) -> str:
+    """Repeat a probe on other tokens until it passes or its refusal is conclusive.
+
+    Args:
+        attempt: takes the number of the attempt; returns a refusal or "", and whether it is conclusive.
+
+    Returns:
+        the refusal of the last attempt, or "".
+    """
     refusal = ""
-    for turn in range(PROBE_TURNS):
-        refusal, is_sure = attempt(turn)
-        if not refusal or is_sure:
+    for number in range(PROBE_ATTEMPTS):
+        refusal, is_conclusive = attempt(number)
+        if not refusal or is_conclusive:
             break
     return refusal
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """How far two ways to compute the same may be apart.
+class Tolerance:
+    """How far two ways to compute the same hidden states or logits may differ.
 
     Attributes:
-        gap: as ``relative_gap``.
-        is_sure: whether a larger gap is a fault; else the plain pass differs from itself too much to say.
+        gap: the largest allowed ``relative_gap``.
+        is_conclusive: whether a larger gap is a fault; else the plain pass differs from itself too much to
+            say.
     """
 
     gap: float
-    is_sure: bool
+    is_conclusive: bool
 
     @classmethod
-    def of(cls, model: Any, noise: float, context: float) -> Allowed:
-        """From how far the plain pass is from itself, and from what it gives after other tokens."""
-        dtype = model.get_input_embeddings().weight.dtype  # the residual stream may be wider
-        least, most = TREE_TOLERANCE[dtype], CONTEXT_FRAC * context
+    def of(cls, model: Any, noise: float, context_effect: float) -> Tolerance:
+        """Set the tolerance for a model.
+
+        Args:
+            model: its embedding's dtype counts; the residual stream may be wider.
+            noise: ``relative_gap`` of the plain pass from itself, computed in another order.
+            context_effect: ``relative_gap`` of the plain pass after other tokens.
+        """
+        dtype = model.get_input_embeddings().weight.dtype
+        least, most = TREE_TOLERANCE[dtype], CONTEXT_FRAC * context_effect
         if dtype == torch.float32:
             return cls(least, True)
         return cls(max(least, min(NOISE_FACTOR * noise, most)), NOISE_FACTOR * noise <= most)
 
 
-def probe_words(model: Any, count: int, turn: int) -> list[int]:
-    """Tokens for a probe, others at each turn."""
-    limit = int(model.config.get_text_config().vocab_size)
-    return [(PROBE_STRIDE * (n + 1) + PROBE_SHIFT * turn) % limit for n in range(count)]
+def probe_ids(model: Any, count: int, attempt: int) -> list[int]:
+    """Return token ids for a probe, different ones for each attempt."""
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    return [(PROBE_STRIDE * (n + 1) + PROBE_SHIFT * attempt) % vocab_size for n in range(count)]
 
 
-def relative_gap(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference by the norm."""
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+def relative_gap(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of ``expected``."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+@contextlib.contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode, and back into the mode it was in, whatever the body raises."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def refusal_of(error: Exception) -> str:
+    """Return the text of an error that speaks against a model, or raise the error again, unchanged.
+
+    This is the rule of every probe. An error is a refusal only if the architecture is to blame:
+
+    - Lack of memory never is a refusal: the model would do on a larger device.
+    - An error is a refusal if transformers, torch or the model's own code raises it, that is, if its
+      traceback ends there.
+    - A RuntimeError, ValueError or ModelError that our own code raises is one too: the shapes, dtypes or
+      options that the architecture gave to our attention do not fit. Any other error of our own code is our
+      bug.
+
+    Raises:
+        Exception: ``error`` itself, if it is no refusal.
+    """
+    is_fault = isinstance(error, RuntimeError | ValueError | ModelError) or not _is_ours(error)
+    if _is_out_of_memory(error) or not is_fault:
+        raise error
+    return str(error)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the innermost frame of an error's traceback belongs to this package."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").split(".")[0] == PACKAGE
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
+        return True
+    return error.__cause__ is not None and _is_out_of_memory(error.__cause__)

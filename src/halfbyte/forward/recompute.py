@@ -10,16 +10,18 @@ from halfbyte.model.skeleton import layer_list
 
 
 def recompute_first(model: PreTrainedModel, num_layers: int) -> None:
-    """Let ``gradient_checkpointing_enable`` switch on the first layers alone.
+    """Make ``gradient_checkpointing_enable`` switch on the first ``num_layers`` layers alone, in place.
 
-    transformers and TRL call it wherever they see fit, and it switches on all of them.
+    transformers and TRL call that method wherever they see fit, and it switches on all layers.
     """
-    enable: Any = model.gradient_checkpointing_enable
+    enable_all: Any = model.gradient_checkpointing_enable
 
     def enable_first(*args: Any, **options: Any) -> None:
-        enable(*args, **options)
+        enable_all(*args, **options)
         layer: Any
         for layer in layer_list(model)[num_layers:]:
+            # Internal to transformers, tried with 5.23: GradientCheckpointingLayer reads this flag in each
+            # call, and no argument chooses layers. Can go when one does.
             layer.gradient_checkpointing = False
 
     model.gradient_checkpointing_enable = enable_first

@@ -1,4 +1,4 @@
-"""Owns what a model says of whole rows: the loss of each, and whether each label is the likeliest token."""
+"""Owns the scores of whole rows: the loss of each, and whether each label is the likeliest token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from halfbyte.data.prefix_tree import Tokens, cut_step, lay_out, pass_tokens
+from halfbyte.forward.packed import has_tree_attention
 
-# A row that is scored takes a pass with all its tokens, an answer that grows with one: so many fewer rows.
+# A scored row puts all of its tokens into one pass, a growing answer one token into each: a scoring pass takes
+# so many times fewer rows.
 ROWS_PER_SCORED = 4
 
 
@@ -22,24 +24,30 @@ def row_losses(
     share: bool = True,
     padded: bool = False,
 ) -> list[tuple[float, int]]:
-    """For each row its summed loss in nats and the number of labelled tokens.
+    """Return, for each row, its summed loss in nats and its number of labelled tokens.
 
-    ``model`` knows ``token_loss``; a pass takes at most the tokens of the ``num_rows`` longest rows. The
-    result does not depend on how rows are put together but for rounding.
+    The result does not depend on how rows are grouped into passes, except for rounding.
+
+    Args:
+        model: a model with ``add_token_loss``.
+        rows: ids and labels of each row.
+        num_rows: a pass takes at most the tokens of so many of the longest rows.
+        share: compute common prefixes once.
+        padded: pad the rows of a pass to the longest.
     """
-    found = _predictions(model, rows, num_rows, "each", share=share, padded=padded)
-    return [(sum(losses.tolist()), len(losses)) for losses in found]
+    losses = _predictions(model, rows, num_rows, "each", share=share, padded=padded)
+    return [(sum(row.tolist()), len(row)) for row in losses]
 
 
 def row_scores(
     model: nn.Module, rows: Sequence[Tokens], num_rows: int
 ) -> list[tuple[float, list[bool]]]:
-    """For each row its summed loss in nats, and for each labelled token whether it is the likeliest one.
+    """Return, for each row, its summed loss in nats and, for each labelled token, if it is the likeliest one.
 
-    As ``row_losses``: rows that begin alike, such as the choices of a question, share that beginning.
+    As ``row_losses``: rows with a common prefix, such as the choices of a question, share it.
     """
-    found = _predictions(model, rows, num_rows, "scores", share=True, padded=False)
-    return [(sum(losses.tolist()), (hits > 0).tolist()) for losses, hits in found]
+    scores = _predictions(model, rows, num_rows, "scores", share=True, padded=False)
+    return [(sum(losses.tolist()), (hits > 0).tolist()) for losses, hits in scores]
 
 
 @torch.no_grad()
@@ -52,24 +60,24 @@ def _predictions(
     share: bool,
     padded: bool,
 ) -> list[torch.Tensor]:
-    """What the model says of each row's predictions, (…, number of them)."""
+    """Return the model's ``token_loss`` of each row's n predictions: (n,) of losses, or (2, n) of scores."""
     if not rows:
         return []
-    found: dict[int, torch.Tensor] = {}
+    results: dict[int, torch.Tensor] = {}
     # Passes are as large as what is computed: padded rows where the model has no tree, and on an
     # accelerator, which gathers the keys of each row, as if nothing were shared.
-    padded = padded or getattr(model, "pads_rows", False)
-    counted = share and not (
+    padded = padded or not has_tree_attention(model)
+    counts_shared = share and not (
         token_loss == "scores" and next(model.parameters()).device.type != "cpu"
     )
-    most = pass_tokens(rows, num_rows, share=counted, padded=padded)
+    max_tokens = pass_tokens(rows, num_rows, share=counts_shared, padded=padded)
     training = model.training
     model.eval()
-    for numbers in cut_step(rows, most, share=counted, padded=padded):
+    for numbers in cut_step(rows, max_tokens, share=counts_shared, padded=padded):
         members = [rows[number] for number in numbers]
         layout = lay_out(members, share=share, padded=padded)
-        told = model(layout=layout, token_loss=token_loss).double().cpu()
-        for number, mine in zip(numbers, layout.predictions, strict=True):
-            found[number] = told[..., mine]
+        predictions = model(layout=layout, token_loss=token_loss).double().cpu()  # (…, N)
+        for number, columns in zip(numbers, layout.predictions, strict=True):
+            results[number] = predictions[..., columns]  # (…, n)
     model.train(training)
-    return [found[row] for row in range(len(rows))]
+    return [results[row] for row in range(len(rows))]

@@ -1,7 +1,11 @@
 """Owns the attention of slots: the new tokens of many requests in one row, each on its own KV cache.
 
-Lanes are laid end to end without padding (continuous batching, Orca, OSDI 2022 §3.2), and each attends to
-its own slot of the cache.
+Inputs are laid end to end without padding (continuous batching, Orca, OSDI 2022 §3.2), and the tokens of each
+attend to the cache of its own slot. An input of one token is decoded, an input of several is prefilled.
+
+Shapes: T tokens of the pass, t of one prefill input, M decode inputs, S neighbouring slots that hold them, C
+cached tokens of a slot, H query heads, G key-value heads (grouped-query attention, arXiv 2305.13245), D head
+size.
 """
 
 from __future__ import annotations
@@ -23,11 +27,11 @@ class SlotInput:
     """New tokens of one slot.
 
     Attributes:
-        slot: where its keys and values lie.
-        adapter: name of the adapter that changes it, or None for the base.
-        ids: the tokens, which follow on ``start`` tokens of the slot.
-        start: tokens of the slot that are kept.
-        num_logits: how many of the last tokens get logits.
+        slot: number of the slot that holds their keys and values.
+        adapter: name of the adapter to use, or None for the base.
+        ids: the new tokens, which follow the first ``start`` tokens of the slot.
+        start: number of tokens of the slot that are kept.
+        num_logits: number of the last tokens whose logits are computed.
     """
 
     slot: int
@@ -38,12 +42,19 @@ class SlotInput:
 
     @property
     def end(self) -> int:
-        """Tokens of the slot after the pass."""
+        """Number of tokens in the slot after the pass."""
         return self.start + len(self.ids)
 
 
 class KVCache:
-    """Keys and values (slots, groups, tokens, D) of each layer; grown as it is needed."""
+    """Keys and values (slots, G, C, D) of each layer; the storage grows as it is needed.
+
+    Args:
+        num_slots: number of slots.
+        dtype: of keys and values.
+        device: where they lie.
+        growth: number of tokens by which each slot grows.
+    """
 
     def __init__(
         self, num_slots: int, dtype: torch.dtype, device: torch.device, growth: int
@@ -54,74 +65,94 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes now."""
+        """Bytes of the storage now."""
         return sum(tensor.nbytes for pair in self.layers.values() for tensor in pair)
 
-    def of(
+    def storage(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's storage with room for ``length`` tokens; shapes are those of new keys and values."""
-        held = self.layers.get(layer)
-        if held is not None and held[0].shape[2] >= length:
-            return held
-        room = -(-length // self.growth) * self.growth
-        made = []
+        """Return the keys and values (slots, G, C, D) of a layer, with room for ``length`` tokens.
+
+        Args:
+            layer: number of the layer.
+            key: new keys (1, G, T, D), whose shape counts.
+            value: new values, likewise.
+            length: smallest C.
+        """
+        current = self.layers.get(layer)
+        if current is not None and current[0].shape[2] >= length:
+            return current
+        capacity = -(-length // self.growth) * self.growth
+        pair = []
         for number, tensor in enumerate((key, value)):
-            shape = (self.num_slots, tensor.shape[1], room, tensor.shape[3])
-            grown = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            if held is not None:
-                grown[:, :, : held[number].shape[2]] = held[number]
-            made.append(grown)
-        self.layers[layer] = (made[0], made[1])
+            shape = (self.num_slots, tensor.shape[1], capacity, tensor.shape[3])
+            grown = torch.zeros(shape, dtype=self.dtype, device=self.device)  # (slots, G, C, D)
+            if current is not None:
+                grown[:, :, : current[number].shape[2]] = current[number]
+            pair.append(grown)
+        self.layers[layer] = (pair[0], pair[1])
         return self.layers[layer]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """The first tokens of one slot to another."""
+        """Copy the first ``length`` tokens of one slot to another."""
         for tensors in self.layers.values():
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
 
 class SlotBatch:
-    """One pass: where each lane stands in it, and who sees what, made once for all layers.
+    """The inputs of one pass, where each stands in it and what it attends to, built once for all layers.
+
+    Args:
+        inputs: those of one adapter next to each other.
+        cache: keys and values of the slots.
+        device: where the pass is computed.
 
     Attributes:
-        ranges: for each adapter its tokens, which stand together.
-        told: places of the tokens that get logits.
-        layers: numbers of the layers that were attended so far.
+        adapter_ranges: names of adapters, each with the range of its tokens in the pass.
+        ranges: range of each input's tokens in the pass.
+        logit_indices: indices in the pass of the tokens whose logits are computed.
+        decode: numbers of the inputs of one token.
+        prefill: numbers of the inputs of several tokens.
+        attended_layers: numbers of the layers that were attended so far.
     """
 
-    def __init__(self, lanes: list[SlotInput], cache: KVCache, device: torch.device) -> None:
-        self.lanes, self.cache, self.device = lanes, cache, device
-        self.layers: set[int] = set()
-        self.ranges: list[tuple[str, slice]] = []
-        self.places: list[slice] = []
+    def __init__(self, inputs: list[SlotInput], cache: KVCache, device: torch.device) -> None:
+        self.inputs, self.cache, self.device = inputs, cache, device
+        self.attended_layers: set[int] = set()
+        self.adapter_ranges: list[tuple[str, slice]] = []
+        self.ranges: list[slice] = []
         start = 0
-        for lane in lanes:
-            place = slice(start, start + len(lane.ids))
-            self.places.append(place)
-            start = place.stop
-            if lane.adapter is None:
+        for slot_input in inputs:
+            tokens = slice(start, start + len(slot_input.ids))
+            self.ranges.append(tokens)
+            start = tokens.stop
+            if slot_input.adapter is None:
                 continue
-            if self.ranges and self.ranges[-1][0] == lane.adapter:
-                self.ranges[-1] = (lane.adapter, slice(self.ranges[-1][1].start, place.stop))
+            if self.adapter_ranges and self.adapter_ranges[-1][0] == slot_input.adapter:
+                first = self.adapter_ranges[-1][1].start
+                self.adapter_ranges[-1] = (slot_input.adapter, slice(first, tokens.stop))
             else:
-                self.ranges.append((lane.adapter, place))
-        ends = zip(lanes, self.places, strict=True)
-        told = [at for lane, own in ends for at in range(own.stop - lane.num_logits, own.stop)]
-        self.told = torch.tensor(told, device=device)
-        self.longest = max(lane.end for lane in lanes)
-        self.single = [n for n, lane in enumerate(lanes) if len(lane.ids) == 1]
-        self.long = [n for n, lane in enumerate(lanes) if len(lane.ids) > 1]
-        slots = [lanes[number].slot for number in self.single]
-        # Slots side by side, read where they lie; those between that have no lane cost little.
-        self.first, self.stop = (min(slots), max(slots) + 1) if slots else (0, 0)
-        self._offsets = torch.tensor([slot - self.first for slot in slots], device=device)
-        self._tokens = torch.tensor([self.places[n].start for n in self.single], device=device)
-        self._rows = torch.tensor(slots, device=device)
-        self._ends = torch.tensor([lanes[n].start for n in self.single], device=device)
-        self._single_masks: dict[int | None, tuple[torch.Tensor, int]] = {}
-        self._long_masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+                self.adapter_ranges.append((slot_input.adapter, tokens))
+        logit_indices = [
+            index
+            for slot_input, tokens in zip(inputs, self.ranges, strict=True)
+            for index in range(tokens.stop - slot_input.num_logits, tokens.stop)
+        ]
+        self.logit_indices = torch.tensor(logit_indices, device=device)
+        self.longest = max(slot_input.end for slot_input in inputs)
+        self.decode = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) == 1]
+        self.prefill = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) > 1]
+        slots = [inputs[number].slot for number in self.decode]
+        # Neighbouring slots are read where they lie; those in between that decode nothing cost little.
+        self._first_slot, self._stop_slot = (min(slots), max(slots) + 1) if slots else (0, 0)
+        # Of each decode input (M,): its slot, that slot among the S, its token in the pass, its position.
+        self._slots = torch.tensor(slots, device=device)
+        self._offsets = torch.tensor([slot - self._first_slot for slot in slots], device=device)
+        self._tokens = torch.tensor([self.ranges[n].start for n in self.decode], device=device)
+        self._positions = torch.tensor([inputs[n].start for n in self.decode], device=device)
+        self._decode_masks: dict[int | None, tuple[torch.Tensor, int]] = {}
+        self._prefill_masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
     def attend(
         self,
@@ -132,37 +163,56 @@ class SlotBatch:
         window: int | None,
         scale: float | None,
     ) -> torch.Tensor:
-        """Attended values (T, H, D) of the pass's queries (H, T, D); keys and values are kept."""
-        self.layers.add(layer)
-        keys, values = self.cache.of(layer, key[None], value[None], self.longest)
-        out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))
-        if self.single:
-            keys[self._rows, :, self._ends] = key[:, self._tokens].transpose(0, 1).to(keys.dtype)
-            values[self._rows, :, self._ends] = (
+        """Keep the keys and values of the pass, and compute the attention output (T, H, D).
+
+        Args:
+            layer: number of the layer.
+            query: (H, T, D).
+            key: (G, T, D).
+            value: (G, T, D).
+            window: a token attends to itself and the ``window - 1`` tokens before it.
+            scale: factor of the scores.
+        """
+        self.attended_layers.add(layer)
+        keys, values = self.cache.storage(layer, key[None], value[None], self.longest)
+        out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))  # (T, H, D)
+        if self.decode:
+            # (G, M, D) → (M, G, D)
+            keys[self._slots, :, self._positions] = (
+                key[:, self._tokens].transpose(0, 1).to(keys.dtype)
+            )
+            values[self._slots, :, self._positions] = (
                 value[:, self._tokens].transpose(0, 1).to(keys.dtype)
             )
-            mask, length = self._single_mask(window)
+            mask, length = self._decode_mask(window)  # (S, 1, 1, C)
             groups = key.shape[0]
-            asked = query[:, self._tokens].transpose(0, 1)
-            spread = query.new_zeros((self.stop - self.first, *asked.shape[1:]))
-            spread[self._offsets] = asked
-            # Heads that share keys stand where queries do: no key is copied for them.
-            found = functional.scaled_dot_product_attention(
-                spread.view(spread.shape[0], groups, -1, spread.shape[2]).to(keys.dtype),
-                keys[self.first : self.stop, :, :length],
-                values[self.first : self.stop, :, :length],
+            q_decode = query[:, self._tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
+            q = query.new_zeros((self._stop_slot - self._first_slot, *q_decode.shape[1:]))
+            q[self._offsets] = q_decode  # (S, H, D)
+            # Heads that share keys stand where queries do, so that no key is copied for them.
+            o = functional.scaled_dot_product_attention(
+                q.view(q.shape[0], groups, -1, q.shape[2]).to(keys.dtype),  # (S, G, H/G, D)
+                keys[self._first_slot : self._stop_slot, :, :length],  # (S, G, C, D)
+                values[self._first_slot : self._stop_slot, :, :length],
                 attn_mask=mask.to(keys.dtype),
                 scale=scale,
+            )  # (S, G, H/G, D)
+            # (S, G, H/G, D) → (S, H, D) → (M, H, D)
+            out[self._tokens] = o.flatten(1, 2)[self._offsets].to(out.dtype)
+        for number in self.prefill:
+            slot_input, tokens = self.inputs[number], self.ranges[number]
+            keys[slot_input.slot, :, slot_input.start : slot_input.end] = key[:, tokens].to(
+                keys.dtype
+            )  # (G, t, D)
+            values[slot_input.slot, :, slot_input.start : slot_input.end] = value[:, tokens].to(
+                keys.dtype
             )
-            out[self._tokens] = found.flatten(1, 2)[self._offsets].to(out.dtype)
-        for number in self.long:
-            lane, place = self.lanes[number], self.places[number]
-            keys[lane.slot, :, lane.start : lane.end] = key[:, place].to(keys.dtype)
-            values[lane.slot, :, lane.start : lane.end] = value[:, place].to(keys.dtype)
-            out[place] = self._long(number, query[:, place], keys, values, window, scale)
+            out[tokens] = self._attend_prefill(
+                number, query[:, tokens], keys, values, window, scale
+            )
         return out
 
-    def _long(
+    def _attend_prefill(
         self,
         number: int,
         query: torch.Tensor,
@@ -171,53 +221,55 @@ class SlotBatch:
         window: int | None,
         scale: float | None,
     ) -> torch.Tensor:
-        """Attended values (t, H, D) of a lane of several tokens."""
-        lane = self.lanes[number]
+        """Compute the attention output (t, H, D) of one input's queries (H, t, D)."""
+        slot_input = self.inputs[number]
         groups = keys.shape[1]
-        mask = self._long_mask(number, window)
-        asked = query.view(groups, -1, *query.shape[1:])
-        seen_keys, seen_values = (
-            tensor[lane.slot, :, None, : lane.end].expand(-1, asked.shape[1], -1, -1)
+        mask = self._prefill_mask(number, window)  # (t, C)
+        q = query.view(groups, -1, *query.shape[1:])  # (G, H/G, t, D)
+        k, v = (
+            tensor[slot_input.slot, :, None, : slot_input.end].expand(-1, q.shape[1], -1, -1)
             for tensor in (keys, values)
-        )
-        found = functional.scaled_dot_product_attention(
-            asked.to(keys.dtype),
-            seen_keys,
-            seen_values,
+        )  # (G, H/G, C, D) each
+        o = functional.scaled_dot_product_attention(
+            q.to(keys.dtype),
+            k,
+            v,
             attn_mask=None if mask is None else mask.to(keys.dtype),
             is_causal=mask is None,
             scale=scale,
-        )
-        return found.flatten(0, 1).transpose(0, 1).to(query.dtype)
+        )  # (G, H/G, t, D)
+        return o.flatten(0, 1).transpose(0, 1).to(query.dtype)  # (H, t, D) → (t, H, D)
 
-    def _single_mask(self, window: int | None) -> tuple[torch.Tensor, int]:
-        """Additive mask (slots, 1, 1, tokens) of lanes of one token, and the tokens that matter."""
-        if window not in self._single_masks:
-            length = max(self.lanes[number].end for number in self.single)
-            at = torch.arange(length, device=self.device)
-            ends = self._ends[:, None]
-            seen = at <= ends
+    def _decode_mask(self, window: int | None) -> tuple[torch.Tensor, int]:
+        """Return an additive mask (S, 1, 1, C) of the decode inputs, and the C that they need."""
+        if window not in self._decode_masks:
+            length = max(self.inputs[number].end for number in self.decode)
+            key_positions = torch.arange(length, device=self.device)  # (C,)
+            positions = self._positions[:, None]  # (M, 1)
+            seen = key_positions <= positions  # (M, C)
             if window is not None:
-                seen &= at > ends - window
-            mask = torch.zeros((self.stop - self.first, length), device=self.device)
-            mask[self._offsets] = mask[self._offsets].masked_fill_(~seen, float("-inf"))
-            self._single_masks[window] = mask[:, None, None], length
-        return self._single_masks[window]
+                seen &= key_positions > positions - window
+            mask = torch.zeros((self._stop_slot - self._first_slot, length), device=self.device)
+            mask[self._offsets] = mask[self._offsets].masked_fill_(~seen, float("-inf"))  # (S, C)
+            self._decode_masks[window] = mask[:, None, None], length  # (S, 1, 1, C)
+        return self._decode_masks[window]
 
-    def _long_mask(self, number: int, window: int | None) -> torch.Tensor | None:
-        """Additive mask (t, tokens), or None where order within the lane says it all."""
-        lane = self.lanes[number]
-        if lane.start == 0 and (window is None or lane.end <= window):
+    def _prefill_mask(self, number: int, window: int | None) -> torch.Tensor | None:
+        """Return an additive mask (t, C), or None where order within the input alone decides."""
+        slot_input = self.inputs[number]
+        if slot_input.start == 0 and (window is None or slot_input.end <= window):
             return None
-        if (number, window) not in self._long_masks:
-            at = torch.arange(lane.end, device=self.device)
-            queries = torch.arange(lane.start, lane.end, device=self.device)[:, None]
-            hidden = at > queries
+        if (number, window) not in self._prefill_masks:
+            key_positions = torch.arange(slot_input.end, device=self.device)  # (C,)
+            positions = torch.arange(slot_input.start, slot_input.end, device=self.device)[
+                :, None
+            ]  # (t, 1)
+            hidden = key_positions > positions  # (t, C)
             if window is not None:
-                hidden |= at <= queries - window
-            mask = torch.zeros(hidden.shape, device=self.device)
-            self._long_masks[number, window] = mask.masked_fill_(hidden, float("-inf"))
-        return self._long_masks[number, window]
+                hidden |= key_positions <= positions - window
+            mask = torch.zeros(hidden.shape, device=self.device)  # (t, C)
+            self._prefill_masks[number, window] = mask.masked_fill_(hidden, float("-inf"))
+        return self._prefill_masks[number, window]
 
 
 def attend(
@@ -228,22 +280,28 @@ def attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    lanes: SlotBatch | None = None,
+    slot_batch: SlotBatch | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' call of an attention, over the lanes of a pass."""
-    if lanes is None or options.get("softcap") or options.get("s_aux") is not None:
+    """Compute the attention of a pass over slots as transformers calls it.
+
+    Queries are (1, H, T, D), keys and values (1, G, T, D); the output is (1, T, H, D).
+
+    Raises:
+        ModelError: the attention caps its scores or has sinks.
+    """
+    if slot_batch is None or options.get("softcap") or options.get("s_aux") is not None:
         raise ModelError(
-            f"{type(module).__name__}: capped scores or sinks, which this attention does not have. Use"
+            f"{type(module).__name__}: capped scores or sinks, which this attention does not support. Use"
             " --engine vllm or llama.cpp"
         )
     window = options.get("sliding_window")
-    found = lanes.attend(module.layer_idx, query[0], key[0], value[0], window, scaling)
-    return found[None], None
+    out = slot_batch.attend(module.layer_idx, query[0], key[0], value[0], window, scaling)
+    return out[None], None
 
 
 def register() -> None:
-    """Teach transformers the attention; it has no mask, as none is made for it."""
+    """Register this attention with transformers, by its name; without a mask function, as it needs no mask."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)

@@ -1,9 +1,10 @@
-"""Owns generation in slots: common beginnings computed once, no padding, no answer waits for the longest."""
+"""Owns generation in slots: a common prefix computed once, no padding, no wait for the longest answer."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,30 +13,41 @@ from torch import nn
 from torch.nn import functional
 
 from halfbyte.data.prefix_tree import common_prefix
-from halfbyte.errors import ModelError
-from halfbyte.forward import prefix_attention
-from halfbyte.forward.probes import Allowed, first_sure, probe_words, relative_gap
+from halfbyte.forward.packed import attention_of, causal_of, has_tree_attention
+from halfbyte.forward.probes import (
+    Tolerance,
+    eval_mode,
+    first_conclusive,
+    probe_ids,
+    refusal_of,
+    relative_gap,
+)
 from halfbyte.forward.slot_attention import GROWTH, SlotInput
-from halfbyte.generate.batched import Answer, causal_of, until_stop
+from halfbyte.generate.batched import Answer, until_stop
 from halfbyte.generate.slot_model import SlotModel, token_bytes
 from halfbyte.host import free_bytes
 
-MAX_SLOTS = 512  # matrix products of more rows are no faster a row
+MAX_SLOTS = 512  # matrix products of more rows are no faster per row
 PROMPT_TOKENS = 2048  # of prompts in one pass
 REFILL_FRAC = 0.25  # of the slots are free before new prompts are read
 CACHE_FRAC = 0.5  # of the free memory, for keys and values
-TOLD_TOKENS = 512  # of one pass that get logits
+LOGIT_TOKENS = 512  # of one pass whose logits are computed
 PROBE_TOKENS = 24
 
-Prediction = tuple[list[int], float | None]  # likeliest tokens; loss of what was wanted
+Prediction = tuple[list[int], float | None]  # likeliest tokens; summed loss of the wanted ones
+Step = list[tuple[int, SlotInput]]  # inputs of a pass, each with the row that it belongs to
 
 
 @dataclass
 class Spent:
-    """Tokens that were computed, and the seconds that took: of prompts, and of answers one by one.
+    """Tokens that were computed and the seconds that they took, of prompts and of answers token by token.
 
     Attributes:
-        scores: by row the loss of its wanted tokens in nats, and for each whether it is the likeliest.
+        prompt_tokens: in passes that read prompts.
+        prompt_s: seconds of these passes.
+        answer_tokens: in passes that decode alone.
+        answer_s: seconds of these passes.
+        scores: by row, the summed loss of its wanted tokens in nats, and if each is the likeliest.
     """
 
     prompt_tokens: int = 0
@@ -46,14 +58,15 @@ class Spent:
 
 
 class SlotGenerator:
-    """A model that answers prompts in slots: what all prompts begin with is computed once.
+    """A model that answers prompts in slots: the common prefix of all prompts is computed once.
 
-    A slot whose answer has ended takes the next prompt, so that no answer waits for the longest one; no
-    token is padding. Only for models of which ``slots_refusal`` says nothing.
+    A slot whose answer has ended takes the next prompt, so that no answer waits for the longest one; no token
+    is padding. Only for models that ``slots_refusal`` does not refuse.
 
     Args:
         model: a causal language model, with or without an adapter.
-        num_slots: answers at once, or as many as have room in half of the free memory.
+        num_slots: largest number of answers at once; fewer where half of the free memory has no room for
+            them.
     """
 
     def __init__(self, model: nn.Module, num_slots: int = MAX_SLOTS) -> None:
@@ -71,21 +84,21 @@ class SlotGenerator:
         progress: Callable[[int], None] | None = None,
         spent: Spent | None = None,
     ) -> list[Answer]:
-        """Greedy answers, in the order of the prompts.
+        """Return greedy answers, in the order of the prompts.
 
         Args:
             prompts: ids that end where the answer begins.
             stop_ids: ids that end an answer.
-            max_new_tokens: longest answer.
-            begun: what each answer is known to begin with; counts as generated.
-            wanted: what each answer should go on with, which is read with the prompt: scored, and where the
-                model would say it too, not generated once more.
+            max_new_tokens: largest number of tokens of an answer.
+            begun: known first tokens of each answer, which count as generated.
+            wanted: the wanted tokens of each answer, which are read with the prompt: they are scored, and as
+                far as the model would generate them too, they are not generated once more.
             ends: whether the ids of an answer, one at least, end it as a stop token does; they stay in it.
             progress: called with the number of prompts done so far.
-            spent: takes what it took, and scores.
+            spent: is filled with tokens, seconds and scores.
 
         Raises:
-            ValueError: ``wanted`` beside ``begun`` or ``ends``, which tell of one token after the other.
+            ValueError: ``wanted`` with ``begun``, or with ``ends``, which judges one token after the other.
         """
         if wanted and (begun or ends):
             raise ValueError("wanted cannot be given with begun or ends")
@@ -93,33 +106,46 @@ class SlotGenerator:
         begun, wanted = begun or nothing, wanted or nothing
         spent = spent or Spent()
         longest = max(map(len, prompts), default=0)
-        whole = longest + max([max_new_tokens, *map(len, wanted)])
-        growth = min(whole, longest + GROWTH)  # where answers may be long, most end sooner
-        most = -(-whole // growth) * growth
-        num_slots = min(self.num_slots, max(1, len(prompts)), self._room(most))
-        work = _Work(prompts, begun, wanted, stop_ids, ends, max_new_tokens, num_slots)
-        with _Slots(self.model, num_slots + 1, growth) as lanes:
-            if work.waiting and work.shared:
-                stem = list(prompts[0][: work.shared])
-                _run(lanes, [SlotInput(num_slots, None, stem, 0)], spent)
-            while work.waiting or work.running:
-                step, done = work.begin(lanes) or work.go_on(), len(work.answers)
-                work.take(step, _run(lanes, [lane for _, lane in step], spent, work.asked(step)))
-                if progress is not None and len(work.answers) > done:
-                    progress(len(work.answers))
-        spent.scores |= work.scores
-        return [work.answers[row] for row in range(len(prompts))]
+        max_tokens = longest + max([max_new_tokens, *map(len, wanted)])
+        growth = min(max_tokens, longest + GROWTH)  # where answers may be long, most end sooner
+        capacity = -(-max_tokens // growth) * growth
+        num_slots = min(self.num_slots, max(1, len(prompts)), self._max_slots(capacity))
+        scheduler = _Scheduler(prompts, begun, wanted, stop_ids, ends, max_new_tokens, num_slots)
+        with _slot_model(self.model, num_slots + 1, growth) as slot_model:
+            if scheduler.waiting and scheduler.prefix_length:
+                prefix = list(prompts[0][: scheduler.prefix_length])
+                _run(slot_model, [SlotInput(num_slots, None, prefix, 0)], spent)
+            while scheduler.waiting or scheduler.running:
+                step = scheduler.admit(slot_model) or scheduler.decode()
+                num_done = len(scheduler.answers)
+                inputs, references = (
+                    [slot_input for _, slot_input in step],
+                    scheduler.references(step),
+                )
+                scheduler.receive(step, _run(slot_model, inputs, spent, references))
+                if progress is not None and len(scheduler.answers) > num_done:
+                    progress(len(scheduler.answers))
+        spent.scores |= scheduler.scores
+        return [scheduler.answers[row] for row in range(len(prompts))]
 
-    def _room(self, tokens: int) -> int:
-        """Slots of so many tokens for which there is memory, beside the one of what all begin with."""
+    def _max_slots(self, tokens: int) -> int:
+        """Return how many slots of so many tokens have room in memory, besides that of the common prefix."""
         weight = self.model.get_input_embeddings().weight
-        text = self.model.config.get_text_config()
-        slot_bytes = tokens * token_bytes(text, weight.dtype)
+        text_config = self.model.config.get_text_config()
+        slot_bytes = tokens * token_bytes(text_config, weight.dtype)
         return max(1, int(CACHE_FRAC * free_bytes(weight.device)) // max(1, slot_bytes) - 1)
 
 
-class _Work:
-    """Which prompts wait, which answer grows in which slot, and what has ended."""
+class _Scheduler:
+    """Prompts that wait, answers that grow in slots, and answers that have ended.
+
+    Attributes:
+        answers: by row, those that have ended.
+        scores: by row, as in ``Spent``.
+        prefix_length: number of tokens that all prompts begin with; they lie in slot ``num_slots``.
+        waiting: rows without a slot, taken from the end.
+        running: the row of each slot that is used.
+    """
 
     def __init__(
         self,
@@ -132,66 +158,77 @@ class _Work:
         num_slots: int,
     ) -> None:
         self.prompts, self.ends = prompts, ends
-        self.texts = [list(known[:max_new_tokens]) for known in begun]
+        self.generated = [list(ids[:max_new_tokens]) for ids in begun]
         self.wanted = wanted
-        self.stops, self.max_new_tokens, self.num_slots = set(stop_ids), max_new_tokens, num_slots
+        self.stop_ids, self.max_new_tokens, self.num_slots = (
+            set(stop_ids),
+            max_new_tokens,
+            num_slots,
+        )
         self.answers: dict[int, Answer] = {}
         self.scores: dict[int, tuple[float, list[bool]]] = {}
         shortest = min(map(len, prompts), default=1)
-        self.shared = max(0, min(common_prefix(prompts), shortest - 1))
-        self.waiting = [row for row in range(len(prompts)) if not self._ends(row)]
-        self.waiting.sort(key=lambda row: len(prompts[row]), reverse=True)  # taken from the end
-        self.running: dict[int, int] = {}  # slot → row
-        self.free = list(range(num_slots))
+        self.prefix_length = max(0, min(common_prefix(prompts), shortest - 1))
+        self.waiting = [row for row in range(len(prompts)) if not self._has_ended(row)]
+        self.waiting.sort(key=lambda row: len(prompts[row]), reverse=True)
+        self.running: dict[int, int] = {}
+        self.free_slots = list(range(num_slots))
 
-    def begin(self, lanes: SlotModel) -> list[tuple[int, SlotInput]]:
-        """Lanes of the next prompts, once there is room for several."""
-        step: list[tuple[int, SlotInput]] = []
+    def admit(self, slot_model: SlotModel) -> Step:
+        """Give free slots to the next prompts, once several are free; return what to prefill."""
+        step: Step = []
         enough = min(REFILL_FRAC * self.num_slots, len(self.waiting))
-        if self.running and len(self.free) < enough:
+        if self.running and len(self.free_slots) < enough:
             return step
-        tokens = told = 0
-        while self.waiting and self.free and tokens < PROMPT_TOKENS and told < TOLD_TOKENS:
-            row, slot = self.waiting.pop(), self.free.pop()
-            if self.shared:
-                lanes.copy(self.num_slots, slot, self.shared)
+        num_tokens = num_logits = 0
+        while (
+            self.waiting
+            and self.free_slots
+            and num_tokens < PROMPT_TOKENS
+            and num_logits < LOGIT_TOKENS
+        ):
+            row, slot = self.waiting.pop(), self.free_slots.pop()
+            if self.prefix_length:
+                slot_model.copy(self.num_slots, slot, self.prefix_length)
             self.running[slot] = row
             wanted = self.wanted[row]
-            ids = [*self.prompts[row], *self.texts[row], *wanted[:-1]][self.shared :]
-            lane = SlotInput(slot, None, ids, self.shared, max(1, len(wanted)))
-            step.append((row, lane))
-            tokens, told = tokens + len(ids), told + lane.num_logits
+            ids = [*self.prompts[row], *self.generated[row], *wanted[:-1]][self.prefix_length :]
+            slot_input = SlotInput(slot, None, ids, self.prefix_length, max(1, len(wanted)))
+            step.append((row, slot_input))
+            num_tokens, num_logits = num_tokens + len(ids), num_logits + slot_input.num_logits
         return step
 
-    def asked(self, step: list[tuple[int, SlotInput]]) -> list[list[int]]:
-        """What each lane of a step should go on with, where that is not scored yet."""
-        return [[] if row in self.scores else self.wanted[row] for row, _ in step]
-
-    def go_on(self) -> list[tuple[int, SlotInput]]:
-        """The last token of each answer that grows."""
+    def decode(self) -> Step:
+        """Return the last token of each running answer."""
         step = []
         for slot, row in self.running.items():
-            start = len(self.prompts[row]) + len(self.texts[row]) - 1
-            step.append((row, SlotInput(slot, None, self.texts[row][-1:], start)))
+            start = len(self.prompts[row]) + len(self.generated[row]) - 1
+            step.append((row, SlotInput(slot, None, self.generated[row][-1:], start)))
         return step
 
-    def take(self, step: list[tuple[int, SlotInput]], told: list[Prediction]) -> None:
-        """The next tokens of each lane: one, or as many as it was to say and one of its own."""
-        for (row, lane), (tokens, loss) in zip(step, told, strict=True):
+    def references(self, step: Step) -> list[list[int]]:
+        """Return the wanted tokens of each input of a step, or none where they are scored already."""
+        return [[] if row in self.scores else self.wanted[row] for row, _ in step]
+
+    def receive(self, step: Step, predictions: list[Prediction]) -> None:
+        """Append what each input generates: the likeliest token, or those up to the first unwanted one."""
+        for (row, slot_input), (tokens, loss) in zip(step, predictions, strict=True):
             if loss is None:
-                self.texts[row].append(tokens[0])
+                self.generated[row].append(tokens[0])
             else:
                 hits = [a == b for a, b in zip(tokens, self.wanted[row], strict=True)]
                 self.scores[row] = (loss, hits)
-                said = hits.index(False) + 1 if False in hits else len(hits)
-                self.texts[row] = [*self.texts[row], *tokens[:said]][: self.max_new_tokens]
-            if self._ends(row):
-                del self.running[lane.slot]
-                self.free.append(lane.slot)
+                count = hits.index(False) + 1 if False in hits else len(hits)
+                generated = [*self.generated[row], *tokens[:count]]
+                self.generated[row] = generated[: self.max_new_tokens]
+            if self._has_ended(row):
+                del self.running[slot_input.slot]
+                self.free_slots.append(slot_input.slot)
 
-    def _ends(self, row: int) -> bool:
-        ids = self.texts[row]
-        answer = until_stop(ids, self.stops)
+    def _has_ended(self, row: int) -> bool:
+        """Whether an answer has ended; if so it is put with the others."""
+        ids = self.generated[row]
+        answer = until_stop(ids, self.stop_ids)
         if ids and answer.finish_reason == "length" and self.ends is not None and self.ends(ids):
             answer = Answer(ids, "stop")
         if answer.finish_reason == "stop" or len(ids) >= self.max_new_tokens:
@@ -199,92 +236,94 @@ class _Work:
         return row in self.answers
 
 
-class _Slots:
-    """The model as lanes, for a while; afterwards its attention is its own again."""
-
-    def __init__(self, model: Any, num_slots: int, tokens: int) -> None:
-        self.model, self.num_slots, self.tokens = model, num_slots, tokens
-
-    def __enter__(self) -> SlotModel:
-        text = self.model.config.get_text_config()
-        self.attention = getattr(text, "_attn_implementation", "eager")
-        self.training = self.model.training
-        return SlotModel(
-            self.model,
-            num_slots=self.num_slots,
-            max_context=int(getattr(text, "max_position_embeddings", 0)),
-            dtype=self.model.get_input_embeddings().weight.dtype,
-            growth=self.tokens,
-        )
-
-    def __exit__(self, *_: object) -> None:
-        self.model.set_attn_implementation(self.attention)
-        self.model.train(self.training)
+@contextlib.contextmanager
+def _slot_model(model: Any, num_slots: int, growth: int) -> Iterator[SlotModel]:
+    """Use a model in slots; afterwards it has its attention and its mode back."""
+    text_config = model.config.get_text_config()
+    attention = attention_of(model)
+    with eval_mode(model):
+        try:
+            yield SlotModel(
+                model,
+                num_slots=num_slots,
+                max_context=int(getattr(text_config, "max_position_embeddings", 0)),
+                dtype=model.get_input_embeddings().weight.dtype,
+                growth=growth,
+            )
+        finally:
+            model.set_attn_implementation(attention)
 
 
 @torch.inference_mode()
 def _run(
-    lanes: SlotModel, step: list[SlotInput], spent: Spent, wanted: Sequence[list[int]] = ()
+    slot_model: SlotModel,
+    inputs: list[SlotInput],
+    spent: Spent,
+    references: Sequence[list[int]] = (),
 ) -> list[Prediction]:
-    """The likeliest tokens after each lane, and the loss of what it should go on with."""
+    """Compute a pass; return the likeliest tokens after each input, and the loss of its reference tokens."""
     start = time.perf_counter()
-    logits, rows = lanes.logits(step)
+    logits, rows = slot_model.logits(inputs)  # (N, V)
     # The first of equals, as argmax, which takes four times as long on a CPU in bf16.
-    chosen: list[int] = logits.max(dim=1).indices.tolist()
-    losses: list[float | None] = [None] * len(step)
-    for number, labels in enumerate(wanted):
+    likeliest: list[int] = logits.max(dim=1).indices.tolist()  # N
+    losses: list[float | None] = [None] * len(inputs)
+    for number, labels in enumerate(references):
         if labels:
-            own = logits[rows[number].start : rows[number].stop].float()
-            target = torch.tensor(labels, device=own.device)
-            losses[number] = float(functional.cross_entropy(own, target, reduction="sum"))
-    told = [(chosen[own.start : own.stop], loss) for own, loss in zip(rows, losses, strict=True)]
-    seconds, tokens = time.perf_counter() - start, sum(len(lane.ids) for lane in step)
-    if any(len(lane.ids) > 1 for lane in step):
-        spent.prompt_tokens, spent.prompt_s = spent.prompt_tokens + tokens, spent.prompt_s + seconds
+            input_logits = logits[rows[number].start : rows[number].stop].float()  # (n, V)
+            target = torch.tensor(labels, device=input_logits.device)  # (n,)
+            losses[number] = float(functional.cross_entropy(input_logits, target, reduction="sum"))
+    predictions = [
+        (likeliest[input_rows.start : input_rows.stop], loss)
+        for input_rows, loss in zip(rows, losses, strict=True)
+    ]
+    seconds, num_tokens = (
+        time.perf_counter() - start,
+        sum(len(slot_input.ids) for slot_input in inputs),
+    )
+    if any(len(slot_input.ids) > 1 for slot_input in inputs):
+        spent.prompt_tokens += num_tokens
+        spent.prompt_s += seconds
     else:
-        spent.answer_tokens, spent.answer_s = spent.answer_tokens + tokens, spent.answer_s + seconds
-    return told
+        spent.answer_tokens += num_tokens
+        spent.answer_s += seconds
+    return predictions
 
 
 @torch.no_grad()
 def slots_refusal(model: nn.Module) -> str:
-    """Why a model cannot answer in slots, or "".
+    """Return why a model cannot answer in slots, or "".
 
     A probe reads some tokens in pieces, beside others, and compares the logits with those of the plain pass.
     """
     causal = causal_of(model)
     name = type(causal).__name__
-    if (
-        getattr(causal.config.get_text_config(), "_attn_implementation", "")
-        != prefix_attention.NAME
-    ):
+    if not has_tree_attention(causal):
         return f"{name} does not take halfbyte's attention"
-    training = causal.training
-    causal.eval()
     try:
-        refusal = first_sure(lambda turn: _probe_slots(causal, turn))
-    except (ModelError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        return f"{name} cannot answer in slots: {error}"
-    finally:
-        causal.train(training)
+        with eval_mode(causal):
+            refusal = first_conclusive(lambda attempt: _probe_slots(causal, attempt))
+    except Exception as error:
+        return f"{name} cannot answer in slots: {refusal_of(error)}"
     return f"{name}: {refusal}" if refusal else ""
 
 
-def _probe_slots(causal: Any, turn: int) -> tuple[str, bool]:
-    """What speaks against slots on some tokens, or ""; and whether the plain pass is sure of itself there."""
-    ids, half = probe_words(causal, PROBE_TOKENS, turn), PROBE_TOKENS // 2
+def _probe_slots(causal: Any, attempt: int) -> tuple[str, bool]:
+    """Compare slots with the plain pass; return the difference, or "", and whether it is conclusive."""
+    ids, half = probe_ids(causal, PROBE_TOKENS, attempt), PROBE_TOKENS // 2
     device = causal.get_input_embeddings().weight.device
-    both = torch.tensor([ids, [*ids[-2::-1], ids[-1]]], device=device)
-    wanted, moved = causal(both, use_cache=False).logits[:, -1].cpu()
-    held = causal(both[:1, :half], use_cache=True).past_key_values
-    pieces = causal(both[:1, half:], past_key_values=held).logits[0, -1].cpu()
-    with _Slots(causal, 3, PROBE_TOKENS) as lanes:
-        lanes.run([SlotInput(0, None, ids[:half], 0)])
-        lanes.copy(0, 2, half)
-        lanes.run([SlotInput(2, None, ids[half:-1], half), SlotInput(1, None, ids[3:], 0)])
-        found = lanes.run([SlotInput(2, None, ids[-1:], PROBE_TOKENS - 1)])[0]
-    gap = relative_gap(found, wanted)
-    allowed = Allowed.of(causal, relative_gap(pieces, wanted), relative_gap(moved, wanted))
-    if gap <= allowed.gap:
+    both = torch.tensor([ids, [*ids[-2::-1], ids[-1]]], device=device)  # (2, T)
+    expected, moved = causal(both, use_cache=False).logits[:, -1].cpu()  # (V,) each
+    cache = causal(both[:1, :half], use_cache=True).past_key_values
+    in_pieces = causal(both[:1, half:], past_key_values=cache).logits[0, -1].cpu()  # (V,)
+    with _slot_model(causal, 3, PROBE_TOKENS) as slot_model:
+        slot_model.run([SlotInput(0, None, ids[:half], 0)])
+        slot_model.copy(0, 2, half)
+        slot_model.run([SlotInput(2, None, ids[half:-1], half), SlotInput(1, None, ids[3:], 0)])
+        last = SlotInput(2, None, ids[-1:], PROBE_TOKENS - 1)
+        logits = slot_model.run([last])[0]  # (V,)
+    gap = relative_gap(logits, expected)
+    noise, context_effect = relative_gap(in_pieces, expected), relative_gap(moved, expected)
+    tolerance = Tolerance.of(causal, noise, context_effect)
+    if gap <= tolerance.gap:
         return "", True
-    return f"logits differ by {gap:.1g} from the plain pass", allowed.is_sure
+    return f"logits differ by {gap:.1g} from the plain pass", tolerance.is_conclusive

@@ -1,9 +1,9 @@
-"""Owns the forward pass that many requests share: their new tokens in one row, each on its own cache.
+"""Owns the forward pass that many requests share: their new tokens in one row, each on its own KV cache.
 
-A lane is what one request adds in a pass: a piece of its prompt, or the token it generated last. Lanes
-are laid end to end without padding (continuous batching, Orca, OSDI 2022 §3.2), each attends to its own
-slot of the cache, and each is changed by its own adapter, so that one quantised base serves all of them
-and is dequantised once for all.
+The input of a request is what it adds in a pass: a piece of its prompt, or the token that it generated last.
+Inputs are laid end to end without padding (continuous batching, Orca, OSDI 2022 §3.2), each attends to its
+own slot of the cache, and each is changed by its own adapter. So one quantised base serves all requests, and
+is dequantised once for all.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ from typing import Any, Protocol
 import torch
 
 from halfbyte.errors import ModelError
-from halfbyte.forward.multi_lora import UNSERVED, MixedLinear
+from halfbyte.forward.multi_lora import MERGE_ADVICE, MixedLinear
 from halfbyte.forward.slot_attention import GROWTH, NAME, KVCache, SlotBatch, SlotInput, register
 
 # Kinds of layers whose only state is keys and values.
-ATTENDS = {"full_attention", "sliding_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class Backend(Protocol):
-    """What computes: a model with a number of slots.
+    """A model with slots, whatever computes it.
 
     Attributes:
+        num_slots: number of requests at once.
+        max_context: largest number of tokens of a prompt and its answer.
+        vocab_size: V, number of logits.
+        can_copy: whether ``copy`` works.
         device: where the cache lies.
-        unused_bytes: what it may yet take there.
+        unused_bytes: bytes that the cache may still take there.
     """
 
     num_slots: int
@@ -39,32 +43,32 @@ class Backend(Protocol):
     def unused_bytes(self) -> int:
         """See the class."""
 
-    def run(self, lanes: Sequence[SlotInput]) -> torch.Tensor:
-        """Logits (len(lanes), V), fp32, after the last token of each lane."""
+    def run(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
+        """Compute a pass; return the logits (len(inputs), V), fp32, after the last token of each input."""
 
     def keep(self, slot: int, length: int) -> int:
-        """Drop what a slot holds from token ``length`` on; returns how many could be kept."""
+        """Drop the tokens of a slot from number ``length`` on; return how many could be kept."""
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let a slot begin as another one does; where ``can_copy``."""
+        """Copy the first ``length`` tokens of one slot to another; only where ``can_copy``."""
 
     def forget(self) -> None:
-        """Give back what the cache holds; all slots are empty afterwards."""
+        """Free what the cache holds; all slots are empty afterwards."""
 
 
 class SlotModel:
     """A transformers model with adapters, as a backend.
 
     Args:
-        model: a causal language model; lanes with an adapter need ``mix_adapters`` first.
-        num_slots: requests at once.
-        max_context: tokens of a prompt and its answer, at most.
+        model: a causal language model; inputs with an adapter need ``mix_adapters`` first.
+        num_slots: number of requests at once.
+        max_context: largest number of tokens of a prompt and its answer.
         dtype: of keys and values.
-        cache_bytes: what they may take, which was found to be there.
-        growth: tokens of each slot by which the cache grows.
+        cache_bytes: bytes that keys and values may take, which are known to be free.
+        growth: number of tokens by which each slot of the cache grows.
 
     Raises:
-        ModelError: its attention does not take part.
+        ModelError: some of its layers are not attention.
     """
 
     can_copy = True
@@ -85,14 +89,14 @@ class SlotModel:
         self._cache_bytes = cache_bytes
         self.device = next(model.parameters()).device
         self.dtype = dtype
-        text = model.config.get_text_config()
-        self.vocab_size = int(text.vocab_size)
-        self.num_layers = int(text.num_hidden_layers)
-        others = set(getattr(text, "layer_types", None) or ATTENDS) - ATTENDS
+        text_config = model.config.get_text_config()
+        self.vocab_size = int(text_config.vocab_size)
+        self.num_layers = int(text_config.num_hidden_layers)
+        others = set(getattr(text_config, "layer_types", None) or LAYER_TYPES) - LAYER_TYPES
         if others:
             raise ModelError(
-                f"{type(model).__name__}: layers of the kind {', '.join(sorted(others))}, which requests"
-                f" cannot share a pass in. {UNSERVED} by --engine vllm, or as GGUF by llama.cpp"
+                f"{type(model).__name__}: layers of the kind {', '.join(sorted(others))}, for which"
+                f" requests cannot share a pass. {MERGE_ADVICE} by --engine vllm, or as GGUF by llama.cpp"
             )
         self.mixed = [module for module in model.modules() if isinstance(module, MixedLinear)]
         self.adapters = {name for layer in self.mixed for name in layer.lora}
@@ -106,46 +110,55 @@ class SlotModel:
         return max(0, self._cache_bytes - self._cache.num_bytes)
 
     @torch.inference_mode()
-    def run(self, lanes: Sequence[SlotInput]) -> torch.Tensor:
+    def run(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
         """As ``Backend.run``."""
-        logits, rows = self.logits(lanes)
-        last = torch.tensor([own[-1] for own in rows], device=self.device)
-        return logits[last].float().to("cpu")
+        logits, rows = self.logits(inputs)
+        last = torch.tensor([input_rows[-1] for input_rows in rows], device=self.device)
+        return logits[last].float().to("cpu")  # (len(inputs), V)
 
     @torch.inference_mode()
-    def logits(self, lanes: Sequence[SlotInput]) -> tuple[torch.Tensor, list[range]]:
-        """Logits (N, V) after the last ``num_logits`` tokens of each lane, and which of them are whose."""
-        order = sorted(range(len(lanes)), key=lambda n: (lanes[n].adapter or "", len(lanes[n].ids)))
-        flat = [lanes[number] for number in order]
-        unknown = {lane.adapter for lane in lanes} - self.adapters - {None}
+    def logits(self, inputs: Sequence[SlotInput]) -> tuple[torch.Tensor, list[range]]:
+        """Compute a pass; return logits (N, V), and for each input which of their rows are its own.
+
+        N is the sum of ``num_logits``: those of the last tokens of each input.
+
+        Raises:
+            ModelError: an adapter is unknown, or some layers bypass transformers' attention interface.
+        """
+        order = sorted(
+            range(len(inputs)), key=lambda n: (inputs[n].adapter or "", len(inputs[n].ids))
+        )
+        ordered = [inputs[number] for number in order]
+        unknown = {slot_input.adapter for slot_input in inputs} - self.adapters - {None}
         if unknown:
             raise ModelError(f"no layer has the adapter {', '.join(map(str, unknown))}")
-        step = SlotBatch(flat, self._cache, self.device)
-        ids = [token for lane in flat for token in lane.ids]
-        positions = [at for lane in flat for at in range(lane.start, lane.end)]
+        slot_batch = SlotBatch(ordered, self._cache, self.device)
+        ids = [token for slot_input in ordered for token in slot_input.ids]
+        positions = [at for slot_input in ordered for at in range(slot_input.start, slot_input.end)]
         for layer in self.mixed:
-            layer.ranges = step.ranges
-        out = self.model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
+            layer.ranges = slot_batch.adapter_ranges
+        output = self.model(
+            input_ids=torch.tensor([ids], device=self.device),  # (1, T)
+            position_ids=torch.tensor([positions], device=self.device),  # (1, T)
             use_cache=False,
-            logits_to_keep=step.told,
-            lanes=step,
+            logits_to_keep=slot_batch.logit_indices,
+            slot_batch=slot_batch,
         )
-        if len(step.layers) != self.num_layers:
+        num_attended = len(slot_batch.attended_layers)
+        if num_attended != self.num_layers:
             raise ModelError(
-                f"{type(self.model).__name__}: {len(step.layers)} of its {self.num_layers} layers attend by"
-                " way of transformers' interface, so requests cannot share a pass. Use --engine vllm or"
-                " llama.cpp"
+                f"{type(self.model).__name__}: only {num_attended} of its {self.num_layers} layers use"
+                " transformers' attention interface, so requests cannot share a pass. Use --engine vllm"
+                " or llama.cpp"
             )
-        rows, start = [range(0)] * len(lanes), 0
+        rows, start = [range(0)] * len(inputs), 0
         for number in order:
-            rows[number] = range(start, start + lanes[number].num_logits)
+            rows[number] = range(start, start + inputs[number].num_logits)
             start = rows[number].stop
-        return out.logits[0], rows
+        return output.logits[0], rows  # (1, N, V) → (N, V)
 
     def keep(self, slot: int, length: int) -> int:
-        """As ``Backend.keep``; what comes later is written over."""
+        """As ``Backend.keep``; tokens that come later overwrite the others."""
         return length
 
     @torch.inference_mode()
@@ -158,8 +171,13 @@ class SlotModel:
         self._cache.layers.clear()
 
 
-def token_bytes(text: Any, dtype: torch.dtype) -> int:
-    """What keys and values of a token take in all layers, from a model's text configuration."""
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 2 * int(text.num_hidden_layers) * heads * width * dtype.itemsize
+def token_bytes(text_config: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of a token's keys and values in all layers, from a model's text configuration."""
+    heads = int(
+        getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    )
+    size = int(
+        getattr(text_config, "head_dim", None)
+        or text_config.hidden_size // text_config.num_attention_heads
+    )
+    return 2 * int(text_config.num_hidden_layers) * heads * size * dtype.itemsize

@@ -1,1 +1,1 @@
-"""All knowledge of llama.cpp: its C library, its tools and its files."""
+"""Owns all knowledge of llama.cpp: its C library, its tools and its files."""

@@ -1,9 +1,9 @@
 """Owns reading the header of a GGUF file: its metadata, and how many bytes each tensor takes.
 
-The package gguf builds an object for each entry of the vocabulary, which takes seconds; here arrays of
-text are passed over. A tensor's size is the distance to the next one, its padding included, so that
-types which came later are no obstacle.
-Source, read as facts: docs/gguf.md of ggml, version 3 of the format (2 has the same layout).
+The package gguf builds an object for each entry of the vocabulary, which takes seconds; this module skips
+arrays of text. A tensor's size is the distance to the next one, its padding included, so newer tensor types
+need no support here.
+Source, for facts only: docs/gguf.md of ggml, version 3 of the format (version 2 has the same layout).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the tensors.
+    """Holds what a file says before its tensors.
 
     Attributes:
-        metadata: values by key; arrays of text and of arrays are left out.
-        tensor_bytes: bytes of each tensor in the file.
-        shapes: of each tensor, the row length first.
+        metadata: values by key, without arrays of text and arrays of arrays.
+        tensor_bytes: the bytes of each tensor in the file.
+        shapes: the shape of each tensor, the row length first.
     """
 
     metadata: dict[str, Any]
@@ -51,10 +51,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read a header.
+    """Read the header of a GGUF file.
 
     Raises:
-        PlanError: there is no such file, it is no GGUF of version 2 or 3, or it is cut short.
+        PlanError: there is no such file, it is not GGUF of version 2 or 3, or it is cut short.
     """
     try:
         with path.open("rb") as file:
@@ -67,10 +67,10 @@ def read_header(path: Path) -> Header:
 
 def _read(file: BinaryIO, path: Path) -> Header:
     if file.read(4) != MAGIC:
-        raise PlanError(f"{path}: is no GGUF file; those begin with the letters GGUF")
+        raise PlanError(f"{path}: is not a GGUF file; those begin with the letters GGUF")
     version = _scalar(file, "I")
     if version not in VERSIONS:
-        raise PlanError(f"{path}: is GGUF of version {version}; 2 and 3 are known")
+        raise PlanError(f"{path}: is GGUF version {version}; versions 2 and 3 are supported")
     num_tensors, num_values = _scalar(file, "Q"), _scalar(file, "Q")
     metadata: dict[str, Any] = {}
     for _ in range(num_values):
@@ -81,8 +81,10 @@ def _read(file: BinaryIO, path: Path) -> Header:
     shapes, offsets = {}, {}
     for _ in range(num_tensors):
         name = _text(file)
-        shapes[name] = struct.unpack(f"<{(rank := _scalar(file, 'I'))}Q", file.read(8 * rank))
-        _scalar(file, "I")  # its type
+        shapes[name] = struct.unpack(
+            f"<{(num_dims := _scalar(file, 'I'))}Q", file.read(8 * num_dims)
+        )
+        _scalar(file, "I")  # skip the type
         offsets[name] = _scalar(file, "Q")
     alignment = metadata.get("general.alignment", ALIGNMENT)
     start = -(-file.tell() // alignment) * alignment
@@ -92,8 +94,8 @@ def _read(file: BinaryIO, path: Path) -> Header:
         raise PlanError(
             f"{path}: is cut short: the tensors that its header names are not all there"
         )
-    after = dict(itertools.pairwise(ends))
-    sizes = {name: after[offset] - offset for name, offset in offsets.items()}
+    next_offset = dict(itertools.pairwise(ends))
+    sizes = {name: next_offset[offset] - offset for name, offset in offsets.items()}
     return Header(metadata, sizes, shapes)
 
 
@@ -102,16 +104,16 @@ def _value(file: BinaryIO, kind: int) -> Any:
         return _text(file)
     if kind != ARRAY:
         return _scalar(file, SCALARS[kind])
-    inner, count = _scalar(file, "I"), _scalar(file, "Q")
-    if inner == STRING:
+    element, count = _scalar(file, "I"), _scalar(file, "Q")
+    if element == STRING:
         for _ in range(count):
             file.seek(_scalar(file, "Q"), 1)
         return None
-    if inner == ARRAY:
+    if element == ARRAY:
         for _ in range(count):
             _value(file, ARRAY)
         return None
-    code = f"<{count}{SCALARS[inner]}"
+    code = f"<{count}{SCALARS[element]}"
     return list(struct.unpack(code, file.read(struct.calcsize(code))))
 
 

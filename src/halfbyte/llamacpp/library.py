@@ -1,8 +1,8 @@
 """Owns llama.cpp's C library: the functions that halfbyte calls, in any build of it since mid 2025.
 
-Parameter structs differ between builds, and a new field moves what stands behind it. So they are
-opaque here: the library fills in its own defaults and gets them back, and only fields at their
-beginning, which have stood there since 2024, are changed, after a look at their defaults.
+Parameter structs differ between builds, and a new field moves all fields behind it. So they are opaque here:
+the library fills in its own defaults and gets them back, and only fields at the beginning, where they have
+been since 2024, are changed, after a check of their defaults.
 Source: include/llama.h of llama.cpp v0.5.0 and b11739.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from halfbyte.errors import ModelError
 
-# Places of the fields that are set, in 32-bit words, and the defaults that builds have there.
+# Positions of the fields that are set, in 32-bit words, and the defaults that known builds have there.
 CONTEXT_FIELDS = {
     "n_ctx": (0, {512}),
     "n_batch": (1, {2048}),
@@ -40,32 +40,32 @@ FTYPES = {  # enum llama_ftype
     "q5_k_m": 17,
     "q6_k": 18,
 }
-KEPT_LINES = 20
+KEPT_LOG_PIECES = 200
 DEBUG = 1  # enum ggml_log_level
 
 
 class Opaque(ctypes.Structure):
-    """A parameter struct of unknown layout, larger than any build's."""
+    """Holds a parameter struct of unknown layout, larger than that of any build."""
 
     _fields_ = [("words", ctypes.c_int64 * 64)]
 
-    def put(self, what: str, place: int, defaults: set[int], value: int) -> None:
-        """Set the 32-bit word at ``place``.
+    def put(self, name: str, index: int, defaults: set[int], value: int) -> None:
+        """Set the 32-bit word at ``index``.
 
         Raises:
-            ModelError: the default there is none of those that builds have, so the layout is another.
+            ModelError: the word there is none of the known defaults, so this build has another layout.
         """
         words = ctypes.cast(ctypes.pointer(self), POINTER(c_int32))
-        if words[place] not in defaults:
+        if words[index] not in defaults:
             raise ModelError(
-                f"llama.cpp: {what} is {words[place]} by default, where {sorted(defaults)} is known: this"
-                " build has another layout. Use another one (docs/export.md says where one comes from)"
+                f"llama.cpp: {name} is {words[index]} by default, but {sorted(defaults)} is expected: this"
+                " build has another layout. Use another build (docs/export.md says where to get one)"
             )
-        words[place] = value
+        words[index] = value
 
 
 class LlamaBatch(ctypes.Structure):
-    """``llama_batch``: tokens of one call, their positions, and which of them give logits."""
+    """Mirrors ``llama_batch``: the tokens of one call, their positions, and which of them give logits."""
 
     _fields_ = [
         ("n_tokens", c_int32),
@@ -117,9 +117,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_desc": (c_int32, [c_void_p, c_char_p, c_size_t]),
     "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
 }
-QUANTISING = ("llama_model_quantize_default_params", "llama_model_quantize")
-# Not in every build, or under another name.
-MORE_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+QUANTISE_FUNCTIONS = ("llama_model_quantize_default_params", "llama_model_quantize")
+# Some builds lack these, or have them under another name.
+OPTIONAL_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_set_adapters_lora": (
         c_int32,
         [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)],
@@ -131,21 +131,21 @@ MORE_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 class Library:
-    """A loaded libllama; functions by their C names, its log kept instead of printed."""
+    """Wraps a loaded libllama: functions by their C names, the log kept in ``lines`` instead of printed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: list[str] = []
         handles = _open(path)
         self._dll = handles[-1]
-        for name, (result, arguments) in (SIGNATURES | MORE_SIGNATURES).items():
+        for name, (result, arguments) in (SIGNATURES | OPTIONAL_SIGNATURES).items():
             if hasattr(self._dll, name):
                 function = getattr(self._dll, name)
                 function.restype, function.argtypes = result, arguments
-        self._log = LOG(self._keep)  # held here: the library keeps the pointer alone
+        self._log = LOG(self._record)  # kept alive here: the library holds only the pointer
         self._dll.llama_log_set(self._log, None)
-        # Builds with one file for each kind of CPU find them beside themselves.
-        load_backends = _first(handles, "ggml_backend_load_all_from_path")
+        # Builds with one file for each kind of CPU look for them in the library's folder.
+        load_backends = _find_function(handles, "ggml_backend_load_all_from_path")
         if load_backends is not None:
             load_backends.restype, load_backends.argtypes = None, [c_char_p]
             load_backends(str(path.parent).encode())
@@ -155,31 +155,31 @@ class Library:
         return getattr(self._dll, name)  # type: ignore[no-any-return]
 
     def has(self, name: str) -> bool:
-        """Whether this build has a function."""
+        """Return whether this build has a function."""
         return hasattr(self._dll, name)
 
-    def told(self) -> str:
-        """The last line of the log, for an error's message; forgets the log."""
+    def pop_error(self) -> str:
+        """Return the log's first line about an error, else its first line, and clear the log."""
         lines = [line for line in "".join(self.lines).splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
         self.lines.clear()
-        return (errors or lines or ["it does not say why"])[0].strip()
+        return (errors or lines or ["it gives no reason"])[0].strip()
 
-    def _keep(self, level: int, text: bytes, _data: Any) -> None:
+    def _record(self, level: int, text: bytes, _data: Any) -> None:
         if level == DEBUG:
             return
         self.lines.append(text.decode("utf-8", "replace"))
-        del self.lines[: -KEPT_LINES * 10]
+        del self.lines[:-KEPT_LOG_PIECES]
 
 
 @functools.cache
 def library(path: Path) -> Library:
-    """The library at ``path``, loaded once: a second one would take over the log of the first."""
+    """Load the library at ``path`` once: a second instance would take over the log of the first."""
     return Library(path)
 
 
 def has_functions(path: Path, names: Iterable[str]) -> bool:
-    """Whether a library can be loaded here and exports all of these."""
+    """Return whether a library can be loaded here and exports all of these functions."""
     try:
         return all(hasattr(_open(path)[-1], name) for name in names)
     except OSError:
@@ -190,25 +190,25 @@ def quantise_with(path: Path, source: Path, target: Path, ftype: str, num_thread
     """Quantise a GGUF file with the library at ``path``.
 
     Raises:
-        ModelError: the library refuses the file, or has another layout.
+        ModelError: the library rejects the file, or has another layout.
     """
-    opened = library(path)
-    settings: Opaque = opened.llama_model_quantize_default_params()
-    wanted = {"nthread": num_threads, "ftype": FTYPES[ftype]}
-    for field, (place, defaults) in QUANTISE_FIELDS.items():
-        settings.put(field, place, defaults, wanted[field])
-    code = opened.llama_model_quantize(
+    lib = library(path)
+    settings: Opaque = lib.llama_model_quantize_default_params()
+    values = {"nthread": num_threads, "ftype": FTYPES[ftype]}
+    for field, (index, defaults) in QUANTISE_FIELDS.items():
+        settings.put(field, index, defaults, values[field])
+    code = lib.llama_model_quantize(
         str(source).encode(), str(target).encode(), ctypes.byref(settings)
     )
     if code:
-        raise ModelError(f"llama.cpp could not quantise {source} to {ftype}: {opened.told()}")
+        raise ModelError(f"llama.cpp could not quantise {source} to {ftype}: {lib.pop_error()}")
 
 
 def _open(path: Path) -> list[ctypes.CDLL]:
-    """The library, behind those beside it that it needs and that its own search path may not name."""
-    beside = [*path.parent.glob("libggml-base*"), *path.parent.glob("libggml.*")]
-    return [ctypes.CDLL(str(part)) for part in [*beside, path]]
+    """Open the library after the ggml ones beside it, which its own search path may not cover."""
+    dependencies = [*path.parent.glob("libggml-base*"), *path.parent.glob("libggml.*")]
+    return [ctypes.CDLL(str(part)) for part in [*dependencies, path]]
 
 
-def _first(handles: list[ctypes.CDLL], name: str) -> Any:
+def _find_function(handles: list[ctypes.CDLL], name: str) -> Any:
     return next((getattr(handle, name) for handle in handles if hasattr(handle, name)), None)

@@ -1,4 +1,4 @@
-"""Owns a GGUF file in llama.cpp as a backend: one sequence for each slot."""
+"""Owns serving a GGUF file in llama.cpp as a backend, with one sequence for each slot."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from halfbyte.llamacpp.model import GgufModel
 
 
 class LlamaSlotModel:
-    """A model in llama.cpp. It has no adapters by request: serve the merged model's file.
+    """Runs a model in llama.cpp as a backend.
+
+    It has no adapters per request: serve the merged model's file instead.
 
     Args:
         model: the loaded file.
-        num_slots: requests at once; each has its own stream of the cache, allocated now.
-        max_context: tokens of a prompt and its answer, at most.
-        prompt_tokens: of prompts in one pass, at most.
+        num_slots: the number of requests at once; each has its own stream of the KV cache, allocated now.
+        max_context: the most tokens that a prompt and its answer may have.
+        prompt_tokens: the most prompt tokens in one pass.
 
     Raises:
         ModelError: the cache cannot be allocated.
     """
 
     can_copy = False
-    unused_bytes = 0  # llama.cpp takes its cache at once
+    unused_bytes = 0  # llama.cpp allocates its whole cache at once
 
     def __init__(
         self, model: GgufModel, *, num_slots: int, max_context: int, prompt_tokens: int
@@ -37,53 +39,54 @@ class LlamaSlotModel:
         self.vocab_size = model.vocab_size
         lib = model.lib
         settings = lib.llama_context_default_params()
-        batch = prompt_tokens + num_slots
-        wanted = {
+        batch_tokens = prompt_tokens + num_slots
+        values = {
             "n_ctx": num_slots * max_context,
-            "n_batch": batch,
-            "n_ubatch": batch,
+            "n_batch": batch_tokens,
+            "n_ubatch": batch_tokens,
             "n_seq_max": num_slots,
         }
-        for field, value in wanted.items():
+        for field, value in values.items():
             settings.put(field, *CONTEXT_FIELDS[field], value)
         self._context = lib.llama_init_from_model(model.model, settings)
         if not self._context:
             raise ModelError(
-                f"{model.path}: no cache of {num_slots} x {max_context} tokens: {lib.told()}."
+                f"{model.path}: llama.cpp cannot allocate a cache of {num_slots} x {max_context} tokens:"
+                f" {lib.pop_error()}."
                 " Use fewer --slots or a shorter --max-context"
             )
         threads = torch.get_num_threads()
         lib.llama_set_n_threads(self._context, threads, threads)
 
-    def run(self, lanes: Sequence[SlotInput]) -> torch.Tensor:
+    def run(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
         """As ``Backend.run``."""
         lib = self.gguf.lib
-        total = sum(len(lane.ids) for lane in lanes)
-        batch = lib.llama_batch_init(total, 0, 1)
+        num_tokens = sum(len(slot_input.ids) for slot_input in inputs)
+        batch = lib.llama_batch_init(num_tokens, 0, 1)
         last = []
         try:
-            batch.n_tokens = total
+            batch.n_tokens = num_tokens
             at = 0
-            for lane in lanes:
-                for position, token in enumerate(lane.ids, start=lane.start):
+            for slot_input in inputs:
+                for position, token in enumerate(slot_input.ids, start=slot_input.start):
                     batch.token[at], batch.pos[at] = token, position
-                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, lane.slot
-                    batch.logits[at] = position == lane.end - 1
+                    batch.n_seq_id[at], batch.seq_id[at][0] = 1, slot_input.slot
+                    batch.logits[at] = position == slot_input.end - 1
                     at += 1
                 last.append(at - 1)
             code = lib.llama_decode(self._context, batch)
         finally:
             lib.llama_batch_free(batch)
         if code:
-            raise ModelError(f"{self.gguf.path}: llama.cpp fails ({code}): {lib.told()}")
+            raise ModelError(f"{self.gguf.path}: llama.cpp failed ({code}): {lib.pop_error()}")
         rows = [
             np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, at), (self.vocab_size,))
             for at in last
         ]
-        return torch.from_numpy(np.stack(rows))  # a copy: the next call writes over them
+        return torch.from_numpy(np.stack(rows))  # a copy: the next call overwrites the logits
 
     def keep(self, slot: int, length: int) -> int:
-        """As ``Backend.keep``; a recurrent state cannot go back, and begins anew."""
+        """As ``Backend.keep``; a recurrent state cannot be truncated and starts anew."""
         lib = self.gguf.lib
         memory = lib.llama_get_memory(self._context)
         if lib.llama_memory_seq_rm(memory, slot, length, -1):
@@ -92,7 +95,7 @@ class LlamaSlotModel:
         return 0
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Streams of the cache do not share."""
+        """Refuse: streams of the cache cannot be shared."""
         raise NotImplementedError
 
     def forget(self) -> None:

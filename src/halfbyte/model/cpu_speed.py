@@ -1,4 +1,4 @@
-"""Owns how a CPU computes: in which dtype, and whether 4-bit weights are unpacked first, by measurement."""
+"""Owns how a CPU computes, by measurement: in which dtype, and whether 4-bit weights are unpacked first."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from halfbyte.model.precision import NAMES
 from halfbyte.model.quantised import compute_in, plain_weight, unpack_layers
 
 REPEATS = 3
-UNPACKED_FRAC = 0.5  # of the free memory, for unpacked weights
+UNPACKED_FRAC = 0.5  # share of the free memory that unpacked weights may take
 
 
 @dataclass(frozen=True)
 class ComputeMode:
-    """A dtype of products, and whether weights stay packed in 4 bits."""
+    """Combines the dtype of matrix products with whether weights stay packed in 4 bits."""
 
     dtype: torch.dtype
     is_packed: bool
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Return a readable name, such as ``bf16, packed``."""
         return f"{NAMES[self.dtype]}, {'packed' if self.is_packed else 'unpacked'}"
 
 
@@ -37,37 +37,38 @@ class ComputeMode:
 def time_modes(
     model: Any, modes: list[ComputeMode], num_rows: int
 ) -> dict[ComputeMode, tuple[float, float]]:
-    """Seconds of all linear layers and the head for one row, and for ``num_rows`` in one pass.
+    """Measure all linear layers and the head in seconds, for one row and for ``num_rows`` in one pass.
 
-    One layer of each shape is timed, the best of three, and counted as often as it is there.
+    One layer of each shape is timed, the best of three runs, and counted once for each layer of that
+    shape.
     """
     layers = [m for m in model.modules() if is_packed_layer(m)]
-    counted = Counter((m.in_features, m.out_features) for m in layers)
-    one_of = {(m.in_features, m.out_features): m for m in layers}
+    layer_counts = Counter((m.in_features, m.out_features) for m in layers)
+    sample_layers = {(m.in_features, m.out_features): m for m in layers}
     head = model.get_output_embeddings().weight
     seconds_of = {}
     for mode in modes:
-        took = []
+        pass_seconds = []
         for rows in (1, num_rows):
             seconds = _head_seconds(head, mode, rows)
-            for shape, count in counted.items():
-                seconds += count * _layer_seconds(one_of[shape], mode, rows)
-            took.append(seconds)
-        seconds_of[mode] = (took[0], took[1])
+            for shape, count in layer_counts.items():
+                seconds += count * _layer_seconds(sample_layers[shape], mode, rows)
+            pass_seconds.append(seconds)
+        seconds_of[mode] = (pass_seconds[0], pass_seconds[1])
     return seconds_of
 
 
 def modes_that_fit(
-    model: Any, dtypes: list[torch.dtype], packings: list[bool], room_bytes: int
+    model: Any, dtypes: list[torch.dtype], packings: list[bool], available_bytes: int
 ) -> tuple[list[ComputeMode], list[ComputeMode]]:
-    """Modes for which ``room_bytes`` of memory suffice, and those for which they do not."""
+    """Split the modes into those that fit in ``available_bytes`` of memory and those that do not."""
     num_weights = sum(m.in_features * m.out_features for m in model.modules() if is_packed_layer(m))
-    usable_bytes = room_bytes * UNPACKED_FRAC
+    usable_bytes = available_bytes * UNPACKED_FRAC
     fits: list[ComputeMode] = []
     too_large: list[ComputeMode] = []
     for dtype, is_packed in itertools.product(dtypes, packings if num_weights else [True]):
-        need = 0 if is_packed else num_weights * dtype.itemsize
-        (fits if need <= usable_bytes else too_large).append(ComputeMode(dtype, is_packed))
+        needed_bytes = 0 if is_packed else num_weights * dtype.itemsize
+        (fits if needed_bytes <= usable_bytes else too_large).append(ComputeMode(dtype, is_packed))
     return fits, too_large
 
 
@@ -79,7 +80,7 @@ def apply_mode(model: Any, mode: ComputeMode) -> None:
 
 
 def is_packed_layer(layer: Any) -> bool:
-    """Whether a layer's weight is 4-bit codes."""
+    """Return whether a layer's weight is stored as 4-bit codes."""
     return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
@@ -87,12 +88,12 @@ def _layer_seconds(layer: Any, mode: ComputeMode, rows: int) -> float:
     x = torch.randn(1, rows, layer.in_features).to(mode.dtype)
     if not mode.is_packed:
         weight = plain_weight(layer, mode.dtype)
-        return _best(lambda: functional.linear(x, weight))
+        return _best_seconds(lambda: functional.linear(x, weight))
     state = layer.weight.quant_state
     before = layer.compute_dtype, state.dtype
     layer.compute_dtype, state.dtype = mode.dtype, mode.dtype
     try:
-        return _best(lambda: layer(x))
+        return _best_seconds(lambda: layer(x))
     finally:
         layer.compute_dtype, state.dtype = before
 
@@ -101,26 +102,26 @@ def _head_seconds(weight: nn.Parameter, mode: ComputeMode, rows: int) -> float:
     if is_packed_layer(weight) or not weight.is_floating_point():
         return 0.0
     x, matrix = torch.randn(rows, weight.shape[1]).to(mode.dtype), weight.to(mode.dtype)
-    return _best(lambda: functional.linear(x, matrix))
+    return _best_seconds(lambda: functional.linear(x, matrix))
 
 
-def _best(work: Any) -> float:
+def _best_seconds(work: Any) -> float:
     work()
-    took = []
+    seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         work()
-        took.append(time.perf_counter() - start)
-    return min(took)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def unpack_for_speed(model: nn.Module) -> None:
-    """On a CPU, keep 4-bit weights unpacked where memory has room: the same numbers, made once."""
-    states: list[Any] = [getattr(weight, "quant_state", None) for weight in model.parameters()]
-    packed = [state for state in states if state is not None]
+    """Unpack 4-bit weights to the same numbers once, on a CPU with enough free memory."""
+    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    packed_states: list[Any] = [state for state in states if state is not None]
     device = next(model.parameters()).device
-    if device.type != "cpu" or not packed:
+    if device.type != "cpu" or not packed_states:
         return
-    dtype = packed[0].dtype
+    dtype = packed_states[0].dtype
     if modes_that_fit(model, [dtype], [False], free_bytes(device))[0]:
         unpack_layers(model, dtype)

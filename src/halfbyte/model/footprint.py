@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from halfbyte.model.quantised import constant_places, int8_codes
+from halfbyte.model.quantised import constant_attributes, int8_codes
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Parameters of one kind: what they are, how they are stored, how many and how large."""
+class ParameterGroup:
+    """Counts the parameters of one kind that are stored in one way, and their bytes."""
 
     name: str
     stored_as: str
@@ -23,44 +23,44 @@ class Kind:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of parameters, buffers and quantisation constants; shared storage counts once."""
+    """Return the bytes of parameters, buffers and quantisation constants; shared storage counts once."""
     return sum(tensor.nbytes for tensor in stored_tensors(model))
 
 
 def constants_bytes(model: nn.Module) -> int:
-    """Bytes of the quantisation constants alone, which transformers' footprint leaves out."""
+    """Return the bytes of the quantisation constants alone, which transformers' footprint omits."""
     four_bit = sum(tensor.nbytes for p in model.parameters() for tensor in _constants(p))
     return four_bit + sum(scale.nbytes for m in model.modules() for scale in _int8_scales(m))
 
 
-def kinds(model: nn.Module) -> list[Kind]:
-    """Parameters grouped by kind and storage, the largest first; tied weights count once."""
-    groups: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
+    """Group the parameters by kind and storage, the largest first; tied weights count once."""
+    sizes: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            group = groups[_kind(module_name, module, name), _stored_as(parameter)]
-            group[0] += _count(parameter)
-            group[1] += parameter.nbytes + sum(t.nbytes for t in _constants(parameter))
+            size = sizes[_kind(module_name, module, name), _stored_as(parameter)]
+            size[0] += _count(parameter)
+            size[1] += parameter.nbytes + sum(t.nbytes for t in _constants(parameter))
             if name == "weight":
-                group[1] += sum(t.nbytes for t in _int8_scales(module))
-    found = [Kind(*key, *value) for key, value in groups.items()]
-    return sorted(found, key=lambda kind: -kind.num_bytes)
+                size[1] += sum(t.nbytes for t in _int8_scales(module))
+    groups = [ParameterGroup(*key, *size) for key, size in sizes.items()]
+    return sorted(groups, key=lambda group: -group.num_bytes)
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Number of weights; a packed 4-bit byte holds two."""
+    """Return the number of weights; a packed 4-bit byte holds two."""
     return sum(_count(p) for p in model.parameters())
 
 
 def stored_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, quantisation constants and buffers, each storage once; meta tensors too."""
+    """Yield parameters, quantisation constants and buffers, each storage once; meta tensors too."""
     seen: set[int] = set()
     for tensor in _tensors(model):
-        # The storage's own address: its data's is 0 for every tensor without data.
+        # Compare the storages themselves: the data pointer is 0 for every tensor without data.
         storage = tensor.untyped_storage()._cdata
         if storage not in seen:
             seen.add(storage)
@@ -77,7 +77,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _constants(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    return (getattr(state, name) for state, name in constant_places(parameter))
+    return (getattr(state, name) for state, name in constant_attributes(parameter))
 
 
 def _int8_scales(module: nn.Module) -> Iterator[torch.Tensor]:

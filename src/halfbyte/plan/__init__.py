@@ -1,1 +1,1 @@
-"""Memory arithmetic: what a model takes to load, to train and to run."""
+"""Plans of memory: what a model needs to load, to train and to run."""

@@ -1,7 +1,7 @@
 """Owns where a model's configuration comes from: this disk, the table of known models, or the Hub.
 
-``python -m halfbyte.plan.catalogue`` prints the table; with ``--update`` it works out anew what each
-model takes to train.
+``python -m halfbyte.plan.catalogue`` prints the table; with ``--update`` it computes again what each
+model needs for training.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.paths import MODEL_SUFFIXES
 from halfbyte.errors import ModelError
-from halfbyte.model.load import load_config
-from halfbyte.model.resolve import Base, cached_config, config_folder
+from halfbyte.model.load import read_config
+from halfbyte.model.resolve import cached_config, config_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Every configuration says these two; what else is left out has the architecture's own default.
-NEEDED = ("hidden_size", "num_hidden_layers")
-LENGTH = 512
+# Every configuration has these two; any other missing field takes the architecture's default.
+REQUIRED_FIELDS = ("hidden_size", "num_hidden_layers")
+LENGTH = 512  # tokens of a row
 
 
 @dataclass(frozen=True)
-class Known:
-    """A model whose configuration is public.
+class KnownModel:
+    """Describes a model whose configuration is public.
 
     Attributes:
-        names: under which it is found; the first one is its own, the others have the same shapes.
+        names: the model's name, then the names of models with the same shapes.
         parameters: the published number of parameters.
         source: where that number is published.
-        config: the fields of config.json that decide shapes and attention.
-        training: bytes that one row of 512 tokens takes in the least hungry settings, by compute dtype.
+        config: the fields of config.json that determine shapes and attention.
+        training: bytes to train on one row of 512 tokens with the settings that need the least memory,
+            by compute dtype.
     """
 
     names: tuple[str, ...]
@@ -45,11 +46,11 @@ class Known:
     training: dict[str, int]
 
 
-def known_models() -> list[Known]:
-    """The table of known models, the smallest first."""
+def known_models() -> list[KnownModel]:
+    """Read the table of known models, the smallest first."""
     text = files("halfbyte.plan").joinpath("catalogue.json").read_text(encoding="utf-8")
     return [
-        Known(
+        KnownModel(
             tuple(entry["names"]),
             entry["parameters"],
             entry["source"],
@@ -61,13 +62,14 @@ def known_models() -> list[Known]:
 
 
 def model_config(name: str, revision: str | None = None) -> tuple[PretrainedConfig, str]:
-    """A model's configuration, and where it comes from. Weights are neither read nor downloaded.
+    """Return a model's configuration, and where it comes from. Weights are neither read nor downloaded.
 
-    A GGUF file's header says what it was made from. A Hub model is looked up in the local cache, then in the table of known models, then on the Hub.
+    A GGUF file's configuration is read from its header. A Hub model is looked up in the local cache, then
+    in the table of known models, then on the Hub.
 
     Raises:
-        ModelError: it is not found, is gated, is no JSON, lacks fields, or names an architecture
-            that transformers does not know.
+        ModelError: the configuration is missing, gated or no JSON, lacks fields, or names an
+            architecture that transformers does not know.
     """
     on_disk = Path(name).is_absolute()
     if not on_disk and revision is None:
@@ -83,8 +85,8 @@ def model_config(name: str, revision: str | None = None) -> tuple[PretrainedConf
     return _read(name, folder), origin
 
 
-def configuration(known: Known) -> PretrainedConfig:
-    """A known model's configuration."""
+def configuration(known: KnownModel) -> PretrainedConfig:
+    """Build the configuration of a known model."""
     from transformers import AutoConfig
 
     fields = dict(known.config)
@@ -92,29 +94,27 @@ def configuration(known: Known) -> PretrainedConfig:
     return config
 
 
-def training_bytes(known: Known) -> dict[str, int]:
-    """Bytes of NF4 training in the least hungry settings, by compute dtype, without the process's own.
+def training_bytes(known: KnownModel) -> dict[str, int]:
+    """Return the bytes that NF4 training needs at least, by compute dtype, without those of the process.
 
-    One row of 512 tokens at a time, recomputation, rank 16, AdamW in fp32.
+    The settings are one row of 512 tokens at a time, checkpointing, rank 16 and AdamW in fp32.
     """
     from halfbyte.config import model_run
     from halfbyte.plan.devices import DEVICES
     from halfbyte.plan.memory import Planner
     from halfbyte.plan.shape import Lengths
 
-    # SDPA has no kernel for capped scores (Gemma-2).
-    capped = known.config.get("attn_logit_softcapping") is not None
-    run = model_run(known.names[0], ["model.attention=eager"] if capped else [])
-    found = {}
+    run = model_run(known.names[0], [])
+    training = {}
     for dtype, card in (("bf16", "h100"), ("fp32", "v100")):
         planner = Planner(run, configuration(known), DEVICES[card])
         plan = planner.train(Lengths.all_of(LENGTH, 1), 1, checkpointing=True)
-        found[dtype] = plan.held_bytes
-    return found
+        training[dtype] = plan.held_bytes
+    return training
 
 
 def as_markdown() -> str:
-    """The table of known models for the docs."""
+    """Return the table of known models for the docs."""
     lines = [
         "| model | parameters | trains in, GB (bf16) | (fp32) | published by |",
         "| --- | --- | --- | --- | --- |",
@@ -128,7 +128,7 @@ def as_markdown() -> str:
 
 
 def update() -> None:
-    """Rewrite the table's file with what each model takes to train."""
+    """Rewrite the table's file with what each model needs for training."""
     lines = []
     for known in known_models():
         entry = {
@@ -161,31 +161,31 @@ def _gguf_config(path: Path) -> PretrainedConfig:
 def _read(name: str, folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: no readable JSON: {error}") from None
-    if not isinstance(told, dict) or not isinstance(told.get("model_type"), str):
+        raise ModelError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ModelError(
-            f"{path}: names no model_type, so it is no transformers model; found the fields:"
-            f" {', '.join(list(told)[:8]) if isinstance(told, dict) else type(told).__name__}"
+            f"{path}: names no model_type, so it is not a transformers model; its fields are:"
+            f" {', '.join(list(fields)[:8]) if isinstance(fields, dict) else type(fields).__name__}"
         )
-    config = load_config(Base(name, str(folder), None, "", ""))
-    other = getattr(type(config.get_text_config()), "attribute_map", {})
-    written = _text_fields(told, config.get_text_config().model_type)
-    missing = [key for key in NEEDED if not {key, other.get(key, key)} & written]
+    config = read_config(folder, name)
+    aliases = getattr(type(config.get_text_config()), "attribute_map", {})
+    present = _text_fields(fields, config.get_text_config().model_type)
+    missing = [key for key in REQUIRED_FIELDS if not {key, aliases.get(key, key)} & present]
     if missing:
         raise ModelError(
-            f"{path}: lacks {' and '.join(missing)}, without which transformers would take the size of"
+            f"{path}: lacks {' and '.join(missing)}, without which transformers would assume the size of"
             " another model; a complete config.json is needed"
         )
     return config
 
 
-def _text_fields(told: dict[str, Any], model_type: str) -> set[str]:
-    """Keys of the part that describes the language model: the whole, or a section of its type."""
-    sections = [value for value in told.values() if isinstance(value, dict)]
-    own = [section for section in sections if section.get("model_type") == model_type]
-    return set(own[0] if own and told["model_type"] != model_type else told)
+def _text_fields(fields: dict[str, Any], model_type: str) -> set[str]:
+    """Return the keys that describe the language model: those of its section, else those of the whole."""
+    sections = [value for value in fields.values() if isinstance(value, dict)]
+    matching = [section for section in sections if section.get("model_type") == model_type]
+    return set(matching[0] if matching and fields["model_type"] != model_type else fields)
 
 
 if __name__ == "__main__":

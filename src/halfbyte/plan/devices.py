@@ -1,4 +1,4 @@
-"""Owns what is known of devices: a table of cards, and what this machine turns out to be."""
+"""Owns what is known about devices: a table of cards, and the facts of this machine."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from halfbyte.model.precision import FIRST_BF16_CAPABILITY, default_device
 MIB_BYTES = 1 << 20
 PROCESS_BYTES = 1_100_000_000  # resident size of train/sft.py before the weights are loaded
 
-# What a process takes on a card beside PyTorch's tensors: the context and the kernels it has
-# loaded. At or just above the larger readings of "in use" less "allocated" less "reserved but
-# unallocated" in out-of-memory messages. A card counts as the last generation up to its own.
+# What a process takes on a card besides PyTorch's tensors: the context and the loaded kernels. The
+# values are at or just above the larger readings of "in use" minus "allocated" minus "reserved but
+# unallocated" in out-of-memory messages. A card takes the value of the last listed generation up to its own.
 CONTEXT_MIB = {
     (6, 0): 350,
     (7, 0): 400,
     (7, 5): 250,
-    (8, 0): 550,  # bigger chips take more: an A100 more than a 3090
+    (8, 0): 550,  # larger chips take more: an A100 takes more than a 3090
     (8, 6): 350,
     (8, 9): 500,
-    (9, 0): 700,  # nothing was found for the MI300X (9.4): taken as Hopper
+    (9, 0): 700,  # also for the MI300X (9.4), of which no reading is known
     (12, 0): 650,
 }
-# cuBLAS takes a workspace per handle, and handles are per thread: the forward pass runs in one, the
-# backward pass in another. Blackwell had Hopper's size only from pytorch/pytorch#175344 on.
+# cuBLAS takes a workspace per handle, and each thread has a handle: the forward pass runs in one thread,
+# the backward pass in another. Blackwell has had Hopper's size only since pytorch/pytorch#175344.
 CUBLAS_HANDLES = 2
 CUBLAS_BYTES = {(0, 0): 8_519_680, (9, 0): 32 * MIB_BYTES}
 ROCM_GFX942, ROCM_GFX942_BYTES = (9, 4), 128 * MIB_BYTES
@@ -47,21 +47,21 @@ ASSUMED = "assumed: an Ampere card of compute capability 8.0 that reports all of
 
 @dataclass(frozen=True)
 class Device:
-    """A device as the arithmetic sees it: bytes in all, bytes taken before the first tensor."""
+    """Describes a device by its memory in all and what is taken before the first tensor."""
 
     name: str
     title: str
     kind: Literal["cuda", "cpu"]
     total_bytes: int  # as PyTorch reports it; for the CPU the RAM, or the control group's limit
-    context_bytes: int  # what the process takes beside tensors
+    context_bytes: int  # what the process takes besides tensors
     workspace_bytes: int  # cuBLAS
     capability: tuple[int, int] | None
-    in_use_bytes: int = 0  # by others at this moment; known for this machine alone
-    facts: tuple[str, ...] = ()  # lines for people: what was found on this machine
+    in_use_bytes: int = 0  # by other processes at this moment; known only for this machine
+    facts: tuple[str, ...] = ()  # lines to print about this machine
 
     @property
     def usable_bytes(self) -> int:
-        """What is left for tensors; below zero where not even the process fits."""
+        """Bytes left for tensors; below zero where not even the process fits."""
         return self.total_bytes - self.in_use_bytes - self.context_bytes
 
     @property
@@ -71,13 +71,13 @@ class Device:
 
     @property
     def has_flash(self) -> bool:
-        """Whether flash attention has kernels for it."""
+        """Whether flash attention has kernels for this device."""
         return self.has_bf16  # both came with Ampere
 
 
 @dataclass(frozen=True)
 class Card:
-    """A row of the table; ``source`` says where ``total_gib`` was read."""
+    """Describes a row of the table; ``source`` says where ``total_gib`` was read."""
 
     name: str
     title: str
@@ -87,8 +87,8 @@ class Card:
     source: str
 
 
-# The smallest total that was read under Linux: it shrinks with newer drivers, and ECC takes its part
-# of a T4, L4, A10G, A6000 and L40S. Windows reports nearly the size sold, of which less is usable.
+# ``total_gib`` is the smallest total read under Linux: it shrinks with newer drivers, and ECC takes part of
+# the memory of a T4, L4, A10G, A6000 and L40S. Windows reports nearly the size sold, but less is usable.
 CARDS = (
     Card("gtx1080ti", "GeForce GTX 1080 Ti", (6, 1), 11, 10.91, "Ultralytics banner"),
     Card("p100", "Tesla P100-PCIE-16GB", (6, 0), 16, 15.88, "Ultralytics banner"),
@@ -122,12 +122,12 @@ CARDS = (
 
 
 def context_bytes(capability: tuple[int, int]) -> int:
-    """What a process takes on such a card beside tensors and workspaces."""
+    """Return the bytes that a process takes on such a card besides tensors and workspaces."""
     return MIB_BYTES * CONTEXT_MIB[max((c for c in CONTEXT_MIB if c <= capability), default=(6, 0))]
 
 
 def workspace_bytes(capability: tuple[int, int]) -> int:
-    """The matrix products' workspaces of the forward and of the backward thread."""
+    """Return the bytes of cuBLAS workspaces for the forward and the backward thread."""
     if capability == ROCM_GFX942:
         return CUBLAS_HANDLES * ROCM_GFX942_BYTES
     return CUBLAS_HANDLES * CUBLAS_BYTES[max(c for c in CUBLAS_BYTES if c <= capability)]
@@ -149,17 +149,17 @@ DEVICES = {c.name: _card(c.name, c.title, c.capability, c.total_gib) for c in CA
 
 
 def find_device(name: str) -> Device:
-    """The device of this name.
+    """Find the device with this name.
 
     Args:
-        name: A key of ``DEVICES``, however spaced and capitalised, with or without maker and size;
+        name: A key of ``DEVICES`` in any spacing and capitalisation, with or without maker and size;
             ``auto`` for this machine; ``cpu`` for its RAM; ``cpu-16`` for a machine with 16 GiB of
             RAM; ``24gb`` for any card with 24 GiB.
 
     Raises:
-        PlanError: nothing has that name, or more than one card has.
+        PlanError: no device has that name, or more than one card has.
     """
-    plain = _plain(name)
+    plain = _normalised(name)
     if plain == "auto":
         return this_machine()
     if plain == "cpu":
@@ -173,38 +173,38 @@ def find_device(name: str) -> Device:
         total = round(float(size) * GIB_BYTES)
         title = f"a machine with {size} GiB of RAM"
         return Device(f"cpu-{size}gb", title, "cpu", total, PROCESS_BYTES, 0, None)
-    found = _keys(plain)
-    if len(found) == 1:
-        return DEVICES[found[0]]
-    if found:
-        raise PlanError(f"device {name!r} is more than one: say {' or '.join(found)}")
-    known = [spelling for card in CARDS for spelling in _spellings(card)]
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
-    hint = f"the nearest is {' or '.join(_keys(near[0]))}; " if near else ""
+    matches = _matching_keys(plain)
+    if len(matches) == 1:
+        return DEVICES[matches[0]]
+    if matches:
+        raise PlanError(f"device {name!r} is ambiguous: use {' or '.join(matches)}")
+    spellings = [spelling for card in CARDS for spelling in _spellings(card)]
+    near = difflib.get_close_matches(plain, spellings, n=1, cutoff=0.7)
+    hint = f"the nearest is {' or '.join(_matching_keys(near[0]))}; " if near else ""
     raise PlanError(
         f"device {name!r} is unknown; {hint}allowed are auto (this machine), cpu (its RAM), cpu-16gb"
         f" (any RAM), 24gb (any card), {', '.join(sorted(DEVICES))}"
     )
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return re.sub(rf"[\s_-]|{MAKERS}", "", name.lower())
 
 
 def _spellings(card: Card) -> set[str]:
-    """``v100``, ``v10016gb``, ``v100sxm216gb`` and ``v100sxm2``; ``rtx4090`` and ``4090``."""
-    stem, title, size = card.name.split("-")[0], _plain(card.title), f"{card.sold_gib}gb"
-    full = {_plain(card.name), stem, stem + size, title, title.removesuffix(size)}
+    """Return every spelling of a card: ``v100``, ``v10016gb``, ``v100sxm2``; ``rtx4090``, ``4090``."""
+    stem, title, size = card.name.split("-")[0], _normalised(card.title), f"{card.sold_gib}gb"
+    full = {_normalised(card.name), stem, stem + size, title, title.removesuffix(size)}
     return full | {re.sub("^[rg]tx", "", spelling) for spelling in full}
 
 
-def _keys(plain: str) -> list[str]:
-    exact = [card.name for card in CARDS if _plain(card.name) == plain]
+def _matching_keys(plain: str) -> list[str]:
+    exact = [card.name for card in CARDS if _normalised(card.name) == plain]
     return exact or [card.name for card in CARDS if plain in _spellings(card)]
 
 
 def this_machine() -> Device:
-    """This process's CUDA device where there is one, else the CPU and its RAM."""
+    """Return this process's CUDA device if it has one, else the CPU with its RAM."""
     device = default_device()
     return _this_card(device.index) if device.type == "cuda" else _this_cpu()
 
@@ -222,14 +222,14 @@ def _this_card(index: int) -> Device:
     ]
     try:
         free, _ = torch.cuda.mem_get_info(index)
-        # Our own context counts as in use by now: without it, nothing is on an idle card.
-        own = torch.cuda.memory_reserved(index) + context_bytes(capability)
-        in_use = max(0, total - free - own)
-        facts.append(f"GPU memory: {gib(total)}, {gib(in_use)} in use by others")
-    except RuntimeError:  # a card so full that no context fits
-        facts.append(f"GPU memory: {gib(total)}; what is in use could not be read")
+        # This process's context is in use by now; an idle card has nothing else on it.
+        our_bytes = torch.cuda.memory_reserved(index) + context_bytes(capability)
+        in_use = max(0, total - free - our_bytes)
+        facts.append(f"GPU memory: {gib(total)}, {gib(in_use)} in use by other processes")
+    except RuntimeError:  # the card is so full that no context fits
+        facts.append(f"GPU memory: {gib(total)}; the part in use could not be read")
     driver = attempt(driver_version)
-    keys = _keys(_plain(properties.name))
+    keys = _matching_keys(_normalised(properties.name))
     return Device(
         name=keys[0] if len(keys) == 1 else re.sub(r"[^a-z0-9]+", "-", properties.name.lower()),
         title=properties.name,
@@ -247,9 +247,9 @@ def _this_cpu() -> Device:
     import psutil
 
     total, available = ram_bytes()
-    own = psutil.Process().memory_info()
-    # Libraries mapped from files (shared) count as available already.
-    private = own.rss - getattr(own, "shared", 0)
+    memory = psutil.Process().memory_info()
+    # Libraries mapped from files (shared) already count as available.
+    private_bytes = memory.rss - getattr(memory, "shared", 0)
     return Device(
         name="cpu",
         title=attempt(cpu_model) or "CPU",
@@ -258,13 +258,13 @@ def _this_cpu() -> Device:
         context_bytes=PROCESS_BYTES,
         workspace_bytes=0,
         capability=None,
-        in_use_bytes=max(0, total - available - private),
+        in_use_bytes=max(0, total - available - private_bytes),
         facts=host_facts(),
     )
 
 
 def as_markdown() -> str:
-    """The table of cards for the docs."""
+    """Return the table of cards for the docs."""
     lines = [
         "| name | card | GiB | compute capability | beside tensors, MiB | source |",
         "| --- | --- | --- | --- | --- | --- |",

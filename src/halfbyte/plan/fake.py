@@ -1,4 +1,4 @@
-"""Owns what lets a real model run without data: fake tensors for meta ones, attention that needs no mask."""
+"""Owns running a real model without data: fake tensors instead of meta ones, attention without a mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from halfbyte.forward.prefix_attention import Part, PrefixTree, attend
+from halfbyte.forward.prefix_attention import attend
+from halfbyte.forward.tree_parts import Part, PrefixTree
 from halfbyte.model.quantised import replace_tensors
 
 ATTENTION = "halfbyte_plan"
@@ -16,39 +17,39 @@ MATH_ATTENTION = "halfbyte_plan_math"
 
 
 def materialise(model: nn.Module) -> list[torch.Tensor]:
-    """Give a meta model fake tensors in place; returns them."""
-    made: dict[int, Any] = {}
-    kept: list[torch.Tensor] = []
+    """Replace a meta model's tensors by fake ones in place, and return those."""
+    twins: dict[int, Any] = {}
+    fakes: list[torch.Tensor] = []
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        kept.append(found)
-        return found
+        twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        fakes.append(twin)
+        return twin
 
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in made:
+            if id(parameter) not in twins:
                 twin: Any = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
                 twin.__dict__.update(parameter.__dict__)
-                made[id(parameter)] = (twin, parameter)
-            module._parameters[name] = made[id(parameter)][0]
+                twins[id(parameter)] = (twin, parameter)
+            module._parameters[name] = twins[id(parameter)][0]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
         replace_tensors(module, fake)
-    return kept
+    return fakes
 
 
 def register_attention() -> None:
-    """Teach transformers two attentions for plans: SDPA as it is, and SDPA without fused kernels.
+    """Register two attentions for plans with transformers: SDPA, and SDPA without fused kernels.
 
-    Both leave the mask out where SDPA would; asked of fake tensors, transformers would build one.
+    Both omit the mask where SDPA would; on fake tensors transformers itself would build one.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    def plain(*args: Any, **options: Any) -> Any:
+    def unfused(*args: Any, **options: Any) -> Any:
         mask = args[4] if len(args) > 4 else options.get("attention_mask")
         if mask is not None:
             return attend(*args, **options)
@@ -61,20 +62,23 @@ def register_attention() -> None:
         if local_size is None or kv_length < local_size:
             return None
         one = torch.empty((1, 1, q_length, kv_length), dtype=torch.bool)
-        return one.expand(batch_size, -1, -1, -1)  # rows share it, as transformers' own
+        return one.expand(batch_size, -1, -1, -1)  # shared by all rows, as in transformers
 
-    for name, function in ((ATTENTION, attend), (MATH_ATTENTION, plain)):
+    for name, function in ((ATTENTION, attend), (MATH_ATTENTION, unfused)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask)
 
 
-class FewParts(PrefixTree):
-    """A tree whose parts stand for all: what a part takes goes with it, so that the largest counts."""
+class LargestParts(PrefixTree):
+    """A prefix tree that computes only its largest parts.
+
+    The memory of each part is freed before the next one, so that the largest decides the peak.
+    """
 
     def parts(self, window: int | None) -> tuple[list[Part], list[Part]]:
-        """The two largest of each kind."""
-        own, above = super().parts(window)
-        return _largest(own), _largest(above)
+        """Return the two largest parts of each kind."""
+        within, above = super().parts(window)
+        return _largest(within), _largest(above)
 
 
 def _largest(parts: list[Part]) -> list[Part]:

@@ -1,4 +1,4 @@
-"""Owns the refusal: what cannot fit stops before it costs anything, with the line to paste."""
+"""Owns the refusal of runs that cannot fit, before they cost anything, with overrides that would fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from halfbyte.errors import PlanError, UntraceableError
 from halfbyte.model.precision import NAMES
 from halfbyte.plan.advice import choose, models_that_fit, suggest
 from halfbyte.plan.catalogue import model_config
-from halfbyte.plan.memory import Planner, TrainPlan, layers_words
+from halfbyte.plan.memory import Planner, TrainPlan, checkpointing_text
 from halfbyte.plan.shape import Lengths
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def check_weights(run: Run, device: Device) -> None:
-    """Stop before a download of weights that the device has no room for.
+    """Refuse weights that the device has no room for before they are downloaded.
 
     Raises:
-        PlanError: they would not fit, whatever the settings of the training.
+        PlanError: the weights do not fit, whatever the training settings.
     """
     config, _ = model_config(run.model.name, run.model.revision)
     planner = Planner(run, config, device)
@@ -31,8 +31,8 @@ def check_weights(run: Run, device: Device) -> None:
         _refuse(
             run,
             f"the weights of {run.model.name} take {planner.stored.true_bytes / 1e9:.2f} GB in"
-            f" {run.model.precision}, and {device.title} has {device.usable_bytes / 1e9:.2f} GB to"
-            f" give.{_instead(device, planner)}",
+            f" {run.model.precision}, but {device.title} has only {device.usable_bytes / 1e9:.2f} GB"
+            f" available.{_models_hint(device, planner)}",
         )
 
 
@@ -43,15 +43,18 @@ def gate(
     lengths: Lengths,
     held_out: Lengths | None = None,
 ) -> tuple[Planner, TrainPlan | None]:
-    """Settle ``auto`` and let through what fits; no plan if there is none and it is to be ignored.
+    """Resolve ``auto`` and let a run pass if it fits.
+
+    Returns:
+        The planner, and the plan; None if the step cannot be planned and ``train.ignore_plan`` is set.
 
     Raises:
-        PlanError: training cannot fit; the message has overrides that make it fit, if any do.
+        PlanError: training cannot fit; the message has overrides that make it fit, if there are any.
         UntraceableError: the model's step cannot be planned.
     """
     planner = Planner(run, config, device, held_out=held_out)
     try:
-        plan = _agreed(planner, choose(planner, lengths), lengths)
+        plan = _same_on_all_ranks(planner, choose(planner, lengths), lengths)
     except UntraceableError as error:
         if not run.train.ignore_plan:
             raise UntraceableError(
@@ -60,21 +63,23 @@ def gate(
         print(f"warning: {error}; training without a plan", file=sys.stderr)
         return planner, None
     if not planner.fits(plan):
-        found = suggest(run, config, device, lengths, planner)
-        lines = "".join(f"\n  {s.override}   ({s.costs})" for s in found)
-        helps = f" Any of these makes it fit:{lines}" if found else _instead(device, planner)
+        suggestions = suggest(run, config, device, lengths, planner)
+        lines = "".join(f"\n  {s.override}   ({s.costs})" for s in suggestions)
+        advice = (
+            f" Any of these makes it fit:{lines}" if suggestions else _models_hint(device, planner)
+        )
         _refuse(
             run,
             f"training would need {plan.needed_bytes / 1e9:.2f} GB"
             f" ({plan.micro_batch_size} rows of {plan.length} tokens at a time, checkpointing"
-            f" {layers_words(plan.recompute)}), which is"
-            f" {-planner.margin_bytes(plan) / 1e9:.2f} GB more than {device.title} has.{helps}",
+            f" {checkpointing_text(plan.recompute)}), which is"
+            f" {-planner.margin_bytes(plan) / 1e9:.2f} GB more than {device.title} has.{advice}",
         )
     return planner, plan
 
 
-def _agreed(planner: Planner, plan: TrainPlan, lengths: Lengths) -> TrainPlan:
-    """The plan of rank 0, on every rank: what is free may differ between the cards of a machine."""
+def _same_on_all_ranks(planner: Planner, plan: TrainPlan, lengths: Lengths) -> TrainPlan:
+    """Give every rank the plan of rank 0: free memory may differ between the cards of a machine."""
     if planner.world == 1:
         return plan
     from accelerate import PartialState
@@ -90,11 +95,11 @@ def _agreed(planner: Planner, plan: TrainPlan, lengths: Lengths) -> TrainPlan:
 def _refuse(run: Run, text: str) -> None:
     if not run.train.ignore_plan:
         raise PlanError(f"{text}\ntrain.ignore_plan=true trains in spite of it")
-    print(f"warning: {text}\ntrain.ignore_plan is true: going on", file=sys.stderr)
+    print(f"warning: {text}\ntrain.ignore_plan is true: continuing", file=sys.stderr)
 
 
-def _instead(device: Device, planner: Planner) -> str:
+def _models_hint(device: Device, planner: Planner) -> str:
     known = models_that_fit(device, NAMES[planner.dtype])
     if not known:
-        return " No known model trains on it; see python train/plan.py for the terms"
-    return f" Models that it trains in 4 bits: {', '.join(known[:5])}"
+        return " No known model can be trained on it; python train/plan.py prints the terms of the plan"
+    return f" Models that it can train in 4 bits: {', '.join(known[:5])}"

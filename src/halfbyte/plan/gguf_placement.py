@@ -1,11 +1,11 @@
-"""Owns where llama.cpp puts the parts of a GGUF file, in VRAM or in RAM, from the file's header alone.
+"""Owns where llama.cpp places the parts of a GGUF file, in VRAM or in RAM, from the file's header alone.
 
 Source, read as facts: llama.cpp b10437 and b11739, src/llama-model.cpp (``load_tensors``: with
 ``gpu_layers`` k the output comes first and then the last k − 1 layers, so that a file of n layers is
-wholly in VRAM at k = n + 1; input embeddings stay in RAM, and a head that is tied to them is there a
-second time), src/llama-context.cpp (``swa_full`` is on by default: layers with a sliding window cache
-every token as well; llama.cpp's own server turns it off and takes less). Sizes are those that it tells
-as it loads (tests/test_gguf_placement.py).
+wholly in VRAM at k = n + 1; input embeddings stay in RAM, and a head tied to them is stored a second
+time), src/llama-context.cpp (``swa_full`` is on by default: layers with a sliding window cache every
+token too; llama.cpp's server turns it off and takes less). Sizes are those that llama.cpp prints when it
+loads a file (tests/test_gguf_placement.py).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """One way to place a file.
+    """Describes one way to place a file.
 
     Attributes:
         context: tokens of the prompt and the answer.
-        gpu_layers: as llama.cpp counts them: the output is one.
-        vram_bytes: weights, cache and temporaries there; the process's own not counted.
+        gpu_layers: layers in VRAM as llama.cpp counts them: the output is one.
+        vram_bytes: weights, KV cache and temporaries in VRAM, without those of the process itself.
         ram_bytes: the same in RAM.
     """
 
@@ -40,33 +40,36 @@ class Split:
 
 
 def room_bytes(device: Device) -> int:
-    """What a device has for weights, cache and temporaries: VRAM of a card, RAM of a CPU."""
+    """Return the bytes for weights, KV cache and temporaries: VRAM of a card, RAM of a CPU."""
     return device.usable_bytes - device.workspace_bytes
 
 
 def splits(file: GgufFile, device: Device, gpu_layers: int | None = None) -> list[Split]:
-    """For each context the most layers that fit in VRAM, or ``gpu_layers`` (-1: all); on a CPU none."""
-    most = len(file.layer_bytes) + 1
-    found = []
-    fitting = [context for context in CONTEXTS if context <= file.context_length]
-    for context in fitting or [file.context_length]:
+    """Place a file for each context, with as many layers in VRAM as fit.
+
+    ``gpu_layers`` places that many instead (-1: all). On a CPU there are none.
+    """
+    all_layers = len(file.layer_bytes) + 1
+    placements = []
+    contexts = [context for context in CONTEXTS if context <= file.context_length]
+    for context in contexts or [file.context_length]:
         if device.kind == "cpu":
             count = 0
         elif gpu_layers is not None:
-            count = most if gpu_layers < 0 else min(gpu_layers, most)
+            count = all_layers if gpu_layers < 0 else min(gpu_layers, all_layers)
         else:
-            ways = (_place(file, context, count) for count in range(most, 0, -1))
+            candidates = (_place(file, context, count) for count in range(all_layers, 0, -1))
             room = room_bytes(device)
-            count = next((way.gpu_layers for way in ways if way.vram_bytes <= room), 0)
-        found.append(_place(file, context, count))
-    return found
+            count = next((split.gpu_layers for split in candidates if split.vram_bytes <= room), 0)
+        placements.append(_place(file, context, count))
+    return placements
 
 
 def plan(path: Path, device: Device, gpu_layers: int | None = None) -> dict[str, Any]:
-    """Where the parts of a file come to lie on a device, as plain values; every size is in bytes.
+    """Return where the parts of a file are placed on a device, as plain values; every size is in bytes.
 
     Raises:
-        PlanError: as ``read_gguf``, or layers are to lie in the VRAM of a CPU.
+        PlanError: as ``read_gguf``, or layers are requested in the VRAM of a CPU.
     """
     if gpu_layers and device.kind == "cpu":
         raise PlanError(
@@ -90,20 +93,23 @@ def plan(path: Path, device: Device, gpu_layers: int | None = None) -> dict[str,
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A table for a terminal, from ``plan``'s object."""
-    most = report["num_layers"] + 1
+    """Format the result of ``plan`` as a table for a terminal."""
+    all_layers = report["num_layers"] + 1
     lines = [
-        f"TO RUN IN LLAMA.CPP as it is on {report['device']}, GB ({report['architecture']}, {report['num_layers']} layers of at"
-        f" most {report['largest_layer_bytes'] / 1e9:.3f}, the output {report['output_bytes'] / 1e9:.3f})",
+        f"TO RUN THE FILE IN LLAMA.CPP on {report['device']}, GB ({report['architecture']},"
+        f" {report['num_layers']} layers of at most {report['largest_layer_bytes'] / 1e9:.3f},"
+        f" output {report['output_bytes'] / 1e9:.3f})",
         f"  {'context':>10}{'gpu_layers':>14}{'in VRAM':>12}{'in RAM':>12}",
     ]
     for split in report["splits"]:
-        layers = f"{split['gpu_layers']} of {most}"
+        layers = f"{split['gpu_layers']} of {all_layers}"
         lines.append(
             f"  {split['context']:>10,}{layers:>14}{split['vram_bytes'] / 1e9:>12.3f}"
             f"{split['ram_bytes'] / 1e9:>12.3f}" + ("" if split["fits"] else "  does not fit")
         )
-    lines.append(f"  of {report['room_bytes'] / 1e9:.3f} GB there; the output counts as a layer")
+    lines.append(
+        f"  {report['room_bytes'] / 1e9:.3f} GB are available; the output counts as a layer"
+    )
     return "\n".join(lines)
 
 
@@ -112,7 +118,7 @@ def _place(file: GgufFile, context: int, gpu_layers: int) -> Split:
         weights + cache
         for weights, cache in zip(file.layer_bytes, file.cache_bytes(context), strict=True)
     ]
-    first = max(0, len(layers) + 1 - gpu_layers)  # on the card, if any is
+    first = max(0, len(layers) + 1 - gpu_layers)  # the first layer in VRAM
     ram = file.input_bytes + sum(layers[:first])
     vram = sum(layers[first:])
     if gpu_layers:

@@ -1,4 +1,4 @@
-"""Owns what a plan says: one JSON object for programs, tables for people."""
+"""Owns the report of a plan: one JSON object for programs, tables for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from halfbyte.plan.advice import (
     override_line,
     suggest,
 )
-from halfbyte.plan.memory import Planner, TrainPlan, layers_words
+from halfbyte.plan.memory import Planner, TrainPlan, checkpointing_text
 from halfbyte.plan.shape import Lengths
 from halfbyte.plan.weights import Load, load_plan
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 CONTEXTS = (1024, 4096, 16384)
 BATCHES = (1, 8)
-# What each term is, in words; docs/memory.md has the sources.
+# Term → its description; docs/memory.md has the sources.
 TERMS = {
-    "weights": "the base; what is not packed lies in the compute dtype",
-    "constants": "maxima and scales of the packed weights",
-    "adapter": "4 bytes for each trainable weight: r·(in + out) a layer",
-    "optimizer": "states of the optimizer for each trainable weight",
-    "workspace": "cuBLAS, one block for each of two threads",
-    "buckets": "in which DDP gathers the gradients of several processes",
-    "gradients": "4 bytes for each trainable weight that has one by then",
+    "weights": "the base model; unpacked weights are in the compute dtype",
+    "constants": "quantisation constants of the packed weights: maxima and scales",
+    "adapter": "4 bytes for each trainable weight: r·(in + out) in each layer",
+    "optimizer": "the optimizer's states of each trainable weight",
+    "workspace": "cuBLAS workspaces, one for each of two threads",
+    "buckets": "DDP's buffers for the gradients of several processes",
+    "gradients": "4 bytes for each trainable weight that has its gradient by then",
     "activations": "what the forward pass keeps for the backward pass",
     "logits": "loss head: labelled positions and one tile of logits",
-    "dequantised": "one layer's weight, unpacked for its product",
-    "working_set": "temporaries of the layer at work, recomputed ones too",
-    "context": "the process beside its tensors",
-    "slack": "what an allocator holds beyond what is asked of it",
+    "dequantised": "one layer's weight, dequantised for its matrix product",
+    "working_set": "temporaries of the current layer, including recomputed ones",
+    "context": "what the process takes besides tensors",
+    "slack": "what the allocator may hold beyond what is allocated",
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a plan knows."""
+    """Holds a planned run with everything that its report needs."""
 
     target: str
     origin: str
@@ -66,10 +66,10 @@ class Plan:
         return self.planner.fits(self.train)
 
     def overrides(self) -> list[str]:
-        """Lines to paste: the settings that fit.
+        """Return the settings that fit as lines to paste.
 
         Raises:
-            PlanError: none do.
+            PlanError: no settings fit.
         """
         if self.fits:
             return [override_line(self.train)]
@@ -87,13 +87,13 @@ def make_plan(
 
     Raises:
         ModelError: no model can be built from the configuration, or its step cannot be traced.
-        PlanError: the device cannot compute in the dtype asked for.
+        PlanError: the device cannot compute in the dtype that the config sets.
     """
     multimodal = config.get_text_config() is not config
     planner = Planner(run, config, device)
     train = choose(planner, lengths)
     suggestions = [] if planner.fits(train) else suggest(run, config, device, lengths, planner)
-    lost = not planner.fits(train) and not suggestions
+    impossible = not planner.fits(train) and not suggestions
     return Plan(
         target=run.model.name,
         origin=origin,
@@ -104,12 +104,12 @@ def make_plan(
         load_text=load_plan(config, text_only=True) if multimodal else None,
         train=train,
         suggestions=suggestions,
-        cards=cards_that_fit(run, config, lengths) if lost else [],
+        cards=cards_that_fit(run, config, lengths) if impossible else [],
     )
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values; every size is in bytes."""
+    """Return the plan as plain values; every size is in bytes."""
     train, device = plan.train, plan.device
     return {
         "target": plan.target,
@@ -162,37 +162,37 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def quantised_json(
     run: Run, config: PretrainedConfig, origin: str, device: Device, method: str
 ) -> dict[str, Any]:
-    """What a checkpoint that is already quantised takes to run: it neither trains nor loads otherwise.
+    """Return what running an already quantised checkpoint takes; it can neither be trained nor converted.
 
-    Its weights stay packed in vLLM, so that they take what their files hold (None: not on this disk);
-    transformers unpacks compressed-tensors, whose bytes then are those of a plain dtype.
+    vLLM keeps its weights packed, so that they take the size of their files (None if they are not on this
+    disk). transformers unpacks compressed-tensors; the weights then have the size of an unquantised dtype.
     """
     folder = Path(run.model.name)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    packed = sum(file.stat().st_size for file in files) if files else None
+    packed_bytes = sum(file.stat().st_size for file in files) if files else None
     load, planner = load_plan(config, text_only=False), Planner(run, config, device)
     return {
         "target": run.model.name,
         "origin": origin,
         "method": method,
         "num_parameters": load.num_parameters,
-        "packed_bytes": packed,
+        "packed_bytes": packed_bytes,
         "unpacked_bytes": {name: load.stored[name].true_bytes for name in ("bf16", "fp32")},
-        "infer": [] if packed is None else _infer(planner, packed),
+        "infer": [] if packed_bytes is None else _infer(planner, packed_bytes),
         "device": {"title": device.title, "usable_bytes": device.usable_bytes},
     }
 
 
 def quantised_text(report: dict[str, Any]) -> str:
-    """The report as a table for a terminal, from ``quantised_json``'s object."""
+    """Format the result of ``quantised_json`` as tables for a terminal."""
     packed, unpacked = report["packed_bytes"], report["unpacked_bytes"]
-    told = "not known before it is downloaded" if packed is None else f"{packed / 1e9:.3f}"
+    packed_text = "unknown until it is downloaded" if packed is None else f"{packed / 1e9:.3f}"
     lines = [
         f"{report['target']}: {report['num_parameters']:,} parameters, already quantised"
         f" ({report['method']}; {report['origin']})",
         "",
         "TO LOAD, GB",
-        f"  packed, as vLLM keeps it                          {told:>10}",
+        f"  packed, as vLLM keeps it                          {packed_text:>10}",
         f"  unpacked to bf16, in transformers                 {_gb(unpacked['bf16'])}",
         f"  unpacked to fp32, in transformers on most CPUs    {_gb(unpacked['fp32'])}",
         "",
@@ -200,8 +200,8 @@ def quantised_text(report: dict[str, Any]) -> str:
     if report["infer"]:
         lines += [_infer_table(report), ""]
     usable = report["device"]["usable_bytes"]
-    lines.append(f"ON {report['device']['title']}: {usable / 1e9:.3f} GB for weights and cache")
-    lines.append("It cannot be trained: plan the unquantised checkpoint that it was made from.")
+    lines.append(f"ON {report['device']['title']}: {usable / 1e9:.3f} GB for weights and KV cache")
+    lines.append("It cannot be trained; plan the unquantised checkpoint that it was made from.")
     return "\n".join(lines)
 
 
@@ -222,12 +222,12 @@ def _load_json(load: Load) -> dict[str, Any]:
         "files": load.files,
         "gguf_layer_bytes": load.gguf_layer_bytes,
         "no_files": load.no_files,
-        "unpacked": [asdict(left) for left in load.left],
+        "unpacked": [asdict(group) for group in load.unquantised],
     }
 
 
 def _all_logits_bytes(plan: Plan) -> int:
-    """One fp32 copy of the logits of every position, which other losses hold several times."""
+    """Return the bytes of an fp32 copy of all logits, of which other losses hold several."""
     shape = plan.train.shape
     vocabulary: int = plan.planner.config.get_text_config().vocab_size
     return 4 * sum(shape.lengths) * vocabulary
@@ -260,10 +260,10 @@ def _layers(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _infer(planner: Planner, weights_bytes: int) -> list[dict[str, Any]]:
-    """Weights, keys and values, and the prefill's temporaries, by context and batch."""
-    longest = getattr(planner.config.get_text_config(), "max_position_embeddings", None)
+    """Return the bytes of KV cache, prefill and all with weights, by context and batch."""
+    max_context = getattr(planner.config.get_text_config(), "max_position_embeddings", None)
     rows = []
-    for context in [context for context in CONTEXTS if context <= (longest or context)]:
+    for context in [context for context in CONTEXTS if context <= (max_context or context)]:
         cache_bytes, prefill_bytes = planner.step.cache(context)
         rows += [
             {
@@ -279,7 +279,7 @@ def _infer(planner: Planner, weights_bytes: int) -> list[dict[str, Any]]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report as tables for a terminal, from ``as_json``'s object."""
+    """Format the result of ``as_json`` as tables for a terminal."""
     load = report["load"]
     parts = [
         f"{report['target']}: {load['model_class']}, {load['num_parameters']:,} parameters"
@@ -290,7 +290,7 @@ def as_text(report: dict[str, Any]) -> str:
         text = report["load_text"]
         parts.append(
             _load_table(
-                f"its language model alone ({text['num_parameters']:,}), which is what trains", text
+                f"the language model alone ({text['num_parameters']:,}), which is trained", text
             )
         )
     parts += [_train_table(report), _infer_table(report), _verdict(report)]
@@ -298,29 +298,29 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def load_text(config: PretrainedConfig) -> str:
-    """What a model takes to load, for one whose training cannot be planned."""
+    """Format what loading a model takes, where its training cannot be planned."""
     return _load_table("TO LOAD, GB", _load_json(load_plan(config, text_only=False)))
 
 
 def _load_table(title: str, load: dict[str, Any]) -> str:
     lines = [f"{title:<52}{'reported':>10}{'true':>10}"]
-    words = {"nf4": "nf4, double quantisation", "nf4_single": "nf4, without it"}
+    labels = {"nf4": "nf4, double quantisation", "nf4_single": "nf4, no double quantisation"}
     for name, stored in load.items():
         if isinstance(stored, dict) and "true_bytes" in stored:
             lines.append(
-                f"  {words.get(name, name):<50}{_gb(stored['reported_bytes'])}"
+                f"  {labels.get(name, name):<50}{_gb(stored['reported_bytes'])}"
                 f"{_gb(stored['true_bytes'])}"
             )
     for name, size in load["files"].items():
         if name in ("awq", "gguf_f16", "gguf_q8_0", "gguf_q4_k_m"):
             lines.append(f"  {name.replace('gguf_', 'GGUF '):<50}{'':>10}{_gb(size)}")
     lines.append(f"  {'one layer of GGUF q4_k_m':<50}{'':>10}{_gb(load['gguf_layer_bytes'])}")
-    lines += [f"  {name}: none. {why}" for name, why in load["no_files"].items()]
-    left = [
+    lines += [f"  {name}: not possible. {why}" for name, why in load["no_files"].items()]
+    unpacked = [
         f"  {entry['what']}: {entry['num_parameters']:,} ({entry['why']})"
         for entry in load["unpacked"]
     ]
-    return "\n".join([*lines, "left unquantised by int8, nf4 and fp4:", *left])
+    return "\n".join([*lines, "left unquantised by int8, nf4 and fp4:", *unpacked])
 
 
 def _train_table(report: dict[str, Any]) -> str:
@@ -329,10 +329,10 @@ def _train_table(report: dict[str, Any]) -> str:
         f"TO TRAIN in {settings['precision']}, computing in {settings['compute_dtype']}, with"
         f" {settings['micro_batch_size']} × {settings['length']} tokens"
         f" × {settings['accumulation']} accumulated, checkpointing"
-        f" {layers_words(settings['checkpointing'])}, {settings['optimizer']}, r={settings['r']}"
+        f" {checkpointing_text(settings['checkpointing'])}, {settings['optimizer']}, r={settings['r']}"
     ]
     lines.append(f"  {'GB':<14}{'at the peak':>12}{'at most':>10}")
-    for name, words in TERMS.items():
+    for name, description in TERMS.items():
         size = train[f"{name}_bytes"]
         most = train["largest"].get(name, size)
         if name == "context":
@@ -340,17 +340,18 @@ def _train_table(report: dict[str, Any]) -> str:
                 f"  {'tensors':<14}{_gb(train['peak_bytes']):>12}{'':>12}peak: {train['when']}"
             )
         if most:
-            lines.append(f"  {name.replace('_', ' '):<14}{_gb(size):>12}{_gb(most)}  {words}")
+            lines.append(f"  {name.replace('_', ' '):<14}{_gb(size):>12}{_gb(most)}  {description}")
     lines.append(f"  {'needed':<14}{_gb(train['needed_bytes']):>12}")
     if train["paged_bytes"]:
-        lines.append(f"  (and {train['paged_bytes'] / 1e9:.2f} GB of optimizer states, paged)")
+        lines.append(f"  (and {train['paged_bytes'] / 1e9:.2f} GB of paged optimizer states)")
     lines.append(
-        f"  logits of every position at once would take {_gb(train['all_logits_bytes']).strip()} a copy"
+        f"  the logits of all positions at once would take {_gb(train['all_logits_bytes']).strip()} a copy"
     )
     for layer in train["layers"]:
         lines.append(
             f"  each of {layer['count']} {layer['kind'].replace('_', ' ')}s keeps"
-            f" {layer['kept_bytes'] / 1e6:.1f} MB, {layer['kept_bytes_per_token'] / 1e3:.1f} kB a token"
+            f" {layer['kept_bytes'] / 1e6:.1f} MB for the backward pass,"
+            f" {layer['kept_bytes_per_token'] / 1e3:.1f} kB per token"
         )
     return "\n".join(lines)
 
@@ -370,7 +371,7 @@ def _verdict(report: dict[str, Any]) -> str:
     lines = [f"ON {device['title']}: {_gb(device['total_bytes']).strip()} GB"]
     lines += [f"  {fact}" for fact in device["facts"]]
     if device["in_use_bytes"]:
-        lines.append(f"  in use by others {_gb(device['in_use_bytes']).strip()} GB")
+        lines.append(f"  in use by other processes: {_gb(device['in_use_bytes']).strip()} GB")
     margin = device["margin_bytes"]
     if device["fits"]:
         lines.append(f"FITS, with {_gb(margin).strip()} GB to spare")
@@ -385,9 +386,9 @@ def _verdict(report: dict[str, Any]) -> str:
     if not report["suggestions"]:
         fitting = ", ".join(device["models_that_fit"][:5]) or "none of the known models"
         lines.append("  none of the settings tried makes it fit")
-        lines.append(f"  models that this device trains in 4 bits: {fitting}")
-        cards = ", ".join(device["cards_that_fit"]) or "none of the table"
-        lines.append(f"  cards that train it, a row at a time and recomputing: {cards}")
+        lines.append(f"  models that this device can train in 4 bits: {fitting}")
+        cards = ", ".join(device["cards_that_fit"]) or "none of the known cards"
+        lines.append(f"  cards that can train it, one row at a time with checkpointing: {cards}")
     return "\n".join(lines)
 
 

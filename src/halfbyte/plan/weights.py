@@ -1,4 +1,4 @@
-"""Owns what a model takes to load: parameters and bytes at every precision, to the byte."""
+"""Owns what loading a model takes: its parameters, and its bytes at every precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from halfbyte.errors import ModelError
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.precision import DTYPES
 from halfbyte.model.quantised import Packing
-from halfbyte.model.skeleton import Unpacked, build, layer_list, packed_layers, unpacked
+from halfbyte.model.skeleton import (
+    UnquantisedWeights,
+    build,
+    layer_list,
+    packed_layers,
+    unquantised_weights,
+)
 from halfbyte.plan.formats import GGUF_TYPES, awq_bytes, gguf_bytes
 from halfbyte.plan.layer_cut import keep_layers
 
@@ -33,12 +39,12 @@ STORED: dict[str, tuple[Precision, bool]] = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Bytes of a model at one precision.
+    """Holds the bytes of a model at one precision.
 
     Attributes:
-        reported_bytes: as transformers' ``get_memory_footprint()`` says: parameters and buffers.
-        constants_bytes: quantisation constants, which that figure leaves out.
-        buffers_bytes: the part of ``reported_bytes`` that is no parameter.
+        reported_bytes: parameters and buffers, as transformers' ``get_memory_footprint()`` reports them.
+        constants_bytes: quantisation constants, which ``reported_bytes`` leaves out.
+        buffers_bytes: the part of ``reported_bytes`` that belongs to buffers.
     """
 
     reported_bytes: int
@@ -47,23 +53,23 @@ class Stored:
 
     @property
     def true_bytes(self) -> int:
-        """Every byte that lies in memory."""
+        """All bytes that the model takes in memory."""
         return self.reported_bytes + self.constants_bytes
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a model takes to load.
+    """Holds what loading a model takes.
 
     Attributes:
-        model_class: its class in transformers.
-        num_parameters: tied weights count once.
-        num_packed: how many of them int8 and 4-bit loading pack.
-        stored: by precision, in memory.
-        files: by file type, bytes of tensors in a GGUF or AWQ file of the language model.
-        gguf_layer_bytes: an average layer of the q4_k_m file, for placing layers on a GPU or off it.
-        no_files: file types that this model cannot take, and why.
-        left: what packing leaves as it is, and why.
+        model_class: the model's class in transformers.
+        num_parameters: the number of parameters; tied weights count once.
+        num_packed: the number of parameters that loading in int8 or 4 bits packs.
+        stored: bytes in memory, by precision.
+        files: bytes of tensors in a GGUF or AWQ file of the language model, by file type.
+        gguf_layer_bytes: bytes of an average layer of the q4_k_m file, to decide how many fit on a GPU.
+        no_files: file types that do not support this model, and why.
+        unquantised: the weights that quantisation leaves as they are, and why.
     """
 
     model_class: str
@@ -73,15 +79,15 @@ class Load:
     files: dict[str, int]
     gguf_layer_bytes: int
     no_files: dict[str, str]
-    left: list[Unpacked]
+    unquantised: list[UnquantisedWeights]
 
 
 def load_bytes(
     model: PreTrainedModel, precision: Precision, double_quant: bool, dtype: torch.dtype
 ) -> Stored:
-    """Bytes of a meta model at a precision, what is not packed lying in ``dtype``.
+    """Return the bytes of a meta model at a precision, with its unpacked weights in ``dtype``.
 
-    The model must have been built in ``dtype``: some buffers follow it, others stay fp32.
+    The model must have been built in ``dtype``: some buffers have that dtype, others stay in fp32.
     """
     parameters = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     buffers = sum(b.nbytes for b in model.buffers())
@@ -96,7 +102,7 @@ def load_bytes(
 
 
 def load_plan(config: PretrainedConfig, *, text_only: bool) -> Load:
-    """Bytes at every precision; quantised ones keep their unpacked weights in bf16.
+    """Return the bytes at every precision; quantised models keep their unpacked weights in bf16.
 
     Raises:
         ModelError: no model can be built from the configuration.
@@ -105,7 +111,7 @@ def load_plan(config: PretrainedConfig, *, text_only: bool) -> Load:
         dtype: build(config, dtype, text_only=text_only)
         for dtype in (torch.float32, torch.bfloat16)
     }
-    models[torch.float16] = models[torch.bfloat16]  # of the same size, byte for byte
+    models[torch.float16] = models[torch.bfloat16]  # exactly the same size
     stored = {}
     for name, (precision, double) in STORED.items():
         dtype = DTYPES.get(precision, torch.bfloat16)
@@ -119,7 +125,7 @@ def load_plan(config: PretrainedConfig, *, text_only: bool) -> Load:
     except ModelError as error:
         no_files["awq"] = str(error)
     files |= {f"gguf_{kind}": gguf_bytes(text, text.config, kind) for kind in GGUF_TYPES}
-    # The rest of the file: embeddings and head, once more without layers.
+    # The file without its layers has only embeddings and head.
     num_layers = len(layer_list(text))
     bare = build(config, torch.bfloat16, text_only=True)
     keep_layers(bare, {}, None)
@@ -132,5 +138,5 @@ def load_plan(config: PretrainedConfig, *, text_only: bool) -> Load:
         files=files,
         gguf_layer_bytes=layers_bytes // num_layers,
         no_files=no_files,
-        left=unpacked(model),
+        unquantised=unquantised_weights(model),
     )

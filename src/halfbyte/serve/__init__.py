@@ -1,1 +1,1 @@
-"""Serving: the engine by which many requests share one model and its adapters."""
+"""Serving: the engine with which many requests share one model and its adapters."""

@@ -1,9 +1,9 @@
-"""Owns the scheduling: requests to slots, slots to passes, tokens back to those who wait for them.
+"""Owns the scheduling: requests to slots, slots to forward passes, sampled tokens back to the requests.
 
-One thread owns the model. In each pass every running request takes part, with one token or a piece
-of its prompt; a request that begins joins the next pass, one that ends makes room (iteration-level
-scheduling, Orca, OSDI 2022 §3.1). What a prompt begins with is computed once: a slot that is free keeps
-its tokens, and a request starts from the slot that shares most with it.
+One thread owns the model. Every running request takes part in each pass, with the token it sampled last
+(decode) or a piece of its prompt (prefill). A new request joins the next pass, and one that ends frees its
+slot (iteration-level scheduling, Orca, OSDI 2022 §3.1). Common prefixes of prompts are computed once: a free
+slot keeps its KV cache, and a request starts from the slot that shares the longest prefix with it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ import torch
 from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.generate.slot_model import Backend
 from halfbyte.heap import trim_heap
-from halfbyte.serve.sampling import Choice, GrammarError, Sampler
+from halfbyte.serve.sampling import GrammarError, SampledToken, Sampler
 from halfbyte.serve.text import TextStream
 
-PROMPT_TOKENS = 512  # of prompts in one pass, so that running answers go on
-TRIM_S = 30.0  # after which freed memory is given back: passes of all lengths leave holes
-MIN_SHARED = 16  # tokens worth copying or waiting for
+PREFILL_TOKENS = 512  # in one pass, so that running answers do not stall
+TRIM_S = 30.0  # between returns of freed memory to the system: passes of many lengths leave holes
+MIN_SHARED = 16  # tokens of a common prefix worth copying or waiting for
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "grammar", "error"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """What a request is told: text and tokens that came, or that it has ended."""
+    """Progress of a request: new text and tokens, or its end.
+
+    Attributes:
+        detail: the cause of the end, where the reason alone does not tell it.
+    """
 
     text: str = ""
-    choices: tuple[Choice, ...] = ()
+    tokens: tuple[SampledToken, ...] = ()
     finish_reason: FinishReason | None = None
-    told: str = ""  # why, where the reason alone does not say it
+    detail: str = ""
 
 
 @dataclass
@@ -45,11 +49,12 @@ class Job:
 
     Attributes:
         prompt: ids, at least one.
-        adapter: its name, or None for the base.
-        max_tokens: longest answer.
-        stop_ids: tokens that end it.
+        adapter: name of its adapter, or None for the base.
+        max_tokens: length of the longest answer.
+        stop_ids: tokens that end the answer.
         emit: called with events in the engine's thread; must not block.
-        deadline: on the monotonic clock, when the answer is cut.
+        deadline: when the answer is cut off, on the monotonic clock.
+        num_shared: tokens of the prompt that the KV cache already held.
     """
 
     prompt: list[int]
@@ -67,28 +72,31 @@ class Job:
 
 @dataclass
 class Slot:
-    """A place in the cache: the tokens that it holds, and who uses it.
+    """A slot of the KV cache.
 
     Attributes:
-        order: of its job among all that came.
-        used: when it was last computed.
+        tokens: the tokens whose keys and values it holds.
+        job: the job that uses it, or None if it is free.
+        pending: tokens of the job that are not computed yet.
+        order: the number of its job in the order in which jobs got a slot.
+        last_used: when it last took part in a pass.
     """
 
     number: int
     adapter: str | None = None
     tokens: list[int] = field(default_factory=list)
     job: Job | None = None
-    todo: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
     order: int = 0
-    used: float = 0.0
+    last_used: float = 0.0
 
-    def shared(self, adapter: str | None, prompt: list[int]) -> int:
-        """Tokens that a prompt has in common with what is computed here, its last one not counted."""
+    def shared_prefix(self, adapter: str | None, prompt: list[int]) -> int:
+        """Return how many tokens of a prompt, except its last one, are in the slot already."""
         if adapter != self.adapter:
             return 0
         count = 0
-        for ours, theirs in zip(self.tokens, prompt[:-1], strict=False):
-            if ours != theirs:
+        for cached, token in zip(self.tokens, prompt[:-1], strict=False):
+            if cached != token:
                 break
             count += 1
         return count
@@ -102,37 +110,37 @@ class Counts:
     shared_tokens: int = 0
     generated_tokens: int = 0
     passes: int = 0
-    lanes: int = 0
+    slot_inputs: int = 0
     failed_passes: int = 0
     failed_answers: int = 0
 
 
 class Engine:
-    """Runs jobs on a backend until it is stopped.
+    """Run jobs on a backend until the engine is stopped.
 
     Args:
         backend: the model.
-        max_waiting: jobs that may wait for a slot.
+        max_waiting: number of jobs that may wait for a slot.
     """
 
     def __init__(self, backend: Backend, max_waiting: int) -> None:
         self.backend, self.max_waiting = backend, max_waiting
         self.counts = Counts()
         self.slots = [Slot(number) for number in range(backend.num_slots)]
-        self._given_up: str | None = None
-        self._placed = 0
-        self._trimmed = time.monotonic()
+        self._fatal_error: str | None = None
+        self._num_placed = 0
+        self._last_trim = time.monotonic()
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the engine's thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the pass that is running; jobs that are left are told that they are cancelled."""
+        """Stop after the current pass; remaining jobs get an event that says they are cancelled."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -140,7 +148,7 @@ class Engine:
             self._thread.join()
 
     def submit(self, jobs: list[Job]) -> bool:
-        """Queue jobs that belong together; False where there is no room for all of them."""
+        """Queue jobs that belong together, or return False if there is no room for all of them."""
         with self._wake:
             if self._stopping or self.failure or len(self._waiting) + len(jobs) > self.max_waiting:
                 return False
@@ -149,30 +157,30 @@ class Engine:
         return True
 
     def cancel(self, job: Job) -> None:
-        """Stop a job soon; nobody waits for it any more."""
+        """Stop a job soon, as nobody waits for it any more."""
         job.cancelled = True
 
     def cancel_all(self) -> None:
-        """Stop every job soon; each is told."""
+        """Stop every job soon; each gets an event that says so."""
         with self._wake:
             for job in [*self._waiting, *(slot.job for slot in self.slots if slot.job)]:
                 job.cancelled = True
 
     @property
     def failure(self) -> str | None:
-        """Why no request can be answered any more, if that is so."""
+        """Why no request can be answered any more, or None."""
         if self._thread.ident is not None and not self._thread.is_alive() and not self._stopping:
-            return self._given_up or "its thread has ended"
-        return self._given_up
+            return self._fatal_error or "its thread has ended"
+        return self._fatal_error
 
     @property
     def num_waiting(self) -> int:
-        """Jobs without a slot."""
+        """The number of jobs that wait for a slot."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Jobs with one."""
+        """The number of jobs that have a slot."""
         return sum(slot.job is not None for slot in self.slots)
 
     def _loop(self) -> None:
@@ -183,80 +191,80 @@ class Engine:
                 if self._stopping:
                     break
             try:
-                self._turn()
-            except Exception as error:  # the thread must live: later requests may do well
-                if not self._recovers(error):
+                self._step()
+            except Exception as error:  # the thread must survive: later requests may succeed
+                if not self._recover(error):
                     break
-        with self._wake:  # nobody can come in any more
-            left = [*self._waiting, *(slot.job for slot in self.slots if slot.job)]
+        with self._wake:  # no job can be added any more
+            remaining = [*self._waiting, *(slot.job for slot in self.slots if slot.job)]
             self._waiting.clear()
-        for job in left:
+        for job in remaining:
             job.emit(Event(finish_reason="cancelled" if self._stopping else "error"))
 
-    def _recovers(self, error: Exception) -> bool:
-        """End what is running, as what the cache holds is not known any more; whether the model goes on."""
+    def _recover(self, error: Exception) -> bool:
+        """End all running jobs, as the KV cache may be corrupt, and return whether the model still works."""
         self.counts.failed_passes += 1
         print(f"engine: {type(error).__name__}: {error}", flush=True)
         for slot in self.slots:
             if slot.job is not None:
                 slot.job.emit(Event(finish_reason="error"))
-            slot.job, slot.tokens, slot.todo = None, [], []
+            slot.job, slot.tokens, slot.pending = None, [], []
         try:
-            # Was it that request, or is it all of them, such as where a CUDA context is lost?
+            # Did that request alone fail, or do all of them, as after the loss of a CUDA context?
             self.backend.forget()
             self.backend.run([SlotInput(0, None, [0], 0)])
             self.backend.forget()
         except Exception as second:
             with self._wake:
-                self._given_up = f"{type(second).__name__}: {second}"
-            print(f"engine: given up: {self._given_up}", flush=True)
-        return self._given_up is None
+                self._fatal_error = f"{type(second).__name__}: {second}"
+            print(f"engine: giving up: {self._fatal_error}", flush=True)
+        return self._fatal_error is None
 
-    def _turn(self) -> None:
-        """Admit, one pass, hand out."""
-        self._drop()
+    def _step(self) -> None:
+        """Admit waiting jobs, run one pass, and deliver the sampled tokens."""
+        self._drop_ended()
         self._admit()
-        lanes = self._lanes()
-        if not lanes:
+        scheduled = self._schedule()
+        if not scheduled:
             return
-        logits = self.backend.run([lane for _, lane in lanes])
+        logits = self.backend.run([slot_input for _, slot_input in scheduled])
         self.counts.passes += 1
-        self.counts.lanes += len(lanes)
-        for row, (slot, lane) in enumerate(lanes):
-            slot.tokens += lane.ids
-            slot.todo = slot.todo[len(lane.ids) :]
-            slot.used = time.monotonic()
-            if not slot.todo:
-                self._hand_out(slot, logits[row])
-        if time.monotonic() > self._trimmed + TRIM_S:
+        self.counts.slot_inputs += len(scheduled)
+        for row, (slot, slot_input) in enumerate(scheduled):
+            slot.tokens += slot_input.ids
+            slot.pending = slot.pending[len(slot_input.ids) :]
+            slot.last_used = time.monotonic()
+            if not slot.pending:
+                self._deliver(slot, logits[row])
+        if time.monotonic() > self._last_trim + TRIM_S:
             trim_heap()
-            self._trimmed = time.monotonic()
+            self._last_trim = time.monotonic()
 
-    def _drop(self) -> None:
-        """Let go of jobs that nobody waits for, or whose time is up."""
+    def _drop_ended(self) -> None:
+        """End jobs that were cancelled or whose deadline has passed."""
         now = time.monotonic()
         for slot in self.slots:
             if slot.job is not None and (slot.job.cancelled or now > slot.job.deadline):
-                self._end(slot, "cancelled" if slot.job.cancelled else "timeout")
+                self._finish(slot, "cancelled" if slot.job.cancelled else "timeout")
         with self._wake:
-            gone = [job for job in self._waiting if job.cancelled or now > job.deadline]
-            for job in gone:
+            ended = [job for job in self._waiting if job.cancelled or now > job.deadline]
+            for job in ended:
                 self._waiting.remove(job)
-        for job in gone:
+        for job in ended:
             job.emit(Event(finish_reason="cancelled" if job.cancelled else "timeout"))
 
     def _admit(self) -> None:
-        """Give free slots to jobs in the order they came.
+        """Give free slots to jobs in the order in which they arrived.
 
-        A job waits a pass where another one is computing what both begin with. It stays in the queue
-        until it has its slot, so that it is somewhere at any time.
+        A job waits for a pass while another one is computing a prefix that both share. It stays in the
+        queue until it has its slot, so that it can be found in one of the two at any time.
         """
         with self._wake:
             waiting = list(self._waiting)
         for job in waiting:
             if all(slot.job is not None for slot in self.slots):
                 break
-            if self._is_being_computed(job):
+            if self._prefix_is_pending(job):
                 continue
             try:
                 self._place(job)
@@ -267,81 +275,87 @@ class Engine:
                 with self._wake:
                     self._waiting.remove(job)
 
-    def _is_being_computed(self, job: Job) -> bool:
+    def _prefix_is_pending(self, job: Job) -> bool:
+        """Return whether another job is computing a longer prefix of this job's prompt than any slot holds."""
         if not self.backend.can_copy:
             return False
-        done = max(slot.shared(job.adapter, job.prompt) for slot in self.slots)
+        computed = max(slot.shared_prefix(job.adapter, job.prompt) for slot in self.slots)
         for slot in self.slots:
-            if slot.job is None or slot.adapter != job.adapter or len(slot.todo) <= 1:
+            if slot.job is None or slot.adapter != job.adapter or len(slot.pending) <= 1:
                 continue
-            coming = Slot(-1, slot.adapter, slot.tokens + slot.todo)
-            if coming.shared(job.adapter, job.prompt) >= done + MIN_SHARED:
+            after_prefill = Slot(-1, slot.adapter, slot.tokens + slot.pending)
+            if after_prefill.shared_prefix(job.adapter, job.prompt) >= computed + MIN_SHARED:
                 return True
         return False
 
     def _place(self, job: Job) -> None:
+        """Choose a free slot for a job, and copy the prefix from another slot if that one holds more of it."""
         free = [slot for slot in self.slots if slot.job is None]
-        shared = {slot.number: slot.shared(job.adapter, job.prompt) for slot in self.slots}
-        best = max(free, key=lambda slot: (shared[slot.number], -len(slot.tokens), -slot.used))
-        richest = max(self.slots, key=lambda slot: shared[slot.number])
-        kept = shared[best.number]
-        if self.backend.can_copy and shared[richest.number] >= kept + MIN_SHARED:
-            # The one that was used longest ago gives way, and what is shared stays where it is.
-            best = min(free, key=lambda slot: (len(slot.tokens) > 0, slot.used))
-            kept = shared[richest.number]
-            self.backend.copy(richest.number, best.number, kept)
-        kept = self.backend.keep(best.number, kept)
-        self._placed += 1
-        best.job, best.adapter, best.order = job, job.adapter, self._placed
-        best.tokens, best.todo = job.prompt[:kept], job.prompt[kept:]
+        shared = {slot.number: slot.shared_prefix(job.adapter, job.prompt) for slot in self.slots}
+        target = max(
+            free, key=lambda slot: (shared[slot.number], -len(slot.tokens), -slot.last_used)
+        )
+        source = max(self.slots, key=lambda slot: shared[slot.number])
+        kept = shared[target.number]
+        if self.backend.can_copy and shared[source.number] >= kept + MIN_SHARED:
+            # Overwrite an empty slot or the least recently used one, so that the shared prefix stays cached.
+            target = min(free, key=lambda slot: (len(slot.tokens) > 0, slot.last_used))
+            kept = shared[source.number]
+            self.backend.copy(source.number, target.number, kept)
+        kept = self.backend.keep(target.number, kept)
+        self._num_placed += 1
+        target.job, target.adapter, target.order = job, job.adapter, self._num_placed
+        target.tokens, target.pending = job.prompt[:kept], job.prompt[kept:]
         job.num_shared = kept
         self.counts.prompt_tokens += len(job.prompt)
         self.counts.shared_tokens += kept
 
-    def _lanes(self) -> list[tuple[Slot, SlotInput]]:
-        """Every running answer's token, and pieces of prompts, those first that came first."""
-        lanes, room = [], PROMPT_TOKENS
+    def _schedule(self) -> list[tuple[Slot, SlotInput]]:
+        """Return the next pass: each running answer's last token, and pieces of prompts, oldest jobs first."""
+        scheduled, prefill_room = [], PREFILL_TOKENS
         running = [slot for slot in self.slots if slot.job is not None]
         for slot in sorted(running, key=lambda slot: slot.order):
-            count = 1 if len(slot.todo) == 1 else min(len(slot.todo), room)
+            count = 1 if len(slot.pending) == 1 else min(len(slot.pending), prefill_room)
             if count:
-                room -= count if count > 1 else 0
-                lane = SlotInput(slot.number, slot.adapter, slot.todo[:count], len(slot.tokens))
-                lanes.append((slot, lane))
-        return lanes
+                prefill_room -= count if count > 1 else 0
+                ids = slot.pending[:count]
+                scheduled.append(
+                    (slot, SlotInput(slot.number, slot.adapter, ids, len(slot.tokens)))
+                )
+        return scheduled
 
-    def _hand_out(self, slot: Slot, logits: torch.Tensor) -> None:
-        """The next token of one answer; what goes wrong in it ends no other."""
+    def _deliver(self, slot: Slot, logits: torch.Tensor) -> None:
+        """Sample and emit the next token of one answer; an error in it ends no other answer."""
         try:
-            self._choose(slot, logits)
+            self._sample(slot, logits)
         except GrammarError as error:
-            self._end(slot, "grammar", str(error))
+            self._finish(slot, "grammar", str(error))
         except Exception as error:
             self.counts.failed_answers += 1
-            print(f"engine, one answer: {type(error).__name__}: {error}", flush=True)
-            self._end(slot, "error")
+            print(f"engine: one answer failed: {type(error).__name__}: {error}", flush=True)
+            self._finish(slot, "error")
 
-    def _choose(self, slot: Slot, logits: torch.Tensor) -> None:
+    def _sample(self, slot: Slot, logits: torch.Tensor) -> None:
         job = slot.job
         assert job is not None
-        choice = job.sampler.choose(logits)
+        sampled = job.sampler.sample(logits)
         job.num_generated += 1
         self.counts.generated_tokens += 1
         matcher = job.sampler.matcher
-        if choice.token in job.stop_ids:
-            self._end(slot, "stop")
+        if sampled.token in job.stop_ids:
+            self._finish(slot, "stop")
             return
-        text = job.stream.push(choice.token)
-        job.emit(Event(text, (choice,)))
-        slot.todo = [choice.token]
+        text = job.stream.push(sampled.token)
+        job.emit(Event(text, (sampled,)))
+        slot.pending = [sampled.token]
         if job.stream.stopped or (matcher is not None and matcher.is_stopped()):
-            self._end(slot, "stop")
+            self._finish(slot, "stop")
         elif job.num_generated >= job.max_tokens:
-            self._end(slot, "length")
+            self._finish(slot, "length")
 
-    def _end(self, slot: Slot, reason: FinishReason, told: str = "") -> None:
+    def _finish(self, slot: Slot, reason: FinishReason, detail: str = "") -> None:
         job = slot.job
         assert job is not None
         rest = job.stream.flush() if reason in ("stop", "length") else ""
-        slot.job, slot.todo = None, []
-        job.emit(Event(rest, (), reason, told))
+        slot.job, slot.pending = None, []
+        job.emit(Event(rest, (), reason, detail))

@@ -1,4 +1,4 @@
-"""Owns the figures that Prometheus collects."""
+"""Owns the metrics that Prometheus collects."""
 
 from __future__ import annotations
 
@@ -19,26 +19,32 @@ from prometheus_client.registry import Collector
 from halfbyte.serve.engine import Engine
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-TOTALS: dict[str, tuple[str, Callable[[Engine], int]]] = {
-    "prompt_tokens": ("Tokens of prompts.", lambda engine: engine.counts.prompt_tokens),
-    "shared_tokens": ("Those computed before.", lambda engine: engine.counts.shared_tokens),
-    "generated_tokens": ("Tokens generated.", lambda engine: engine.counts.generated_tokens),
-    "passes": ("Passes of the model.", lambda engine: engine.counts.passes),
-    "lanes": ("Requests in all passes; by passes: the batch.", lambda engine: engine.counts.lanes),
-    "failed_passes": ("Passes that failed.", lambda engine: engine.counts.failed_passes),
+COUNTERS: dict[str, tuple[str, Callable[[Engine], int]]] = {
+    "prompt_tokens": ("Prompt tokens.", lambda engine: engine.counts.prompt_tokens),
+    "shared_tokens": (
+        "Prompt tokens taken from the KV cache.",
+        lambda engine: engine.counts.shared_tokens,
+    ),
+    "generated_tokens": ("Generated tokens.", lambda engine: engine.counts.generated_tokens),
+    "passes": ("Forward passes.", lambda engine: engine.counts.passes),
+    "lanes": (
+        "Requests, summed over all passes; divided by passes: the batch size.",
+        lambda engine: engine.counts.slot_inputs,
+    ),
+    "failed_passes": ("Failed forward passes.", lambda engine: engine.counts.failed_passes),
     "failed_answers": (
-        "Answers that failed and ended no other.",
+        "Answers that failed without affecting any other.",
         lambda engine: engine.counts.failed_answers,
     ),
 }
-STANDS: dict[str, tuple[str, Callable[[Engine], int]]] = {
-    "running": ("Answers being made.", lambda engine: engine.num_running),
-    "waiting": ("Answers that wait.", lambda engine: engine.num_waiting),
+GAUGES: dict[str, tuple[str, Callable[[Engine], int]]] = {
+    "running": ("Answers in progress.", lambda engine: engine.num_running),
+    "waiting": ("Answers waiting for a slot.", lambda engine: engine.num_waiting),
 }
 
 
 class Metrics:
-    """Requests as they end, and the engines' totals as they stand."""
+    """Metrics of finished requests, and the engines' current totals."""
 
     media_type = CONTENT_TYPE_LATEST
 
@@ -48,38 +54,37 @@ class Metrics:
         self.registry.register(_EngineCollector(engines))
         self._requests = Counter(
             "halfbyte_requests",
-            "Requests by route and status; status 0: the client had gone.",
+            "Requests by route and status; status 0: the client disconnected.",
             ["route", "status"],
             registry=self.registry,
         )
         self._seconds = Histogram(
             "halfbyte_request_seconds",
-            "From the request to the end of its answer.",
+            "Seconds from the request to the end of its answer.",
             ["route"],
             buckets=SECONDS,
             registry=self.registry,
         )
-
-        self._first = Histogram(
+        self._first_token_seconds = Histogram(
             "halfbyte_first_token_seconds",
-            "From the request to its first token, the wait for a slot included.",
+            "Seconds from the request to its first token, including the wait for a slot.",
             ["model"],
             buckets=SECONDS,
             registry=self.registry,
         )
 
-    def first_token(self, model: str) -> Callable[[float], None]:
-        """What takes the seconds to a first token of a model."""
-        observe: Callable[[float], None] = self._first.labels(model).observe
+    def first_token_observer(self, model: str) -> Callable[[float], None]:
+        """Return a function that records the seconds until a first token of a model."""
+        observe: Callable[[float], None] = self._first_token_seconds.labels(model).observe
         return observe
 
-    def told(self, route: str, status: int, seconds: float) -> None:
-        """A request has ended."""
+    def observe_request(self, route: str, status: int, seconds: float) -> None:
+        """Record a finished request."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -88,10 +93,10 @@ class _EngineCollector(Collector):
         self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
-        """The engines' figures, added up."""
-        for name, (what, read) in TOTALS.items():
+        """Yield the sums over all engines."""
+        for name, (description, read) in COUNTERS.items():
             value = sum(map(read, self._engines))
-            yield CounterMetricFamily(f"halfbyte_{name}", what, value=value)
-        for name, (what, read) in STANDS.items():
+            yield CounterMetricFamily(f"halfbyte_{name}", description, value=value)
+        for name, (description, read) in GAUGES.items():
             value = sum(map(read, self._engines))
-            yield GaugeMetricFamily(f"halfbyte_{name}", what, value)
+            yield GaugeMetricFamily(f"halfbyte_{name}", description, value)

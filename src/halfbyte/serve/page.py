@@ -1,4 +1,4 @@
-"""Owns the page at /: one file, which asks nothing of anybody but this server."""
+"""Owns the page at /: one file that loads nothing from any other server."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from importlib import resources
 
 
 def _hashes(tag: str, html: str) -> str:
-    """The hashes by which a browser knows the page's own scripts or styles."""
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found]
+    """Return the hashes by which a browser recognises the page's inline scripts or styles."""
+    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in blocks]
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 

@@ -1,4 +1,4 @@
-"""Owns answers as OpenAI words them: whole or streamed, of chats and of completions."""
+"""Owns replies in OpenAI's format: whole or streamed, for chats and for completions."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from starlette.concurrency import run_in_threadpool
 
 from halfbyte.serve.engine import Event, Job
 from halfbyte.serve.refusal import RefusedError
-from halfbyte.serve.sampling import Choice
-from halfbyte.serve.schema import Generation
-from halfbyte.serve.service import Answers, Served, Service
+from halfbyte.serve.sampling import SampledToken
+from halfbyte.serve.schema import GenerationRequest
+from halfbyte.serve.service import EventQueue, ServedModel, Service
 
-FAULTS = {"timeout", "cancelled", "grammar", "error"}
-KEEP_ALIVE_S = 15.0  # after which a stream that has nothing yet says so, lest a proxy cut it
+FAILURES = {"timeout", "cancelled", "grammar", "error"}
+KEEP_ALIVE_S = 15.0  # a stream without events sends a comment this often, lest a proxy cut it
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-class Form:
-    """How a route words its answers.
+class ReplyBuilder:
+    """Build the objects of a reply in the format of one route.
 
     Attributes:
-        wants_logprobs: whether tokens are told beside the text.
+        wants_logprobs: whether the reply includes log-probabilities of the tokens.
     """
 
     object = ""
     chunk = ""
 
-    def __init__(self, model: Served, *, wants_logprobs: bool) -> None:
+    def __init__(self, model: ServedModel, *, wants_logprobs: bool) -> None:
         self.model, self.wants_logprobs = model, wants_logprobs
         self._head = {
             "id": f"{self.object[:4]}-{uuid.uuid4().hex}",
@@ -43,132 +43,132 @@ class Form:
         }
 
     def head(self, *, stream: bool = False) -> dict[str, Any]:
-        """What every object begins with."""
+        """Return the fields that all objects of the reply share."""
         return {**self._head, "object": self.chunk if stream else self.object}
 
-    def first(self, number: int) -> dict[str, Any] | None:
-        """What the stream of an answer begins with, if anything."""
+    def first_delta(self, number: int) -> dict[str, Any] | None:
+        """Return the choice that begins the stream of an answer, or None."""
         return None
 
-    def choice(self, number: int, made: Collected) -> dict[str, Any]:
-        """A whole answer."""
+    def choice(self, number: int, answer: CollectedAnswer) -> dict[str, Any]:
+        """Return the choice of a whole answer."""
         raise NotImplementedError
 
     def delta(self, number: int, event: Event) -> dict[str, Any]:
-        """A piece of one."""
+        """Return the choice of one chunk of a stream."""
         raise NotImplementedError
 
 
-class Collected:
-    """An answer as it comes."""
+class CollectedAnswer:
+    """An answer that is put together from its events."""
 
     def __init__(self) -> None:
-        self.text, self.choices, self.end = "", list[Choice](), Event()
+        self.text, self.tokens, self.last_event = "", list[SampledToken](), Event()
 
     def add(self, event: Event) -> None:
-        """A piece of it."""
+        """Append the text and tokens of an event."""
         self.text += event.text
-        self.choices += event.choices
-        self.end = event
+        self.tokens += event.tokens
+        self.last_event = event
 
     @property
     def finish_reason(self) -> str:
-        """Why it ended."""
-        return self.end.finish_reason or ""
+        """Why the answer ended, or an empty string before it has."""
+        return self.last_event.finish_reason or ""
 
 
-class ChatForm(Form):
-    """``chat.completion`` and its chunks."""
+class ChatReplyBuilder(ReplyBuilder):
+    """Build ``chat.completion`` objects and their chunks."""
 
     object = "chat.completion"
     chunk = "chat.completion.chunk"
 
-    def first(self, number: int) -> dict[str, Any]:
-        """The role."""
+    def first_delta(self, number: int) -> dict[str, Any]:
+        """Return the choice with the role, as ``ReplyBuilder.first_delta``."""
         delta = {"role": "assistant", "content": ""}
         return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def choice(self, number: int, made: Collected) -> dict[str, Any]:
-        """As ``Form.choice``."""
+    def choice(self, number: int, answer: CollectedAnswer) -> dict[str, Any]:
+        """As ``ReplyBuilder.choice``."""
         return {
             "index": number,
-            "message": {"role": "assistant", "content": made.text},
-            "logprobs": self._logprobs(made.choices),
-            "finish_reason": made.finish_reason,
+            "message": {"role": "assistant", "content": answer.text},
+            "logprobs": self._logprobs(answer.tokens),
+            "finish_reason": answer.finish_reason,
         }
 
     def delta(self, number: int, event: Event) -> dict[str, Any]:
-        """As ``Form.delta``."""
+        """As ``ReplyBuilder.delta``."""
         return {
             "index": number,
             "delta": {"content": event.text} if event.text else {},
-            "logprobs": self._logprobs(event.choices) if event.choices else None,
+            "logprobs": self._logprobs(event.tokens) if event.tokens else None,
             "finish_reason": event.finish_reason,
         }
 
-    def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[SampledToken]) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
         content = [
             {
-                **self._piece(choice.token, choice.logprob),
-                "top_logprobs": [self._piece(*pair) for pair in choice.top],
+                **self._token_object(sampled.token, sampled.logprob),
+                "top_logprobs": [self._token_object(*pair) for pair in sampled.top],
             }
-            for choice in choices
+            for sampled in tokens
         ]
         return {"content": content, "refusal": None}
 
-    def _piece(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text, content = self.model.words.piece(token)
+    def _token_object(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text, content = self.model.codec.piece(token)
         return {"token": text, "logprob": logprob, "bytes": list(content)}
 
 
-class TextForm(Form):
-    """``text_completion``."""
+class CompletionReplyBuilder(ReplyBuilder):
+    """Build ``text_completion`` objects."""
 
     object = "text_completion"
     chunk = "text_completion"
 
-    def __init__(self, model: Served, *, wants_logprobs: bool) -> None:
+    def __init__(self, model: ServedModel, *, wants_logprobs: bool) -> None:
         super().__init__(model, wants_logprobs=wants_logprobs)
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, int] = {}  # number of an answer -> characters so far
 
-    def choice(self, number: int, made: Collected) -> dict[str, Any]:
-        """As ``Form.choice``."""
+    def choice(self, number: int, answer: CollectedAnswer) -> dict[str, Any]:
+        """As ``ReplyBuilder.choice``."""
         return {
             "index": number,
-            "text": made.text,
-            "logprobs": self._logprobs(number, made.choices),
-            "finish_reason": made.finish_reason,
+            "text": answer.text,
+            "logprobs": self._logprobs(number, answer.tokens),
+            "finish_reason": answer.finish_reason,
         }
 
     def delta(self, number: int, event: Event) -> dict[str, Any]:
-        """As ``Form.delta``."""
+        """As ``ReplyBuilder.delta``."""
         return {
             "index": number,
             "text": event.text,
-            "logprobs": self._logprobs(number, event.choices) if event.choices else None,
+            "logprobs": self._logprobs(number, event.tokens) if event.tokens else None,
             "finish_reason": event.finish_reason,
         }
 
-    def _logprobs(self, number: int, choices: Sequence[Choice]) -> dict[str, Any] | None:
+    def _logprobs(self, number: int, tokens: Sequence[SampledToken]) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
 
         def piece(token: int) -> str:
-            return self.model.words.piece(token)[0]
+            return self.model.codec.piece(token)[0]
 
-        pieces = [piece(choice.token) for choice in choices]
-        offsets, at = [], self._offsets.get(number, 0)
+        pieces = [piece(sampled.token) for sampled in tokens]
+        offsets, offset = [], self._offsets.get(number, 0)
         for text in pieces:
-            offsets.append(at)
-            at += len(text)
-        self._offsets[number] = at
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[number] = offset
         return {
             "tokens": pieces,
-            "token_logprobs": [choice.logprob for choice in choices],
+            "token_logprobs": [sampled.logprob for sampled in tokens],
             "top_logprobs": [
-                {piece(token): logprob for token, logprob in choice.top} for choice in choices
+                {piece(token): logprob for token, logprob in sampled.top} for sampled in tokens
             ],
             "text_offset": offsets,
         }
@@ -177,75 +177,81 @@ class TextForm(Form):
 async def reply(
     service: Service,
     request: Request,
-    asked: Generation,
-    form: Form,
-    submitted: tuple[list[Job], Answers],
+    body: GenerationRequest,
+    builder: ReplyBuilder,
+    submitted: tuple[list[Job], EventQueue],
 ) -> Any:
-    """The whole answer, or a stream of it; jobs of a client that has gone are cancelled."""
-    jobs, answers = submitted
-    if asked.stream:
-        usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        lines = _stream(service, jobs, answers, form, with_usage=usage)
-        return StreamingResponse(lines, media_type="text/event-stream", headers=STREAM_HEADERS)
-    collected = [Collected() for _ in jobs]
-    gone = asyncio.create_task(_until_gone(request))
-    left = len(jobs)
+    """Return the whole reply or a stream of it; cancel the jobs if the client disconnects."""
+    jobs, events = submitted
+    if body.stream:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        chunks = _stream(service, jobs, events, builder, with_usage=with_usage)
+        return StreamingResponse(chunks, media_type="text/event-stream", headers=STREAM_HEADERS)
+    answers = [CollectedAnswer() for _ in jobs]
+    disconnect = asyncio.create_task(_wait_for_disconnect(request))
+    num_unfinished = len(jobs)
     try:
-        while left:
-            taken = asyncio.create_task(answers.get())
-            await asyncio.wait({taken, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not taken.done():
-                taken.cancel()
-                raise RefusedError(400, "the client has gone")
-            number, event = taken.result()
-            collected[number].add(event)
-            left -= event.finish_reason is not None
+        while num_unfinished:
+            next_event = asyncio.create_task(events.get())
+            await asyncio.wait({next_event, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not next_event.done():
+                next_event.cancel()
+                raise RefusedError(400, "the client disconnected")
+            number, event = next_event.result()
+            answers[number].add(event)
+            num_unfinished -= event.finish_reason is not None
     finally:
-        gone.cancel()
+        disconnect.cancel()
         _cancel(jobs)
-    for one in collected:
-        if one.finish_reason in FAULTS:
-            raise _fault(one.end, service)
+    for answer in answers:
+        if answer.finish_reason in FAILURES:
+            raise _failure_error(answer.last_event, service)
 
-    def whole() -> Response:
-        choices = [form.choice(number, one) for number, one in enumerate(collected)]
-        made = {**form.head(), "choices": choices, "usage": _usage(jobs)}
-        return Response(json.dumps(made), media_type="application/json")
+    def build() -> Response:
+        choices = [builder.choice(number, answer) for number, answer in enumerate(answers)]
+        content = {**builder.head(), "choices": choices, "usage": _usage(jobs)}
+        return Response(json.dumps(content), media_type="application/json")
 
-    # Log-probabilities of long answers take seconds to word.
-    return await run_in_threadpool(whole)
+    # Formatting the log-probabilities of long answers takes seconds.
+    return await run_in_threadpool(build)
 
 
 async def _stream(
-    service: Service, jobs: list[Job], answers: Answers, form: Form, *, with_usage: bool
+    service: Service,
+    jobs: list[Job],
+    events: EventQueue,
+    builder: ReplyBuilder,
+    *,
+    with_usage: bool,
 ) -> AsyncIterator[str]:
-    left = len(jobs)
+    num_unfinished = len(jobs)
     try:
         for number in range(len(jobs)):
-            first = form.first(number)
+            first = builder.first_delta(number)
             if first is not None:
-                yield _line({**form.head(stream=True), "choices": [first]})
-        while left:
+                yield _sse_data({**builder.head(stream=True), "choices": [first]})
+        while num_unfinished:
             try:
-                number, event = await asyncio.wait_for(answers.get(), KEEP_ALIVE_S)
+                number, event = await asyncio.wait_for(events.get(), KEEP_ALIVE_S)
             except TimeoutError:
                 yield ": waiting\n\n"
                 continue
-            left -= event.finish_reason is not None
-            if event.finish_reason in FAULTS:
-                yield _line(_fault(event, service).body)
+            num_unfinished -= event.finish_reason is not None
+            if event.finish_reason in FAILURES:
+                yield _sse_data(_failure_error(event, service).body)
                 return
-            if event.text or event.finish_reason or (event.choices and form.wants_logprobs):
-                yield _line({**form.head(stream=True), "choices": [form.delta(number, event)]})
+            if event.text or event.finish_reason or (event.tokens and builder.wants_logprobs):
+                delta = builder.delta(number, event)
+                yield _sse_data({**builder.head(stream=True), "choices": [delta]})
         if with_usage:
-            yield _line({**form.head(stream=True), "choices": [], "usage": _usage(jobs)})
+            yield _sse_data({**builder.head(stream=True), "choices": [], "usage": _usage(jobs)})
         yield "data: [DONE]\n\n"
     finally:
         _cancel(jobs)
 
 
-def _line(value: dict[str, Any]) -> str:
-    # Escaped: half a character in a token's text is still valid JSON.
+def _sse_data(value: dict[str, Any]) -> str:
+    # json.dumps escapes non-ASCII, so half a character in a token's text is still valid JSON.
     return f"data: {json.dumps(value)}\n\n"
 
 
@@ -254,31 +260,33 @@ def _cancel(jobs: list[Job]) -> None:
         job.cancelled = True
 
 
-async def _until_gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _fault(event: Event, service: Service) -> RefusedError:
+def _failure_error(event: Event, service: Service) -> RefusedError:
     if event.finish_reason == "timeout":
         return RefusedError(408, f"no answer within {service.limits.answer_seconds:g} s")
     if event.finish_reason == "cancelled":
         return RefusedError(503, "the server is stopping")
     if event.finish_reason == "grammar":
         return RefusedError(
-            400, f"response_format: cannot be followed further: {event.told}", "response_format"
+            400,
+            f"response_format: cannot be followed any further: {event.detail}",
+            "response_format",
         )
-    return RefusedError(503, "the model failed on this request; see the server's log")
+    return RefusedError(503, "the model failed on this request; see the server log")
 
 
 def _usage(jobs: list[Job]) -> dict[str, Any]:
-    """Tokens of a request: each prompt counts once."""
-    prompts = {id(job.prompt): job for job in jobs}.values()
-    prompt = sum(len(job.prompt) for job in prompts)
-    generated = sum(job.num_generated for job in jobs)
+    """Return the number of tokens of a request, with each prompt counted once."""
+    jobs_by_prompt = {id(job.prompt): job for job in jobs}.values()
+    num_prompt_tokens = sum(len(job.prompt) for job in jobs_by_prompt)
+    num_generated = sum(job.num_generated for job in jobs)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": sum(job.num_shared for job in prompts)},
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
+        "prompt_tokens_details": {"cached_tokens": sum(job.num_shared for job in jobs_by_prompt)},
     }

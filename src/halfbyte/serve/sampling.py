@@ -1,4 +1,4 @@
-"""Owns the choice of the next token: temperature, nucleus, penalties, a grammar; and its log-probability."""
+"""Owns sampling: temperature, nucleus, penalties and grammars choose a token and its log-probability."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-SEEDS = 1 << 63  # that a generator takes
+NUM_SEEDS = 1 << 63  # a generator takes seeds below this
 
 
 class GrammarError(Exception):
-    """A grammar that cannot be followed any further."""
+    """The grammar cannot be followed any further."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, in the words of OpenAI's interface.
+    """How tokens are sampled, with the parameter names of OpenAI's API.
 
     Attributes:
         temperature: 0 is greedy.
-        top_p: the smallest set of tokens with so much probability is chosen from.
-        seed: of this answer; None: drawn anew.
-        frequency_penalty: taken off a token's logit for each time it was generated.
-        presence_penalty: taken off once.
-        top_logprobs: so many of the likeliest tokens are told; None: no log-probabilities at all.
+        top_p: sample from the smallest set of tokens with at least this probability.
+        seed: the answer's seed; None draws a new one.
+        frequency_penalty: subtracted from a token's logit once for each time the token was generated.
+        presence_penalty: subtracted once from the logit of each token that was generated.
+        top_logprobs: how many of the likeliest tokens are reported; None reports no log-probabilities.
     """
 
     temperature: float = 0.0
@@ -38,8 +38,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A chosen token; log-probabilities are the model's own, before temperature and penalties."""
+class SampledToken:
+    """A sampled token; log-probabilities are the model's, before temperature and penalties."""
 
     token: int
     logprob: float | None = None
@@ -48,59 +48,64 @@ class Choice:
 
 @dataclass
 class Sampler:
-    """The state of one answer."""
+    """The sampling state of one answer."""
 
     settings: Sampling
-    matcher: Any = None  # llguidance's, where the answer has a form
-    seen: Counter[int] = field(default_factory=Counter)
-    _random: torch.Generator | None = None
+    matcher: Any = None  # llguidance's state, if the answer must follow a grammar
+    token_counts: Counter[int] = field(default_factory=Counter)
+    _generator: torch.Generator | None = None
 
-    def choose(self, logits: torch.Tensor) -> Choice:
-        """A token by logits (V,), fp32."""
+    def sample(self, logits: torch.Tensor) -> SampledToken:
+        """Choose a token from logits (V,) in fp32.
+
+        Raises:
+            ArithmeticError: the token's logit is NaN or infinite.
+            GrammarError: the grammar cannot be followed any further.
+        """
         settings = self.settings
         scores = logits
-        if self.seen and (settings.frequency_penalty or settings.presence_penalty):
-            tokens = torch.tensor(list(self.seen))
-            counts = torch.tensor(list(self.seen.values()), dtype=scores.dtype)
+        if self.token_counts and (settings.frequency_penalty or settings.presence_penalty):
+            tokens = torch.tensor(list(self.token_counts))
+            counts = torch.tensor(list(self.token_counts.values()), dtype=scores.dtype)
             scores = scores.clone()
             scores[tokens] -= settings.presence_penalty + settings.frequency_penalty * counts
         if self.matcher is not None:
-            scores = self._allowed(scores)
+            scores = self._mask_forbidden(scores)
         token = int(scores.argmax()) if settings.temperature == 0 else self._draw(scores)
         if not torch.isfinite(logits[token]):
-            raise ArithmeticError("the model gives NaN or infinity")
-        self.seen[token] += 1
+            raise ArithmeticError("the model returned NaN or infinity")
+        self.token_counts[token] += 1
         if self.matcher is not None:
             self.matcher.consume_token(token)
             self._check_grammar()
         if settings.top_logprobs is None:
-            return Choice(token)
+            return SampledToken(token)
         log_probs = torch.log_softmax(logits, dim=-1)
-        best = log_probs.topk(settings.top_logprobs)
-        top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return Choice(token, float(log_probs[token]), tuple(top))
+        likeliest = log_probs.topk(settings.top_logprobs)
+        top = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        return SampledToken(token, float(log_probs[token]), tuple(top))
 
     def _draw(self, scores: torch.Tensor) -> int:
-        if self._random is None:
-            self._random = torch.Generator()
+        if self._generator is None:
+            self._generator = torch.Generator()
             if self.settings.seed is None:
-                self._random.seed()
+                self._generator.seed()
             else:
-                self._random.manual_seed(self.settings.seed % SEEDS)
+                self._generator.manual_seed(self.settings.seed % NUM_SEEDS)
         # The likeliest token keeps a score of 0, however small the temperature.
         temperature = max(self.settings.temperature, torch.finfo(scores.dtype).tiny)
         probs = torch.softmax((scores - scores.max()) / temperature, dim=-1)
         if self.settings.top_p < 1:
-            ordered, places = probs.sort(descending=True)
-            outside = ordered.cumsum(0) - ordered >= self.settings.top_p
+            sorted_probs, tokens = probs.sort(descending=True)
+            outside = sorted_probs.cumsum(0) - sorted_probs >= self.settings.top_p
             outside[0] = False
-            ordered[outside] = 0
-            return int(places[ordered.multinomial(1, generator=self._random)])
-        return int(probs.multinomial(1, generator=self._random))
+            sorted_probs[outside] = 0
+            return int(tokens[sorted_probs.multinomial(1, generator=self._generator)])
+        return int(probs.multinomial(1, generator=self._generator))
 
-    def _allowed(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores with tokens that the grammar forbids at minus infinity."""
-        # Not llguidance.torch, which compiles C++ for this.
+    def _mask_forbidden(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores with tokens that the grammar forbids set to minus infinity."""
+        # llguidance.torch would compile C++ for this, so its bit mask is unpacked here.
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         self._check_grammar()
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(scores)]).bool()

@@ -1,4 +1,4 @@
-"""Owns what may be asked: OpenAI's request bodies, with every number bounded and no wish ignored in silence."""
+"""Owns the schema of OpenAI-style requests and replies: bounded numbers, and no field silently ignored."""
 
 from __future__ import annotations
 
@@ -25,81 +25,83 @@ MAX_PROMPTS = 16
 MAX_TOKENS = 1 << 17
 
 
-def _whole(text: str) -> str:
+def _refuse_surrogates(text: str) -> str:
     if SURROGATES.search(text):
-        raise ValueError("holds half a character (a lone surrogate)")
+        raise ValueError("contains half a character (a lone surrogate)")
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[str, AfterValidator(_refuse_surrogates)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None
-# The first fault of a list is enough: a body can hold hundreds of thousands of them.
-Ids = Annotated[
+# The first error in a list is enough: a body can contain hundreds of thousands of them.
+TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, lt=1 << 31)]],
     Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True),
 ]
 
 
-def _few(given: Any) -> Any:
-    """Each unknown field would be an error of its own."""
-    if isinstance(given, dict) and len(given) > MAX_FIELDS:
-        raise ValueError(f"has {len(given)} fields; at most {MAX_FIELDS} are read")
-    return given
+def _limit_fields(value: Any) -> Any:
+    """Refuse too many fields at once, as each unknown one would be a separate error."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"has {len(value)} fields; at most {MAX_FIELDS} are accepted")
+    return value
 
 
-def _empty(given: Any) -> Any:
-    if given:
-        raise ValueError("is not supported here; leave it out or empty")
-    return given
+def _require_empty(value: Any) -> Any:
+    if value:
+        raise ValueError("is not supported here; omit it or leave it empty")
+    return value
 
 
-# What clients send though they do not use it. It may be there as long as it says nothing.
-NoList = Annotated[list[Any], AfterValidator(_empty), Field(json_schema_extra={"maxItems": 0})]
-NoDict = Annotated[
-    dict[str, Any], AfterValidator(_empty), Field(json_schema_extra={"maxProperties": 0})
+# Clients send these fields even when they do not use them. They are accepted if empty.
+EmptyList = Annotated[
+    list[Any], AfterValidator(_require_empty), Field(json_schema_extra={"maxItems": 0})
+]
+EmptyDict = Annotated[
+    dict[str, Any], AfterValidator(_require_empty), Field(json_schema_extra={"maxProperties": 0})
 ]
 Label = Annotated[str, Field(max_length=256)]
 
 
-class Strict(BaseModel):
-    """Numbers are no strings, NaN is no number, and unknown fields are errors."""
+class StrictModel(BaseModel):
+    """A request body without type coercion, NaN or unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _bounded(cls, given: Any) -> Any:
-        return _few(given)
+    def _limit_model_fields(cls, value: Any) -> Any:
+        return _limit_fields(value)
 
 
-class TextPart(Strict):
-    """A part of a message."""
+class TextPart(StrictModel):
+    """A text part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(Strict):
-    """One turn."""
+class ChatMessage(StrictModel):
+    """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="developer is another word for system."
+        description="developer is a synonym for system."
     )
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64, fail_fast=True)]
     name: Annotated[str, Field(max_length=64)] | None = Field(
-        None, description="Accepted; templates have no place for it."
+        None, description="Accepted and ignored; chat templates do not use it."
     )
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: NoList | None = None
-    annotations: NoList | None = None
+    tool_calls: EmptyList | None = None
+    annotations: EmptyList | None = None
 
 
-class SchemaFormat(Strict):
-    """A JSON schema by name."""
+class SchemaFormat(StrictModel):
+    """A named JSON schema."""
 
     name: Annotated[str, Field(max_length=64)]
     description: Annotated[str, Field(max_length=1000)] | None = None
@@ -107,27 +109,29 @@ class SchemaFormat(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
-    """``text``, any JSON object, or JSON of a schema."""
+class ResponseFormat(StrictModel):
+    """Plain text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
 
 
-class StreamOptions(Strict):
-    """Whether a stream ends with the usage."""
+class StreamOptions(StrictModel):
+    """Options of a stream, such as whether it ends with the usage."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is padded.")
+    include_obfuscation: bool | None = Field(
+        None, description="Accepted and ignored; nothing is padded."
+    )
 
 
-class Generation(Strict):
-    """What chat and completion have in common."""
+class GenerationRequest(StrictModel):
+    """The fields that chat and completion requests have in common."""
 
     model: Name
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="0, the default here, is greedy: what evaluation measured."
+        None, description="0, the default here, is greedy, as in the evaluation."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
@@ -137,12 +141,12 @@ class Generation(Strict):
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: NoDict | None = None
-    user: Label | None = Field(None, description="Accepted, neither used nor logged.")
+    logit_bias: EmptyDict | None = None
+    user: Label | None = Field(None, description="Accepted and ignored; never logged.")
 
 
-class ChatRequest(Generation):
-    """Body of /v1/chat/completions."""
+class ChatRequest(GenerationRequest):
+    """The body of /v1/chat/completions."""
 
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
@@ -151,28 +155,30 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: NoList | None = None
+    tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    functions: NoList | None = None
+    functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = Field(None, max_length=1)
     reasoning_effort: Literal["none"] | None = None
     store: Literal[False] | None = None
-    metadata: Annotated[dict[str, Label], BeforeValidator(_few), Field(max_length=16)] | None = None
+    metadata: (
+        Annotated[dict[str, Label], BeforeValidator(_limit_fields), Field(max_length=16)] | None
+    ) = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
 
 
-class CompletionRequest(Generation):
-    """Body of /v1/completions; ids go in as they are."""
+class CompletionRequest(GenerationRequest):
+    """The body of /v1/completions; token ids are used as they are."""
 
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
@@ -181,7 +187,7 @@ class CompletionRequest(Generation):
 
 
 class ErrorBody(BaseModel):
-    """What is wrong, in OpenAI's words."""
+    """The details of an error, in OpenAI's format."""
 
     message: str
     type: str
@@ -190,13 +196,13 @@ class ErrorBody(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """An error."""
+    """An error reply."""
 
     error: ErrorBody
 
 
 class Usage(BaseModel):
-    """Tokens of a request."""
+    """The number of tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -205,7 +211,7 @@ class Usage(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that can be asked."""
+    """A model that is served."""
 
     id: str
     object: Literal["model"] = "model"
@@ -215,14 +221,14 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them."""
+    """All models that are served."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One answer of a chat."""
 
     index: int
     message: dict[str, Any]
@@ -231,7 +237,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatReply(BaseModel):
-    """Answers of a chat."""
+    """All answers of a chat."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -242,7 +248,7 @@ class ChatReply(BaseModel):
 
 
 class TextChoice(BaseModel):
-    """One continuation."""
+    """One continuation of a prompt."""
 
     index: int
     text: str
@@ -251,7 +257,7 @@ class TextChoice(BaseModel):
 
 
 class TextReply(BaseModel):
-    """Continuations of prompts."""
+    """The continuations of all prompts."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"

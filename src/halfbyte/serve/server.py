@@ -1,4 +1,4 @@
-"""Owns the process: uvicorn with our limits, and a stop that lets running answers end."""
+"""Owns the server process: uvicorn with our limits, and a stop that lets running answers end."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ from halfbyte.serve.api import make_app
 from halfbyte.serve.limits import Guard, PatientProtocol
 from halfbyte.serve.service import Service
 
-KEEP_ALIVE_S = (
-    75  # idle; more than clients keep a connection (httpx 5 s, proxies 60 s), or they race
-)
+# Longer than clients keep an idle connection (httpx 5 s, proxies 60 s), or requests race with its end.
+KEEP_ALIVE_S = 75
 BACKLOG = 1024
-LAST_WORDS_S = 2  # for replies to be sent once the engines have stopped
+SHUTDOWN_S = 2  # in which replies are still sent once the engines have stopped
 
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn's server, which goes on listening while it drains, so that new requests are told 503.
+    """Uvicorn's server that keeps listening while it drains, so that new requests get status 503.
 
-    The first SIGTERM or SIGINT begins the drain, a second one ends it at once.
+    The first SIGTERM or SIGINT starts the drain, a second one ends it at once.
 
     Args:
-        config: uvicorn's.
-        service: says whether answers are still being made.
-        grace_s: seconds that running answers have.
+        config: uvicorn's configuration.
+        service: tells whether answers are still in progress.
+        grace_s: seconds that running answers have left.
+
+    Attributes:
+        failure: why a model cannot answer any more, or None.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, grace_s: float) -> None:
         super().__init__(config)
         self._service, self._grace_s = service, grace_s
-        self._until: float | None = None
-        self.lost: str | None = None  # why a model is given up
+        self._drain_deadline: float | None = None
+        self.failure: str | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Uvicorn's own raises the signal again at the end, and the process would not exit with 0."""
-        wanted = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self.handle_exit) for number in wanted}
+        """Handle signals without uvicorn's re-raise at the end, which would prevent an exit code of 0."""
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
         try:
             yield
         finally:
@@ -53,47 +55,48 @@ class DrainingServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal."""
+        """Start the drain, or end it at once if it has started already."""
         if self._service.draining:
             self.should_exit = self.force_exit = True
             return
         self._service.draining = True
-        self._until = time.monotonic() + self._grace_s
+        self._drain_deadline = time.monotonic() + self._grace_s
 
     async def on_tick(self, counter: int) -> bool:
-        """Every tenth of a second: whether to end now."""
-        ending: bool = await super().on_tick(counter)
-        self.lost = next((one.failure for one in self._service.engines if one.failure), None)
-        if self.lost:
+        """Return whether to exit now; called every tenth of a second."""
+        should_exit: bool = await super().on_tick(counter)
+        engines = self._service.engines
+        self.failure = next((engine.failure for engine in engines if engine.failure), None)
+        if self.failure:
             return True
-        if self._until is None or ending:
-            return ending
-        if time.monotonic() > self._until:
-            for engine in self._service.engines:
+        if self._drain_deadline is None or should_exit:
+            return should_exit
+        if time.monotonic() > self._drain_deadline:
+            for engine in engines:
                 engine.cancel_all()
             return True
-        # Answers that are made may yet have to be worded and sent.
+        # Answers that are complete may still have to be formatted and sent.
         return self._service.is_idle and not self.server_state.tasks
 
 
 def serve(service: Service, host: str, port: int, grace_s: float) -> None:
-    """Answer requests until a signal comes.
+    """Answer requests until a signal arrives.
 
     Args:
-        service: what is served.
+        service: the models and limits.
         host: address to listen on.
-        port: 0 takes a free one.
-        grace_s: seconds that running answers have after SIGTERM.
+        port: port to listen on; 0 picks a free one.
+        grace_s: seconds that running answers have left after SIGTERM.
 
     Raises:
-        ConfigError: the address cannot be listened on.
-        ModelError: a model answers nothing any more; whoever started the server may start it anew.
+        ConfigError: the server cannot listen on the address.
+        ModelError: a model has stopped answering, and the server must be restarted.
     """
     limits = service.limits
     sock = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    place = f"http://{shown}:{sock.getsockname()[1]}"
-    app = Guard(make_app(service), limits, service.metrics.told, _log)
+    url_host = f"[{host}]" if ":" in host else host
+    url = f"http://{url_host}:{sock.getsockname()[1]}"
+    app = Guard(make_app(service), limits, service.metrics.observe_request, _log)
     config = uvicorn.Config(
         app,
         http=PatientProtocol,
@@ -105,12 +108,12 @@ def serve(service: Service, host: str, port: int, grace_s: float) -> None:
         proxy_headers=False,
         limit_concurrency=limits.max_connections,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=LAST_WORDS_S,
+        timeout_graceful_shutdown=SHUTDOWN_S,
     )
     for engine in service.engines:
         engine.start()
-    # Only now: whoever reads this line may call.
-    print(f"serving at {place} (page: {place}/, interface: {place}/v1)", flush=True)
+    # Printed only now: whoever reads this line may send requests.
+    print(f"serving at {url} (chat page: {url}/, API: {url}/v1)", flush=True)
     server = DrainingServer(config, service, grace_s)
     try:
         server.run(sockets=[sock])
@@ -119,8 +122,8 @@ def serve(service: Service, host: str, port: int, grace_s: float) -> None:
             engine.stop()
         sock.close()
     print("stopped", flush=True)
-    if server.lost:
-        raise ModelError(f"a model answers nothing any more: {server.lost}. Start the server anew")
+    if server.failure:
+        raise ModelError(f"a model has stopped answering: {server.failure}. Restart the server")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -132,7 +135,9 @@ def _listen(host: str, port: int) -> socket.socket:
         sock.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            [f"--host {host} --port {port}: cannot be listened on: {error}. Choose another --port"]
+            [
+                f"--host {host} --port {port}: cannot listen on this address: {error}. Choose another --port"
+            ]
         ) from None
     return sock
 

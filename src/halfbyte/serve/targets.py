@@ -1,4 +1,4 @@
-"""Owns what may be served: runs, models and files by name, read from the command line."""
+"""Owns the targets to serve: runs, models and files by name, read from the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ServeTarget:
     """A model to serve.
 
     Attributes:
-        name: by which requests ask for it; None: its own.
+        name: the name that requests use; None takes the model's own.
         target: run folder, model folder, GGUF file, Hub id or ``pypi:`` package.
     """
 
@@ -37,34 +37,34 @@ class ServeTarget:
         return self.target.endswith(".gguf")
 
 
-def read_targets(given: list[str]) -> list[ServeTarget]:
-    """``[NAME=]MODEL`` each.
+def read_targets(arguments: list[str]) -> list[ServeTarget]:
+    """Parse arguments of the form ``[NAME=]MODEL``.
 
     Raises:
-        UserError: a name with other characters, or one given twice.
+        UserError: a name has characters that are not allowed, or is given twice.
     """
-    found = []
-    for text in given:
+    targets = []
+    for text in arguments:
         name, equals, target = text.partition("=")
         if not equals or Path(text).exists():
-            found.append(ServeTarget(None, absolute_if_local(text)))
+            targets.append(ServeTarget(None, absolute_if_local(text)))
             continue
         if not NAME.fullmatch(name) or not target:
             raise UserError(
-                f"{text}: NAME=MODEL needs a name of letters, digits and . _ -, at most 64, and a model"
+                f"{text}: NAME=MODEL needs a model and a name of at most 64 letters, digits and . _ -"
             )
-        found.append(ServeTarget(name, absolute_if_local(target)))
-    names = [one.name for one in found if one.name]
+        targets.append(ServeTarget(name, absolute_if_local(target)))
+    names = [target.name for target in targets if target.name]
     if len(set(names)) < len(names):
-        raise UserError(f"{', '.join(names)}: each name once")
-    return found
+        raise UserError(f"{', '.join(names)}: use each name only once")
+    return targets
 
 
 def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
-    """API keys: one a line of a file, or separated by commas in an environment variable's value.
+    """Read API keys from a file, one per line, or from an environment variable, separated by commas.
 
     Raises:
-        UserError: the file cannot be read, or a key is too short to be one.
+        UserError: the file cannot be read, or a key is too short.
     """
     text = variable or ""
     if file is not None:
@@ -74,31 +74,31 @@ def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
             raise UserError(f"--api-key-file {file}: cannot be read: {error}") from None
     keys = tuple(key.strip() for key in re.split(r"[,\n]", text) if key.strip())
     if file is not None and not keys:
-        raise UserError(f"--api-key-file {file}: holds no key; one a line is expected")
+        raise UserError(f"--api-key-file {file}: contains no key; expected one per line")
     short = [key for key in keys if len(key) < MIN_KEY_CHARS]
     if short:
         raise UserError(
-            f"an API key of {len(short[0])} characters; at least {MIN_KEY_CHARS} are needed, such as from:"
+            f"an API key has {len(short[0])} characters but needs at least {MIN_KEY_CHARS}; generate one with:"
             " openssl rand -hex 16"
         )
     return keys
 
 
-def check_open(host: str, keys: tuple[str, ...]) -> None:
-    """Refuse to be open to others without a key.
+def require_keys(host: str, keys: tuple[str, ...]) -> None:
+    """Check that there is an API key if other machines can reach the server.
 
     Raises:
-        UserError: an address that others reach, and no key.
+        UserError: other machines can reach the address, and there is no key.
     """
     if not is_loopback(host) and not keys:
         raise UserError(
-            f"--host {host}: others can reach it, so a key is needed: put one into a file and give"
-            " --api-key-file, or set HALFBYTE_API_KEYS. --host 127.0.0.1 needs none"
+            f"--host {host}: other machines can reach this address, so an API key is required: pass a file"
+            " with --api-key-file, or set HALFBYTE_API_KEYS. --host 127.0.0.1 needs no key"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can call."""
+    """Return whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:

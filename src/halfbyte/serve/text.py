@@ -1,23 +1,23 @@
-"""Owns text as it comes: whole characters only, and nothing of a stop string."""
+"""Owns streamed text: only whole characters, and no part of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-BROKEN = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
-LOOK_BACK = 8  # tokens before the new ones, whose text decides how those begin
+REPLACEMENT_CHAR = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+CONTEXT_TOKENS = 8  # decoded before the new tokens, as they decide how the new text begins
 
 
 class TextStream:
-    """Token ids in, text out.
+    """Turn token ids into text, one token at a time.
 
-    Text that may yet turn out to be the beginning of a stop string, or the first bytes of a
-    character, is held back.
+    Text is held back while it may still turn out to be the beginning of a stop string, or only the first
+    bytes of a character.
 
     Args:
-        decode: ids to text, control tokens left out.
-        stops: strings that end the text; they are not part of it.
-        lead: ids before the text, where it goes on with one: some tokenizers drop the first space.
+        decode: turns ids into text and leaves out control tokens.
+        stops: strings that end the text and are not part of it.
+        lead: ids that precede the text when it continues a prompt: some tokenizers drop the first space.
     """
 
     def __init__(
@@ -27,53 +27,54 @@ class TextStream:
         lead: Sequence[int] = (),
     ) -> None:
         self._decode, self._stops = decode, stops
-        self._ids = list(lead[-LOOK_BACK:])
-        if decode(self._ids).endswith(BROKEN):
+        self._ids = list(lead[-CONTEXT_TOKENS:])
+        if decode(self._ids).endswith(REPLACEMENT_CHAR):
             self._ids = []
-        self._read = len(self._ids)  # ids whose text is in
-        self._held = ""
+        self._num_decoded = len(self._ids)
+        self._held_back = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that is certain by now; sets ``stopped`` where a stop string has come."""
+        """Add a token and return the text that is now certain; set ``stopped`` at a stop string."""
         self._ids.append(token)
-        self._held += self._new_text(final=False)
-        return self._certain()
+        self._held_back += self._new_text(final=False)
+        return self._release()
 
     def flush(self) -> str:
-        """The rest, at the end of an answer."""
+        """Return the remaining text at the end of an answer."""
         if self.stopped:
             return ""
-        self._held += self._new_text(final=True)
-        text = self._certain()
+        self._held_back += self._new_text(final=True)
+        text = self._release()
         if not self.stopped:
-            text, self._held = text + self._held, ""
+            text, self._held_back = text + self._held_back, ""
         return text
 
     def _new_text(self, *, final: bool) -> str:
-        start = max(0, self._read - LOOK_BACK)
-        before = self._decode(self._ids[start : self._read])
+        start = max(0, self._num_decoded - CONTEXT_TOKENS)
+        before = self._decode(self._ids[start : self._num_decoded])
         text = self._decode(self._ids[start:])
-        if text.endswith(BROKEN) and not final:
+        if text.endswith(REPLACEMENT_CHAR) and not final:
             return ""
-        self._read = len(self._ids)
+        self._num_decoded = len(self._ids)
         return text[len(before) :]
 
-    def _certain(self) -> str:
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
+    def _release(self) -> str:
+        """Return what is certain of the text that was held back, up to a stop string."""
+        matches = [(at, stop) for stop in self._stops if (at := self._held_back.find(stop)) >= 0]
+        if matches:
             self.stopped = True
-            text, self._held = self._held[: min(found)[0]], ""
+            text, self._held_back = self._held_back[: min(matches)[0]], ""
             return text
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        text, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
+        keep = max((_overlap(self._held_back, stop) for stop in self._stops), default=0)
+        text, self._held_back = (
+            self._held_back[: len(self._held_back) - keep],
+            self._held_back[len(self._held_back) - keep :],
         )
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

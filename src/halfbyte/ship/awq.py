@@ -21,11 +21,11 @@ from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError, RunError, last_line
 from halfbyte.generate.batched import Answer, generate
 from halfbyte.llamacpp.tools import cached_tool
-from halfbyte.model.load import load_tokenizer
-from halfbyte.model.resolve import Base
+from halfbyte.model.load import read_tokenizer
 from halfbyte.ship.integrity import linear_widths
-from halfbyte.ship.work import Work
+from halfbyte.ship.measured_run import MeasuredRun
 from halfbyte.trained.fidelity import torch_predict
+from halfbyte.trained.run import TrainedRun
 
 PACKAGES = (
     "llmcompressor==0.14.0.1",
@@ -40,19 +40,19 @@ GROUPS = (128, 64, 32)
 WORKER = Path(__file__).with_name("awq_worker.py")
 
 
-def make_awq(work: Work, folder: Path) -> dict[str, Any]:
+def make_awq(trained: TrainedRun, folder: Path) -> dict[str, Any]:
     """Write the merged model in 4 bits with AWQ's scales, calibrated on training rows.
 
     Raises:
         RunError: its layers cannot be cut into groups.
         ModelError: llm-compressor cannot be installed, or fails.
     """
-    rows = training_examples(work.folder)
-    ids = [row.ids for row in work.renderer.encode_rows(rows)]
-    group = _group(work.folder.merged)
+    rows = training_examples(trained.folder)
+    ids = [row.ids for row in trained.renderer.encode_rows(rows)]
+    group = _group(trained.folder.merged)
     site = cached_tool("awq-" + PACKAGES[0].replace("==", "-"), _install)
     job = {
-        "merged": str(work.folder.merged),
+        "merged": str(trained.folder.merged),
         "out": str(folder),
         "ids": ids,
         "group_size": group,
@@ -69,8 +69,10 @@ def make_awq(work: Work, folder: Path) -> dict[str, Any]:
     )
     path.unlink()
     if done.returncode:
-        raise ModelError(f"{work.folder.merged}: llm-compressor failed: {last_line(done.stderr)}")
-    work.renderer.tokenizer.save_pretrained(folder)
+        raise ModelError(
+            f"{trained.folder.merged}: llm-compressor failed: {last_line(done.stderr)}"
+        )
+    trained.renderer.tokenizer.save_pretrained(folder)
     return {
         "library": PACKAGES[0],
         "calibration_rows": len(ids),
@@ -79,13 +81,13 @@ def make_awq(work: Work, folder: Path) -> dict[str, Any]:
     }
 
 
-class ServedFolder:
+class FolderModel:
     """A model in transformers with the tokenizer and the template that lie in a folder."""
 
-    def __init__(self, model: nn.Module, folder: Path, work: Work) -> None:
-        self._model, self._pad_id = model, work.pad_id
-        self._tokenizer = load_tokenizer(Base(str(folder), str(folder), None, "", ""))
-        self._batch_rows = work.run.eval.batch_size
+    def __init__(self, model: nn.Module, folder: Path, measured: MeasuredRun) -> None:
+        self._model, self._pad_id = model, measured.pad_id
+        self._tokenizer = read_tokenizer(folder, str(folder))
+        self._batch_rows = measured.trained.run.eval.batch_size
         settings = folder / "generation_config.json"
         self._stops = _stops(settings) if settings.is_file() else None
         self.predict = torch_predict(model, self._pad_id)
@@ -106,13 +108,13 @@ class ServedFolder:
     def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
         """As ``EngineModel``: the text in one go, as a server tokenises it."""
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        made: Any = self._tokenizer.apply_chat_template(
+        text: Any = self._tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True
         )
         bos = self._tokenizer.bos_token
-        starts = bool(bos) and str(made).startswith(str(bos))
-        ids = self._tokenizer(str(made), add_special_tokens=not starts).input_ids
-        return str(made), list(ids)
+        starts = bool(bos) and str(text).startswith(str(bos))
+        ids = self._tokenizer(str(text), add_special_tokens=not starts).input_ids
+        return str(text), list(ids)
 
     def ends(self, token: int) -> bool:
         """As ``EngineModel``. An adapter has no such file: its base's says."""
@@ -120,12 +122,12 @@ class ServedFolder:
 
 
 def _stops(path: Path) -> set[int]:
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return set(found) if isinstance(found, list) else {found}
+    stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return set(stops) if isinstance(stops, list) else {stops}
 
 
 def _group(merged: Path) -> int:
-    """The largest group that divides the width of every linear layer."""
+    """Return the largest group that divides the width of every linear layer."""
     widths = linear_widths(merged)
     for group in GROUPS:
         if all(width % group == 0 for width in widths):

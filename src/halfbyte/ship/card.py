@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from halfbyte.config import Run
-from halfbyte.run_dir import RunDir, read_json
+from halfbyte.data.ledger import Ledger
+from halfbyte.model.merged import MergeReport
+from halfbyte.run_dir import RunDir
 from halfbyte.ship.export_report import as_markdown
+from halfbyte.trained.artefact import ExportReport
+from halfbyte.trained.manifest import Manifest, finished_manifest
 
 
-def model_card(manifest: dict[str, Any], report: dict[str, Any], run: Run) -> str:
-    """README.md of a merged model; every figure comes from the run's own files."""
-    base, kept = manifest["base"], report["kept"]
+def model_card(manifest: Manifest, report: MergeReport, run: Run) -> str:
+    """Write README.md of a merged model; every figure comes from the run's own files."""
+    base, kept = manifest.base, report.kept
+    assert report.measured is not None
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        *([f"base_model: {base['name']}"] if base["revision"] else []),
+        *([f"base_model: {base.name}"] if base.revision else []),
         "tags: [halfbyte, qlora]",
         "---",
         "",
         f"# {run.name}",
         "",
-        f"Fine-tuned with halfbyte {manifest['halfbyte']} from: {base['origin']}. The licence of the"
+        f"Fine-tuned with halfbyte {manifest.halfbyte} from: {base.origin}. The licence of the"
         " base applies.",
         "",
         "| training | |",
         "| --- | --- |",
-        f"| base precision | {manifest['precision']}, {manifest['compute_dtype']['name']} compute |",
-        f"| LoRA | r {run.adapter.r}, alpha {run.adapter.alpha:g}, {manifest['adapted_layers']} layers,"
-        f" {manifest['trainable'] / 1e6:.2f} M weights |",
-        f"| steps | {manifest['steps']} of {run.train.batch_size} rows, peak learning rate"
+        f"| base precision | {manifest.precision}, {manifest.compute_dtype.name} compute |",
+        f"| LoRA | r {run.adapter.r}, alpha {run.adapter.alpha:g}, {manifest.adapted_layers} layers,"
+        f" {(manifest.trainable or 0) / 1e6:.2f} M weights |",
+        f"| steps | {manifest.steps} of {run.train.batch_size} rows, peak learning rate"
         f" {run.train.learning_rate:g} |",
     ]
-    if manifest["held_out_loss"] is not None:
-        lines.append(f"| held-out loss | {manifest['held_out_loss']:.4f} nats per labelled token |")
+    if manifest.held_out_loss is not None:
+        lines.append(f"| held-out loss | {manifest.held_out_loss:.4f} nats per labelled token |")
     lines += [
         "",
-        f"The adapter is folded into the {kept['base']} base and stored in {kept['dtype']}. Against the"
-        f" trained model, on {report['measured']['positions']} held-out positions and after reloading"
-        f" from disk: KL {kept['kl_nats_per_token']:.2e} nats per token, top-1 agreement"
-        f" {kept['top1_agreement']:.2%}, loss {kept['loss']:.4f} (trained: {report['trained']['loss']:.4f}).",
+        f"The adapter is folded into the {kept.base} base and stored in {kept.dtype}. Against the"
+        f" trained model, on {report.measured.positions} held-out positions and after reloading"
+        f" from disk: KL {kept.kl_nats_per_token:.2e} nats per token, top-1 agreement"
+        f" {kept.top1_agreement:.2%}, loss {kept.loss:.4f} (trained: {report.trained.loss:.4f}).",
         "",
         "The chat template that it was trained with comes with the tokenizer.",
         "",
@@ -49,21 +53,21 @@ def model_card(manifest: dict[str, Any], report: dict[str, Any], run: Run) -> st
     return "\n".join(lines)
 
 
-def artefact_card(folder: RunDir, report: dict[str, Any]) -> str:
-    """README.md of an exported artefact: its proof, its data, where base and licence come from."""
-    manifest, ledger = read_json(folder.manifest), read_json(folder.ledger)
-    counts = {key: ledger[key] for key in ("rows_in", "trained", "held_out", "dropped")}
-    base = manifest["base"]
+def artefact_card(folder: RunDir, report: ExportReport) -> str:
+    """Write README.md of an exported artefact: its proof, its data, where base and licence come from."""
+    manifest, ledger = finished_manifest(folder), Ledger.read(folder.ledger)
+    counts = ledger.model_dump(include={"rows_in", "trained", "held_out", "dropped"})
+    base = manifest.base
     lines = [
         "---",
         "pipeline_tag: text-generation",
-        *([f"base_model: {base['name']}"] if base["revision"] else []),
+        *([f"base_model: {base.name}"] if base.revision else []),
         "tags: [halfbyte, qlora]",
         "---",
         "",
-        f"# {report['run']}, {report['name']}",
+        f"# {report.run}, {report.name}",
         "",
-        f"Fine-tuned with halfbyte {manifest['halfbyte']} from: {base['origin']}. The licences of the base and"
+        f"Fine-tuned with halfbyte {manifest.halfbyte} from: {base.origin}. The licences of the base and"
         " of the data apply.",
         "",
         "## Proof",

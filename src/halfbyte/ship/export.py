@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,26 @@ from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.load import load_model
 from halfbyte.model.precision import default_device
-from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
-from halfbyte.run_dir import RunDir, file_sha256, provenance, replace_folder, write_json
-from halfbyte.ship.awq import ServedFolder, make_awq
+from halfbyte.model.resolve import fp32_bytes, resolve_base
+from halfbyte.run_dir import RunDir, file_sha256, provenance, replace_folder
+from halfbyte.ship.awq import FolderModel, make_awq
 from halfbyte.ship.export_report import write_table
 from halfbyte.ship.gguf import LOSSLESS, QUANTS, GgufFactory, make_adapter_gguf
 from halfbyte.ship.integrity import check_adapter, check_merged
+from halfbyte.ship.measured_run import MeasuredRun, measuring_compute
 from halfbyte.ship.peft_folder import make_peft_folder
 from halfbyte.ship.proof import EngineModel, Exam, Proof, References, prove, refuse_unproven
-from halfbyte.ship.work import Work, measuring
-from halfbyte.trained.artefact import REPORT
-from halfbyte.trained.fidelity import Reference, fidelity, reference, torch_predict
+from halfbyte.trained.artefact import REPORT, ExportReport
+from halfbyte.trained.fidelity import fidelity, reference, torch_predict
+from halfbyte.trained.run import read_trained_run
 
 SPARE = 1.1  # of the disk that an export is known to need
 SIZES = {"f32": 1.0, "f16": 0.5, "bf16": 0.5, "q8_0": 0.28}  # of fp32; other types at most q8_0's
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is asked for: ``gguf`` with a type, ``gguf-lora``, ``awq`` or ``adapter``."""
+class ExportTarget:
+    """An artefact to make: ``gguf`` with a type, ``gguf-lora``, ``awq`` or ``adapter``."""
 
     kind: str
     quant: str = ""
@@ -54,42 +55,55 @@ class Target:
 
 
 def export(
-    folder: RunDir, run: Run, targets: list[Target], examine: Callable[[Work], Exam | None]
-) -> list[dict[str, Any]]:
-    """Make and prove each artefact; returns the contents of their export_report.json.
+    path: Path,
+    run: Run,
+    targets: list[ExportTarget],
+    examine: Callable[[MeasuredRun], Exam | None],
+) -> list[ExportReport]:
+    """Make and prove each artefact; return the contents of their export_report.json.
 
     An artefact that is not the trained model leaves nothing under its final name, and an older one
     stays as it was.
+
+    Args:
+        path: the run folder.
+        run: its settings, with overrides of ``export``.
+        targets: what to make.
+        examine: gives the questions that each artefact answers, if the rows have answers.
 
     Raises:
         RunError: the run is not trained or merged, is damaged, or an artefact fails its proof.
         ModelError: a tool is missing or does not know the architecture.
     """
-    work = Work(folder, run, run.export.rows)
-    check_adapter(folder, work.base)
-    check_merged(folder, work.base, work.renderer.template_sha256)
+    trained = read_trained_run(path, run)
+    folder = trained.folder
+    measured = MeasuredRun.of(trained, run.export.rows)
+    check_adapter(trained)
+    check_merged(trained)
     check_room(folder, targets)
-    exam = examine(work)
-    told = _told(work)
+    exam = examine(measured)
+    references = _references(measured)
     reports = []
     scratch = folder.path / ".exporting"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        factory = GgufFactory(work, scratch)
+        factory = GgufFactory(measured, scratch)
         for target in targets:
             print(f"{target.name}: making it", file=sys.stderr)
             partial = scratch / target.name
             partial.mkdir()
-            made, opened = _make(target, work, factory, partial)
+            method, opened = _make(target, measured, factory, partial)
             print(f"{target.name}: comparing it with the trained model", file=sys.stderr)
-            own = _told_on_full_base(work, told) if target.kind == "gguf-lora" else told
-            with opened() as served:
-                proof = prove(work, served, own, exam)
+            theirs = references
+            if target.kind == "gguf-lora":
+                theirs = _references_on_full_base(measured, references)
+            with opened() as engine:
+                proof = prove(measured, engine, theirs, exam)
             gc.collect()
             refuse_unproven(target.name, proof, run.export, lossless=target.lossless)
-            report = _report(work, target, partial, made, proof, told)
-            write_json(partial / REPORT, report)
+            report = _report(measured, target, partial, method, proof, references)
+            report.write(partial / REPORT)
             replace_folder(partial, folder.export / target.name)
             write_table(folder.export)
             reports.append(report)
@@ -99,7 +113,7 @@ def export(
 
 
 def check_quants(quants: list[str]) -> None:
-    """Whether each is a type of GGUF that can be made.
+    """Check that each is a type of GGUF that can be made.
 
     Raises:
         UserError: one is not.
@@ -109,13 +123,13 @@ def check_quants(quants: list[str]) -> None:
         raise UserError(f"--quant {' '.join(unknown)}: allowed are {', '.join(QUANTS)}")
 
 
-def check_room(folder: RunDir, targets: list[Target]) -> None:
-    """Whether disk and memory hold what is asked for, before any of it is made.
+def check_room(folder: RunDir, targets: list[ExportTarget]) -> None:
+    """Check that disk and memory have room for the artefacts, before any is made.
 
     Raises:
         RunError: too little; the message says how much is there and how much is needed.
     """
-    whole = fp32_bytes(Base(str(folder.merged), str(folder.merged), None, "", ""))
+    whole = fp32_bytes(folder.merged)
     files = [_share(target) for target in targets]
     sources = [1.0 for target in targets if target.quant and target.quant not in SIZES][:1]
     needed = int(SPARE * whole * (sum(files) + sum(sources)))
@@ -134,7 +148,7 @@ def check_room(folder: RunDir, targets: list[Target]) -> None:
         )
 
 
-def _share(target: Target) -> float:
+def _share(target: ExportTarget) -> float:
     if target.kind in ("adapter",):
         return 0.1
     if target.kind == "gguf-lora":
@@ -142,87 +156,88 @@ def _share(target: Target) -> float:
     return SIZES.get(target.quant, SIZES["q8_0"] if target.quant else 0.5)
 
 
-def _told(work: Work) -> References:
-    """What the trained and the merged model predict, one in memory at a time."""
+def _references(measured: MeasuredRun) -> References:
+    """Predict the rows with the trained and the merged model, one in memory at a time."""
     print("reading the trained and the merged model", file=sys.stderr)
-    loaded = work.load_base()
-    arithmetic = measuring(num_parameters(loaded.model))
-    trained = work.reference(loaded, arithmetic)[1]
+    loaded = measured.trained.load_base()
+    arithmetic = measuring_compute(num_parameters(loaded.model))
+    trained = measured.reference(loaded, arithmetic)[1]
     del loaded
     gc.collect()
-    merged = load_model(
-        resolve_base(str(work.folder.merged)), arithmetic.name, compute=arithmetic
-    ).model
-    predict = torch_predict(merged, work.pad_id)
-    vocabulary = int(merged.config.vocab_size)
-    told = reference(predict, work.rows, vocabulary)
-    same = fidelity(predict, work.rows, trained)
-    return References(trained, told, same)
+    base = resolve_base(str(measured.trained.folder.merged))
+    model = load_model(base, arithmetic.name, compute=arithmetic).model
+    predict = torch_predict(model, measured.pad_id)
+    merged = reference(predict, measured.rows, int(model.config.vocab_size))
+    return References(trained, merged, fidelity(predict, measured.rows, trained))
 
 
-def _told_on_full_base(work: Work, told: References) -> References:
-    """For an adapter alone: what it predicts on the unquantised base, which engines put it on."""
-    arithmetic = measuring(fp32_bytes(work.base) // 4)
-    loaded = load_model(work.base, arithmetic.name, compute=arithmetic)
-    model = load_adapter(loaded, work.folder.adapter)
-    full: Reference = reference(
-        torch_predict(model, work.pad_id), work.rows, int(loaded.model.config.vocab_size)
-    )
-    return References(full, told.merged, told.merged_as)
+def _references_on_full_base(measured: MeasuredRun, references: References) -> References:
+    """For an adapter alone, predict the rows on the unquantised base, which engines put it on."""
+    trained = measured.trained
+    arithmetic = measuring_compute(fp32_bytes(Path(trained.base.path)) // 4)
+    loaded = load_model(trained.base, arithmetic.name, compute=arithmetic)
+    model = load_adapter(loaded, trained.folder.adapter)
+    vocabulary = int(loaded.model.config.vocab_size)
+    full = reference(torch_predict(model, measured.pad_id), measured.rows, vocabulary)
+    return replace(references, trained=full)
 
 
 def _make(
-    target: Target, work: Work, factory: GgufFactory, partial: Path
+    target: ExportTarget, measured: MeasuredRun, factory: GgufFactory, partial: Path
 ) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """Make an artefact; returns how, and what opens it in its engine."""
+    """Make an artefact; return how, and what opens it in its engine."""
+    trained = measured.trained
     if target.kind == "gguf":
-        path, made = factory.make(target.quant, partial)
-        return made, lambda: GgufModel(path)
+        path, method = factory.make(target.quant, partial)
+        return method, lambda: GgufModel(path)
     if target.kind == "gguf-lora":
-        path = make_adapter_gguf(work, partial)
+        path = make_adapter_gguf(trained, partial)
         base = factory.base_file()
-        made = {
+        method = {
             "measured_on": "the unquantised base in f16, against the adapter on that base in fp32"
         }
-        return made, lambda: GgufModel(base, adapter=path)
+        return method, lambda: GgufModel(base, adapter=path)
     if target.kind == "awq":
-        return make_awq(work, partial), lambda: _in_transformers(partial, work)
-    return make_peft_folder(work, partial), lambda: _on_its_base(partial, work)
+        return make_awq(trained, partial), lambda: _in_transformers(partial, measured)
+    return make_peft_folder(trained, partial), lambda: _on_its_base(partial, measured)
 
 
 @contextmanager
-def _in_transformers(folder: Path, work: Work) -> Iterator[EngineModel]:
-    arithmetic = measuring(fp32_bytes(work.base) // 4)
+def _in_transformers(folder: Path, measured: MeasuredRun) -> Iterator[EngineModel]:
+    arithmetic = measuring_compute(fp32_bytes(Path(measured.trained.base.path)) // 4)
     loaded = load_model(resolve_base(str(folder)), None, compute=arithmetic)
-    yield ServedFolder(loaded.model, folder, work)
+    yield FolderModel(loaded.model, folder, measured)
 
 
 @contextmanager
-def _on_its_base(folder: Path, work: Work) -> Iterator[EngineModel]:
-    loaded = work.load_base()
-    model = load_adapter(loaded, folder)
-    yield ServedFolder(model, folder, work)
+def _on_its_base(folder: Path, measured: MeasuredRun) -> Iterator[EngineModel]:
+    loaded = measured.trained.load_base()
+    yield FolderModel(load_adapter(loaded, folder), folder, measured)
 
 
 def _report(
-    work: Work, target: Target, partial: Path, made: dict[str, Any], proof: Proof, told: References
-) -> dict[str, Any]:
+    measured: MeasuredRun,
+    target: ExportTarget,
+    partial: Path,
+    method: dict[str, Any],
+    proof: Proof,
+    references: References,
+) -> ExportReport:
     files = sorted(path for path in partial.iterdir() if path.is_file())
-    return {
-        "run": work.run.name,
+    merged = references.merged_fidelity
+    content = {
+        "run": measured.trained.run.name,
         "name": target.name,
         "kind": target.kind,
-        "made": made,
-        "bytes": sum(path.stat().st_size for path in files),
-        "base": work.base.as_json(),
-        "chat_template_sha256": work.renderer.template_sha256,
-        "merged": {
-            "perplexity": told.merged_as.perplexity,
-            "against_trained": told.merged_as.as_json(),
-        },
-        "rows": len(work.rows),
+        "method": method,
+        "num_bytes": sum(path.stat().st_size for path in files),
+        "base": measured.trained.base.identity,
+        "chat_template_sha256": measured.trained.renderer.template_sha256,
+        "merged": {"perplexity": merged.perplexity, "against_trained": merged.as_json()},
+        "rows": len(measured.rows),
         **proof.as_json(),
-        "limits": work.run.export.model_dump(mode="json"),
+        "limits": measured.trained.run.export.model_dump(mode="json"),
         "sha256": {path.name: file_sha256(path) for path in files},
         **provenance(),
     }
+    return ExportReport.model_validate(content)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from halfbyte.errors import RunError, UserError
 from halfbyte.run_dir import RunDir, write_text
 from halfbyte.ship.card import artefact_card
+from halfbyte.trained.artefact import ExportReport
 
 
 def check_push(name: str) -> None:
-    """Whether a push can work, before anything is made.
+    """Check that a push can work, before anything is made.
 
     Raises:
         UserError: the name is none of a repository, or no login is found.
@@ -31,8 +31,8 @@ def check_push(name: str) -> None:
         )
 
 
-def push(folder: RunDir, report: dict[str, Any], name: str) -> str:
-    """Upload a proven artefact as NAME; returns its address.
+def push(folder: RunDir, report: ExportReport, name: str) -> str:
+    """Upload a proven artefact as NAME and return its address.
 
     Raises:
         RunError: the Hub refuses it; the artefact stays on this disk.
@@ -40,14 +40,12 @@ def push(folder: RunDir, report: dict[str, Any], name: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    path: Path = folder.export / report["name"]
+    path: Path = folder.export / report.name
     write_text(path / "README.md", artefact_card(folder, report))
     hub = HfApi()
     try:
         hub.create_repo(name, exist_ok=True, private=True)
-        hub.upload_folder(
-            repo_id=name, folder_path=path, commit_message=f"{report['name']}, proven"
-        )
+        hub.upload_folder(repo_id=name, folder_path=path, commit_message=f"{report.name}, proven")
     except (HfHubHTTPError, OSError) as error:
         raise RunError(
             f"{path}: the Hub did not take it: {error}. It stays on this disk"

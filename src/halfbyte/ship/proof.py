@@ -11,7 +11,7 @@ from halfbyte.data.questions import Question
 from halfbyte.data.rows import Message
 from halfbyte.errors import RunError
 from halfbyte.generate.batched import Answer
-from halfbyte.ship.work import Work
+from halfbyte.ship.measured_run import MeasuredRun
 from halfbyte.trained.fidelity import Fidelity, Reference, Rows, agreement
 
 
@@ -44,11 +44,11 @@ class Exam:
 
 @dataclass(frozen=True)
 class References:
-    """What artefacts are compared with."""
+    """The predictions that artefacts are compared with."""
 
     trained: Reference
     merged: Reference
-    merged_as: Fidelity  # the merged model against the trained one
+    merged_fidelity: Fidelity  # the merged model against the trained one
 
 
 @dataclass(frozen=True)
@@ -86,45 +86,46 @@ class Proof:
         }
 
 
-def prove(work: Work, served: EngineModel, told: References, exam: Exam | None) -> Proof:
-    """Measure an artefact on the run's rows."""
+def prove(
+    measured: MeasuredRun, engine: EngineModel, references: References, exam: Exam | None
+) -> Proof:
+    """Measure an artefact, opened in its engine, on the run's rows."""
     # Of one vocabulary, so both references are at the same positions.
-    columns = told.trained.log_probs.shape[1]
-    log_probs, loss = served.predict(work.rows, told.trained.positions, columns)
-    trained = agreement(log_probs, loss, told.trained)
-    merged = agreement(log_probs, loss, told.merged)
+    columns = references.trained.log_probs.shape[1]
+    positions = references.trained.positions
+    log_probs, loss = engine.predict(measured.rows, positions, columns)
     same_text = same_ids = 0
     first = None
-    for messages in work.conversations:
-        wanted_text, wanted_ids = work.prompt(messages)
-        text, ids = served.prompt(messages)
+    for messages in measured.conversations:
+        wanted_text, wanted_ids = measured.prompt(messages)
+        text, ids = engine.prompt(messages)
         same_text += text == wanted_text
         same_ids += ids == wanted_ids
         if first is None and (text, ids) != (wanted_text, wanted_ids):
             first = _difference(wanted_text, text, wanted_ids, ids)
-    scores = {}
+    renderer, scores = measured.trained.renderer, {}
     if exam is not None:
-        made = served.answers(
+        answers = engine.answers(
             [question.prompt for question in exam.questions],
-            stop_ids=work.renderer.stop_ids,
+            stop_ids=renderer.stop_ids,
             max_new_tokens=exam.max_new_tokens,
         )
-        scores = exam.grade([work.renderer.decode(answer.ids) for answer in made])
+        scores = exam.grade([renderer.decode(answer.ids) for answer in answers])
     return Proof(
-        trained,
-        merged,
-        told.merged.loss,
-        len(work.conversations),
+        agreement(log_probs, loss, references.trained),
+        agreement(log_probs, loss, references.merged),
+        references.merged.loss,
+        len(measured.conversations),
         same_text,
         same_ids,
         first,
-        [token for token in work.renderer.stop_ids if not served.ends(token)],
+        [token for token in renderer.stop_ids if not engine.ends(token)],
         scores,
     )
 
 
 def refuse_unproven(name: str, proof: Proof, settings: Export, *, lossless: bool) -> None:
-    """Whether the artefact may be called done.
+    """Refuse an artefact that is not the trained model.
 
     ``lossless``: weights in 16 or 32 bits, which have nothing to lose.
 
@@ -141,11 +142,11 @@ def refuse_unproven(name: str, proof: Proof, settings: Export, *, lossless: bool
         faults.append(f"generation would not end at {proof.missing_stops}")
     max_kl = settings.max_kl if lossless else settings.max_quantised_kl
     min_top1 = settings.min_top1 if lossless else settings.min_quantised_top1
-    found = proof.trained
-    if not found.kl_nats_per_token <= max_kl or found.top1_agreement < min_top1:
+    trained = proof.trained
+    if not trained.kl_nats_per_token <= max_kl or trained.top1_agreement < min_top1:
         faults.append(
-            f"it is not the trained model: KL {found.kl_nats_per_token:.2e} nats/token, top-1"
-            f" {found.top1_agreement:.2%}; allowed: KL {max_kl:g}, top-1 {min_top1:.0%}"
+            f"it is not the trained model: KL {trained.kl_nats_per_token:.2e} nats/token, top-1"
+            f" {trained.top1_agreement:.2%}; allowed: KL {max_kl:g}, top-1 {min_top1:.0%}"
         )
     if faults:
         keys = "max_kl and export.min_top1" if lossless else "max_quantised_kl and …_top1"
@@ -155,7 +156,7 @@ def refuse_unproven(name: str, proof: Proof, settings: Export, *, lossless: bool
 
 
 def _difference(wanted_text: str, text: str, wanted_ids: list[int], ids: list[int]) -> str:
-    """Where two prompts part, for an error's message."""
+    """Show where two prompts part, for an error's message."""
     if text != wanted_text:
         at = next(
             (i for i, (a, b) in enumerate(zip(wanted_text, text, strict=False)) if a != b),

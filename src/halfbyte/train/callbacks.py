@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from halfbyte.data.prepare import Example
+from halfbyte.data.prepared import Example
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.generate.batched import generate
 from halfbyte.model.adapter import trainable_parameters
 
 if TYPE_CHECKING:
-    from halfbyte.train.trainer import TokenTrainer
+    from accelerate import Accelerator
+
+    from halfbyte.train.batching import StepwiseSampler
+    from halfbyte.train.tracking import Tracker
 
 SAMPLE_BATCH = 8
 # The scaler begins at 65,536 and halves at each overflow; a few skipped steps are its search.
 MAX_SKIPPED_STEPS = 8
+
+
+class Training(Protocol):
+    """What callbacks read of the trainer.
+
+    Attributes:
+        model: with its adapter.
+        accelerator: knows whether the last optimizer step was skipped.
+        tracker: takes samples; None on other ranks than 0.
+        sampler: orders the rows of an epoch.
+        finite: whether all losses of the step so far are finite; None before its first pass.
+    """
+
+    model: torch.nn.Module
+    accelerator: Accelerator
+    tracker: Tracker | None
+    sampler: StepwiseSampler
+    finite: torch.Tensor | None
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        """Enter the autocast of training."""
 
 
 class Progress(TrainerCallback):
@@ -75,8 +100,8 @@ class Progress(TrainerCallback):
 class FiniteGuard(TrainerCallback):
     """Stops before an optimizer step that would write NaN or infinity into the adapter."""
 
-    def __init__(self) -> None:
-        self.trainer: TokenTrainer | None = None
+    def __init__(self, training: Training) -> None:
+        self.training = training
         self.num_skipped = 0
 
     def on_pre_optimizer_step(
@@ -89,14 +114,13 @@ class FiniteGuard(TrainerCallback):
         Raises:
             RunError: something is not finite; the weights are still those of the step before.
         """
-        assert self.trainer is not None
-        assert self.trainer.finite is not None
-        finite = self.trainer.finite
+        assert self.training.finite is not None
+        finite = self.training.finite
         if not args.fp16:
-            gradients = [p.grad for p in trainable_parameters(self.trainer.model).values()]
+            gradients = [p.grad for p in trainable_parameters(self.training.model).values()]
             norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
             finite = finite & torch.isfinite(norm)
-        self.trainer.finite = None
+        self.training.finite = None
         if not bool(finite):
             raise RunError(
                 f"step {state.global_step + 1}: the loss or a gradient is NaN or infinite. The adapter is"
@@ -112,8 +136,7 @@ class FiniteGuard(TrainerCallback):
         Raises:
             RunError: too many in a row; the run would go on without learning anything.
         """
-        assert self.trainer is not None
-        skipped = self.trainer.accelerator.optimizer_step_was_skipped
+        skipped = self.training.accelerator.optimizer_step_was_skipped
         self.num_skipped = self.num_skipped + 1 if skipped else 0
         if self.num_skipped > MAX_SKIPPED_STEPS:
             raise RunError(
@@ -125,40 +148,40 @@ class FiniteGuard(TrainerCallback):
 class EpochOrder(TrainerCallback):
     """Gives the sampler its epoch, also where a resumed loader hides it behind wrappers."""
 
-    def __init__(self) -> None:
-        self.trainer: TokenTrainer | None = None
+    def __init__(self, training: Training) -> None:
+        self.training = training
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
         """A run resumed in mid-epoch goes on with that epoch's own order."""
-        assert self.trainer is not None
         # 1.9999999 is the rounded end of epoch 1, that is the beginning of epoch 2.
-        self.trainer.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+        self.training.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
 class Samples(TrainerCallback):
     """Answers to a few held-out prompts at each evaluation."""
 
-    def __init__(self, examples: list[Example], renderer: Renderer, max_new_tokens: int) -> None:
+    def __init__(
+        self, training: Training, examples: list[Example], renderer: Renderer, max_new_tokens: int
+    ) -> None:
+        self.training = training
         # Raw text has no prompt to answer.
         self.examples = [example for example in examples if example.row.text is None]
         self.renderer = renderer
         self.max_new_tokens = max_new_tokens
-        self.trainer: TokenTrainer | None = None
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
         """Generate greedily and hand the answers to the tracker."""
-        assert self.trainer is not None
-        tracker = self.trainer.tracker
+        tracker = self.training.tracker
         if tracker is None or not self.examples:
             return
         prompts = [self.renderer.encode_prompt(e.row.messages[:-1]) for e in self.examples]
-        with self.trainer.compute_loss_context_manager():
+        with self.training.compute_loss_context_manager():
             answers = generate(
-                self.trainer.model,
+                self.training.model,
                 prompts,
                 stop_ids=self.renderer.stop_ids,
                 pad_id=self.renderer.pad_id,

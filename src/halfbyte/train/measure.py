@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from halfbyte.plan.live import Births
+from halfbyte.plan.live import StorageCounter
 
 FORWARD, BACKWARD = "halfbyte.forward", "halfbyte.backward"
 
@@ -137,18 +137,18 @@ def _by_birth(
     backward: Callable[[torch.Tensor], None],
 ) -> Measured:
     start = live_tensor_bytes(device)
-    births = Births()
+    births = StorageCounter()
     with births:
         result = forward()
-        forward_bytes, kept_bytes = births.most_bytes, births.total_bytes
-        births.most_bytes = kept_bytes
+        forward_bytes, kept_bytes = births.peak_bytes, births.total_bytes
+        births.peak_bytes = kept_bytes
         backward(result)
     del result
     return Measured(
         start,
         start + forward_bytes,
         kept_bytes,
-        start + births.most_bytes,
+        start + births.peak_bytes,
         start + births.total_bytes,
     )
 

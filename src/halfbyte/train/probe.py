@@ -9,22 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Run
 from halfbyte.data.prefix_tree import Layout
-from halfbyte.data.prepare import Example, prepare
+from halfbyte.data.prepare import prepare
 from halfbyte.data.render import renderer_of
 from halfbyte.errors import PlanError
 from halfbyte.heap import release_pages
-from halfbyte.model.adapter import attach_adapter
-from halfbyte.model.load import load_config, load_for_training, load_tokenizer
+from halfbyte.model.load import load_tokenizer
 from halfbyte.model.resolve import resolve_base
-from halfbyte.plan.gate import gate
 from halfbyte.plan.memory import Planner, TrainPlan
 from halfbyte.plan.recompute import kept, peaks
-from halfbyte.plan.shape import Lengths
 from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
-from halfbyte.train.arguments import Passes
 from halfbyte.train.measure import measure, resident_bytes
 from halfbyte.train.preflight import check_first_step
-from halfbyte.train.settle_dtype import settle_plan
+from halfbyte.train.setup import Setup, set_up
 from halfbyte.train.trainer import TokenTrainer, build_trainer
 
 if TYPE_CHECKING:
@@ -65,40 +61,37 @@ class Probe:
         return "\n".join(lines)
 
 
-def longest_rows(examples: list[Example]) -> Lengths:
-    """Tokens and labelled tokens of training rows, the longest first."""
-    return Lengths.of([(e.encoded.ids, e.encoded.labels) for e in examples])
-
-
-def first_look(
-    trainer: TokenTrainer, planner: Planner, plan: TrainPlan | None
-) -> tuple[str, dict[str, Any]]:
-    """The look before step 1: lines to say, and figures for the manifest.
+def first_look(trainer: TokenTrainer, setup: Setup) -> tuple[str, dict[str, Any]]:
+    """Look before step 1: return lines to print, and fields for the manifest.
 
     Raises:
         RunError, PlanError: as ``probe``.
     """
-    if plan is None:
+    if setup.plan is None:
         loss, _ = check_first_step(trainer, profiled=False)
         return f"before step 1: loss {loss:.3f} on the longest rows, gradients finite", {}
-    found = probe(trainer, planner, plan, profiled=False)
+    result = probe(trainer, setup, profiled=False)
     release_pages()
     lines = (
-        f"before step 1: loss {found.loss:.3f} on the longest rows, gradients finite\n"
-        f"memory: {found.measured['peak'] / 1e9:.3f} GB measured, {found.error_frac:+.1%} off plan"
+        f"before step 1: loss {result.loss:.3f} on the longest rows, gradients finite\n"
+        f"memory: {result.measured['peak'] / 1e9:.3f} GB measured, {result.error_frac:+.1%} off plan"
     )
-    return lines, plan.as_json() | {"probe": found.as_json()}
+    memory = setup.plan.as_json() | {"probe": result.as_json()}
+    if trainer.tracker is not None:
+        trainer.tracker.summarise({"memory": memory})
+    return lines, {"memory": memory}
 
 
-def probe(
-    trainer: TokenTrainer, planner: Planner, plan: TrainPlan, *, profiled: bool = True
-) -> Probe:
+def probe(trainer: TokenTrainer, setup: Setup, *, profiled: bool = True) -> Probe:
     """Run the longest micro-batch forward and backward and score an evaluation batch.
 
     Raises:
         RunError: as ``check_first_step``.
-        PlanError: with the optimizer's states the measured peak would not fit.
+        PlanError: nothing is planned, or with the optimizer's states the measured peak would not fit.
     """
+    planner, plan = setup.planner, setup.plan
+    if planner is None or plan is None:
+        raise PlanError("there is no plan to compare a probe with")
     loss, step = check_first_step(trainer, profiled=profiled)
     scored = trainer.longest(trainer.held_out or trainer.rows)
 
@@ -118,9 +111,9 @@ def probe(
         "peak of an evaluation batch": evaluation.peak_bytes,
         "peak": step.peak_bytes,
     }
-    found = Probe(loss, predicted, measured, resident_bytes())
+    result = Probe(loss, predicted, measured, resident_bytes())
     # What the plan has beyond the probe comes on top: optimizer states, gradients kept, DDP's buckets.
-    extra_bytes = planner.sharing * (step.peak_bytes - predicted["peak"])
+    extra_bytes = planner.sharing_processes * (step.peak_bytes - predicted["peak"])
     if extra_bytes > planner.margin_bytes(plan) and not planner.run.train.ignore_plan:
         raise PlanError(
             f"the probe took {step.peak_bytes / 1e9:.2f} GB where {predicted['peak'] / 1e9:.2f} were"
@@ -128,7 +121,7 @@ def probe(
             " a smaller train.micro_batch_size or train.checkpointing=on; train.ignore_plan=true"
             " trains in spite of it"
         )
-    return found
+    return result
 
 
 def _predicted(
@@ -137,8 +130,8 @@ def _predicted(
     """What the plan says of the same two passes: no optimizer yet, no gradients from before."""
     fixed = planner.fixed_bytes()
     start = sum(fixed[name] for name in ("weights", "constants", "adapter", "workspace"))
-    shape = plan.shape.alone().of(trained)
-    scored = shape.of(evaluated)
+    shape = plan.shape.alone().with_layout(trained)
+    scored = shape.with_layout(evaluated)
     most = {phase: peak.total_bytes for phase, peak in peaks(planner.step, shape).items()}
     forward = start + max(most[FORWARD], most[HEAD])
     backward = start + max(most[BACKWARD], most[BACKWARD_END])
@@ -162,20 +155,8 @@ def probe_run(run: Run, device: Device) -> Probe:
     base = resolve_base(run.model.name, run.model.revision)
     renderer = renderer_of(run.data, load_tokenizer(base))
     prepared = prepare(run.data, renderer)
-    lengths, held_out = longest_rows(prepared.train), longest_rows(prepared.validation)
-    planner, plan = gate(run, load_config(base), device, lengths, held_out)
-    if plan is None:
-        raise PlanError("there is no plan to compare a probe with")
-    loaded = load_for_training(base, run.model)
+    # No evaluation is due in a single step, so none is refused for want of held-out rows.
+    quiet = run.model_copy(update={"train": run.train.model_copy(update={"eval_steps": 0})})
     with tempfile.TemporaryDirectory(prefix="halfbyte-probe-") as scratch:
-        model = attach_adapter(loaded, run.adapter, run.seed, Path(scratch))
-        planned, both = (planner, plan), (lengths, held_out)
-        planner, plan = settle_plan(run, loaded, model, prepared.train, planned, both)
-        assert plan is not None
-        passes = Passes.of(run, plan)
-        examples = (prepared.train, prepared.validation)
-        quiet = run.model_copy(update={"train": run.train.model_copy(update={"eval_steps": 0})})
-        trainer = build_trainer(
-            quiet, loaded, model, renderer, examples, passes, Path(scratch), None
-        )
-        return probe(trainer, planner, plan)
+        setup = set_up(quiet, base, renderer, prepared, device, Path(scratch))
+        return probe(build_trainer(setup, Path(scratch), None), setup)

@@ -6,26 +6,34 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import Run, read_run_folder, run_as_yaml
 from halfbyte.config.read import UNNAMED
-from halfbyte.data.prepare import Prepared, hash_fraction
-from halfbyte.data.render import Renderer
+from halfbyte.data.ledger import Ledger
+from halfbyte.data.prepare import hash_fraction
+from halfbyte.data.prepared import Prepared
 from halfbyte.errors import RunError
-from halfbyte.model.load import Loaded, vision_modules
+from halfbyte.model.adapter import save_adapter
+from halfbyte.model.identity import check_same_base
+from halfbyte.model.load import vision_modules
 from halfbyte.model.resolve import Base
 from halfbyte.run_dir import (
     RunDir,
     move_aside,
     provenance,
-    read_json,
-    write_json,
     write_jsonl,
     write_text,
 )
+from halfbyte.train.setup import Setup
+from halfbyte.trained.manifest import ComputeDtype, Manifest, read_manifest
+from halfbyte.trained.reference_logprobs import record_reference_logprobs
+
+if TYPE_CHECKING:
+    import torch
 
 # Settings of `train` that change what is shown or kept, not what is learnt.
 SILENT_TRAIN_KEYS = {
@@ -51,15 +59,34 @@ NUM_FEWSHOT_POOL = 64
 class Session:
     """An opened run folder.
 
-    ``resume`` is the checkpoint to go on from, ``earlier_s`` what the attempts before it have taken.
+    Attributes:
+        run: the config, its steps cut as in the attempt before where ``auto`` leaves it open.
+        folder: of the run.
+        resume: the checkpoint to go on from.
+        finished: whether the run is trained already.
+        is_main: whether this process is the one that writes.
+        started: when this attempt began, as ``time.time`` tells.
+        earlier: the manifest of the attempt that ``resume`` goes on with.
     """
 
+    run: Run
     folder: RunDir
     resume: Path | None
     finished: bool
     is_main: bool
     started: float
-    earlier_s: float
+    earlier: Manifest | None
+
+    def say(self, *lines: str) -> None:
+        """Print lines, from the main process alone; empty ones are left out."""
+        for line in filter(None, lines if self.is_main else ()):
+            print(line)
+
+    @property
+    def next_commands(self) -> str:
+        """What to run once the training is finished."""
+        path = self.folder.path
+        return f"next: python train/merge.py {path}\n      python eval/compare.py {path}"
 
     @property
     def resume_step(self) -> int:
@@ -77,21 +104,21 @@ def open_session(run: Run) -> Session:
     is_main = os.environ.get("RANK", "0") == "0"
     resume = None
     finished = False
-    earlier_s = 0.0
+    earlier = None
     if folder.config.is_file() and run.train.existing == "replace":
         if is_main:
             print(f"moved the earlier run to {move_aside(folder.path)}")
     elif folder.config.is_file():
         resume = newest_checkpoint(folder.checkpoints)
-        finished = folder.is_finished()
+        manifest = read_manifest(folder)
+        finished = manifest is not None and manifest.finished
         if resume or finished:
             _check_same(run, folder)
-        if resume and folder.manifest.is_file():
-            earlier_s = float(read_json(folder.manifest).get("seconds", 0.0))
+        earlier = manifest if resume else None
     if is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_text(folder.config, run_as_yaml(run))
-    return Session(folder, resume, finished, is_main, time.time(), earlier_s)
+    return Session(_as_before(run, earlier), folder, resume, finished, is_main, time.time(), earlier)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -108,39 +135,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def as_before(session: Session, run: Run) -> Run:
-    """The run with its steps cut as the attempt before has cut them, where ``auto`` leaves it open.
-
-    So that a resumed run repeats the one that was stopped, whatever memory is free by now.
-    """
-    if session.resume is None or not session.folder.manifest.is_file():
-        return run
-    told = read_json(session.folder.manifest).get("memory")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if told is None or run.train.batch_size % (told["micro_batch_size"] * world):
-        return run  # another number of processes: the plan settles it anew
-    settled: dict[str, Any] = {}
-    if run.train.micro_batch_size == "auto":
-        settled["micro_batch_size"] = told["micro_batch_size"]
-    if run.train.checkpointing == "auto":
-        settled["checkpointing"] = told["checkpointing"]
-    return run.model_copy(update={"train": run.train.model_copy(update=settled)})
-
-
 def check_base(session: Session, base: Base) -> None:
     """A resumed run must go on from the base that it began with.
 
     Raises:
         RunError: the base is another one by now.
     """
-    if session.resume is None or not session.folder.manifest.is_file():
-        return
-    told = read_json(session.folder.manifest)["base"]
-    if told["fingerprint"] != base.fingerprint:
-        raise RunError(
-            f"{session.folder.path}: the base {base.name} has changed since this run began (it was at"
-            f" {told['revision'] or told['fingerprint'][:12]}); pin model.revision, or start anew with"
-            " train.existing=replace"
+    if session.earlier is not None:
+        check_same_base(
+            session.earlier.base,
+            base.identity,
+            f"{session.folder.path}: began with",
+            "Pin model.revision, or start over with train.existing=replace",
         )
 
 
@@ -151,12 +157,16 @@ def record_data(session: Session, prepared: Prepared) -> None:
         RunError: a resumed run finds other data than it began with.
     """
     folder = session.folder
-    previous = folder.ledger.is_file() and read_json(folder.ledger)["fingerprints"]
-    if session.resume and previous and previous != prepared.ledger["fingerprints"]:
-        raise RunError(
-            f"{folder.path}: the data has changed since this run began; train.existing=replace starts anew"
-        )
-    write_json(folder.ledger, prepared.ledger)
+    if session.resume and folder.ledger.is_file():
+        earlier = Ledger.read(folder.ledger)
+        if earlier.fingerprints != prepared.ledger.fingerprints:
+            raise RunError(
+                f"{folder.path}: the data has changed since this run began; train.existing=replace starts"
+                " over"
+            )
+    if not session.is_main:
+        return
+    prepared.ledger.write(folder.ledger)
     for name in ("validation", "test"):
         rows = getattr(prepared, name)
         write_jsonl(folder.data / f"{name}.jsonl", (example.row.as_json() for example in rows))
@@ -167,30 +177,72 @@ def record_data(session: Session, prepared: Prepared) -> None:
     )
 
 
-def write_manifest(
-    session: Session, run: Run, loaded: Loaded, renderer: Renderer, numbers: dict[str, Any]
+def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> None:
+    """Write where everything came from and what it cost, from the main process alone.
+
+    Args:
+        session: the opened run folder.
+        setup: what is trained.
+        numbers: further fields of ``Manifest``; ``finished`` once the adapter is saved.
+    """
+    if not session.is_main:
+        return
+    loaded, renderer = setup.loaded, setup.renderer
+    before_s = session.earlier.seconds if session.earlier else 0.0
+    Manifest(
+        name=str(setup.run.name),
+        base=loaded.base.identity,
+        model_class=type(loaded.model).__name__,
+        text_only=loaded.text_only,
+        vision_modules=len(vision_modules(loaded.model)),
+        precision=str(loaded.precision),
+        compute_dtype=ComputeDtype(name=loaded.compute.name, why=loaded.compute.reason),
+        device=str(loaded.compute.device),
+        chat_template_sha256=renderer.template_sha256,
+        stop_ids=renderer.stop_ids,
+        bos_per_row=1 if renderer.has_bos else 0,
+        seconds=round(time.time() - session.started + before_s, 1),
+        **numbers,
+        **provenance(),
+    ).write(session.folder.manifest)
+
+
+def save_trained(
+    session: Session, setup: Setup, last_logits: Callable[[list[int]], torch.Tensor]
 ) -> None:
-    """Where everything came from and what it cost; ``finished`` once the adapter is saved."""
-    device = loaded.compute.device
-    write_json(
-        session.folder.manifest,
-        {
-            "name": run.name,
-            "base": loaded.base.as_json(),
-            "model_class": type(loaded.model).__name__,
-            "text_only": loaded.text_only,
-            "vision_modules": len(vision_modules(loaded.model)),
-            "precision": loaded.precision,
-            "compute_dtype": {"name": loaded.compute.name, "why": loaded.compute.reason},
-            "device": str(device),
-            "chat_template_sha256": renderer.template_sha256,
-            "stop_ids": renderer.stop_ids,
-            "bos_per_row": 1 if renderer.has_bos else 0,
-            "seconds": round(time.time() - session.started + session.earlier_s, 1),
-            **numbers,
-            **provenance(),
-        },
-    )
+    """Write the adapter, its tokenizer, and what the trained model answers to a few prompts.
+
+    From the main process alone; the others hold the same adapter.
+
+    Args:
+        session: the opened run folder.
+        setup: what was trained.
+        last_logits: gives logits (V,) of the trained model after ids.
+    """
+    if not session.is_main:
+        return
+    folder = session.folder
+    save_adapter(setup.model, setup.loaded, folder.adapter, folder.path)
+    setup.renderer.tokenizer.save_pretrained(folder.adapter)
+    rows = [example.row for example in setup.held_out or setup.train]
+    record_reference_logprobs(last_logits, setup.renderer, rows, folder.adapter)
+
+
+def _as_before(run: Run, earlier: Manifest | None) -> Run:
+    """Return the run with its steps cut as the attempt before has cut them, where ``auto`` leaves it open.
+
+    So that a resumed run repeats the one that was stopped, whatever memory is free by now.
+    """
+    plan = earlier.memory if earlier else None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if plan is None or run.train.batch_size % (plan["micro_batch_size"] * world):
+        return run  # another number of processes: the plan settles it anew
+    settled: dict[str, Any] = {}
+    if run.train.micro_batch_size == "auto":
+        settled["micro_batch_size"] = plan["micro_batch_size"]
+    if run.train.checkpointing == "auto":
+        settled["checkpointing"] = plan["checkpointing"]
+    return run.model_copy(update={"train": run.train.model_copy(update=settled)})
 
 
 def _check_same(run: Run, folder: RunDir) -> None:
@@ -213,12 +265,15 @@ def _settings(run: Run) -> dict[str, Any]:
         for key, value in values.items():
             if key not in silent.get(section, ()):
                 flat[f"{section}.{key}"] = value
+    # Where runs of versions before 0.2 say sdpa, auto takes it: they trained with nothing else.
+    if flat["model.attention"] == "auto":
+        flat["model.attention"] = "sdpa"
     return flat
 
 
 def _step(path: Path) -> int:
-    found = re.search(r"-(\d+)$", path.name)
-    return int(found.group(1)) if found else -1
+    number = re.search(r"-(\d+)$", path.name)
+    return int(number.group(1)) if number else -1
 
 
 def _has_content(path: Path) -> bool:

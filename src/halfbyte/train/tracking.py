@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.schema import Run
 from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, append_jsonl, read_jsonl, write_jsonl
 from halfbyte.tracking import start_wandb, where
+
+if TYPE_CHECKING:
+    from halfbyte.train.session import Session
 
 
 class Tracker:
@@ -59,7 +64,7 @@ class Tracker:
             self.wandb.log(record)
 
     def summarise(self, values: dict[str, Any]) -> None:
-        """Figures of the whole run, for W&B's table of runs; the manifest has them too."""
+        """Hand figures of the whole run to W&B's table of runs; the manifest has them too."""
         if self.wandb is not None:
             self.wandb.summary.update(values)
 
@@ -87,6 +92,24 @@ class Tracker:
             self.wandb.log_artifact(artifact)
         self.wandb.finish(exit_code=0 if adapter is not None else 1)
         self.wandb = None
+
+
+@contextmanager
+def tracked(run: Run, session: Session) -> Iterator[Tracker | None]:
+    """Track a run for the body of the ``with``; None on other ranks than 0.
+
+    At the end the W&B run gets the adapter, or is marked as failed where the body raised.
+    """
+    if not session.is_main:
+        yield None
+        return
+    tracker = Tracker(run, session.folder, session.resume_step)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.finish(None)
+        raise
+    tracker.finish(session.folder.adapter)
 
 
 def _keep(path: Path, resume_step: int) -> list[dict[str, Any]]:

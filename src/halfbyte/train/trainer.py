@@ -10,25 +10,23 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
 from halfbyte.data.prefix_tree import Tokens
-from halfbyte.data.prepare import Example
-from halfbyte.data.render import Renderer
-from halfbyte.errors import RunError
+from halfbyte.data.prepared import Example
 from halfbyte.forward.fused_layers import fuse
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.recompute import recompute_first
+from halfbyte.forward.restore import forward_kept
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
-from halfbyte.model.load import Loaded
-from halfbyte.train.arguments import Passes, trainer_arguments
+from halfbyte.train.arguments import num_steps, trainer_arguments
 from halfbyte.train.batching import Cutting, StepwiseSampler
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
 from halfbyte.train.measure import resident_bytes
+from halfbyte.train.setup import Setup
 from halfbyte.train.tracking import Tracker
 
 
@@ -37,27 +35,61 @@ class TokenTrainer(SFTTrainer):
 
     Differs from TRL's where its loss scores every position on CPU and its evaluation averages
     batch means: here both are sums over labelled tokens divided by their number.
+
+    Args:
+        setup: rows, base with adapter, and how a step is cut; the model knows ``token_loss`` already.
+        cutting: how rows become passes.
+        checkpoints: folder for checkpoints.
+        tracker: where numbers go; None on other ranks than 0.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        tracker: Tracker | None,
-        rows: list[Tokens],
-        held_out: list[Tokens],
-        **options: Any,
+        self, setup: Setup, cutting: Cutting, checkpoints: Path, tracker: Tracker | None
     ) -> None:
         self.control: TrainerControl
-        self.tracker = tracker
-        self.cutting: Cutting
-        self.rows, self.held_out = rows, held_out
+        self.tracker, self.cutting = tracker, cutting
+        self.rows, self.held_out = tokens_of(setup.train), tokens_of(setup.held_out)
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
         self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
         self.saved_step = -1
+        self.num_steps = num_steps(setup.run, len(setup.train))
+        self.seconds = 0.0
+        self.sampler: StepwiseSampler
         self.finite: torch.Tensor | None = None
         self._gradients: torch.Tensor | None = None
         self._since = (0, time.perf_counter())
-        super().__init__(*args, **options)
+        train, model = setup.run.train, setup.model
+        # Rows stay where they are; the loader deals out their numbers.
+        numbers = Dataset.from_dict({"row": range(len(self.rows))})
+        samples = setup.held_out[: train.num_samples]
+        # TRL puts a forward of its own on the model and rounds the adapter; both are put back.
+        with adapters_kept(model), forward_kept(model.get_base_model()):
+            super().__init__(
+                model=model,
+                args=_sft_config(setup, checkpoints),
+                data_collator=self._collate,
+                train_dataset=numbers,
+                # Only its presence counts: `evaluate` reads `held_out`.
+                eval_dataset=numbers.select(range(1)) if self.held_out else None,
+                processing_class=setup.renderer.tokenizer,
+                callbacks=[
+                    Progress(),
+                    FiniteGuard(self),
+                    EpochOrder(self),
+                    Samples(self, samples, setup.renderer, train.sample_tokens),
+                ],
+            )
+        self.remove_callback(PrinterCallback)
+
+    def _collate(self, numbers: list[dict[str, int]]) -> dict[str, Any]:
+        """Cut the rows of an optimizer step into passes."""
+        step = [self.rows[number["row"]] for number in numbers]
+        layouts = self.cutting.step(step)
+        return {
+            "layouts": layouts,
+            "labels": torch.tensor([[label for _, labels in step for label in labels]]),
+            "num_tokens": sum(layout.num_tokens for layout in layouts),
+        }
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         lengths = [len(ids) for ids, _ in self.rows]
@@ -70,19 +102,19 @@ class TokenTrainer(SFTTrainer):
         """As many of the longest of these rows as a pass takes."""
         return sorted(rows, key=lambda row: -len(row[0]))[: self.cutting.micro_batch_size]
 
-    def train_to(self, steps: int, resume: Path | None) -> float:
-        """Train until ``steps`` are done, from a checkpoint if there is one; returns seconds."""
+    def train_to_end(self, resume: Path | None) -> None:
+        """Train until all steps are done, from a checkpoint if there is one."""
         start = time.perf_counter()
         self._since = (self.num_tokens, start)
         if resume is not None:
             state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
-            if state.global_step >= steps:
+            if state.global_step >= self.num_steps:
                 # transformers would take one step more than asked for.
                 self._load_from_checkpoint(str(resume))
                 self.state = state
-                return 0.0
+                return
         self.train(resume_from_checkpoint=str(resume) if resume else None)
-        return time.perf_counter() - start
+        self.seconds = time.perf_counter() - start
 
     def training_step(
         self,
@@ -167,8 +199,8 @@ class TokenTrainer(SFTTrainer):
         """Logits (V,) of the model as it stands after ``ids``, on the CPU."""
         self.model.eval()
         with self.compute_loss_context_manager():
-            asked = torch.tensor([ids], device=self.args.device)
-            return self.model(input_ids=asked).logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+            input_ids = torch.tensor([ids], device=self.args.device)
+            return self.model(input_ids=input_ids).logits[0, -1].float().cpu()  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens per second and memory, write the record, and keep the Trainer's own history."""
@@ -193,8 +225,11 @@ class TokenTrainer(SFTTrainer):
         super(SFTTrainer, self).log(logs, start_time)
 
     def numbers(self) -> dict[str, Any]:
-        """What the run came to, for the manifest."""
+        """Return figures of the finished run, for the manifest; all processes call it together."""
+        held_out_loss = self.final_loss()
         return {
+            "training_seconds": self.seconds,
+            "held_out_loss": held_out_loss,
             "steps": self.state.global_step,
             "num_tokens": self.num_tokens,
             "trainable": sum(p.numel() for p in trainable_parameters(self.model).values()),
@@ -223,87 +258,42 @@ def memory_bytes(device: torch.device) -> int:
     return resident_bytes()
 
 
-def build_trainer(
-    run: Run,
-    loaded: Loaded,
-    model: PeftModel,
-    renderer: Renderer,
-    examples: tuple[list[Example], list[Example]],
-    passes: Passes,
-    checkpoints: Path,
-    tracker: Tracker | None,
-) -> TokenTrainer:
-    """Put our model, rows and settings into TRL's trainer.
+def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> TokenTrainer:
+    """Fuse the model, decide how its rows are laid out, and put both into TRL's trainer.
 
     Args:
-        run: the config.
-        loaded: how the base was loaded.
-        model: the base with its adapter.
-        renderer: for samples to read along.
-        examples: training rows and held-out rows.
-        passes: how a step is cut.
+        setup: rows, base with adapter, and how a step is cut.
         checkpoints: folder for checkpoints.
         tracker: where numbers go; None on other ranks than 0.
-
-    Raises:
-        RunError: evaluations are asked for, but no row is held out.
     """
-    train, held_out = examples
-    if run.train.eval_steps and not held_out:
-        raise RunError(
-            f"train.eval_steps is {run.train.eval_steps}, but of {len(train)} rows none fell into the"
-            " held-out part; raise data.validation_frac or set train.eval_steps=0"
-        )
-    rows, held = ([(e.encoded.ids, e.encoded.labels) for e in part] for part in examples)
-
-    def collate(numbers: list[dict[str, int]]) -> dict[str, Any]:
-        step = [rows[number["row"]] for number in numbers]
-        layouts = trainer.cutting.step(step)
-        return {
-            "layouts": layouts,
-            "labels": torch.tensor([[label for _, labels in step for label in labels]]),
-            "num_tokens": sum(layout.num_tokens for layout in layouts),
-        }
-
-    arguments = trainer_arguments(run, loaded, passes, len(train))
-    # Rows stay where they are; the loader deals out their numbers.
-    data = Dataset.from_dict({"row": range(len(rows))})
-    settings = SFTConfig(output_dir=str(checkpoints), **arguments)
-    # With several GPUs and one process transformers multiplies the batch by their number.
-    if settings.n_gpu > 1:
-        settings._n_gpu = 1
-    if passes.recompute is not None:
-        recompute_first(model.get_base_model(), passes.recompute)
-    guard, order = FiniteGuard(), EpochOrder()
-    samples = Samples(held_out[: run.train.num_samples], renderer, run.train.sample_tokens)
-    with adapters_kept(model):
-        trainer = TokenTrainer(
-            model=model,
-            args=settings,
-            data_collator=collate,
-            train_dataset=data,
-            # Only its presence counts: `evaluate` reads `held_out`.
-            eval_dataset=data.select(range(1)) if held_out else None,
-            processing_class=renderer.tokenizer,
-            callbacks=[Progress(), guard, order, samples],
-            tracker=tracker,
-            rows=rows,
-            held_out=held,
-        )
-    guard.trainer = order.trainer = samples.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    # TRL has put a forward of its own on the model; ours takes its place.
-    speed = run.allowed_speed
-    refusal = add_token_loss(model.get_base_model(), labelled_head=speed.labelled_head)
-    fuse(model, speed)
-    trainer.cutting = Cutting.of(rows, passes.micro_batch_size, speed, refusal)
+    causal, speed = setup.model.get_base_model(), setup.run.allowed_speed
+    if setup.passes.recompute is not None:
+        recompute_first(causal, setup.passes.recompute)
+    refusal = add_token_loss(causal, labelled_head=speed.labelled_head)
+    fuse(setup.model, speed)
+    rows = tokens_of(setup.train)
+    cutting = Cutting.of(rows, setup.passes.micro_batch_size, speed, refusal)
     if tracker is not None:
-        _tell(run, trainer.cutting, refusal)
-    return trainer
+        _warn_of_padding(setup.run, cutting, refusal)
+    return TokenTrainer(setup, cutting, checkpoints, tracker)
 
 
-def _tell(run: Run, cutting: Cutting, refusal: str) -> None:
-    """Say where a saving was not taken, or where it is not the same to the last bit of chance."""
+def tokens_of(examples: list[Example]) -> list[Tokens]:
+    """Return ids and labels of rows."""
+    return [(example.encoded.ids, example.encoded.labels) for example in examples]
+
+
+def _sft_config(setup: Setup, checkpoints: Path) -> SFTConfig:
+    arguments = trainer_arguments(setup.run, setup.loaded, setup.passes, len(setup.train))
+    config = SFTConfig(output_dir=str(checkpoints), **arguments)
+    # With several GPUs and one process transformers multiplies the batch by their number.
+    if config.n_gpu > 1:
+        config._n_gpu = 1
+    return config
+
+
+def _warn_of_padding(run: Run, cutting: Cutting, refusal: str) -> None:
+    """Say where a saving was not taken, or where dropout is not drawn as in padded rows."""
     if run.speed.no_padding and cutting.padded:
         why = refusal or "train.neftune_alpha makes noise by the length of padded rows"
         print(f"rows are padded, and what they share is computed for each: {why}")

@@ -1,19 +1,77 @@
-"""Owns the look at an exported artefact before it is used: whether it is still the one that was proven."""
+"""Owns the report of an exported artefact, and whether the artefact is still the one that was proven."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from halfbyte.errors import RunError
-from halfbyte.run_dir import RunDir, file_sha256, read_json
+from halfbyte.model.identity import BaseIdentity, check_same_base
+from halfbyte.record import Field, ProvenRecord, RecordPart
+from halfbyte.run_dir import RunDir, check_files
+from halfbyte.trained.manifest import finished_manifest
 
 REPORT = "export_report.json"
 # What vLLM takes as --max-lora-rank (vllm/config/lora.py).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def read_artefact(folder: RunDir, name: str) -> dict[str, Any]:
-    """An artefact's report, if its files are those that were proven.
+class Closeness(RecordPart):
+    """How close a model is to another: see ``fidelity.Fidelity``."""
+
+    kl_nats_per_token: float
+    top1_agreement: float
+    loss: float
+    num_positions: int
+
+
+class MergedModel(RecordPart):
+    """The merged model beside which an artefact is shown."""
+
+    perplexity: float
+    against_trained: Closeness
+
+
+class ExportReport(ProvenRecord):
+    """``export_report.json`` of an artefact: how it was made, and its proof.
+
+    Attributes:
+        run: name of the run.
+        name: of the artefact, which is its folder's.
+        kind: ``gguf``, ``gguf-lora``, ``awq`` or ``adapter``.
+        method: how it was made.
+        num_bytes: of its files.
+        base: that the run was trained on.
+        rows: that were measured.
+        perplexity_change: relative to the merged model's.
+        conversations: whose prompts were compared; ``same_text`` and ``same_ids`` came out alike.
+        scores: the run's own metrics, each with its interval.
+        limits: of the config, that it had to meet.
+        sha256: of its files, by name.
+    """
+
+    run: str
+    name: str
+    kind: str
+    method: dict[str, Any] = Field(alias="made")
+    num_bytes: int = Field(alias="bytes")
+    base: BaseIdentity
+    chat_template_sha256: str
+    merged: MergedModel
+    rows: int
+    against_trained: Closeness
+    against_merged: Closeness
+    perplexity: float
+    perplexity_change: float
+    conversations: int
+    same_text: int
+    same_ids: int
+    scores: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    limits: dict[str, Any] = Field(default_factory=dict)
+    sha256: dict[str, str]
+
+
+def read_artefact(folder: RunDir, name: str) -> ExportReport:
+    """Read an artefact's report, if its files are those that were proven.
 
     Raises:
         RunError: it was not made, belongs to another base or template, or a file has changed.
@@ -23,25 +81,16 @@ def read_artefact(folder: RunDir, name: str) -> dict[str, Any]:
     command = (
         f"python train/export.py {folder.path} --to {kind}{f' --quant {quant}' if quant else ''}"
     )
-    report: dict[str, Any] = read_json(folder.need(path / REPORT, command))
-    for file, sha256 in report["sha256"].items():
-        if not (path / file).is_file() or file_sha256(path / file) != sha256:
-            raise RunError(
-                f"{path / file}: is not the file that was proven (missing, cut short or changed). Make it"
-                f" again: {command}"
-            )
-    told = read_json(folder.manifest)
-    if report["base"]["fingerprint"] != told["base"]["fingerprint"]:
-        raise RunError(
-            f"{path}: was made from another base than this run's. Make it again: {command}"
-        )
-    if report["chat_template_sha256"] != told["chat_template_sha256"]:
-        raise RunError(
-            f"{path}: was made with another chat template than this run's. Make it again: {command}"
-        )
+    remedy = f"Make it again: {command}"
+    report = ExportReport.read(folder.need(path / REPORT, command))
+    check_files(path, report.sha256, "the file that was proven", remedy)
+    manifest = finished_manifest(folder)
+    check_same_base(report.base, manifest.base, f"{path}: was made from", remedy)
+    if report.chat_template_sha256 != manifest.chat_template_sha256:
+        raise RunError(f"{path}: was made with another chat template than this run's. {remedy}")
     return report
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM with room for ``rank``; None: it has none so large."""
+    """Return the smallest --max-lora-rank of vLLM with room for ``rank``; None: it has none so large."""
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)

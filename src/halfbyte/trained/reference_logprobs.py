@@ -1,7 +1,7 @@
-"""Owns the canary: what the trained model said at the end of its training, for whoever loads it later.
+"""Owns reference log-probabilities: what the trained model predicts, recorded for whoever loads it later.
 
-A server can load an adapter and answer from the base without a word (vLLM issues 34186 and 41754). So
-the training side writes down a few log-probabilities beside the adapter, and a server computes them again.
+A server can load an adapter and silently answer from the base (vLLM issues 34186 and 41754). So training
+records a few log-probabilities beside the adapter, and a server computes them again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from halfbyte.data.rows import Row, row_from_json
 from halfbyte.errors import RunError
 from halfbyte.run_dir import read_json, write_json
 
-CANARY = "canary.json"  # beside the adapter
+FILE = "canary.json"  # beside the adapter
 NUM_PROMPTS = 8
 NUM_TOKENS = 64  # the likeliest ones after each prompt
-MAX_SHARE = 0.1  # of the way from base to adapter by which a server may miss the adapter
+MAX_MISS_FRAC = 0.1  # of the distance from base to adapter by which a server may miss the adapter
 
 Logits = Callable[[list[int]], torch.Tensor]  # ids to logits (V,) after the last one
 
@@ -27,42 +27,44 @@ Logits = Callable[[list[int]], torch.Tensor]  # ids to logits (V,) after the las
 def record_reference_logprobs(
     logits: Logits, renderer: Renderer, rows: Sequence[Row], folder: Path
 ) -> None:
-    """Write what a trained model expects after the shortest prompts of ``rows``.
+    """Record a trained model's log-probabilities after the shortest prompts of ``rows``.
 
     Args:
         logits: of the trained model, in the dtype that it was trained in.
-        renderer: the training's own.
-        rows: held-out ones; of raw text the first half is the prompt.
-        folder: the adapter's.
+        renderer: of the training rows.
+        rows: held-out rows; of raw text the first half is the prompt.
+        folder: of the adapter.
     """
     records = []
-    for asked in sorted(map(_prompt, rows), key=lambda row: len(str(row)))[:NUM_PROMPTS]:
-        ids = _ids(renderer, asked)
+    for prompt in sorted(map(_prompt, rows), key=lambda row: len(str(row)))[:NUM_PROMPTS]:
+        ids = _ids(renderer, prompt)
         best = torch.log_softmax(logits(ids).float(), dim=-1).topk(NUM_TOKENS)
         tokens, logprobs = best.indices.tolist(), best.values.tolist()
-        records.append({"row": asked.as_json(), "ids": ids, "tokens": tokens, "logprobs": logprobs})
-    write_json(folder / CANARY, records)
+        records.append(
+            {"row": prompt.as_json(), "ids": ids, "tokens": tokens, "logprobs": logprobs}
+        )
+    write_json(folder / FILE, records)
 
 
 def check_reference_logprobs(
     adapted: Logits, base: Logits, renderer: Renderer, folder: Path
 ) -> str:
-    """Compare a loaded adapter with what was recorded, before anybody relies on it; returns a line to show.
+    """Compare a loaded adapter with what was recorded, and return a line to print.
 
-    The distance is the root mean square of differences of log-probabilities in nats, each token weighed
+    The distance is the root mean square of differences of log-probabilities in nats, each token weighted
     by its recorded probability.
 
     Raises:
-        RunError: nothing was recorded, prompts are rendered otherwise, the adapter is not in the answers,
-            or they are not those of the training.
+        RunError: nothing was recorded, prompts are rendered differently, or the log-probabilities are not
+            those of the trained adapter.
     """
-    if not (folder / CANARY).is_file():
+    if not (folder / FILE).is_file():
         raise RunError(
-            f"{folder / CANARY} is missing: nothing says what the adapter answered when it was trained."
+            f"{folder / FILE} is missing: nothing says what the adapter answered when it was trained."
             " It is written at the end of a training; train again with train.existing=replace"
         )
-    expected, found, without = [], [], []
-    for record in read_json(folder / CANARY):
+    expected, with_adapter, without = [], [], []
+    for record in read_json(folder / FILE):
         ids = _ids(renderer, row_from_json(record["row"]))
         if ids != record["ids"]:
             raise RunError(
@@ -72,17 +74,18 @@ def check_reference_logprobs(
             )
         tokens = torch.tensor(record["tokens"])
         expected.append(torch.tensor(record["logprobs"]))
-        found.append(torch.log_softmax(adapted(ids).float(), dim=-1)[tokens])
+        with_adapter.append(torch.log_softmax(adapted(ids).float(), dim=-1)[tokens])
         without.append(torch.log_softmax(base(ids).float(), dim=-1)[tokens])
-    miss, way = _distance(found, expected), _distance(without, expected)
-    if not miss <= MAX_SHARE * way:
+    miss = _distance(with_adapter, expected)
+    whole = _distance(without, expected)
+    if not miss <= MAX_MISS_FRAC * whole:
         raise RunError(
             f"{folder}: what is loaded is not the adapter that was trained: its log-probabilities are"
-            f" {miss:.3g} nats from the recorded ones, the base's {way:.3g}; at most {MAX_SHARE:.0%} of that"
+            f" {miss:.3g} nats from the recorded ones, the base's {whole:.3g}; at most {MAX_MISS_FRAC:.0%} of that"
             " is allowed. The weights are incomplete or changed, or the adapter changes so little that"
             " rounding hides it (then --compute-dtype as in training)"
         )
-    return f"{miss:.2g} nats from the training, the base {way:.2g}"
+    return f"{miss:.2g} nats from the training, the base {whole:.2g}"
 
 
 def _prompt(row: Row) -> Row:
@@ -91,10 +94,10 @@ def _prompt(row: Row) -> Row:
     return Row(row.place, text=row.text[: len(row.text) // 2 + 1])
 
 
-def _ids(renderer: Renderer, asked: Row) -> list[int]:
-    if asked.text is None:
-        return renderer.encode_prompt(asked.messages, asked.place)
-    return list(renderer.tokenizer(asked.text)["input_ids"])
+def _ids(renderer: Renderer, prompt: Row) -> list[int]:
+    if prompt.text is None:
+        return renderer.encode_prompt(prompt.messages, prompt.place)
+    return list(renderer.tokenizer(prompt.text)["input_ids"])
 
 
 def _distance(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:

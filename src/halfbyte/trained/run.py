@@ -1,7 +1,8 @@
-"""Owns reading a trained run back: its base, its renderer, the dtype it computed in."""
+"""Owns a trained run read back: its settings, manifest, base and renderer, read once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,54 +11,83 @@ from halfbyte.config import Run, read_run_folder
 from halfbyte.data.render import Renderer
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.adapter import load_adapter
-from halfbyte.model.load import Loaded, load_base, load_tokenizer
-from halfbyte.model.precision import Compute, choose_compute, default_device
+from halfbyte.model.identity import check_same_base
+from halfbyte.model.load import Loaded, load_base, read_tokenizer
+from halfbyte.model.precision import DTYPES, Compute, choose_compute, default_device
 from halfbyte.model.resolve import Base, resolve_base
-from halfbyte.run_dir import RunDir, read_json
+from halfbyte.run_dir import RunDir
+from halfbyte.trained.manifest import Manifest, finished_manifest
 
 
-def trained_base(folder: RunDir, run: Run) -> Base:
-    """The base that a run was trained on.
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished training.
 
-    Raises:
-        RunError: the run is not trained, or the base is another one by now.
+    Attributes:
+        folder: of the run.
+        run: its settings, with those that a later command overrides.
+        manifest: what the training wrote.
+        base: the model that was trained, found again and proven to be the same.
+        renderer: with the chat template that rendered the training rows.
     """
-    folder.trained()
-    told = read_json(folder.manifest)["base"]
-    # The commit of that day, even where the config names a branch that has moved since.
-    base = resolve_base(run.model.name, told["revision"])
-    if told["fingerprint"] != base.fingerprint:
-        raise RunError(f"{folder.path}: the base {base.name} has changed since the run was trained")
-    return base
 
+    folder: RunDir
+    run: Run
+    manifest: Manifest
+    base: Base
+    renderer: Renderer
 
-def saved_renderer(folder: RunDir, run: Run, base: Base) -> Renderer:
-    """The renderer with the chat template that the run was trained with."""
-    adapter = folder.trained()
-    tokenizer = load_tokenizer(Base(base.name, str(adapter), None, base.origin, base.fingerprint))
-    return Renderer(tokenizer, None, run.data.loss_on)
-
-
-def same_compute(folder: RunDir) -> Compute:
-    """The compute dtype that the run was trained with, if this machine is of the same kind."""
-    manifest = read_json(folder.manifest)
-    device = default_device()
-    name = manifest["compute_dtype"]["name"]
-    if torch.device(manifest["device"]).type == device.type:
+    def trained_compute(self) -> Compute:
+        """Return the compute dtype of the training, if this machine is of the same kind; else warn."""
+        name, device = self.manifest.compute_dtype.name, default_device()
+        if torch.device(self.manifest.device).type != device.type:
+            print(
+                f"warning: the run computed in {name} on {self.manifest.device}; here it is {device}"
+            )
+            return choose_compute("auto", device)
         try:
-            return choose_compute(name, device)
+            return choose_compute(name, device)  # type: ignore[arg-type]
         except ModelError as error:
             print(f"warning: the run computed in {name}, which this machine cannot: {error}")
-    else:
-        print(f"warning: the run computed in {name} on {manifest['device']}; here it is {device}")
-    return choose_compute("auto", device)
+            return choose_compute("auto", device)
+
+    def load_base(self, compute: Compute | None = None) -> Loaded:
+        """Load the base as it was trained on.
+
+        Without ``compute`` in the training's own dtype, on any device: 4-bit codes quantised from fp32
+        weights are not those from bf16 ones.
+        """
+        dtype = DTYPES[self.manifest.compute_dtype.name]
+        exact = Compute(default_device(), dtype, "as trained")
+        return load_base(self.base, self.run.model, compute or exact)
+
+    def load(self) -> Loaded:
+        """Load the base with the run's adapter on it, as it was trained."""
+        loaded = self.load_base(self.trained_compute())
+        loaded.model = load_adapter(loaded, self.folder.adapter).get_base_model()
+        return loaded
 
 
-def load_trained(path: Path) -> tuple[Loaded, Renderer]:
-    """The quantised base with the run's adapter on it, as it was trained, and its renderer."""
-    folder, run = RunDir(path.resolve()), read_run_folder(path)
-    base = trained_base(folder, run)
-    loaded = load_base(base, run.model, same_compute(folder))
-    adapted = load_adapter(loaded, folder.adapter)
-    loaded.model = adapted.get_base_model()
-    return loaded, saved_renderer(folder, run, base)
+def read_trained_run(path: Path, run: Run | None = None) -> TrainedRun:
+    """Read a run folder.
+
+    Args:
+        path: the folder.
+        run: its settings with a later command's overrides; None: as they were trained.
+
+    Raises:
+        RunError: the run is not trained, its base is another one by now, or its chat template has changed.
+    """
+    folder, run = RunDir(path.resolve()), run or read_run_folder(path)
+    manifest = finished_manifest(folder)
+    # The commit of that day, even where the config names a branch that has moved since.
+    base = resolve_base(run.model.name, manifest.base.revision)
+    check_same_base(manifest.base, base.identity, f"{folder.path}: was trained on")
+    tokenizer = read_tokenizer(folder.adapter, str(folder.adapter))
+    renderer = Renderer(tokenizer, None, run.data.loss_on)
+    if renderer.template_sha256 != manifest.chat_template_sha256:
+        raise RunError(
+            f"{folder.adapter}: its chat template is not the one that the run was trained with (sha256"
+            f" differs from manifest.json). Put back the chat_template.jinja that training wrote"
+        )
+    return TrainedRun(folder, run, manifest, base, renderer)

@@ -6,18 +6,18 @@ const count = document.getElementById("count");
 const buttons = [...document.querySelectorAll("button[data-filter]")];
 let filter = "all";
 
-function fits(row) {
+function matches(row) {
   const outcome = JSON.parse(row.dataset.outcomes)[against.value];
   const kinds = { all: true, wrong: row.dataset.wrong === "1", cut: row.dataset.cut === "1" };
   if (filter in kinds ? !kinds[filter] : outcome !== filter) return false;
-  const wanted = search.value.trim().toLowerCase();
-  return !wanted || row.textContent.toLowerCase().includes(wanted);
+  const query = search.value.trim().toLowerCase();
+  return !query || row.textContent.toLowerCase().includes(query);
 }
 
 function show() {
   let shown = 0;
   for (const row of rows) {
-    row.hidden = !fits(row);
+    row.hidden = !matches(row);
     shown += !row.hidden;
     for (const answer of row.querySelectorAll("[data-variant]")) {
       answer.classList.toggle("opponent", answer.dataset.variant === against.value);

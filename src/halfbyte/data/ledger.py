@@ -1,0 +1,57 @@
+"""Owns the ledger: what became of every row that came in."""
+
+from __future__ import annotations
+
+from halfbyte.record import Field, Record, RecordPart
+
+
+class NearDuplicate(RecordPart):
+    """A training row whose prompt is nearly that of a held-out row.
+
+    Attributes:
+        train: place of the training row.
+        held_out: place of the held-out row.
+        jaccard: share of 5-character shingles that both have.
+    """
+
+    train: str
+    held_out: str
+    jaccard: float
+
+
+class PartTokens(RecordPart):
+    """Tokens of the rows of a part."""
+
+    total: int
+    supervised: int
+
+
+class Ledger(Record):
+    """``ledger.json``: rows in = trained + held out + dropped.
+
+    Attributes:
+        rows_in: of each source.
+        held_out: rows of each part.
+        dropped: rows by reason.
+        fingerprints: of each source's rows; a resumed run must find the same.
+        truncated: places of rows that were cut at ``max_length``.
+        special_token_text: places of rows whose text reads like a special token.
+    """
+
+    rows_in: dict[str, int]
+    trained: int
+    held_out: dict[str, int]
+    dropped: dict[str, int]
+    fingerprints: dict[str, str] = Field(default_factory=dict)
+    truncated: list[str] = Field(default_factory=list)
+    changed_by_template: list[str] = Field(default_factory=list)
+    special_token_text: list[str] = Field(default_factory=list, alias="control_tokens_as_text")
+    duplicate_prompts_in_training: int = 0
+    near_duplicates: list[NearDuplicate] = Field(default_factory=list)
+    tokens: dict[str, PartTokens] = Field(default_factory=dict)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether rows in = trained + held out + dropped; else halfbyte has a bug."""
+        rows_out = self.trained + sum(self.held_out.values()) + sum(self.dropped.values())
+        return sum(self.rows_in.values()) == rows_out

@@ -1,0 +1,78 @@
+"""Owns what copies of a trained model are measured against: held-out rows, and what it predicts on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from halfbyte.data.questions import measuring_rows
+from halfbyte.data.rows import Message, Row
+from halfbyte.host import USABLE_FRAC, free_bytes
+from halfbyte.model.adapter import load_adapter
+from halfbyte.model.load import Loaded
+from halfbyte.model.precision import Compute, default_device
+from halfbyte.model.quantised import compute_in
+from halfbyte.trained.fidelity import Reference, Rows, reference, torch_predict
+from halfbyte.trained.run import TrainedRun
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A trained run with the rows on which copies of it are compared with it.
+
+    Attributes:
+        trained: the run.
+        held_out: the rows.
+        rows: their ids and labels.
+    """
+
+    trained: TrainedRun
+    held_out: list[Row]
+    rows: Rows
+
+    @classmethod
+    def of(cls, trained: TrainedRun, num_rows: int) -> MeasuredRun:
+        """Draw so many held-out rows of a run, and render them."""
+        held_out = measuring_rows(trained.folder, num_rows, trained.run.seed)
+        encoded = [trained.renderer.encode_row(row) for row in held_out]
+        return cls(trained, held_out, [(row.ids, row.labels) for row in encoded])
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills padded rows."""
+        return self.trained.renderer.pad_id
+
+    @property
+    def conversations(self) -> list[tuple[Message, ...]]:
+        """The rows without their last answers; none for raw text."""
+        return [row.messages[:-1] for row in self.held_out if row.text is None]
+
+    def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
+        """Return text and ids of a generation prompt as in training."""
+        renderer = self.trained.renderer
+        return renderer.prompt_text(messages), renderer.encode_prompt(messages)
+
+    def reference(self, loaded: Loaded, arithmetic: Compute) -> tuple[nn.Module, Reference]:
+        """Put the adapter on its base, compute in ``arithmetic``, and predict the rows.
+
+        Returns:
+            the adapted model, and its predictions.
+        """
+        vocabulary = int(loaded.model.config.vocab_size)
+        model = load_adapter(loaded, self.trained.folder.adapter)
+        compute_in(model, arithmetic.dtype)
+        return model, reference(torch_predict(model, self.pad_id), self.rows, vocabulary)
+
+
+def measuring_compute(num_weights: int) -> Compute:
+    """Return fp32 on the first device where a merged fp32 model fits, else bf16 on the CPU."""
+    cpu = torch.device("cpu")
+    for device in (default_device(), cpu):
+        if 4 * num_weights < USABLE_FRAC * free_bytes(device):
+            return Compute(device, torch.float32, "measurement")
+    return Compute(cpu, torch.bfloat16, "measurement")

@@ -1,0 +1,120 @@
+"""Owns the setup of a training: rows, base, adapter and plan, all settled before a trainer is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.config import Run
+from halfbyte.data.prepared import Example, Prepared
+from halfbyte.data.render import Renderer
+from halfbyte.errors import RunError
+from halfbyte.model.adapter import attach_adapter
+from halfbyte.model.load import Loaded, load_config, load_for_training
+from halfbyte.model.resolve import Base
+from halfbyte.plan.gate import gate
+from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.shape import Lengths
+from halfbyte.train.arguments import Passes
+from halfbyte.train.settle_dtype import settle_compute
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from halfbyte.plan.devices import Device
+
+# Test rows that stand in for validation rows, so that the held-out loss during training stays cheap.
+MAX_STAND_INS = 64
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a trainer is built from.
+
+    Attributes:
+        run: the config; its compute dtype is settled.
+        renderer: of the training rows.
+        train: rows that are learnt.
+        held_out: rows on which the loss is measured during training; may be empty.
+        loaded: the base.
+        model: the base with its new adapter.
+        passes: how an optimizer step is cut into forward passes.
+        planner: counts this run's memory; None where nothing was planned.
+        plan: what it settled; None where the model cannot be planned and ``train.ignore_plan`` is set.
+    """
+
+    run: Run
+    renderer: Renderer
+    train: list[Example]
+    held_out: list[Example]
+    loaded: Loaded
+    model: PeftModel
+    passes: Passes
+    planner: Planner | None = None
+    plan: TrainPlan | None = None
+
+    @property
+    def summary(self) -> str:
+        """One line about the plan, or "" without one."""
+        if self.plan is None or self.planner is None:
+            return ""
+        spare_bytes = self.planner.margin_bytes(self.plan)
+        return f"plan: {self.plan.summary()}; {spare_bytes / 1e9:.2f} GB to spare"
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for the manifest; empty without one."""
+        return {"memory": self.plan.as_json()} if self.plan else {}
+
+
+def set_up(
+    run: Run,
+    base: Base,
+    renderer: Renderer,
+    prepared: Prepared,
+    device: Device,
+    scratch: Path,
+    *,
+    is_main: bool = True,
+) -> Setup:
+    """Plan a training, load its base and put a new adapter on it.
+
+    Args:
+        run: the config, ``auto`` where the plan or the rows decide.
+        base: the model to train.
+        renderer: that rendered ``prepared``.
+        prepared: rows; the loss is measured on the validation rows, else on the first test rows.
+        device: that trains.
+        scratch: takes the start values of initialisations that change the base.
+        is_main: whether this process writes them.
+
+    Raises:
+        RunError: evaluations are due, but no row is held out.
+        PlanError: training cannot fit.
+        ModelError: the base cannot be loaded, or the adapter not placed.
+    """
+    held_out = loss_rows(prepared)
+    if run.train.eval_steps and not held_out:
+        raise RunError(
+            f"train.eval_steps is {run.train.eval_steps}, but of {len(prepared.train)} rows none fell into"
+            " the held-out part; raise data.validation_frac or set train.eval_steps=0"
+        )
+    lengths, held_out_lengths = row_lengths(prepared.train), row_lengths(held_out)
+    planner, plan = gate(run, load_config(base), device, lengths, held_out_lengths)
+    loaded = load_for_training(base, run.model)
+    model = attach_adapter(loaded, run.adapter, run.seed, scratch, is_main=is_main)
+    settled = settle_compute(run, loaded, model, prepared.train)
+    if settled is not run:
+        planner, plan = gate(settled, planner.config, device, lengths, held_out_lengths)
+    passes = Passes.of(settled, plan)
+    return Setup(settled, renderer, prepared.train, held_out, loaded, model, passes, planner, plan)
+
+
+def loss_rows(prepared: Prepared) -> list[Example]:
+    """Return the rows on which the loss is measured during training: validation rows, else some test rows."""
+    return prepared.validation or prepared.test[:MAX_STAND_INS]
+
+
+def row_lengths(examples: list[Example]) -> Lengths:
+    """Return tokens and labelled tokens of rows, the longest first."""
+    return Lengths.of([(e.encoded.ids, e.encoded.labels) for e in examples])

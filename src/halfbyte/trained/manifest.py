@@ -1,0 +1,79 @@
+"""Owns the manifest: where a run's base, data and code came from, and what the run cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from halfbyte.errors import RunError
+from halfbyte.model.identity import BaseIdentity
+from halfbyte.record import ProvenRecord, RecordPart
+from halfbyte.run_dir import RunDir
+
+
+class ComputeDtype(RecordPart):
+    """The dtype of the matrix products, and why it was chosen."""
+
+    name: str
+    why: str = ""
+
+
+class Manifest(ProvenRecord):
+    """``manifest.json``; figures are there once the run has come so far.
+
+    Attributes:
+        base: that was trained.
+        precision: of the stored weights.
+        device: that trained, as torch names it.
+        chat_template_sha256: of the template that rendered the rows.
+        stop_ids: tokens that end an answer.
+        seconds: over all attempts.
+        finished: whether the adapter is saved.
+        memory: the plan, and what was measured of it.
+        held_out_loss: nats per labelled token; None without held-out rows.
+    """
+
+    name: str
+    base: BaseIdentity
+    model_class: str
+    text_only: bool = False
+    vision_modules: int = 0
+    precision: str
+    compute_dtype: ComputeDtype
+    device: str
+    chat_template_sha256: str
+    stop_ids: list[int]
+    bos_per_row: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+    memory: dict[str, Any] | None = None
+    steps: int | None = None
+    num_tokens: int | None = None
+    trainable: int | None = None
+    adapted_layers: int | None = None
+    peak_memory_bytes: int | None = None
+    training_seconds: float | None = None
+    held_out_loss: float | None = None
+    wandb: str | None = None
+
+
+def read_manifest(folder: RunDir) -> Manifest | None:
+    """Read the manifest of a run, or None before its training began.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    return Manifest.read(folder.manifest) if folder.manifest.is_file() else None
+
+
+def finished_manifest(folder: RunDir) -> Manifest:
+    """Read the manifest of a finished training.
+
+    Raises:
+        RunError: the training has not finished.
+    """
+    command = f"accelerate launch train/sft.py {folder.config}"
+    folder.need(folder.adapter / "adapter_config.json", command)
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest.finished:
+        raise RunError(f"{folder.path}: its training has not finished. Go on with it: {command}")
+    return manifest
