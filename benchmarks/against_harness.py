@@ -67,7 +67,7 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.config import load_run
-    from halfbyte.eval.harness import ask, load_benchmarks
+    from halfbyte.eval.benchmarks import ask, load_benchmarks
 
     hub = arguments.hub.resolve()
     run = load_run(

@@ -28,9 +28,9 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.data.questions import held_out_rows
+    from halfbyte.eval.benchmarks import load_benchmarks
     from halfbyte.eval.compare import compare
     from halfbyte.eval.dashboard import check_workspace, track_report
-    from halfbyte.eval.harness import load_benchmarks
     from halfbyte.eval.pages import as_markdown
     from halfbyte.eval.report import write_report
     from halfbyte.run_dir import RunDir, read_jsonl

@@ -52,7 +52,8 @@ def main() -> None:
     from halfbyte.libraries import quiet_libraries
 
     quiet_libraries()
-    from halfbyte.data.render import Renderer, load_template
+    from halfbyte.data.chat_template import load_template
+    from halfbyte.data.render import Renderer
     from halfbyte.data.rows import Message
     from halfbyte.eval.chat import (
         Reply,

@@ -18,7 +18,7 @@ from benchmarks.against_harness import command_line
 from halfbyte.config import Run, read_run_folder
 from halfbyte.errors import ConfigError
 from halfbyte.eval import code_metric, harness_model
-from halfbyte.eval.harness import ask, load_benchmarks
+from halfbyte.eval.benchmarks import ask, load_benchmarks
 from halfbyte.eval.harness_model import SharedPrefixLM
 from halfbyte.eval.sandbox import run_program
 from halfbyte.forward.packed import add_token_loss

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toys import chatml_tokenizer, gemma_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from halfbyte.data.render import Renderer, load_template
+from halfbyte.data.chat_template import load_template
+from halfbyte.data.render import Renderer
 from halfbyte.serve.chat_codec import ChatCodec
 from halfbyte.serve.text import TextStream
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from halfbyte.config.evaluation import Benchmark, Eval
+from halfbyte.eval.benchmarks import LoadedBenchmark
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
-from halfbyte.eval.harness import BenchmarkResult, LoadedBenchmark
+from halfbyte.eval.harness import BenchmarkResult
 
 
 @dataclass

@@ -50,7 +50,7 @@ LIBRARIES = {
     "jsonschema": {"eval/metrics.py"},
     "llguidance": {"serve/chat_codec.py"},
     "llmcompressor": {"ship/awq_worker.py"},
-    "lm_eval": {"eval/harness.py", "eval/harness_model.py", "libraries.py"},
+    "lm_eval": {"eval/benchmarks.py", "eval/harness.py", "eval/harness_model.py", "libraries.py"},
     "matplotlib": {"eval/plots.py", "plan/plots.py"},
     "pandas": {"data/sources.py"},
     "peft": {"model/adapter.py", "train/setup.py"},
@@ -238,9 +238,9 @@ def replaced_forwards(sources: Sources) -> list[str]:
                 targets = [node.target]
             if any(isinstance(t, ast.Attribute) and t.attr == "forward" for t in targets):
                 faults.append(f"{path}:{node.lineno} assigns to a forward")  # type: ignore[attr-defined]
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
-                if "'forward'" in map(ast.unparse, node.args):
-                    faults.append(f"{path}:{node.lineno} sets a forward")
+            if isinstance(node, ast.Call) and ast.unparse(node).startswith("setattr("):
+                names = map(ast.unparse, node.args)
+                faults += [f"{path}:{node.lineno} sets a forward"] * ("'forward'" in names)
             if isinstance(node, ast.Name) and node.id in ATTENTION_TABLES:
                 faults.append(f"{path}:{node.lineno} uses {node.id}")
     return faults
@@ -277,7 +277,7 @@ def riddles(sources: Sources) -> list[str]:
         f"{path}: {name}"
         for path, text in shipped(sources).items()
         for name in identifiers(text)
-        if BANNED_WORDS & set(re.split(r"_|(?<=[a-z])(?=[A-Z])", name.lower()))
+        if BANNED_WORDS & {word.lower() for word in re.split(r"_|(?<=[a-z])(?=[A-Z])", name)}
     ]
     num_found = sum(list(bindings(text)).count("found") for text in shipped(sources).values())
     return faults + ([f"found is bound {num_found} times"] if num_found > MAX_FOUND else [])

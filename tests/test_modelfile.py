@@ -8,7 +8,8 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from halfbyte.data.render import Renderer, load_template
+from halfbyte.data.chat_template import load_template
+from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message
 from halfbyte.ship.modelfile import Turns, modelfile, read_turns
 

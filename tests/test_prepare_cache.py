@@ -13,9 +13,10 @@ from toys import chatml_tokenizer, gemma_tokenizer, store, write_rows
 
 from halfbyte.config.schema import Data
 from halfbyte.data import cache
+from halfbyte.data.chat_template import load_template
 from halfbyte.data.prepare import prepare
 from halfbyte.data.prepared import Prepared, pack, unpack
-from halfbyte.data.render import Renderer, load_template
+from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError
 from halfbyte.run_dir import cache_dir
 

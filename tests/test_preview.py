@@ -12,10 +12,11 @@ import pytest
 from toys import chatml_tokenizer, gemma_tokenizer, write_rows
 
 from halfbyte.config.schema import Data
+from halfbyte.data.chat_template import load_template
 from halfbyte.data.prepare import prepare
 from halfbyte.data.prepared import Example
 from halfbyte.data.preview import show_ledger, show_lengths, show_preview, show_row
-from halfbyte.data.render import Renderer, load_template
+from halfbyte.data.render import Renderer
 from halfbyte.data.rows import Message, Row
 
 TURNS = (

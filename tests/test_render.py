@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from toys import chatml_tokenizer, gemma_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from halfbyte.data.render import IGNORED, Encoded, Renderer, load_template
+from halfbyte.data.chat_template import load_template
+from halfbyte.data.render import IGNORED, Encoded, Renderer
 from halfbyte.data.rows import Message, Row
 from halfbyte.errors import DataError
 

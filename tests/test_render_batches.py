@@ -14,7 +14,8 @@ from test_render import CONVERSATIONS, renderers, row_of
 from toys import chatml_tokenizer, gemma_tokenizer
 
 from halfbyte.data import render, tokenise
-from halfbyte.data.render import IGNORED, Encoded, Renderer, load_template
+from halfbyte.data.chat_template import load_template
+from halfbyte.data.render import IGNORED, Encoded, Renderer
 from halfbyte.data.rows import Message, Row
 from halfbyte.data.tokenise import plain_ids
 from halfbyte.errors import DataError

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import chatml_tokenizer
 
-from halfbyte.data.render import load_template
+from halfbyte.data.chat_template import load_template
 from halfbyte.data.rows import Message
 from halfbyte.data.template_analysis import only_copies
 from halfbyte.data.template_cache import TemplateCache

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from halfbyte.data.render import load_template
+from halfbyte.data.chat_template import load_template
 from halfbyte.model.merged import MergeReport
 from halfbyte.trained.manifest import Manifest
 

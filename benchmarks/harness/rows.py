@@ -146,9 +146,10 @@ def _real(model: Model, folder: Path, chat: Path | None) -> tuple[list[Row], lis
     """Training and held-out rows of a file, rendered as halfbyte renders them."""
     from halfbyte.config import load_run
     from halfbyte.config.schema import Data
+    from halfbyte.data.chat_template import load_template
     from halfbyte.data.icd10 import build_icd10
     from halfbyte.data.prepare import prepare
-    from halfbyte.data.render import Renderer, load_template
+    from halfbyte.data.render import Renderer
     from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
 

@@ -11,13 +11,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.config.paths import TEMPLATE_NAMES
 from halfbyte.config.schema import Data
+from halfbyte.data.chat_template import (
+    answer_spans,
+    load_template,
+    render,
+    render_all,
+    render_prompts,
+    require_template,
+    stop_token_after,
+)
 from halfbyte.data.rows import Message, Row
 from halfbyte.data.special_tokens import SpecialTokens
 from halfbyte.data.template_cache import TemplateCache
@@ -88,22 +94,6 @@ def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
     return Renderer(tokenizer, template, data.loss_on)
 
 
-def load_template(name: str) -> str:
-    """Return the Jinja text of a named template or of a file.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    if name in TEMPLATE_NAMES:
-        return (
-            resources.files("halfbyte.data").joinpath(f"templates/{name}.jinja").read_text("utf-8")
-        )
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"data.chat_template: {name} cannot be read: {error.strerror}") from None
-
-
 class Renderer:
     """Renders rows with one tokenizer and one chat template.
 
@@ -142,7 +132,7 @@ class Renderer:
             self._inspect_template()
         self._template_cache = TemplateCache(
             tokenizer.chat_template,
-            lambda messages: list(self._render_all(messages, "chat template")),
+            lambda messages: list(render_all(self.tokenizer, messages, "chat template")),
         )
         self.has_bos = self._has_single_bos()
 
@@ -193,10 +183,12 @@ class Renderer:
 
     def encode_prompt(self, messages: tuple[Message, ...], place: str = "prompt") -> list[int]:
         """Return the ids up to where the assistant's answer begins, as they precede it in training."""
-        self._require_template(place)
+        require_template(self.tokenizer, place)
         escaped, originals = self._special_tokens.escape(messages, place)
-        text = self._render(escaped, place, generation_prompt=True)
-        spans = self._answer_spans(escaped, text, self._render_prompts(escaped, place), place)
+        text = render(self.tokenizer, escaped, place, generation_prompt=True)
+        spans = answer_spans(
+            escaped, text, render_prompts(self.tokenizer, escaped, place), self._stop_token, place
+        )
         segments = Segments(self._special_tokens)
         parts = self._split_at_answers(text, spans, originals, segments)
         ids = segments.ids(self.tokenizer)
@@ -204,8 +196,8 @@ class Renderer:
 
     def prompt_text(self, messages: tuple[Message, ...], place: str = "prompt") -> str:
         """Return what the chat template writes up to where the assistant's answer begins."""
-        self._require_template(place)
-        return self._render(messages, place, generation_prompt=True)
+        require_template(self.tokenizer, place)
+        return render(self.tokenizer, messages, place, generation_prompt=True)
 
     # --- rows to segments, and segments to ids and labels ---
 
@@ -224,11 +216,13 @@ class Renderer:
         return segmented, segments
 
     def _segment_conversation(self, row: Row, segments: Segments) -> _SegmentedRow:
-        self._require_template(row.place)
+        require_template(self.tokenizer, row.place)
         messages, originals = self._special_tokens.escape(row.messages, row.place)
-        texts = self._template_cache.texts(messages) or self._render_all(messages, row.place)
+        texts = self._template_cache.texts(messages) or render_all(
+            self.tokenizer, messages, row.place
+        )
         text = next(texts)
-        spans = self._answer_spans(messages, text, texts, row.place)
+        spans = answer_spans(messages, text, texts, self._stop_token, row.place)
         parts = self._split_at_answers(text[: spans[-1][1]], spans, originals, segments)
         changed = any(message.content not in text for message in messages)
         escaped = any(original in self._special_tokens.strings for original in originals.values())
@@ -242,12 +236,9 @@ class Renderer:
                 f"{row.place}: raw text holds the special token {match.group()!r}, as if it were"
                 " already rendered. Use the format messages and let the chat template write it"
             )
-        bos = [segments.add_special_token(self.tokenizer.bos_token)] if self._adds_bos else []
-        eos = (
-            [segments.add_special_token(self.tokenizer.eos_token)]
-            if self.eos_id is not None
-            else []
-        )
+        bos_token, eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
+        bos = [segments.add_special_token(bos_token)] if self._adds_bos else []
+        eos = [segments.add_special_token(eos_token)] if self.eos_id is not None else []
         return _SegmentedRow(row.place, [([*bos, segments.add_text(None, row.text), *eos], True)])
 
     def _split_at_answers(
@@ -318,16 +309,9 @@ class Renderer:
 
     # --- the template ---
 
-    def _require_template(self, place: str) -> None:
-        if self.tokenizer.chat_template is None:
-            raise DataError(
-                f"{place}: a conversation, but the model has no chat template. Set"
-                f" data.chat_template to {', '.join(TEMPLATE_NAMES)} or a .jinja file"
-            )
-
     def _inspect_template(self) -> None:
         """Find the stop token and the template's special tokens; check that parts can be joined."""
-        text = self._render(PROBE, "chat template")
+        text = render(self.tokenizer, PROBE, "chat template")
         written = {
             token
             for index, token in self.tokenizer.added_tokens_decoder.items()
@@ -336,18 +320,10 @@ class Renderer:
         }
         strings = [*self._special_tokens.strings, *(str(token) for token in written)]
         self._special_tokens = SpecialTokens(strings, self.tokenizer)
-        after = text[text.index("epsilon zeta") + len("epsilon zeta") :]
-        stop = self._special_tokens.pattern.match(after.lstrip())
-        if stop is None:
-            raise DataError(
-                f"chat template: an assistant turn ends with {after!r}, which holds no special token"
-                " of this tokenizer, so the model could not learn to stop. Name another"
-                f" data.chat_template ({', '.join(TEMPLATE_NAMES)}) or add {{{{ eos_token }}}}"
-            )
-        self._stop_token = stop.group()
+        self._stop_token = stop_token_after(text, PROBE[-1].content, self._special_tokens.pattern)
         self.stop_id = self.tokenizer.convert_tokens_to_ids(self._stop_token)
-        prompts = self._render_prompts(PROBE, "chat template")
-        self._answer_spans(PROBE, text, prompts, "chat template")
+        prompts = render_prompts(self.tokenizer, PROBE, "chat template")
+        answer_spans(PROBE, text, prompts, self._stop_token, "chat template")
         if self._template_ids(text)[-8:] != self._plain_ids(text)[-8:]:
             raise DataError(
                 "chat template: this tokenizer splits text differently beside special tokens, so rows"
@@ -369,49 +345,5 @@ class Renderer:
         bos_id = self.tokenizer.bos_token_id
         if bos_id is None or self.tokenizer.chat_template is None:
             return self._adds_bos
-        ids = self._template_ids(self._render(PROBE, "chat template"))
+        ids = self._template_ids(render(self.tokenizer, PROBE, "chat template"))
         return ids[0] == bos_id and (self._adds_bos or ids.count(bos_id) == 1)
-
-    def _render_prompts(self, messages: tuple[Message, ...], place: str) -> Iterator[str]:
-        """Yield the generation prompt of each answer of a conversation."""
-        for number, message in enumerate(messages):
-            if message.role == "assistant":
-                yield self._render(messages[:number], place, generation_prompt=True)
-
-    def _render_all(self, messages: tuple[Message, ...], place: str) -> Iterator[str]:
-        """Yield the text of a conversation, then the generation prompt of each of its answers."""
-        yield self._render(messages, place)
-        yield from self._render_prompts(messages, place)
-
-    def _render(
-        self, messages: tuple[Message, ...], place: str, *, generation_prompt: bool = False
-    ) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text: Any = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # Jinja's errors and the template's raise_exception
-            raise DataError(f"{place}: the chat template rejects it: {error}") from error
-        return str(text)
-
-    def _answer_spans(
-        self, messages: tuple[Message, ...], text: str, prompts: Iterator[str], place: str
-    ) -> list[tuple[int, int]]:
-        """Return half-open character spans of the answers in ``text``, each with its stop token."""
-        spans = []
-        numbers = (n for n, message in enumerate(messages) if message.role == "assistant")
-        for number, prompt in zip(numbers, prompts, strict=True):
-            if not text.startswith(prompt):
-                raise DataError(
-                    f"{place}: the chat template renders the conversation differently from the prompt"
-                    f" for its answer {number}: {text[: len(prompt)][-60:]!r} against {prompt[-60:]!r}."
-                    " Training and generation would see different text"
-                )
-            stop = text.find(self._stop_token, len(prompt))
-            if stop < 0:
-                raise DataError(
-                    f"{place}: the chat template writes no {self._stop_token} after answer {number}"
-                )
-            spans.append((len(prompt), stop + len(self._stop_token)))
-        return spans

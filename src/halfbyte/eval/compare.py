@@ -10,7 +10,7 @@ from halfbyte.config import Run
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
 from halfbyte.data.rows import Row
 from halfbyte.errors import RunError
-from halfbyte.eval.harness import LoadedBenchmark, ask
+from halfbyte.eval.benchmarks import LoadedBenchmark, ask
 from halfbyte.eval.measure import LOSS_METRIC, Variant, measure
 from halfbyte.eval.metrics import scorer
 from halfbyte.eval.variants import (

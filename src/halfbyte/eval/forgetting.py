@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from halfbyte.config import Run
-from halfbyte.eval.harness import BenchmarkResult, LoadedBenchmark
+from halfbyte.eval.benchmarks import LoadedBenchmark
+from halfbyte.eval.harness import BenchmarkResult
 from halfbyte.eval.intervals import evidence, judge_together, mean_interval, paired_difference
 
 FORGETS, LEARNS, NOT_SHOWN = "forgets", "better", "no difference shown"

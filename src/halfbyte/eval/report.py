@@ -11,8 +11,8 @@ from typing import Any
 from halfbyte.config import Run
 from halfbyte.data.ledger import Ledger
 from halfbyte.data.rows import Row
+from halfbyte.eval.benchmarks import LoadedBenchmark
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
-from halfbyte.eval.harness import LoadedBenchmark
 from halfbyte.eval.intervals import (
     GAIN,
     LOSS,

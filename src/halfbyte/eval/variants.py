@@ -15,8 +15,9 @@ from torch import nn
 from halfbyte.config import Run
 from halfbyte.config.evaluation import Baseline
 from halfbyte.config.section import Precision
+from halfbyte.data.chat_template import load_template
 from halfbyte.data.questions import Question, fewshot_examples, questions
-from halfbyte.data.render import Renderer, load_template
+from halfbyte.data.render import Renderer
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.host import USABLE_FRAC, free_bytes
 from halfbyte.llamacpp.model import GgufModel

@@ -118,7 +118,9 @@ def open_session(run: Run) -> Session:
     if is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_text(folder.config, run_as_yaml(run))
-    return Session(_as_before(run, earlier), folder, resume, finished, is_main, time.time(), earlier)
+    return Session(
+        _as_before(run, earlier), folder, resume, finished, is_main, time.time(), earlier
+    )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
