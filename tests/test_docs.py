@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -201,3 +203,9 @@ def test_evaluation_page_has_the_figures_of_its_report_and_benchmarks() -> None:
     for name in ("report_phone.png", "report_desktop.png", "wandb_view.png"):
         assert f"({name})" in page
         assert (ROOT / "docs" / name).stat().st_size > 10_000
+
+
+def test_picture_and_index_of_the_code_are_current() -> None:
+    command = [sys.executable, str(ROOT / "docs/architecture_picture.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -267,7 +267,7 @@ def test_model_whose_rows_see_each_other_in_a_tree_is_padded(tiny_llama: Path) -
         pytest.param("int8", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
-def test_rounding_of_16_bits_is_told_from_rows_that_see_each_other(
+def test_rounding_of_16_bits_is_not_mistaken_for_rows_that_see_each_other(
     precision: Any, dtype: torch.dtype
 ) -> None:
     """On SmolLM2's control tokens bf16 is 0.5 from itself in another order of sums, which is no fault."""
@@ -320,7 +320,7 @@ def test_other_calls_are_untouched(tiny_llama: Path) -> None:
     assert torch.equal(before.loss, after.loss)
 
 
-def test_head_that_scales_its_logits_falls_back_to_the_model_s_own(tiny_llama: Path) -> None:
+def test_head_that_scales_its_logits_falls_back_to_those_of_the_model(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
 
     class Scaled(type(model)):  # type: ignore[misc]

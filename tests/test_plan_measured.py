@@ -19,8 +19,8 @@ from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.devices import find_device
 from halfbyte.plan.memory import Planner
+from halfbyte.plan.phases import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.plan.shape import Lengths
-from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.measure import live_tensor_bytes, measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")

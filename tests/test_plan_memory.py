@@ -31,8 +31,8 @@ from halfbyte.plan.memory import (
     compute_dtype,
     state_bytes,
 )
+from halfbyte.plan.phases import PHASES
 from halfbyte.plan.shape import Lengths, StepShape
-from halfbyte.plan.step import PHASES
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 LENGTHS = Lengths.all_of(40, 16)

@@ -15,7 +15,8 @@ from transformers import LlamaConfig
 from halfbyte.config import model_run
 from halfbyte.plan.devices import find_device
 from halfbyte.plan.plots import trace_curves, write_plots
-from halfbyte.plan.report import TERMS, Plan, as_json, make_plan
+from halfbyte.plan.report import Plan, as_json, make_plan
+from halfbyte.plan.report_text import TERMS
 from halfbyte.plan.shape import Lengths
 
 EVIL = "--></title><script>alert('$x$')</script>"
@@ -81,6 +82,8 @@ def test_write_plots_writes_a_whole_png_and_page(fitting: Plan, tmp_path: Path) 
     page = paths[1].read_text(encoding="utf-8")
     assert page.count("<svg") == page.count("</svg>") == 3
     assert "Fits on Tesla T4, with " in page
+    assert fitting.train.checkpointing is False
+    assert "accumulated, checkpointing off, " in page
     assert all(str(escape(words)) in page for words in TERMS.values())
     assert f">{fitting.train.needed_bytes / 1e9:.3f}</td>" in page
     assert fitting.train.when in page

@@ -20,17 +20,9 @@ from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan import recompute
 from halfbyte.plan.layer_cut import Cut
+from halfbyte.plan.phases import ACTIVATIONS, BACKWARD_END, FORWARD, GRADIENTS, HEAD, LOGITS, PHASES
 from halfbyte.plan.shape import StepShape
-from halfbyte.plan.step import (
-    ACTIVATIONS,
-    BACKWARD_END,
-    FORWARD,
-    GRADIENTS,
-    HEAD,
-    LOGITS,
-    PHASES,
-    TracedStep,
-)
+from halfbyte.plan.step import TracedStep
 
 SMALL: dict[str, Any] = {
     "vocab_size": 480,

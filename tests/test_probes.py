@@ -93,7 +93,7 @@ def test_no_memory_for_the_head_probe_leaves_the_model_as_it_was(
     assert all(module.training for module in model.modules())
 
 
-def test_our_own_bug_is_no_refusal(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_of_ours_is_no_refusal(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(PrefixTree, "parts", lambda self, window: None)
         with pytest.raises(TypeError, match="NoneType"):

@@ -65,7 +65,7 @@ def page(opened: Opened, compared: Path) -> Iterator[Any]:
     opened.page.goto((compared / "eval" / "report.html").as_uri())
     yield opened.page
     assert not opened.failed + opened.console
-    assert opened.asked == [(compared / "eval" / "report.html").as_uri()]
+    assert opened.requests == [(compared / "eval" / "report.html").as_uri()]
 
 
 def shown(page: Any) -> list[str]:

@@ -445,7 +445,7 @@ def sabotage(run: Path, how: str) -> str:
             "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n"
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
         )
-        message = "another chat template or tokenizer than in training"
+        message = "its chat template is not the one that the run was trained with"
     elif how == "cut file":
         path.write_bytes(path.read_bytes()[:1000])
         return "cannot be read"

@@ -37,8 +37,8 @@ def page(opened: Opened, server: Process) -> Iterator[Any]:
     page.click("details summary")
     yield page
     assert not opened.failed
-    assert opened.asked
-    assert all(url.startswith((server.url, "data:")) for url in opened.asked)
+    assert opened.requests
+    assert all(url.startswith((server.url, "data:")) for url in opened.requests)
 
 
 def wait(page: Any, what: str) -> None:

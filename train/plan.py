@@ -40,7 +40,8 @@ def main() -> None:
     from halfbyte.plan import gguf_placement
     from halfbyte.plan.catalogue import model_config
     from halfbyte.plan.devices import find_device
-    from halfbyte.plan.report import quantised_json, quantised_text
+    from halfbyte.plan.report import quantised_json
+    from halfbyte.plan.report_text import quantised_text
 
     device = find_device(arguments.device)
     placement = None
@@ -71,20 +72,12 @@ def _arguments() -> argparse.Namespace:
         "target", help="a .yaml config, a .gguf file, or a model's Hub id, folder or pypi: name"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument(
-        "--device", default="auto", help="t4, rtx4090, cpu-16, auto (this machine) …"
-    )
+    parser.add_argument("--device", default="auto", help="t4, rtx4090, cpu-16, auto …")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--suggest", action="store_true", help="print only the overrides that fit")
     parser.add_argument("--plot", type=Path, metavar="NAME", help="write NAME.png and NAME.html")
-    parser.add_argument(
-        "--probe", action="store_true", help="also load the model and measure a real step"
-    )
-    parser.add_argument(
-        "--gpu-layers",
-        type=int,
-        help="layers of a .gguf file in VRAM; -1: all; default: as many as fit",
-    )
+    parser.add_argument("--probe", action="store_true", help="also load and measure a real step")
+    parser.add_argument("--gpu-layers", type=int, help="of a .gguf file in VRAM; -1: all")
     arguments = parser.parse_intermixed_args()
     arguments.is_config = arguments.target.endswith((".yaml", ".yml"))
     if arguments.gpu_layers is not None and not arguments.target.endswith(".gguf"):
@@ -105,7 +98,8 @@ def _plan_training(
     placement: dict[str, Any] | None,
 ) -> None:
     """Print what loading, training and running take; ``placement`` is the plan for llama.cpp."""
-    from halfbyte.plan.report import as_json, as_text, load_text, make_plan
+    from halfbyte.plan.report import as_json, make_plan
+    from halfbyte.plan.report_text import as_text, load_text
     from halfbyte.plan.shape import Lengths
 
     lengths = Lengths.up_to(run.data.max_length, run.train.batch_size, config)

@@ -1,8 +1,4 @@
-"""Owns standard benchmarks: tasks of lm-evaluation-harness, run on a model that is in memory.
-
-The harness writes the prompts, parses the answers and scores them. This module draws the questions, once for
-all variants, and checks before any model is loaded that each task loads, runs and scores.
-"""
+"""Owns a run of lm-evaluation-harness on a model that is in memory, and the figures that it gives."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
                 return head_scores(self, states, targets, softcap)
             losses = head_losses(self, states, targets, softcap, tile_starts(len(targets)))
         else:
-            # Nothing else holds the logits (B, T, V), so that they go once the rows are gathered.
+            # (B, T, V) → (N, V); no name holds the logits of all tokens, so that their memory is freed here.
             logits = gather_rows(model_forward(self, **inputs, use_cache=False).logits, sources)
             if token_loss == "scores":
                 return score_logits(logits, targets)  # (2, N) from (N, V)

@@ -64,9 +64,10 @@ class TreeAttention(torch.autograd.Function):
         for part in above:
             i, j = part.queries, part.keys
             o2, lse2 = _flash(q[:, :, i], k[:, :, j], v[:, :, j], part, scale)
-            lse1 = lse[:, :, i]
+            lse1 = lse[:, :, i]  # (G, H/G, i)
             lse12 = torch.logaddexp(lse1, lse2)  # L = log(exp L₁ + exp L₂)
-            w1, w2 = (lse1 - lse12).exp_()[..., None], (lse2 - lse12).exp_()[..., None]
+            w1 = (lse1 - lse12).exp_()[..., None]  # (G, H/G, i, 1)
+            w2 = (lse2 - lse12).exp_()[..., None]  # (G, H/G, i, 1)
             o[:, :, i] = o[:, :, i] * w1 + o2 * w2  # O = exp(L₁ - L)·O₁ + exp(L₂ - L)·O₂
             lse[:, :, i] = lse12
         ctx.save_for_backward(query, key, value, out, lse)
@@ -220,7 +221,8 @@ def attend(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
     window = options.get("sliding_window")
-    return tree_attention(query[0], key[0], value[0], tree, window, scaling)[None], None
+    out = tree_attention(query[0], key[0], value[0], tree, window, scaling)  # (T, H, D)
+    return out[None], None  # (1, T, H, D)
 
 
 def register() -> None:

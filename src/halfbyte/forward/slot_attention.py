@@ -174,26 +174,29 @@ class SlotBatch:
             scale: factor of the scores.
         """
         self.attended_layers.add(layer)
-        keys, values = self.cache.storage(layer, key[None], value[None], self.longest)
+        keys, values = self.cache.storage(
+            layer, key[None], value[None], self.longest
+        )  # (slots, G, C, D) each
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))  # (T, H, D)
         if self.decode:
-            # (G, M, D) → (M, G, D)
             keys[self._slots, :, self._positions] = (
-                key[:, self._tokens].transpose(0, 1).to(keys.dtype)
+                key[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
             )
             values[self._slots, :, self._positions] = (
-                value[:, self._tokens].transpose(0, 1).to(keys.dtype)
+                value[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
             )
             mask, length = self._decode_mask(window)  # (S, 1, 1, C)
             groups = key.shape[0]
             q_decode = query[:, self._tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
-            q = query.new_zeros((self._stop_slot - self._first_slot, *q_decode.shape[1:]))
-            q[self._offsets] = q_decode  # (S, H, D)
+            q = query.new_zeros(
+                (self._stop_slot - self._first_slot, *q_decode.shape[1:])
+            )  # (S, H, D)
+            q[self._offsets] = q_decode
             # Heads that share keys stand where queries do, so that no key is copied for them.
             o = functional.scaled_dot_product_attention(
                 q.view(q.shape[0], groups, -1, q.shape[2]).to(keys.dtype),  # (S, G, H/G, D)
                 keys[self._first_slot : self._stop_slot, :, :length],  # (S, G, C, D)
-                values[self._first_slot : self._stop_slot, :, :length],
+                values[self._first_slot : self._stop_slot, :, :length],  # (S, G, C, D)
                 attn_mask=mask.to(keys.dtype),
                 scale=scale,
             )  # (S, G, H/G, D)
@@ -201,15 +204,12 @@ class SlotBatch:
             out[self._tokens] = o.flatten(1, 2)[self._offsets].to(out.dtype)
         for number in self.prefill:
             slot_input, tokens = self.inputs[number], self.ranges[number]
-            keys[slot_input.slot, :, slot_input.start : slot_input.end] = key[:, tokens].to(
-                keys.dtype
-            )  # (G, t, D)
-            values[slot_input.slot, :, slot_input.start : slot_input.end] = value[:, tokens].to(
-                keys.dtype
-            )
+            new = slice(slot_input.start, slot_input.end)
+            keys[slot_input.slot, :, new] = key[:, tokens].to(keys.dtype)  # (G, t, D)
+            values[slot_input.slot, :, new] = value[:, tokens].to(keys.dtype)  # (G, t, D)
             out[tokens] = self._attend_prefill(
                 number, query[:, tokens], keys, values, window, scale
-            )
+            )  # (t, H, D)
         return out
 
     def _attend_prefill(
@@ -238,7 +238,8 @@ class SlotBatch:
             is_causal=mask is None,
             scale=scale,
         )  # (G, H/G, t, D)
-        return o.flatten(0, 1).transpose(0, 1).to(query.dtype)  # (H, t, D) → (t, H, D)
+        # (G, H/G, t, D) → (H, t, D) → (t, H, D)
+        return o.flatten(0, 1).transpose(0, 1).to(query.dtype)
 
     def _decode_mask(self, window: int | None) -> tuple[torch.Tensor, int]:
         """Return an additive mask (S, 1, 1, C) of the decode inputs, and the C that they need."""
@@ -261,12 +262,10 @@ class SlotBatch:
             return None
         if (number, window) not in self._prefill_masks:
             key_positions = torch.arange(slot_input.end, device=self.device)  # (C,)
-            positions = torch.arange(slot_input.start, slot_input.end, device=self.device)[
-                :, None
-            ]  # (t, 1)
-            hidden = key_positions > positions  # (t, C)
+            positions = torch.arange(slot_input.start, slot_input.end, device=self.device)  # (t,)
+            hidden = key_positions > positions[:, None]  # (t, C)
             if window is not None:
-                hidden |= key_positions <= positions - window
+                hidden |= key_positions <= positions[:, None] - window
             mask = torch.zeros(hidden.shape, device=self.device)  # (t, C)
             self._prefill_masks[number, window] = mask.masked_fill_(hidden, float("-inf"))
         return self._prefill_masks[number, window]
@@ -296,8 +295,10 @@ def attend(
             " --engine vllm or llama.cpp"
         )
     window = options.get("sliding_window")
-    out = slot_batch.attend(module.layer_idx, query[0], key[0], value[0], window, scaling)
-    return out[None], None
+    out = slot_batch.attend(
+        module.layer_idx, query[0], key[0], value[0], window, scaling
+    )  # (T, H, D)
+    return out[None], None  # (1, T, H, D)
 
 
 def register() -> None:

@@ -27,8 +27,8 @@ class Part:
     Attributes:
         queries: of the pass.
         keys: of the pass.
-        is_causal: whether query i of the part attends to keys 0 … i of the part; else to all of them.
-        mask: additive (queries, keys), where neither says it.
+        is_causal: whether query number n attends to keys 0 … n; else each query attends to all keys.
+        mask: additive (queries, keys), where neither holds.
     """
 
     queries: slice
@@ -96,14 +96,12 @@ class PrefixTree:
         parts = []
         for other in descendants:
             ahead = other.position - node.position
-            num_queries = (
-                node.length - 1 + window - ahead
-            )  # first ones, which see the node's last token
+            # The first queries of the other node, as many as still attend to the last key of this one.
+            num_queries = node.length - 1 + window - ahead
             if num_queries <= 0:
                 continue
-            num_hidden = max(
-                0, ahead - window + 1
-            )  # first keys, which not even the first query sees
+            # The first keys of this node, to which not even the first query attends.
+            num_hidden = max(0, ahead - window + 1)
             mask = self._mask(num_queries, node.length - num_hidden, ahead - num_hidden, window)
             queries = slice(other.start, min(other.start + num_queries, other.end))
             keys = slice(node.start + num_hidden, node.end)
@@ -122,10 +120,9 @@ class PrefixTree:
         """
         key = (num_queries, num_keys, ahead, window)
         if key not in self._masks:
-            distance = (
-                torch.arange(num_queries, device=self.device)[:, None] + ahead
-            )  # (queries, 1)
-            distance = distance - torch.arange(num_keys, device=self.device)  # (queries, keys)
+            positions = torch.arange(num_queries, device=self.device) + ahead  # (queries,)
+            key_positions = torch.arange(num_keys, device=self.device)  # (keys,)
+            distance = positions[:, None] - key_positions  # (queries, keys)
             mask = torch.zeros(distance.shape, device=self.device)
             is_hidden = (distance < 0) | (distance >= window)
             self._masks[key] = mask.masked_fill_(is_hidden, float("-inf"))

@@ -71,14 +71,36 @@ def build(
     return model
 
 
-def build_for_step(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Build the language model with the given attention, or with eager where its own table lacks that."""
+def build_for_step(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, traced: str
+) -> tuple[PreTrainedModel, str]:
+    """Build a language model whose step is traced, and settle its attention.
+
+    Args:
+        config: of the model.
+        dtype: of the matrix products.
+        attention: ``model.attention`` of the config.
+        traced: transformers' name of the attention that is traced in place of sdpa.
+
+    Returns:
+        the model, which attends eagerly where that is asked for, is all that the architecture has, or where
+        it has a table of attentions of its own; and the attention that ``auto`` comes to.
+
+    Raises:
+        ModelError: no model can be built, or the architecture lacks the attention.
+    """
     try:
-        return build(config, dtype, text_only=True, attention=attention)
+        wanted = "eager" if attention == "eager" else traced
+        model = build(config, dtype, text_only=True, attention=wanted)
     except ModelError as error:
         if not isinstance(error.__cause__, KeyError):
             raise
-    return build(config, dtype, text_only=True, attention="eager")
+        model = build(config, dtype, text_only=True, attention="eager")
+    settled = settle_attention(model, attention)
+    check_attention(model, settled)
+    if settled == "eager" != attention:
+        model = build(config, dtype, text_only=True, attention="eager")
+    return model, settled
 
 
 def settle_attention(model: PreTrainedModel, attention: str) -> str:

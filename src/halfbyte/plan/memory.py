@@ -16,9 +16,10 @@ from halfbyte.model.precision import DTYPES, NAMES, choose_compute
 from halfbyte.model.skeleton import build
 from halfbyte.plan.devices import Device
 from halfbyte.plan.live import DEQUANTISED
+from halfbyte.plan.phases import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING
 from halfbyte.plan.recompute import largest_terms, peaks
 from halfbyte.plan.shape import Lengths, StepShape
-from halfbyte.plan.step import ACTIVATIONS, EVALUATION, GRADIENTS, LOGITS, WORKING, TracedStep
+from halfbyte.plan.step import TracedStep
 from halfbyte.plan.weights import Stored, load_bytes
 
 if TYPE_CHECKING:

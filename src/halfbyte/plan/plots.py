@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from halfbyte.plan.advice import micro_batches
 from halfbyte.plan.devices import ASSUMED
 from halfbyte.plan.memory import checkpointing_text
-from halfbyte.plan.report import TERMS, Plan
+from halfbyte.plan.report import Plan
+from halfbyte.plan.report_text import TERMS
 from halfbyte.plan.shape import Lengths
 from halfbyte.plan.weights import STORED
 from halfbyte.run_dir import write_text
@@ -228,6 +229,7 @@ def _html(plan: Plan, report: dict[str, Any], charts: Charts) -> str:
         command=_command(plan),
         charts=[(title, _svg(draw)) for title, draw in charts.items()],
         terms=TERMS,
+        checkpointing=checkpointing_text(report["train"]["settings"]["checkpointing"]),
     )
 
 

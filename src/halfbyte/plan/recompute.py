@@ -11,8 +11,9 @@ from collections import Counter
 from dataclasses import replace
 
 from halfbyte.plan.live import Peak
+from halfbyte.plan.phases import ACTIVATIONS
 from halfbyte.plan.shape import StepShape
-from halfbyte.plan.step import ACTIVATIONS, TracedStep
+from halfbyte.plan.step import TracedStep
 
 
 def peaks(step: TracedStep, shape: StepShape) -> dict[str, Peak]:

@@ -27,11 +27,10 @@ from halfbyte.model.adapter import place_adapter, trainable_parameters
 from halfbyte.model.precision import DTYPES, keep_residual_in_fp32
 from halfbyte.model.skeleton import (
     build_for_step,
-    check_attention,
     layer_list,
     quantise,
-    settle_attention,
 )
+from halfbyte.plan import phases
 from halfbyte.plan.fake import (
     ATTENTION,
     MATH_ATTENTION,
@@ -42,22 +41,15 @@ from halfbyte.plan.fake import (
 from halfbyte.plan.layer_cut import Cut, cut, keep_layers, layer_kinds
 from halfbyte.plan.live import LiveBytes, Peak
 from halfbyte.plan.shape import StepShape
+from halfbyte.plan.step_hooks import gradient_hooks, logits_are_the_heads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FORWARD, HEAD, BACKWARD, BACKWARD_END = PHASES = (
-    "forward pass",
-    "loss head",
-    "start of the backward pass",
-    "end of the backward pass",
-)
-EVALUATION = "evaluation"
 # What models raise that need data, a mask or an attention other than the plan's. NotImplementedError is a
 # RuntimeError.
 UNTRACEABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 Batch = tuple[dict[str, Any], torch.Tensor, torch.Tensor]
-ACTIVATIONS, LOGITS, WORKING, GRADIENTS = "activations", "logits", "working_set", "gradients"
 
 
 class TracedStep:
@@ -93,15 +85,9 @@ class TracedStep:
         # On CUDA grouped heads use flash kernels, which need 16 bits and Ampere, or the unfused maths.
         unfused = device_type == "cuda" and grouped and not (flash and dtype != torch.float32)
         attention = MATH_ATTENTION if unfused else ATTENTION
-        self.model = build_for_step(
-            config, dtype, "eager" if model.attention == "eager" else attention
-        )
-        name = settle_attention(self.model, model.attention)
-        if name == "eager" != model.attention:
-            self.model = build_for_step(config, dtype, "eager")
-        check_attention(self.model, name)
+        self.model, settled = build_for_step(config, dtype, model.attention, attention)
         self.speed = speed
-        self.shares, self.padded = speed.layout(tree_refusal(self.model, name))
+        self.shares, self.padded = speed.layout(tree_refusal(self.model, settled))
         self.kinds = layer_kinds(self.model)
         self.cut: Cut = cut(self.kinds)
         self.dtype, self.device_type = dtype, device_type
@@ -141,11 +127,11 @@ class TracedStep:
     def peaks(self, shape: StepShape) -> dict[str, Peak]:
         """Return the most live bytes of each phase, without weights, adapter and optimizer."""
         traces = self._traces(shape, self._step)
-        return {phase: self._extrapolate_peak(phase, traces) for phase in PHASES}
+        return {phase: self._extrapolate_peak(phase, traces) for phase in phases.PHASES}
 
     def evaluation(self, shape: StepShape) -> Peak:
         """Return the most live bytes while the same rows are evaluated without gradients."""
-        return self._extrapolate_peak(EVALUATION, self._traces(shape, self._evaluate))
+        return self._extrapolate_peak(phases.EVALUATION, self._traces(shape, self._evaluate))
 
     def largest_terms(self, shape: StepShape) -> Counter[str]:
         """Return the most bytes of each term by itself, at any time of the step."""
@@ -185,7 +171,7 @@ class TracedStep:
         self._use_layers(layers)
         self.adapted.eval()
         with self._live_bytes("prefill") as live, torch.no_grad():
-            live.enter(EVALUATION, WORKING)
+            live.enter(phases.EVALUATION, phases.WORKING)
             ids = torch.zeros((1, context), dtype=torch.long)
             with self._autocast():
                 out = self.model(ids, use_cache=True, logits_to_keep=1)
@@ -196,7 +182,7 @@ class TracedStep:
                 for tensor in vars(layer).values()
                 if isinstance(tensor, torch.Tensor)
             )
-            peak = live.peaks[EVALUATION].total_bytes
+            peak = live.peaks[phases.EVALUATION].total_bytes
         return Counter(cache=cache, peak=peak)
 
     def _variants(self) -> list[tuple[int, ...]]:
@@ -280,18 +266,18 @@ class TracedStep:
 
     def _step(self, live: LiveBytes, shape: StepShape) -> None:
         parameters = list(trainable_parameters(self.adapted).values())
-        hooks = _gradient_hooks(live, parameters, list(self.layers[0].parameters()))
+        hooks = gradient_hooks(live, parameters, list(self.layers[0].parameters()))
         self.adapted.train()
         if shape.accumulates:
-            live.enter(FORWARD, GRADIENTS)
+            live.enter(phases.FORWARD, phases.GRADIENTS)
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-        live.enter(FORWARD, ACTIVATIONS)
+        live.enter(phases.FORWARD, phases.ACTIVATIONS)
         batch = self._batch(shape)
         with self._autocast():
-            total = self._loss(live, HEAD, batch)
-        live.kept_bytes = live.total_bytes - live.terms[GRADIENTS]
-        live.enter(BACKWARD, WORKING)
+            total = self._loss(live, phases.HEAD, batch)
+        live.kept_bytes = live.total_bytes - live.terms[phases.GRADIENTS]
+        live.enter(phases.BACKWARD, phases.WORKING)
         torch.autograd.backward(total)
         for hook in hooks:
             hook.remove()
@@ -301,10 +287,10 @@ class TracedStep:
     @torch.no_grad()
     def _evaluate(self, live: LiveBytes, shape: StepShape) -> None:
         self.adapted.eval()
-        live.enter(EVALUATION, WORKING)
+        live.enter(phases.EVALUATION, phases.WORKING)
         batch = self._batch(shape)
         with self._autocast():
-            self._loss(live, EVALUATION, batch)
+            self._loss(live, phases.EVALUATION, batch)
 
     def _batch(self, shape: StepShape) -> Batch:
         """Return the arguments of the pass, and the positions (N,) and ids (N,) of its predictions."""
@@ -320,7 +306,7 @@ class TracedStep:
     def _loss(self, live: LiveBytes, phase: str, batch: Batch) -> torch.Tensor:
         """Sum the loss as ``add_token_loss`` does; ``phase`` is that of the loss head."""
         inputs, sources, targets = batch
-        term = LOGITS if phase == HEAD else WORKING
+        term = phases.LOGITS if phase == phases.HEAD else phases.WORKING
         if not (self.tiled and self.speed.labelled_head):
             hook = self.model.base_model.register_forward_hook(lambda *_: live.enter(phase, term))
             logits = gather_rows(self.model(**inputs, use_cache=False).logits, sources)
@@ -341,58 +327,18 @@ class TracedStep:
 
         Where they are not (Granite and Cohere scale them), ``add_token_loss`` uses the model's logits.
         """
-        head: Any = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-            return False
-        captured: dict[str, Any] = {}
 
-        def storage(tensor: torch.Tensor) -> int:
-            address: int = tensor.untyped_storage()._cdata
-            return address
+        def run() -> torch.Tensor:
+            with self._live_bytes("training step") as live, torch.no_grad():
+                live.enter(phases.EVALUATION, phases.WORKING)
+                logits: torch.Tensor = self.model(
+                    torch.zeros((1, 8), dtype=torch.long), use_cache=False
+                ).logits
+            return logits
 
-        def base_hook(_: Any, __: Any, out: Any) -> None:
-            captured["hidden"] = getattr(out, "last_hidden_state", None)
-
-        def before_head(_: Any, inputs: Any) -> None:
-            captured["input"] = inputs[0]
-
-        def head_hook(_: Any, __: Any, out: Any) -> None:
-            captured["product"] = out
-
-        hooks = [
-            self.model.base_model.register_forward_hook(base_hook),
-            # It runs first, before any hook that casts the input.
-            head.register_forward_pre_hook(before_head, prepend=True),
-            head.register_forward_hook(head_hook),
-        ]
-        with self._live_bytes("training step") as live, torch.no_grad():
-            live.enter(EVALUATION, WORKING)
-            logits = self.model(torch.zeros((1, 8), dtype=torch.long), use_cache=False).logits
-        for hook in hooks:
-            hook.remove()
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        if captured.get("hidden") is None or "input" not in captured:
-            return False  # the model bypasses its base model
-        same_input = storage(captured["input"]) == storage(captured["hidden"])
-        return same_input and (cap is not None or storage(logits) == storage(captured["product"]))
+        return logits_are_the_heads(self.model, run)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast("cpu", self.dtype)
-
-
-def _gradient_hooks(
-    live: LiveBytes, parameters: list[nn.Parameter], first: list[nn.Parameter]
-) -> list[Any]:
-    """Count finished gradients as gradients, and begin the last phase when only ``first`` lack theirs."""
-    missing = {id(p) for p in parameters} - {id(p) for p in first}
-
-    def finished(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        live.move(parameter.grad, GRADIENTS)
-        missing.discard(id(parameter))
-        if not missing:
-            live.enter(BACKWARD_END, WORKING)
-
-    return [p.register_post_accumulate_grad_hook(finished) for p in parameters]  # type: ignore[no-untyped-call]

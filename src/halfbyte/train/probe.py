@@ -16,8 +16,8 @@ from halfbyte.heap import release_pages
 from halfbyte.model.load import load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.memory import Planner, TrainPlan
+from halfbyte.plan.phases import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.plan.recompute import kept, peaks
-from halfbyte.plan.step import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.train.measure import measure, resident_bytes
 from halfbyte.train.preflight import check_first_step
 from halfbyte.train.setup import Setup, set_up
