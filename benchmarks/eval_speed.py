@@ -163,7 +163,7 @@ def _flops(contender: Any, run: Any, num_rows: int) -> float:
 
     some = contender.questions[:num_rows]
     with FlopCounterMode(display=False) as counter:
-        measure(replace(contender, asked=some), run)
+        measure(replace(contender, questions=some), run)
     return float(counter.get_total_flops()) / len(some)
 
 

@@ -19,6 +19,16 @@ import sys
 from collections.abc import Callable
 
 
+# In the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and on Windows, CUDA's,
+# HIP's and MPS's, and those of their libraries (cuBLAS, cuDNN, cuSOLVER).
+OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",
+)
+
+
 class UserError(Exception):
     """Something that the person at the keyboard can put right."""
 
@@ -63,6 +73,16 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "it does not say why"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or one that it was raised from, says that memory ran out."""
+    # torch.OutOfMemoryError by its name, so that torch is not imported here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
 def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -> None:
     """Run a script's ``main``; end with the message alone on a UserError.
 
@@ -73,9 +93,8 @@ def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(exit_code or error.exit_code) from None
-    except RuntimeError as error:
-        # torch.OutOfMemoryError, without importing torch here.
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         print(
             f"error: the device ran out of memory: {error}\nUse a smaller train.micro_batch_size,"

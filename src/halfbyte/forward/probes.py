@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, is_out_of_memory
 
 # In 16 bits a model may be sure of nothing on tokens that it has seldom seen, such as a row of control
 # tokens: SmolLM2 in bf16 is 0.7 from itself in fp32 there and 0.02 on words. So a probe tries other tokens
@@ -23,14 +23,6 @@ PROBE_STRIDE, PROBE_SHIFT = 7919, 104_729  # primes: ids from all over a vocabul
 TREE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 NOISE_FACTOR = 2
 CONTEXT_FRAC = 0.25
-# In the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and on Windows, CUDA's,
-# HIP's and MPS's, and those of their libraries (cuBLAS, cuDNN, cuSOLVER).
-OUT_OF_MEMORY_TEXTS = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "STATUS_ALLOC_FAILED",
-)
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -118,7 +110,7 @@ def refusal_of(error: Exception) -> str:
         Exception: ``error`` itself, if it is no refusal.
     """
     is_fault = isinstance(error, RuntimeError | ValueError | ModelError) or not _is_ours(error)
-    if _is_out_of_memory(error) or not is_fault:
+    if is_out_of_memory(error) or not is_fault:
         raise error
     return str(error)
 
@@ -127,12 +119,3 @@ def _is_ours(error: Exception) -> bool:
     """Whether the innermost frame of an error's traceback belongs to this package."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_globals.get("__name__", "").split(".")[0] == PACKAGE
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
-        return True
-    return error.__cause__ is not None and _is_out_of_memory(error.__cause__)

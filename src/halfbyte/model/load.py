@@ -10,7 +10,7 @@ import torch
 
 from halfbyte.config.schema import Model
 from halfbyte.config.section import FOUR_BIT, ComputeDtype, Precision
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, is_out_of_memory
 from halfbyte.heap import mapped_blocks, release_pages
 from halfbyte.libraries import disable_cudnn_attention
 from halfbyte.model.merged import check_keeps_training, read_merge_report
@@ -269,7 +269,7 @@ def _from_pretrained(
         with mapped_blocks():
             model, info = model_class.from_pretrained(base.path, trust_remote_code=False, **options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             raise
         raise ModelError(f"{base.name}: cannot be loaded from {base.path}: {error}") from error
     _check_loaded(model, info, base, precision)
