@@ -7,14 +7,15 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from toys import ROOT
+from waiting import wait_until
 
 START_S = 120
+SERVING = re.compile(r"serving at (\S+)")
 
 
 @dataclass
@@ -59,12 +60,11 @@ def serving(log: Path, *arguments: object, keys: str = "") -> Iterator[Process]:
 
 
 def _address(popen: subprocess.Popen[str], log: Path) -> str:
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
-        found = re.search(r"serving at (\S+)", log.read_text())
-        if found:
-            return found.group(1)
-        if popen.poll() is not None:
-            break
-        time.sleep(0.1)
+    def has_begun() -> object:
+        return popen.poll() is not None or SERVING.search(log.read_text())
+
+    wait_until(has_begun, "the server neither serves nor ends", START_S)
+    serving = SERVING.search(log.read_text())
+    if serving:
+        return serving.group(1)
     raise AssertionError(f"the server does not serve:\n{log.read_text()}")

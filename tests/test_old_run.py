@@ -116,4 +116,4 @@ def test_old_run_and_its_merge_are_served(
     old_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_script("eval/serve.py", f"old={old_run}", f"old-merged={old_run / 'merged'}", "--check")
-    assert "proven: " in capsys.readouterr().out
+    assert "verified: " in capsys.readouterr().out

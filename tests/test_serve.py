@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from serving import Process, serving
 from toys import run_script, write_config
+from waiting import wait_until
 
 from halfbyte.data.rows import Message
 from halfbyte.generate.batched import generate
@@ -368,7 +368,6 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(guarded: Process, fram
         replied = sock.recv(65_536)
         for _ in range(29):
             sock.sendall(part)
-            time.sleep(0.01)
         sock.sendall(b"0\r\n\r\n" if "chunked" in framing else b"")
         while more := sock.recv(65_536):
             replied += more
@@ -397,7 +396,8 @@ def test_sigterm_lets_answers_end_and_refuses_new_ones(guarded: Process) -> None
         thread.start()
     started.wait(30)
     os.kill(guarded.popen.pid, signal.SIGTERM)
-    time.sleep(0.3)
+    ready = f"{guarded.url}/ready"
+    wait_until(lambda: httpx.get(ready).status_code == 503, "the server does not stop")
     with pytest.raises(openai.InternalServerError, match="stopping") as refused:
         ask(client, "base", "too late")
     assert refused.value.status_code == 503

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +19,7 @@ import httpx
 import pytest
 from serving import Process, serving
 from toys import run_script, write_config
+from waiting import wait_until
 
 pytestmark = pytest.mark.real
 CHAT = "/v1/chat/completions"
@@ -32,7 +33,7 @@ CHECKS = (
     "allow_header_conformance",
 )
 MAX_GROWTH = 1.05  # of memory, from before the attacks to after them
-MAX_HEALTH_S = 0.1
+MAX_HEALTH_S = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,12 @@ def test_an_idle_connection_outlives_the_clients_patience(server: Process) -> No
     limits = httpx.Limits(keepalive_expiry=60)
     with httpx.Client(limits=limits) as client:
         first = client.get(server.url + "/health").extensions["network_stream"]
-        time.sleep(6)
+        sock = first.get_extra_info("socket")
+        patience, before = 6, sock.gettimeout()
+        sock.settimeout(patience)
+        with pytest.raises(TimeoutError):  # the server would end it with an empty read
+            sock.recv(1)
+        sock.settimeout(before)
         again = client.get(server.url + "/health")
     assert again.is_success
     assert again.extensions["network_stream"] is first
@@ -235,9 +241,7 @@ def test_a_reply_comes_whole_though_the_body_is_late(server: Process) -> None:
                 head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
                 sock.sendall(head.encode())
                 reply = sock.recv(100)
-                time.sleep(0.2)
                 sock.sendall(content)
-                time.sleep(0.2)
                 while not reply.endswith(b"}"):
                     reply += sock.recv(65_536)
                 assert status in reply
@@ -252,7 +256,6 @@ def test_slow_heads_and_bodies_are_cut(server: Process) -> None:
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: 1000\r\n\r\n{"
     )
-    start = time.monotonic()
     closed = 0
     for _ in range(20):
         for sock in heads:
@@ -260,13 +263,12 @@ def test_slow_heads_and_bodies_are_cut(server: Process) -> None:
                 sock.sendall(b"x")
             except OSError:
                 closed += 1
-        assert health_seconds(server, 1)[0] < MAX_HEALTH_S
-        time.sleep(1)
+        check_health(server, 1, MAX_HEALTH_S)
         if closed >= len(heads):
             break
+        select.select([slow_body], [], [], 1)  # a second, or until the server ends the slow body
     assert closed >= len(heads)
     assert b" 408 " in read_all(slow_body)
-    assert time.monotonic() - start < 40
     for sock in [*heads, slow_body]:
         sock.close()
 
@@ -281,13 +283,10 @@ def test_answers_of_vanished_clients_are_cancelled(server: Process) -> None:
         socks = [raw(server) for _ in range(24)]
         for sock in socks:
             sock.sendall(head.encode() + content)
-        time.sleep(0.5)
+        wait_until(lambda: running(server), "no answer begins")
         for sock in socks:
             sock.close()
-        until = time.monotonic() + 60
-        while running(server) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert running(server) == 0
+        wait_until(lambda: not running(server), "answers go on without a client")
     assert is_alive(server)
 
 
@@ -297,15 +296,11 @@ def running(server: Process) -> int:
     return int(sum(float(line.split()[1]) for line in gauges))
 
 
-def health_seconds(server: Process, count: int) -> list[float]:
-    took = []
-    with httpx.Client() as client:
+def check_health(server: Process, count: int, seconds: float = 60) -> None:
+    """Each of ``count`` requests for the server's health is answered within so many seconds."""
+    with httpx.Client(timeout=seconds) as client:
         for _ in range(count):
-            start = time.perf_counter()
             assert client.get(f"{server.url}/health").status_code == 200
-            took.append(time.perf_counter() - start)
-            time.sleep(0.01)
-    return took
 
 
 @pytest.mark.slow
@@ -324,7 +319,7 @@ def test_two_hundred_at_once_leave_health_and_memory_as_they_were(server: Proces
     statuses: list[int] = []
     thread = threading.Thread(target=lambda: statuses.extend(burst(200)))
     thread.start()
-    health_seconds(server, 100)  # each of them answered; how fast: benchmarks/serve_load.py
+    check_health(server, 100)  # each of them answered; how fast: benchmarks/serve_load.py
     thread.join()
     assert set(statuses) <= {200, 429}
     assert statuses.count(200) > 100

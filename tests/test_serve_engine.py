@@ -21,7 +21,8 @@ from halfbyte.generate.slot_model import SlotModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.precision import choose_compute, default_device
 from halfbyte.model.quantised import unpack_layers
-from halfbyte.serve.engine import Engine, Event, Job
+from halfbyte.serve.engine import Engine
+from halfbyte.serve.jobs import Event, Job
 from halfbyte.serve.sampling import Sampler, Sampling
 from halfbyte.serve.text import TextStream
 from halfbyte.trained.run import read_trained_run

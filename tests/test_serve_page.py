@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from browsing import Opened
 from serving import Process, serving
+from waiting import wait_until
 
 pytestmark = pytest.mark.real
 KEY = "a-key-for-the-page"
@@ -43,10 +43,7 @@ def page(opened: Opened, server: Process) -> Iterator[Any]:
 
 def wait(page: Any, what: str) -> None:
     """Until an expression holds; playwright's own wait needs eval, which the page forbids."""
-    until = time.monotonic() + 120
-    while not page.evaluate(what):
-        assert time.monotonic() < until, what
-        time.sleep(0.02)
+    wait_until(lambda: page.evaluate(what), what, 120)
 
 
 def once(page: Any, what: str, then: str) -> Any:

@@ -114,10 +114,8 @@ def _plan_training(
         report["llama_cpp"] = placement
     measured = None
     if arguments.probe:
-        # transformers prints a line when it is imported with WANDB_MODE=offline.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr):  # transformers prints at import
             from halfbyte.train.probe import probe_run
-
         measured = probe_run(run, device)
         report["probe"] = measured.as_json()
     if arguments.json:

@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Callable
 
-
 # In the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and on Windows, CUDA's,
 # HIP's and MPS's, and those of their libraries (cuBLAS, cuDNN, cuSOLVER).
 OUT_OF_MEMORY_TEXTS = (

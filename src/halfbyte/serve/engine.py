@@ -11,63 +11,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.generate.slot_model import Backend
 from halfbyte.heap import trim_heap
-from halfbyte.serve.sampling import GrammarError, SampledToken, Sampler
-from halfbyte.serve.text import TextStream
+from halfbyte.serve.jobs import Event, FinishReason, Job
+from halfbyte.serve.sampling import GrammarError
 
 PREFILL_TOKENS = 512  # in one pass, so that running answers do not stall
 TRIM_S = 30.0  # between returns of freed memory to the system: passes of many lengths leave holes
 MIN_SHARED = 16  # tokens of a common prefix worth copying or waiting for
-FinishReason = Literal["stop", "length", "timeout", "cancelled", "grammar", "error"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress of a request: new text and tokens, or its end.
-
-    Attributes:
-        detail: the cause of the end, where the reason alone does not tell it.
-    """
-
-    text: str = ""
-    tokens: tuple[SampledToken, ...] = ()
-    finish_reason: FinishReason | None = None
-    detail: str = ""
-
-
-@dataclass
-class Job:
-    """A request for one answer.
-
-    Attributes:
-        prompt: ids, at least one.
-        adapter: name of its adapter, or None for the base.
-        max_tokens: length of the longest answer.
-        stop_ids: tokens that end the answer.
-        emit: called with events in the engine's thread; must not block.
-        deadline: when the answer is cut off, on the monotonic clock.
-        num_shared: tokens of the prompt that the KV cache already held.
-    """
-
-    prompt: list[int]
-    adapter: str | None
-    sampler: Sampler
-    stream: TextStream
-    max_tokens: int
-    stop_ids: frozenset[int]
-    emit: Callable[[Event], None]
-    deadline: float
-    cancelled: bool = False
-    num_shared: int = 0
-    num_generated: int = 0
 
 
 @dataclass

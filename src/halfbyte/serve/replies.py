@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from halfbyte.serve.engine import Event, Job
+from halfbyte.serve.jobs import Event, Job
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.sampling import SampledToken
 from halfbyte.serve.schema import GenerationRequest

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.serve.chat_codec import ChatCodec
-from halfbyte.serve.engine import Engine, Event, Job
+from halfbyte.serve.engine import Engine
+from halfbyte.serve.jobs import Event, Job
 from halfbyte.serve.limits import Limits
 from halfbyte.serve.metrics import Metrics
 from halfbyte.serve.refusal import RefusedError
