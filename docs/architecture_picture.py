@@ -88,6 +88,7 @@ def with_modules(page: str) -> str:
     lines = [page.partition(INDEX)[0] + INDEX]
     for part in (part for group in layers() for part in group):
         paths = sorted((PACKAGE / part).glob("*.py")) or [PACKAGE / f"{part}.py"]
+        lines.append(f"\n### {part}\n" if len(paths) > 1 else "")
         for path in paths:
             if path.stem != "__init__":
                 lines.append(f"- `{path.relative_to(PACKAGE)}`: {_sentence(path)}")

@@ -274,8 +274,8 @@ def test_literal_suggests_nothing_when_nothing_is_near(tmp_path: Path) -> None:
     path = write(tmp_path, model="attention: 7")
 
     assert faults_of(path) == [
-        f"{path}:{line_of(path, 'attention')}: model.attention is 7; allowed: sdpa, eager,"
-        " flash_attention_2"
+        f"{path}:{line_of(path, 'attention')}: model.attention is 7; allowed: auto, sdpa,"
+        " eager, flash_attention_2"
     ]
 
 

@@ -277,7 +277,7 @@ def adapt_tied_embedding(run: Path) -> None:
     ("sabotage", "said"),
     [
         (rename_keys, "tensor names are not those of its architecture"),
-        (change_base, "merged into another base"),
+        (change_base, "was merged into the base "),
         (cut_file, "damaged or cut short"),
         (change_template, "another chat template than the run was trained with"),
         (change_tokenizer, "another tokenizer than the run was trained with"),
@@ -339,7 +339,7 @@ def test_sabotaged_artefact_is_refused(
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("base", "made from another base"),
+        ("base", "was made from the base "),
         ("chat_template_sha256", "made with another chat template"),
     ],
 )
@@ -350,7 +350,7 @@ def test_artefact_of_another_run_is_refused(
     shutil.copytree(exported_run, copy, ignore=shutil.ignore_patterns("merged", "checkpoints"))
     path = copy / "export" / "gguf-f16" / "export_report.json"
     report = json.loads(path.read_text())
-    report[key] = {"fingerprint": "0"} if key == "base" else "0"
+    report[key] = report[key] | {"fingerprint": "0"} if key == "base" else "0"
     path.write_text(json.dumps(report))
     with pytest.raises(RunError, match=said):
         read_artefact(RunDir(copy), "gguf-f16")

@@ -24,7 +24,7 @@ from halfbyte.eval.variants import (
     is_artefact,
 )
 from halfbyte.llamacpp.model import GgufModel
-from halfbyte.model.merged import merged_report
+from halfbyte.model.merged import MERGE_REPORT, merge_command, merged_report
 from halfbyte.model.resolve import resolve_base
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.run import TrainedRun, read_trained_run
@@ -59,6 +59,8 @@ def compare(
     trained = read_trained_run(path, run)
     folder, wanted = trained.folder, list(run.eval.variants)
     if MERGED in wanted:
+        advice = f"{merge_command(folder)} (or leave it out with eval.variants)"
+        folder.need(folder.merged / MERGE_REPORT, advice)
         merged_report(folder)
     for name in wanted:
         if is_artefact(name):

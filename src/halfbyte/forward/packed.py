@@ -1,4 +1,4 @@
-"""Owns the pass over a layout of rows: hidden states of its tokens, then the loss of its predictions.
+"""Owns the packed pass: the call `model(layout=…)` that `add_token_loss` teaches a model, from rows to losses.
 
 Shapes: B rows of a padded batch, or 1 for a tree; T tokens of the longest row, or of the tree; t of one row;
 N predictions, E hidden size, V vocabulary.

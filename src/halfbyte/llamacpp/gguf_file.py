@@ -1,4 +1,4 @@
-"""Owns the sizes of a GGUF file's parts, read from its header alone.
+"""Owns what a GGUF file takes, by its header (`read_gguf`): bytes of layers, KV cache and temporaries.
 
 The sources are those of ``plan/gguf_placement.py``.
 """

@@ -1,4 +1,4 @@
-"""Owns reading the header of a GGUF file: its metadata, and how many bytes each tensor takes.
+"""Owns parsing the header of a GGUF file: its metadata, and the shapes and types of its tensors.
 
 The package gguf builds an object for each entry of the vocabulary, which takes seconds; this module skips
 arrays of text. A tensor's size is the distance to the next one, its padding included, so newer tensor types
