@@ -1,15 +1,15 @@
-"""Owns the errors that a user can cause and mend.
+"""Owns the errors that a user can cause and fix.
 
     UserError
     ├── ConfigError   a config file, an override or the environment is wrong
     ├── DataError     a dataset, a row, a chat template or a split is wrong
-    ├── ModelError    a model cannot be found, read, loaded or adapted as asked
-    │   └── UntraceableError  its step cannot be planned
-    ├── PlanError     what is asked for cannot be planned, or cannot fit
+    ├── ModelError    a model cannot be found, read, loaded or adapted as requested
+    │   └── UntraceableError  its training step cannot be planned
+    ├── PlanError     a request cannot be planned, or cannot fit
     └── RunError      a run folder lacks something, or a run cannot go on
 
 A script prints such an error without a traceback and exits with ``exit_code``.
-Every message says where, what came, what is allowed and what to do next.
+Every message says where the fault is, what was found, what is allowed and what to do next.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import os
 import sys
 from collections.abc import Callable
 
-# In the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and on Windows, CUDA's,
-# HIP's and MPS's, and those of their libraries (cuBLAS, cuDNN, cuSOLVER).
+# Texts in the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and Windows,
+# CUDA's, HIP's and MPS's, and those of their libraries (cuBLAS, cuDNN, cuSOLVER).
 OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",
     "not enough memory",
@@ -29,13 +29,13 @@ OUT_OF_MEMORY_TEXTS = (
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can put right."""
+    """An error that the user can fix."""
 
     exit_code = 1
 
 
 class ConfigError(UserError):
-    """One or more faults in a config; ``faults`` holds one line for each."""
+    """A config has one or more faults; ``faults`` holds one line for each."""
 
     exit_code = 2
 
@@ -49,15 +49,15 @@ class DataError(UserError):
 
 
 class ModelError(UserError):
-    """A model cannot be found, read, loaded or adapted as asked."""
+    """A model cannot be found, read, loaded or adapted as requested."""
 
 
 class UntraceableError(ModelError):
-    """A model whose training step cannot be run without data, and so not be planned."""
+    """A model's training step cannot be traced without data, so it cannot be planned."""
 
 
 class PlanError(UserError):
-    """What is asked for cannot be planned, or cannot fit; no compute has been spent."""
+    """A request cannot be planned, or cannot fit; no compute has been spent."""
 
     exit_code = 2
 
@@ -67,14 +67,14 @@ class RunError(UserError):
 
 
 def last_line(text: str) -> str:
-    """What a process that failed said last, for a message."""
+    """Return the last line that a failed process printed, for a message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it does not say why"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or one that it was raised from, says that memory ran out."""
-    # torch.OutOfMemoryError by its name, so that torch is not imported here.
+    """Return whether an error, or one that it was raised from, means that memory ran out."""
+    # torch.OutOfMemoryError is matched by name, to avoid importing torch here.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
@@ -83,9 +83,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -> None:
-    """Run a script's ``main``; end with the message alone on a UserError.
+    """Run a script's ``main``; on a UserError print only its message and exit.
 
-    The exit code is that of the error, unless the script has one of its own.
+    The exit code is the error's, unless the script passes its own.
     """
     try:
         main()
@@ -101,7 +101,7 @@ def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -
             file=sys.stderr,
         )
         raise SystemExit(1) from error
-    except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
+    except BrokenPipeError:  # the reader of our output has exited, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:

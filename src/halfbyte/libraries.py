@@ -1,4 +1,4 @@
-"""Owns how the libraries behave in our scripts: no telemetry, no chatter, every core, errors still shown."""
+"""Owns the settings of libraries in our scripts: no telemetry, little output, every core, visible errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 
 
 def quiet_libraries() -> None:
-    """Call before importing torch, transformers, trl or bitsandbytes."""
+    """Silence the libraries; call this before importing torch, transformers, trl or bitsandbytes."""
     use_all_cores()
-    # TRL pings the Hub on every trainer that is built.
+    # TRL contacts the Hub whenever a trainer is built.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # bitsandbytes 0.50 looks for a CPU kernel on the Hub at import and warns when it is not there.
+    # bitsandbytes 0.50 looks for a CPU kernel on the Hub at import and warns if there is none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\b")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\b")
@@ -27,11 +27,11 @@ def quiet_libraries() -> None:
 
 
 def use_all_cores() -> None:
-    """Undo the one thread that ``accelerate launch`` gives a process unless told otherwise.
+    """Undo the default of ``accelerate launch``, which gives each process a single thread.
 
-    accelerate 1.15 sets OMP_NUM_THREADS=1 where nobody has set it, also for a single process on the
-    CPU, which then uses one core. Here each process of this machine gets its share of the cores.
-    Takes effect only before torch is imported.
+    accelerate 1.15 sets OMP_NUM_THREADS=1 if it is unset, even for a single process on the CPU, which
+    then uses one core. This function gives each process of this machine its share of the cores. It
+    takes effect only before torch is imported.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -41,10 +41,10 @@ def use_all_cores() -> None:
 
 
 def disable_cudnn_attention() -> None:
-    """Keep PyTorch's attention from cuDNN, for the whole process.
+    """Disable PyTorch's cuDNN attention for the whole process.
 
-    cuDNN plans attention anew for each shape, and rows of many lengths have hundreds of shapes: on an H200
-    in bf16 a call took 4 ms of host time.
+    cuDNN builds a new plan for each shape, and rows of many lengths have hundreds of shapes: on an H200 in
+    bf16 a call took 4 ms of host time.
     """
     import torch
 
@@ -54,7 +54,7 @@ def disable_cudnn_attention() -> None:
 def hide_harness_bars() -> None:
     """Switch off lm-evaluation-harness's progress bars, for the whole process.
 
-    There is one for each subject of a group, and lm_eval 0.4.13 has no setting for them.
+    It shows one for each subject of a group, and lm_eval 0.4.13 has no setting to hide them.
     """
     import lm_eval.api.task as api
     from lm_eval.models import dummy
@@ -64,9 +64,9 @@ def hide_harness_bars() -> None:
 
 @contextmanager
 def parallel_tokenisers() -> Iterator[None]:
-    """Within it, Rust tokenizers take a batch on every core.
+    """Let Rust tokenizers process a batch on every core within the ``with`` block.
 
-    Elsewhere they keep to one, as ``quiet_libraries`` asks, so that processes may be forked.
+    Elsewhere they use one core, as set by ``quiet_libraries``, so that processes can be forked.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

@@ -1,4 +1,4 @@
-"""Owns records: JSON files that a run folder keeps, each a frozen type with one reader and a version."""
+"""Owns records: the JSON files of a run folder, each with a frozen type, one reader and a version."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from halfbyte.run_dir import read_json, write_json
 
 
 class RecordPart(BaseModel):
-    """A frozen part of a record; fields that it does not know are left out."""
+    """A frozen part of a record; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain values, by the names that the file has."""
+        """Return plain values under the names used in the file."""
         return self.model_dump(mode="json", by_alias=True)
 
 
@@ -26,7 +26,7 @@ class Record(RecordPart):
     """A JSON file of a run folder.
 
     Attributes:
-        version: of the file's format; 0 in files that were written before there were versions.
+        version: version of the file's format; 0 in files written before versions were introduced.
     """
 
     NEWEST: ClassVar[int] = 1
@@ -34,19 +34,19 @@ class Record(RecordPart):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a file that some version of halfbyte wrote.
+        """Read a file written by any known version of halfbyte.
 
         Raises:
-            RunError: it is missing, damaged, of a version that is not known here, or lacks fields.
+            RunError: the file is missing or damaged, has an unknown version, or lacks fields.
         """
         return cls.of(read_json(path), path)
 
     @classmethod
     def of(cls, content: Any, path: Path) -> Self:
-        """Read the content of a file.
+        """Build the record from the content of a file.
 
         Raises:
-            RunError: as ``read``.
+            RunError: in the same cases as ``read``.
         """
         version = content.get("version", 0) if isinstance(content, dict) else 0
         if not isinstance(version, int) or not 0 <= version <= cls.NEWEST:
@@ -72,11 +72,11 @@ class Record(RecordPart):
 
 
 class ProvenRecord(Record):
-    """A record that says which code made it, on what.
+    """A record with the code and the machine that made it.
 
     Attributes:
-        halfbyte: its version, and ``commit`` its commit.
-        libraries: their versions.
+        halfbyte: version of halfbyte; ``commit`` is its commit.
+        libraries: versions of the libraries.
     """
 
     halfbyte: str = ""

@@ -1,4 +1,4 @@
-"""Owns a run folder: the names and meaning of everything in it, atomic writes, provenance, the cache.
+"""Owns the run folder: the names and meaning of its files, atomic writes, provenance, and the cache.
 
 run.yaml           the fully resolved config
 manifest.json      where the base, the data and the code came from, and what the run cost
@@ -45,7 +45,7 @@ LIBRARIES = (
 
 
 class RunDir:
-    """Paths inside one run folder."""
+    """The paths inside one run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,7 +62,7 @@ class RunDir:
         self.eval = path / "eval"
 
     def need(self, path: Path, command: str) -> Path:
-        """``path`` if it is there.
+        """Return ``path`` if it exists.
 
         Raises:
             RunError: it is missing; the message names the command that makes it.
@@ -73,17 +73,17 @@ class RunDir:
 
 
 def cache_dir() -> Path:
-    """What any run can make again: ``$HALFBYTE_CACHE``, else ``~/.cache/halfbyte``."""
+    """Return the folder of reproducible files: ``$HALFBYTE_CACHE``, else ``~/.cache/halfbyte``."""
     return Path(os.environ.get("HALFBYTE_CACHE") or Path.home() / ".cache" / "halfbyte")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is either the old file or the whole new one."""
+    """Write ``text`` atomically: ``path`` is either the old file or the complete new one."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write ``content`` so that ``path`` is either the old file or the whole new one."""
+    """Write ``content`` atomically: ``path`` is either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -99,7 +99,7 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically; NaN and infinities are refused."""
+    """Write ``value`` as JSON, atomically; NaN and infinities are rejected."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -107,7 +107,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file that a run wrote.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """Write one JSON value a line, atomically."""
+    """Write one JSON value per line, atomically."""
     lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
     write_text(path, "".join(line + "\n" for line in lines))
 
@@ -126,7 +126,7 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
 def read_jsonl(path: Path) -> Iterator[Any]:
     """Yield the JSON value of each line.
 
-    A last line without its end is what a power cut leaves of ``append_jsonl``; it is left out.
+    An incomplete last line, as a power cut leaves after ``append_jsonl``, is skipped.
 
     Raises:
         RunError: the file is missing, or another line is damaged.
@@ -148,7 +148,7 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 
 
 def append_jsonl(path: Path, record: Any) -> None:
-    """Append one JSON line and hand it to the disk."""
+    """Append one JSON line and flush it to the disk."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         stream.flush()
@@ -156,7 +156,7 @@ def append_jsonl(path: Path, record: Any) -> None:
 
 
 def move_aside(folder: Path) -> Path:
-    """Rename ``folder`` to a name that says when; returns the new path. Nothing is deleted."""
+    """Rename ``folder`` to a name with the time and return the new path; nothing is deleted."""
     stamp = f"{folder.name}~{time.strftime('%Y%m%d-%H%M%S')}"
     target = folder.with_name(stamp)
     for number in itertools.count(2):
@@ -168,7 +168,7 @@ def move_aside(folder: Path) -> Path:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Give a finished folder its final name; one of that name is deleted only afterwards."""
+    """Give a finished folder its final name; an existing folder is deleted only afterwards."""
     final.parent.mkdir(exist_ok=True)
     if not final.exists():
         new.rename(final)
@@ -179,7 +179,7 @@ def replace_folder(new: Path, final: Path) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of libraries and of this code, and the machine, for the manifest."""
+    """Return the versions of libraries and of this code, and the machine, for the manifest."""
     return {
         "halfbyte": __version__,
         "commit": _commit(),
@@ -207,19 +207,19 @@ def _commit() -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
+    """Return the hex sha256 of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_files(folder: Path, sha256: Mapping[str, str], subject: str, remedy: str) -> None:
-    """Check that files are still those that a report named.
+    """Check that files still have the digests that a report recorded.
 
     Args:
-        folder: that holds them.
+        folder: the folder that holds the files.
         sha256: hex digest of each file, by its name in the folder.
-        subject: for the message, such as ``the file that was proven``.
-        remedy: what to do about it.
+        subject: words for the message, such as ``the file that was proven``.
+        remedy: advice for the message on how to fix it.
 
     Raises:
         RunError: a file is missing, cut short or changed.

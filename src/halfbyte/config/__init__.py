@@ -1,4 +1,4 @@
-"""Owns what a run can vary: the strict schema and the reader of YAML files and overrides."""
+"""Owns the config of a run: the strict schema, and the reader of YAML files and overrides."""
 
 from halfbyte.config.read import load_run, model_run, read_run_folder, run_as_yaml
 from halfbyte.config.schema import Run

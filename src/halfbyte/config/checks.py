@@ -1,4 +1,4 @@
-"""Owns the rules that tie several keys, the environment and the config together."""
+"""Owns the rules that involve several keys, or the config and the environment."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from halfbyte.config.source import SECRET, KeyPath, Source
 RUN_NAME = re.compile(r"(?!\.+$)[\w.=+,~-]{1,120}", re.ASCII)
 
 
-Rule = tuple[bool, str, str]  # is it a fault; dotted key; what is wrong and what to do
+Rule = tuple[bool, str, str]  # (whether it is a fault, dotted key, message with remedy)
 Written = Callable[[str], bool]
 
 
 def cross_faults(run: Run, source: Source, *, resolved: bool) -> list[str]:
-    """Contradictions and, unless the config is a resolved one, options without effect: a line each."""
+    """Return a line per contradiction and, unless the config is resolved, per option without effect."""
 
     def written(dotted: str) -> bool:
         if resolved:
@@ -261,7 +261,7 @@ def _pattern_fault(pattern: str) -> str:
 
 
 def secret_faults(source: Source) -> list[str]:
-    """Keys and tokens written into a config would end in run.yaml, W&B and git."""
+    """Return a line per secret in the config, as it would end up in run.yaml, W&B and git."""
     return [
         f"{source.place(path)}: {'.'.join(map(str, path))} looks like a secret key; take it out and"
         " put it in the environment (HF_TOKEN, WANDB_API_KEY)"
@@ -292,7 +292,7 @@ def _world_size(environ: Mapping[str, str], faults: list[str]) -> int:
 
 
 def environment_faults(run: Run, environ: Mapping[str, str]) -> list[str]:
-    """Variables set by ``accelerate launch`` or by hand that contradict the config."""
+    """Return a line per variable, set by ``accelerate launch`` or by hand, that contradicts the config."""
     faults = []
     mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if mixed not in ("no", run.model.compute_dtype):

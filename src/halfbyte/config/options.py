@@ -1,4 +1,4 @@
-"""Owns the options of eval/generate.py that would have no effect: each is refused."""
+"""Owns the check of eval/generate.py's options, which refuses options without effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN_DECIDES = (
 
 
 def check_generate(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
-    """Refuse options without effect; returns whether the model is a run folder."""
+    """Refuse options without effect; return whether the model is a run folder."""
     if arguments.image and not arguments.prompt:
         raise UserError("--image needs --prompt: say what you want to know of the picture")
     if arguments.chat and arguments.prompt is not None:

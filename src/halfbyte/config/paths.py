@@ -1,4 +1,4 @@
-"""Owns which config values are paths, and turns each into an absolute one."""
+"""Owns the paths in a config: it decides which values are paths and makes them absolute."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TEMPLATE_NAMES = ("gemma", "chatml", "plain")
 def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool = False) -> Run:
     """Make ``runs_dir`` and every value that names a local file or folder absolute.
 
-    A value names something local if it begins with ``/``, ``./``, ``../`` or ``~``, ends in a known
-    suffix, or exists beside the config. Anything else must look like a Hub id, or goes to
-    ``faults``. ``resolved``: the config is one that a run has written, where no key was chosen by hand.
+    A value is local if it begins with ``/``, ``./``, ``../`` or ``~``, ends in a known suffix, or exists
+    beside the config. Anything else must look like a Hub id, or is added to ``faults``. ``resolved``
+    means that a run wrote the config, so that no key was chosen by hand.
     """
     resolver = _Resolver(source, faults)
     name = resolver.local(("model", "name"), run.model.name, MODEL_SUFFIXES)
@@ -70,7 +70,7 @@ def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool
 
 @dataclass(frozen=True)
 class _Resolver:
-    """Turns values into absolute paths, and collects what cannot be one."""
+    """Turns values into absolute paths, and collects faults for the others."""
 
     source: Source
     faults: list[str]
@@ -83,7 +83,7 @@ class _Resolver:
             self.fault(path, f"is {value!r}, which is no path: it holds a null byte")
             return value
         try:
-            # Not resolved: in the Hub's cache a file's link has the name, and its target has none.
+            # Links are kept: in the Hub's cache a link has the file's name, and its target does not.
             return os.path.abspath(self.source.folder(path) / Path(value).expanduser())
         except (RuntimeError, ValueError, OSError) as error:
             self.fault(path, f"is {value!r}, which is no path: {error}")
@@ -106,14 +106,14 @@ class _Resolver:
 
 
 def absolute_if_local(value: str) -> str:
-    """A command-line argument as an absolute path where it names something on this disk."""
+    """Return a command-line argument, as an absolute path if it names something on this disk."""
     if is_local(value, Path.cwd(), (*MODEL_SUFFIXES, *DATA_SUFFIXES)):
         return os.path.abspath(Path(value).expanduser())
     return value
 
 
 def is_local(value: str, folder: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a model or dataset name means something on this disk rather than on the Hub."""
+    """Return whether a model or dataset name refers to this disk rather than to the Hub."""
     if value.startswith("pypi:"):
         return False
     if value.startswith(("/", "./", "../", "~")) or value in (".", ".."):

@@ -1,4 +1,4 @@
-"""Owns the way from a YAML file and overrides to a checked Run, every fault reported at once."""
+"""Owns the reading of a YAML file and overrides into a checked Run, reporting all faults at once."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
 RESOLVED_NAME = "run.yaml"
-# Overrides of `train` that leave the name of the run as it is: what is learnt stays the same.
+# Overrides of `train` that do not change the run's name, because they do not change what is learnt.
 UNNAMED = ("existing", "ignore_plan", "micro_batch_size", "checkpointing")
-# What a key may hold beside its fixed words.
+# Types that a key may accept besides its fixed words, with their descriptions.
 BESIDES = ((Positive, "a whole number ≥ 1"), (list[Name], "a list of names"))
 
 
 def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os.environ) -> Run:
     """Read and check a config; every path in the result is absolute and ``name`` is set.
 
-    Takes milliseconds and imports neither torch nor transformers.
+    Reading takes milliseconds and imports neither torch nor transformers.
 
     Raises:
-        ConfigError: with every fault in the shape of the config, or else with every contradiction
-            of values, paths and environment.
+        ConfigError: the config has faults; it lists all faults of structure or, if there are none, all
+            contradictions of values, paths and environment.
     """
     source = read_source(config, overrides)
-    # A run.yaml that a run has written holds every key: none of them was chosen by hand.
+    # A run.yaml written by a run holds every key, so none of them was chosen by hand.
     run = _validate(source, resolved=config.name == RESOLVED_NAME, environ=environ)
     if run.name is None:
         run = run.model_copy(update={"name": default_name(config, overrides)})
@@ -48,10 +48,10 @@ def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os
 
 
 def model_run(model: str, overrides: list[str]) -> Run:
-    """A config of defaults for a model that is named alone, for planning.
+    """Return a config of defaults for a model given only by name, for planning.
 
     Raises:
-        ConfigError: as ``load_run``.
+        ConfigError: in the same cases as ``load_run``.
     """
     values = {
         "model": {"name": model},
@@ -62,11 +62,11 @@ def model_run(model: str, overrides: list[str]) -> Run:
 
 
 def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
-    """Read the resolved config that a run left in its folder, with overrides of this call.
+    """Read the resolved config in a run folder, with the overrides of this call.
 
     Raises:
-        RunError: the folder is no run folder.
-        ConfigError: an override is wrong, or touches a key that the finished run has fixed.
+        RunError: the folder is not a run folder.
+        ConfigError: an override is wrong, or changes a key that the finished run has fixed.
     """
     path = folder / RESOLVED_NAME
     if not path.is_file():
@@ -88,11 +88,11 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
 
 
 def run_as_yaml(run: Run) -> str:
-    """The whole resolved config as YAML, in the order of the schema."""
+    """Return the whole resolved config as YAML, in the order of the schema."""
     stream = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    # Escaped, so that every character comes back as it was: plain YAML folds some line breaks.
+    # Escape characters so that each is read back unchanged: plain YAML folds some line breaks.
     yaml.allow_unicode = False
     yaml.width = 4096
     yaml.dump(run.model_dump(mode="json"), stream)
@@ -100,7 +100,7 @@ def run_as_yaml(run: Run) -> str:
 
 
 def default_name(config: Path, overrides: list[str]) -> str:
-    """``quickstart``, or ``quickstart+train.max_steps=5``: one folder for each variation."""
+    """Return ``quickstart`` or ``quickstart+train.max_steps=5``, so each variation has its own folder."""
     silent = ("runs_dir=", "track.", "speed.", "data.cache=", *(f"train.{key}=" for key in UNNAMED))
     parts = [config.stem, *(text for text in overrides if not text.startswith(silent))]
     name = re.sub(r"[^\w.=+,-]+", "_", "+".join(parts), flags=re.ASCII)
@@ -113,7 +113,7 @@ def default_name(config: Path, overrides: list[str]) -> str:
 def _validate(
     source: Source, *, resolved: bool = False, environ: Mapping[str, str] | None = None
 ) -> Run:
-    """``resolved``: the file holds every key with its default, so that none was chosen by hand."""
+    """Validate a source; ``resolved`` means that it holds every key, so none was chosen by hand."""
     faults = list(source.faults) + secret_faults(source)
     try:
         run = Run.model_validate(source.values)
@@ -139,9 +139,9 @@ def _in_file_order(faults: list[str]) -> list[str]:
 
 
 def _one_a_value(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The errors, with one for a union of which pydantic tells once for each branch.
+    """Merge the errors that pydantic reports for each branch of a union into one.
 
-    Where the value is a list, its wrong items are told; else the fixed words speak for all branches.
+    If the value is a list, its wrong items are reported; otherwise only the error of the fixed words is.
     """
     unions = {
         error["loc"][:-1]
@@ -165,8 +165,8 @@ def _one_a_value(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _fault(error: dict[str, Any], source: Source) -> str:
-    """One line: place, key, what came, what is allowed, the nearest key."""
-    # pydantic puts the chosen branch of a union into ``loc``; only keys that were written count.
+    """Return one line with the place, the key, the value found, what is allowed, and the nearest key."""
+    # pydantic adds the chosen branch of a union to ``loc``; only keys that were written count.
     path: KeyPath = tuple(error["loc"])
     while error["type"] != "missing" and len(path) > 1 and path not in source.places:
         path = path[:-1]
@@ -189,7 +189,7 @@ def _fault(error: dict[str, Any], source: Source) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value for a message, unless it looks like a secret."""
+    """Return the value for a message, hidden if it looks like a secret."""
     text = repr(value)
     return "a secret (not shown)" if SECRET.search(str(value)) else text
 
@@ -207,7 +207,7 @@ def _nearest(path: KeyPath) -> str:
 
 
 def keys_of(path: KeyPath) -> list[str]:
-    """The keys that the schema knows below ``path``."""
+    """Return the keys that the schema has below ``path``."""
     model = _model_at(path)
     return list(model.model_fields) if model else []
 
@@ -238,7 +238,7 @@ def _field_at(path: KeyPath) -> FieldInfo | None:
 
 
 def _besides(path: KeyPath) -> list[str]:
-    """What the key may hold beside its fixed words, such as a number beside ``auto``."""
+    """Return what a key accepts besides its fixed words, such as a number besides ``auto``."""
     field = _field_at(path)
     kinds = get_args(field.annotation) if field is not None else ()
     return [words for kind, words in BESIDES if kind in kinds]

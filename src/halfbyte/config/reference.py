@@ -23,7 +23,7 @@ line: all faults of names and types at once, or else all contradictions.
 
 
 def reference() -> str:
-    """The whole reference as Markdown."""
+    """Return the whole reference as Markdown."""
     parts = [INTRO, "## Top level\n", _table(Run, sections=False)]
     for name, field in Run.model_fields.items():
         section = field.annotation
@@ -66,7 +66,7 @@ def _kind(annotation: Any) -> str:
 
 
 def _inner_limits(annotation: Any) -> list[Any]:
-    """Limits inside a union, such as those of ``Positive | None``."""
+    """Return the limits inside a union, such as those of ``Positive | None``."""
     inner = [kind for kind in get_args(annotation) if get_origin(kind) is Annotated]
     return [
         item.metadata[0] if hasattr(item, "metadata") else item

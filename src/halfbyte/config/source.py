@@ -1,4 +1,4 @@
-"""Owns the YAML side of a config: text and overrides to plain values, each with the place it came from."""
+"""Owns the parsing of YAML configs and overrides into plain values, each with the place it came from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNREADABLE = object()  # a value that has been reported already
 
 @dataclass
 class Source:
-    """Plain values with their places.
+    """The plain values of a config with their places.
 
     ``places`` maps a key path to ``file:line`` or to the override's text; ``folders`` maps it to
     the folder against which a relative path in that value is read.
@@ -32,27 +32,27 @@ class Source:
     faults: list[str] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> str:
-        """Where ``path`` was written, or else its nearest parent."""
+        """Return where ``path`` or else its nearest parent was written."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, "")
 
     def folder(self, path: KeyPath) -> Path:
-        """The folder against which a relative path at ``path`` is read."""
+        """Return the folder against which a relative path at ``path`` is resolved."""
         while path and path not in self.folders:
             path = path[:-1]
         return self.folders.get(path, Path.cwd())
 
 
 def read_source(config: Path, overrides: list[str]) -> Source:
-    """Read a YAML 1.2 file, then lay ``section.key=value`` overrides over it.
+    """Read a YAML 1.2 file, then apply ``section.key=value`` overrides to it.
 
-    Values of overrides go through the same YAML parser as the file. Relative paths of the file
-    are read from its folder, those of an override from the working directory. Duplicate keys and
-    malformed overrides are collected in ``Source.faults``.
+    Values of overrides go through the same YAML parser as the file. Relative paths in the file are
+    resolved against its folder, those in an override against the working directory. Duplicate keys
+    and malformed overrides are collected in ``Source.faults``.
 
     Raises:
-        ConfigError: the file is missing, unreadable, or no YAML mapping.
+        ConfigError: the file is missing, unreadable, or not a YAML mapping.
     """
     try:
         text = config.read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def read_source(config: Path, overrides: list[str]) -> Source:
 
 
 def source_of(values: dict[str, Any], place: str, overrides: list[str]) -> Source:
-    """The source of values that no file holds, with overrides laid over them."""
+    """Return the source of values that come from no file, with overrides applied to them."""
     source = Source(values, {(): place}, {(): Path.cwd()})
     for override in overrides:
         _lay_over(override, source)
@@ -110,7 +110,7 @@ def _values(node: Node, path: KeyPath, source: Source, name: str) -> Any:
 
 
 def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
-    """Plain Python value of ``node``; notes the line of every key and every repeated key."""
+    """Return the plain Python value of ``node``; record the line of every key and every repeated key."""
     if isinstance(node, MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -145,7 +145,7 @@ def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
 
 
 def _scalar(node: Node) -> Any:
-    # Dates are no type of this schema: they stay the text that was written.
+    # The schema has no dates, so they stay text as written.
     if node.tag == "tag:yaml.org,2002:timestamp":
         return node.value
     return YAML(typ="safe", pure=True).constructor.construct_object(node, deep=True)

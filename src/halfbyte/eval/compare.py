@@ -1,4 +1,4 @@
-"""Owns the comparison: every variant on the same rows with the same renderer and greedy decoding."""
+"""Owns the comparison of all variants on the same rows with the same renderer and greedy decoding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from halfbyte.model.resolve import resolve_base
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.run import TrainedRun, read_trained_run
 
-UNSCORABLE = {  # what is wrong with an answer that does not even match itself
+UNSCORABLE = {  # why an answer does not even match itself
     "exact_match": "matches eval.answer_pattern {0.answer_pattern!r} nowhere",
     "numeric_match": "holds no number",
     "field_match": "is no JSON object",
@@ -42,19 +42,19 @@ def compare(
 ) -> tuple[TrainedRun, list[Variant]]:
     """Measure every variant of ``eval.variants`` and ``eval.baselines``, in that order.
 
-    Every model but those in llama.cpp takes the benchmarks; the base once, not again with examples.
+    Every model except those in llama.cpp runs the benchmarks; the base runs them only once.
 
     Args:
         path: the run folder.
         run: its settings, with overrides of ``eval``.
-        benchmarks: general benchmarks, loaded.
+        benchmarks: the loaded general benchmarks.
 
     Returns:
-        the run, and what each variant came to.
+        The run and the results of each variant.
 
     Raises:
-        RunError: the run is not trained, or not merged while ``merged`` is to be compared, or a file is not
-            the one that was measured.
+        RunError: the run is not trained, is not merged although ``merged`` is a variant, or a file differs
+            from the one that was measured.
     """
     trained = read_trained_run(path, run)
     folder, wanted = trained.folder, list(run.eval.variants)
@@ -84,7 +84,7 @@ def compare(
                 variant.benchmarks[task] = ask(
                     benchmark, contender.model, contender.renderer.tokenizer, run
                 )
-        # The next model is loaded only when nothing holds this one any more.
+        # Drop the reference before the next model is loaded.
         del contender
     order = [*wanted, *(baseline.name for baseline in run.eval.baselines)]
     return trained, [variants[name] for name in order]
@@ -94,7 +94,7 @@ def check_answers(rows: list[Row], run: Run) -> None:
     """Check that the metrics can score these rows, before any model is loaded.
 
     Raises:
-        RunError: raw text is to be scored by its answers, or no answer could ever be right.
+        RunError: a metric needs answers but the rows are raw text, or no answer could ever be correct.
         UserError: a metric needs a library that is not installed.
     """
     metrics = [metric for metric in run.eval.metrics if metric != LOSS_METRIC]

@@ -1,4 +1,4 @@
-"""Owns the variants: which model answers under which name, one set of weights in memory at a time."""
+"""Owns the variants: it loads the model of each variant name, with one set of weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 
 def trained_name(names: Collection[str]) -> str | None:
-    """The variant that a verdict is about: the adapter, else the merged model, else none."""
+    """Return the variant that the verdict is about: the adapter, else the merged model, else None."""
     return next((name for name in TRAINED if name in names), None)
 
 
@@ -46,8 +46,8 @@ class Contender:
     """A model in memory with the questions that it answers.
 
     Attributes:
-        num_bytes: of weights in memory.
-        stored: files and folders that hold the weights it was loaded from.
+        num_bytes: size of the weights in memory.
+        stored: files and folders that the weights were loaded from.
     """
 
     name: str
@@ -60,19 +60,19 @@ class Contender:
 
     @property
     def disk_bytes(self) -> int:
-        """The size of its weights on disk."""
+        """The size of the model's weights on disk, in bytes."""
         return sum(_stored_bytes(path) for path in self.stored)
 
     @property
     def device(self) -> torch.device:
-        """The device that computes."""
+        """The device that the model computes on."""
         if isinstance(self.model, GgufModel):
             return torch.device("cuda" if self.model.gpu_layers else "cpu")
         return next(self.model.parameters()).device
 
 
 def _stored_bytes(path: Path) -> int:
-    """Of a file, or of a folder's weights: of the first of these kinds that it holds, as loading takes them."""
+    """Return the bytes of a file, or of a folder's weights in the first format found, as in loading."""
     if path.is_file():
         return path.stat().st_size
     for suffix in WEIGHT_SUFFIXES:
@@ -84,7 +84,7 @@ def _stored_bytes(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A trained run with the questions that its variants answer, and the dtype that computes them."""
+    """A trained run, the questions that its variants answer, and the dtype that they compute in."""
 
     trained: TrainedRun
     compute: Compute
@@ -97,7 +97,7 @@ class Comparison:
 
 
 def contenders(comparison: Comparison) -> Iterator[Contender]:
-    """Load the variants of the config, one after the other."""
+    """Yield the variants of the config, loaded one after the other."""
     variants = set(comparison.run.eval.variants)
     if variants & {BASE_FULL, FEWSHOT}:
         yield from _full_size(comparison)
@@ -118,7 +118,7 @@ def contenders(comparison: Comparison) -> Iterator[Contender]:
 
 
 def _full_size(comparison: Comparison) -> Iterator[Contender]:
-    """The base without quantisation, asked plainly and with examples in the prompt."""
+    """Yield the base without quantisation, without and with examples in the prompt."""
     run, base, renderer = comparison.run, comparison.trained.base, comparison.trained.renderer
     loaded = _load_full(base, run, comparison.compute)
     size, stored = weights_bytes(loaded.model), (Path(base.path),)
@@ -134,7 +134,7 @@ def _full_size(comparison: Comparison) -> Iterator[Contender]:
 
 
 def _quantised(comparison: Comparison) -> Iterator[Contender]:
-    """The adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
+    """Yield the adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
     trained, run, compute = comparison.trained, comparison.run, comparison.compute
     base, renderer, plain = trained.base, trained.renderer, comparison.questions
     same_weights, stored = run.model.precision == "nf4", (Path(base.path),)
@@ -161,7 +161,7 @@ def _quantised(comparison: Comparison) -> Iterator[Contender]:
 
 
 def _merged(comparison: Comparison) -> Contender:
-    """The merged model, computed in a dtype that holds its stored weights exactly."""
+    """Load the merged model, in a compute dtype that holds its stored weights exactly."""
     folder, compute = comparison.trained.folder.merged, comparison.compute
     kept = merged_report(comparison.trained.folder).kept
     if kept.dtype != compute.name:
@@ -176,19 +176,19 @@ def _merged(comparison: Comparison) -> Contender:
 
 
 def taken_back(base: Base, precision: Precision | None) -> str:
-    """Return what to say of a merge that a precision rounds back to what it was before its training."""
+    """Return a note about a merged base whose training is undone by rounding to ``precision``, or ""."""
     if precision is None or keeps_training(Path(base.path), precision):
         return ""
     return ", which takes back the training that was merged into it"
 
 
 def is_artefact(variant: str) -> bool:
-    """Return whether a variant is one that train/export.py makes."""
+    """Return whether a variant is an artefact made by train/export.py."""
     return variant.startswith(("gguf-", "awq"))
 
 
 def _artefact(comparison: Comparison, name: str) -> Iterator[Contender]:
-    """An exported model in the engine that serves it."""
+    """Yield an exported model, loaded in the engine that serves it."""
     trained, plain = comparison.trained, comparison.questions
     report = read_artefact(trained.folder, name)
     folder = trained.folder.export / name
@@ -205,7 +205,7 @@ def _artefact(comparison: Comparison, name: str) -> Iterator[Contender]:
 
 
 def _baseline(comparison: Comparison, baseline: Baseline) -> Iterator[Contender]:
-    """A further model with its own tokenizer and chat template."""
+    """Yield a further model with its own tokenizer and chat template."""
     run, compute = comparison.run, comparison.compute
     base = resolve_base(baseline.model, baseline.revision)
     template = load_template(baseline.chat_template) if baseline.chat_template else None
@@ -237,14 +237,14 @@ def in_llama_cpp(
     note: str = "",
     gpu_layers: int = 0,
 ) -> Iterator[Contender]:
-    """Open a GGUF file as a contender; its memory is its size. ``note``: what else to say of it."""
+    """Open a GGUF file as a contender, counting its size as its memory; ``note`` goes into the report."""
     with GgufModel(path, gpu_layers=gpu_layers) as model:
         what = f"{path.name} in llama.cpp{note}"
         yield Contender(name, what, model, path.stat().st_size, questions, renderer, (path,))
 
 
 def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
-    """Unquantised in the run's compute dtype, or in bf16 where fp32 would not fit."""
+    """Load the base unquantised in the run's compute dtype, or in bf16 if fp32 would not fit."""
     precision: Precision = compute.name
     if precision == "fp32" and fp32_bytes(Path(base.path)) > USABLE_FRAC * free_bytes(
         compute.device
@@ -257,7 +257,7 @@ def _load_full(base: Base, run: Run, compute: Compute) -> Loaded:
 
 
 def load_scored(base: Base, precision: Precision | None, compute: Compute, run: Run) -> Loaded:
-    """A model that knows ``token_loss``; where the precision is a dtype, it computes in that."""
+    """Load a model with ``token_loss``; if the precision is a dtype, the model computes in it."""
     if precision is not None and precision in DTYPES:
         compute = Compute(compute.device, DTYPES[precision], compute.reason)
     loaded = load_model(
@@ -272,7 +272,7 @@ def load_scored(base: Base, precision: Precision | None, compute: Compute, run: 
 
 
 def release() -> None:
-    """Give back the memory of models that nothing holds any more."""
+    """Free the memory of models that are no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,21 +1,21 @@
-"""Owns which base something belongs to, and whether a base is that one."""
+"""Owns the identity of a base: which base something belongs to, and whether another base is the same."""
 
 from __future__ import annotations
 
 from halfbyte.errors import RunError
 from halfbyte.record import Record, RecordPart
 
-SHOWN_DIGITS = 12  # of a fingerprint, in messages
+SHOWN_DIGITS = 12  # digits of a fingerprint shown in messages
 
 
 class BaseIdentity(RecordPart):
-    """A base model, wherever it lies.
+    """A base model, identified independently of its location.
 
     Attributes:
-        name: as the config wrote it.
+        name: name of the base in the config.
         revision: the Hub commit, or None.
-        origin: what the weights are, for reports.
-        fingerprint: of config and weights; two bases with one fingerprint are the same.
+        origin: a description of the weights, for reports.
+        fingerprint: digest of config and weights; two bases with the same fingerprint are the same.
     """
 
     name: str
@@ -25,7 +25,7 @@ class BaseIdentity(RecordPart):
 
 
 class AdapterBase(BaseIdentity, Record):
-    """``base.json`` beside an adapter: what it was trained on."""
+    """``base.json`` beside an adapter, which names the base that it was trained on."""
 
     model_class: str = ""
     precision: str | None = None
@@ -35,13 +35,13 @@ class AdapterBase(BaseIdentity, Record):
 def check_same_base(
     recorded: BaseIdentity, base: BaseIdentity, subject: str, remedy: str = ""
 ) -> None:
-    """Refuse to go on with another base than the recorded one.
+    """Check that a base is the recorded one.
 
     Args:
         recorded: the base that the subject belongs to.
-        base: the base that is there now.
-        subject: for the message, with what it did: ``runs/x: was trained on``.
-        remedy: what to do about it.
+        base: the base found now.
+        subject: beginning of the message, such as ``runs/x: was trained on``.
+        remedy: advice for the message on how to fix it.
 
     Raises:
         RunError: the fingerprints differ.

@@ -1,4 +1,4 @@
-"""Owns what a merged folder says of itself, and that it is not rounded back to the base it came from."""
+"""Owns the report of a merged folder, and the check that rounding does not undo its training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class MeasuredMerge(RecordPart):
     """One merge, and how close it is to the trained model.
 
     Attributes:
-        base: into which the adapter was folded, ``dequantised`` or ``full``.
-        dtype: in which its weights are stored.
-        weights_bytes: of its files.
+        base: the base that the adapter was folded into, ``dequantised`` or ``full``.
+        dtype: storage dtype of its weights.
+        weights_bytes: size of its weight files.
         kl_nats_per_token: mean KL(trained ‖ merged) over positions.
         top1_agreement: share of positions with the same most likely next token.
         loss: mean over labelled tokens, in nats.
-        num_positions: that were compared.
+        num_positions: number of positions compared.
     """
 
     base: str
@@ -57,13 +57,13 @@ class MergeReport(ProvenRecord):
 
     Attributes:
         run: name of the run.
-        base: that the run was trained on.
+        base: the base that the run was trained on.
         requested: the ``merge.base`` of the config.
-        kept: the merge in this folder; ``candidates`` has the others too.
-        trained: what they were compared with.
-        stored_grids: precisions at whose values the weights lie, but for the little that training added.
-        limits: that the kept merge had to meet.
-        sha256: of its weight files, by name.
+        kept: the merge in this folder; ``candidates`` includes the others too.
+        trained: the model that they were compared with.
+        stored_grids: precisions whose grid values the weights lie on, apart from training's small changes.
+        limits: the limits that the kept merge had to meet.
+        sha256: digest of each of its weight files, by name.
     """
 
     run: str = ""
@@ -79,17 +79,17 @@ class MergeReport(ProvenRecord):
 
     @property
     def grids(self) -> list[str]:
-        """Precisions at whose values the weights lie; files of versions before 0.1 do not name them."""
+        """Precisions whose grid values the weights lie on; files of versions before 0.1 omit them."""
         if self.stored_grids is not None:
             return self.stored_grids
         return [self.trained.precision] if self.kept.base == DEQUANTISED else []
 
 
 def read_merge_report(folder: Path) -> MergeReport | None:
-    """Read what a folder says of the merge that made it, or None where it is no merge.
+    """Read the merge report of a folder, or return None if the folder is not a merge.
 
     Raises:
-        ModelError: its merge_report.json is not one of ours.
+        ModelError: its merge_report.json was not written by halfbyte.
     """
     path = folder / MERGE_REPORT
     if not path.is_file():
@@ -101,7 +101,7 @@ def read_merge_report(folder: Path) -> MergeReport | None:
 
 
 def merged_report(folder: RunDir) -> MergeReport:
-    """Read the report of a run's merged model, whose files are those that the merge measured.
+    """Read the report of a run's merged model, and check that its files are those that were measured.
 
     Raises:
         RunError: the run is not merged, or a file has changed since.
@@ -127,18 +127,18 @@ def merge_command(folder: RunDir) -> str:
 
 
 def grids_of(base: Path, trained: Precision, kept: str) -> list[str]:
-    """Return the grids on which a merge lies: those of its base, and the one that it was trained on if kept."""
+    """Return the grids of a merge: those of its base, and the trained one if the dequantised base is kept."""
     merge = read_merge_report(base)
     return sorted({*(merge.grids if merge else ()), *([trained] if kept == DEQUANTISED else ())})
 
 
 def keeps_training(folder: Path, precision: Precision) -> bool:
-    """Return whether a model is still the trained one after rounding to a precision.
+    """Return whether a model keeps its training after rounding to a precision.
 
-    A merge into the dequantised base lies at that base's own grid of values plus a change that is
-    small beside the grid's steps, so the same rounding takes the change back: perplexity 1.34 became
-    77.6 in NF4 (docs/evaluate.md, "The ladder"). Another 4-bit grid loses much of it too. What is trained
-    and merged on top of it lies there still.
+    A merge into the dequantised base consists of that base's grid values plus changes that are small
+    compared with the grid's steps, so the same rounding undoes the changes: perplexity 1.34 became 77.6 in
+    NF4 (docs/evaluate.md, "The ladder"). Another 4-bit grid loses much of them too. A model that is trained
+    and merged on top of such a merge still lies on that grid.
     """
     merge = read_merge_report(folder)
     grids = merge.grids if merge else ()
@@ -146,10 +146,10 @@ def keeps_training(folder: Path, precision: Precision) -> bool:
 
 
 def check_keeps_training(folder: Path, precision: Precision) -> None:
-    """Refuse a precision that takes the training back.
+    """Refuse a precision whose rounding undoes the training.
 
     Raises:
-        ModelError: as ``keeps_training`` says.
+        ModelError: ``keeps_training`` is false.
     """
     if not keeps_training(folder, precision):
         raise ModelError(

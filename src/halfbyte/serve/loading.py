@@ -1,4 +1,4 @@
-"""Owns loading for the server: runs, models and files become engines, each proven before it is used."""
+"""Owns loading for the server: it turns runs, models and files into engines, and proves each before use."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ PROBE = (Message("user", "Hello, what is 2 + 2?"),)
 
 @dataclass(frozen=True)
 class Options:
-    """How models are loaded and computed.
+    """How models are loaded and run.
 
     Attributes:
-        slots: answers generated at once, for each base; None: as many as memory has room for, up to 16.
-        max_context: tokens of a prompt and its answer; None: the model's own limit, up to 4096.
-        precision: of plain models; runs have their own.
-        compute_dtype: ``auto`` takes the fastest one measured on a CPU, the training's on a GPU.
-        packed: whether 4-bit weights stay packed; None: whatever is measured to be faster and fits.
-        gpu_layers: of GGUF files.
-        max_waiting: answers that may wait, for each base.
+        slots: answers generated at once per base; None means as many as fit into memory, up to 16.
+        max_context: most tokens of a prompt and its answer; None means the model's limit, up to 4096.
+        precision: precision of plain models; runs have their own.
+        compute_dtype: ``auto`` uses the fastest measured dtype on a CPU, the training's on a GPU.
+        packed: whether 4-bit weights stay packed; None means whichever measures faster and fits.
+        gpu_layers: layers of GGUF files on the GPU.
+        max_waiting: most answers that may wait, per base.
     """
 
     slots: int | None = None
@@ -72,19 +72,19 @@ class Options:
 def open_models(
     targets: list[ServeTarget], options: Options, say: Callable[[str], None]
 ) -> list[ServedModel]:
-    """Load the models that are to be served, and prove each.
+    """Load the models to serve, and prove each of them.
 
-    Runs on one base share it. Each adapter is compared with its reference log-probabilities.
+    Runs with the same base share it. Each adapter is compared with its reference log-probabilities.
 
     Raises:
-        UserError: something cannot be loaded, is not what was trained, or two have one name.
+        UserError: a model cannot be loaded or is not the trained one, or two models have the same name.
     """
-    # PyTorch's oneDNN caches a kernel for each shape of a bf16 product: 1,024 of them, 0.3 MB each, and prefills
-    # have hundreds of lengths. The kernels of decoding fit into this; compiling one again takes 0.5 ms.
+    # PyTorch's oneDNN caches up to 1,024 kernels of 0.3 MB, one per shape of a bf16 product, and prefills
+    # have hundreds of lengths. The kernels of decoding fit into this limit; recompiling one takes 0.5 ms.
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KEPT_KERNELS))
-    # In a thread that ends: OpenMP keeps idle workers for each thread that has computed, and once these and
-    # the engine thread's outnumber the cores, all of them wait in its slow mode.
+    # Load in a thread that ends: OpenMP keeps idle workers for each thread that has computed, and once they
+    # and the engine thread's workers outnumber the cores, all of them wait in OpenMP's slow mode.
     done: Future[list[ServedModel]] = Future()
 
     def work() -> None:
@@ -93,7 +93,7 @@ def open_models(
         except BaseException as error:
             done.set_exception(error)
 
-    thread = Thread(target=work, daemon=True)  # Ctrl-C need not wait for it
+    thread = Thread(target=work, daemon=True)  # so Ctrl-C need not wait for it
     thread.start()
     served = done.result()
     thread.join()
@@ -127,7 +127,7 @@ def _promised_bytes(served: list[ServedModel], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _NamedRun:
-    """A trained run and the name that it is served by."""
+    """A trained run and the name under which it is served."""
 
     name: str
     trained: TrainedRun
@@ -176,7 +176,7 @@ def _open_runs(
 
 
 def _inner(name: str) -> str:
-    """Return the name of an adapter inside the model: PEFT makes a module of it, which may hold no dot."""
+    """Return an adapter's name inside the model: PEFT uses it as a module name, which allows no dot."""
     return "run_" + name.replace(".", "_dot_")
 
 
@@ -223,7 +223,7 @@ def _open_gguf(
     header = read_gguf(path)
     context = min(options.max_context or DEFAULT_CONTEXT, header.context_length)
     slots = options.slots or MAX_SLOTS
-    if not options.gpu_layers:  # else llama.cpp says itself whether its part fits in VRAM
+    if not options.gpu_layers:  # else llama.cpp itself reports whether its part fits in VRAM
         free = free_bytes(torch.device("cpu")) - _promised_bytes(others, torch.device("cpu"))
         slots = _slots(options, name, context, sum(header.cache_bytes(context)), free)
     backend = LlamaSlotModel(
@@ -256,7 +256,7 @@ def _slot_model(
     others: list[ServedModel],
     say: Callable[[str], None],
 ) -> SlotModel:
-    """Make the model a backend with as many slots as fit, computing in its fastest mode."""
+    """Build a backend for the model with as many slots as fit, computing in its fastest mode."""
     model: Any = loaded.model
     device = loaded.compute.device
     promised = _promised_bytes(others, device)
@@ -287,7 +287,7 @@ def _slots(options: Options, name: str, context: int, slot_bytes: int, free: int
     """Return the number of slots whose KV cache fits into half of the free memory.
 
     Raises:
-        ModelError: there is no room for as many as --slots says, or for a single one.
+        ModelError: the slots set by --slots do not fit, or not even a single one does.
     """
     available = max(0, int(free * CACHE_FRAC))
     slots = options.slots or min(MAX_SLOTS, available // slot_bytes)
@@ -303,7 +303,7 @@ def _slots(options: Options, name: str, context: int, slot_bytes: int, free: int
 def _mode(loaded: Loaded, options: Options, free: int, say: Callable[[str], None]) -> ComputeMode:
     dtypes = [torch.float32, torch.bfloat16]
     if loaded.precision in DTYPES:
-        # Plain weights were loaded in the dtype that computes.
+        # Plain weights were loaded in the compute dtype.
         dtypes = [loaded.compute.dtype]
     elif options.compute_dtype != "auto":
         dtypes = [DTYPES[options.compute_dtype]]
@@ -327,7 +327,7 @@ def _mode(loaded: Loaded, options: Options, free: int, say: Callable[[str], None
 
 
 def _logits(backend: Backend, adapter: str | None) -> Callable[[list[int]], torch.Tensor]:
-    """Return a function from ids to logits, computed as in serving: a prefill, then the last token alone."""
+    """Return a function from ids to logits that computes as in serving: a prefill, then the last token."""
 
     def logits(ids: list[int]) -> torch.Tensor:
         lead, last = ids[:-1], SlotInput(0, adapter, ids[-1:], len(ids) - 1)
@@ -340,7 +340,7 @@ def _logits(backend: Backend, adapter: str | None) -> Callable[[list[int]], torc
 
 
 def _check_finite(backend: Backend, renderer: Renderer, name: str) -> None:
-    """Compute a first answer, which shows whether weights hold NaN."""
+    """Check that a first answer is finite, which reveals NaN in the weights."""
     ids = renderer.encode_prompt(PROBE)
     backend.keep(0, 0)
     if not torch.isfinite(_logits(backend, None)(ids)).all():

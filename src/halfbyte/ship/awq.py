@@ -1,8 +1,8 @@
-"""Owns the AWQ artefact: llm-compressor in a process with its own packages, and the folder read back.
+"""Owns the AWQ artefact: it runs llm-compressor in a process with separate packages and reads the result.
 
-llm-compressor pins transformers below ours, so its packages lie apart and come first on the path of
-that process alone; torch is the environment's own. What it writes is compressed-tensors' W4A16, which
-transformers and vLLM read. AWQ: arXiv 2306.00978.
+llm-compressor pins an older transformers than ours, so its packages are installed separately and come
+first on the path of that process only; torch is the environment's own. It writes compressed-tensors'
+W4A16, which transformers and vLLM can read. AWQ: arXiv 2306.00978.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_awq(trained: TrainedRun, folder: Path) -> dict[str, Any]:
     """Write the merged model in 4 bits with AWQ's scales, calibrated on training rows.
 
     Raises:
-        RunError: its layers cannot be cut into groups.
+        RunError: the widths of its layers are not multiples of any group size.
         ModelError: llm-compressor cannot be installed, or fails.
     """
     rows = training_examples(trained.folder)
@@ -82,7 +82,7 @@ def make_awq(trained: TrainedRun, folder: Path) -> dict[str, Any]:
 
 
 class FolderModel:
-    """A model in transformers with the tokenizer and the template that lie in a folder."""
+    """A transformers model with the tokenizer and the chat template of a folder."""
 
     def __init__(self, model: nn.Module, folder: Path, measured: MeasuredRun) -> None:
         self._model, self._pad_id = model, measured.pad_id
@@ -95,7 +95,7 @@ class FolderModel:
     def answers(
         self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int
     ) -> list[Answer]:
-        """As ``EngineModel``."""
+        """Generate greedy answers; see ``EngineModel``."""
         return generate(
             self._model,
             prompts,
@@ -106,7 +106,7 @@ class FolderModel:
         )
 
     def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
-        """As ``EngineModel``: the text in one go, as a server tokenises it."""
+        """Return a prompt as in ``EngineModel``, tokenising the whole text at once as a server does."""
         turns = [{"role": message.role, "content": message.content} for message in messages]
         text: Any = self._tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True
@@ -117,7 +117,7 @@ class FolderModel:
         return str(text), list(ids)
 
     def ends(self, token: int) -> bool:
-        """As ``EngineModel``. An adapter has no such file: its base's says."""
+        """Check a stop token as in ``EngineModel``; True for an adapter, whose base has the stop tokens."""
         return self._stops is None or token in self._stops
 
 

@@ -1,4 +1,4 @@
-"""Owns the process that runs llm-compressor: python awq_worker.py JOB.json, with its packages first on the path."""
+"""Owns the process that runs llm-compressor: python awq_worker.py JOB.json, with its packages on the path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def main() -> None:
-    """JOB.json (merged, out, ids, group_size) → a compressed-tensors folder at ``out``."""
+    """Read JOB.json (merged, out, ids, group_size) and write a compressed-tensors folder at ``out``."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.awq import AWQModifier
@@ -20,7 +20,7 @@ def main() -> None:
 
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if not torch.cuda.is_available():
-        # It pins what it moves, which without an accelerator raises.
+        # llm-compressor pins the tensors that it moves, which raises without an accelerator.
         torch.Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign]
     model: Any = AutoModelForCausalLM.from_pretrained(job["merged"], dtype=torch.float32)
     rows = [
@@ -30,7 +30,7 @@ def main() -> None:
         }
         for ids in job["ids"]
     ]
-    # Symmetric: with zero points transformers does not load what it saves (0.14.0.1 with 5.23).
+    # Symmetric, since transformers 5.23 cannot load what 0.14.0.1 saves with zero points.
     weights = QuantizationArgs(
         num_bits=4, type="int", symmetric=True, strategy="group", group_size=job["group_size"]
     )

@@ -1,4 +1,4 @@
-"""Owns the cards: what a merged model or an artefact is, where it came from, what was measured."""
+"""Owns the model cards: what a merged model or artefact is, its origin, and its measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halfbyte.trained.manifest import Manifest, finished_manifest
 
 
 def model_card(manifest: Manifest, report: MergeReport, run: Run) -> str:
-    """Write README.md of a merged model; every figure comes from the run's own files."""
+    """Return the README.md of a merged model; every figure comes from the run's own files."""
     base, kept = manifest.base, report.kept
     assert report.measured is not None
     lines = [
@@ -54,7 +54,7 @@ def model_card(manifest: Manifest, report: MergeReport, run: Run) -> str:
 
 
 def artefact_card(folder: RunDir, report: ExportReport) -> str:
-    """Write README.md of an exported artefact: its proof, its data, where base and licence come from."""
+    """Return the README.md of an exported artefact: its proof, its data, and its base and licences."""
     manifest, ledger = finished_manifest(folder), Ledger.read(folder.ledger)
     counts = ledger.model_dump(include={"rows_in", "trained", "held_out", "dropped"})
     base = manifest.base

@@ -1,4 +1,4 @@
-"""Owns the export: checks, artefacts in a scratch folder, their proof, and only then their final name."""
+"""Owns the export: it checks, makes artefacts in a scratch folder, proves them, and only then names them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from halfbyte.trained.artefact import REPORT, ExportReport
 from halfbyte.trained.fidelity import fidelity, reference, torch_predict
 from halfbyte.trained.run import read_trained_run
 
-SPARE = 1.1  # of the disk that an export is known to need
-SIZES = {"f32": 1.0, "f16": 0.5, "bf16": 0.5, "q8_0": 0.28}  # of fp32; other types at most q8_0's
+SPARE = 1.1  # factor on the disk space that an export needs
+SIZES = {"f32": 1.0, "f16": 0.5, "bf16": 0.5, "q8_0": 0.28}  # vs fp32; others at most q8_0's
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class ExportTarget:
 
     @property
     def name(self) -> str:
-        """The artefact's folder, and its name as a variant in a comparison."""
+        """The name of the artefact's folder, and of the variant in a comparison."""
         return f"{self.kind}-{self.quant}" if self.quant else self.kind
 
     @property
     def lossless(self) -> bool:
-        """Whether its weights keep 16 or 32 bits."""
+        """Whether the artefact's weights keep 16 or 32 bits."""
         return self.kind != "awq" and (not self.quant or self.quant in LOSSLESS)
 
 
@@ -60,20 +60,20 @@ def export(
     targets: list[ExportTarget],
     examine: Callable[[MeasuredRun], Exam | None],
 ) -> list[ExportReport]:
-    """Make and prove each artefact; return the contents of their export_report.json.
+    """Make and prove each artefact; return the contents of their export_report.json files.
 
-    An artefact that is not the trained model leaves nothing under its final name, and an older one
-    stays as it was.
+    An artefact that fails its proof leaves nothing under its final name, and an older artefact of that
+    name is kept.
 
     Args:
         path: the run folder.
         run: its settings, with overrides of ``export``.
-        targets: what to make.
-        examine: gives the questions that each artefact answers, if the rows have answers.
+        targets: the artefacts to make.
+        examine: returns the questions that each artefact answers, if the rows have answers.
 
     Raises:
         RunError: the run is not trained or merged, is damaged, or an artefact fails its proof.
-        ModelError: a tool is missing or does not know the architecture.
+        ModelError: a tool is missing or does not support the architecture.
     """
     trained = read_trained_run(path, run)
     folder = trained.folder
@@ -113,10 +113,10 @@ def export(
 
 
 def check_quants(quants: list[str]) -> None:
-    """Check that each is a type of GGUF that can be made.
+    """Check that each name is a GGUF type that can be made.
 
     Raises:
-        UserError: one is not.
+        UserError: a name is not one of these types.
     """
     unknown = [quant for quant in quants if quant not in QUANTS]
     if unknown:
@@ -127,7 +127,7 @@ def check_room(folder: RunDir, targets: list[ExportTarget]) -> None:
     """Check that disk and memory have room for the artefacts, before any is made.
 
     Raises:
-        RunError: too little; the message says how much is there and how much is needed.
+        RunError: there is too little room; the message says how much is free and how much is needed.
     """
     whole = fp32_bytes(folder.merged)
     files = [_share(target) for target in targets]
@@ -172,7 +172,7 @@ def _references(measured: MeasuredRun) -> References:
 
 
 def _references_on_full_base(measured: MeasuredRun, references: References) -> References:
-    """For an adapter alone, predict the rows on the unquantised base, which engines put it on."""
+    """Predict the rows with the adapter on the unquantised base, as engines run an adapter alone."""
     trained = measured.trained
     arithmetic = measuring_compute(fp32_bytes(Path(trained.base.path)) // 4)
     loaded = load_model(trained.base, arithmetic.name, compute=arithmetic)
@@ -185,7 +185,7 @@ def _references_on_full_base(measured: MeasuredRun, references: References) -> R
 def _make(
     target: ExportTarget, measured: MeasuredRun, factory: GgufFactory, partial: Path
 ) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """Make an artefact; return how, and what opens it in its engine."""
+    """Make an artefact; return how it was made, and a function that opens it in its engine."""
     trained = measured.trained
     if target.kind == "gguf":
         path, method = factory.make(target.quant, partial)

@@ -1,4 +1,4 @@
-"""Owns the table of a run's artefacts."""
+"""Owns the table of a run's exported artefacts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_table(folder: Path) -> None:
 
 
 def as_markdown(reports: list[ExportReport]) -> str:
-    """Tabulate the artefacts, the merged model first."""
+    """Return a Markdown table of the artefacts, with the merged model first."""
     metrics = sorted({metric for report in reports for metric in report.scores})
     columns = ["artefact", "size", "KL to trained", "top-1", "KL to merged", "top-1"]
     columns += ["perplexity", "change", "same prompts", *metrics]

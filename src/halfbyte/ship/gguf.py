@@ -1,4 +1,4 @@
-"""Owns GGUF artefacts: the merged model or the adapter alone."""
+"""Owns the GGUF artefacts, which hold the merged model or only the adapter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from halfbyte.ship.measured_run import MeasuredRun
 from halfbyte.ship.modelfile import modelfile
 from halfbyte.trained.run import TrainedRun
 
-CONVERTED = ("f32", "f16", "bf16", "q8_0")  # what the converter writes by itself
+CONVERTED = ("f32", "f16", "bf16", "q8_0")  # types that the converter writes by itself
 LOSSLESS = ("f32", "f16", "bf16")
 QUANTS = (*CONVERTED, *(name for name in FTYPES if name not in CONVERTED))
 MODELFILE = "Modelfile"
 
 
 class GgufFactory:
-    """Makes GGUF files of one merged model; what quantised ones are made from is made once."""
+    """Makes GGUF files of one merged model; the source of the quantised files is made once."""
 
     def __init__(self, measured: MeasuredRun, scratch: Path) -> None:
         self._measured, self._trained, self._scratch = measured, measured.trained, scratch
@@ -30,7 +30,7 @@ class GgufFactory:
         """Write the file and its Modelfile into ``folder``; return it and how it was made.
 
         Raises:
-            ModelError: the converter does not know the architecture, or there is no quantiser.
+            ModelError: the converter does not support the architecture, or there is no quantiser.
         """
         path = folder / f"{self._trained.run.name}-{quant}.gguf"
         method: dict[str, Any] = {"quant": quant}
@@ -45,7 +45,7 @@ class GgufFactory:
         return path, method
 
     def base_file(self) -> Path:
-        """Convert the unquantised base to 16 bits, for the proof of an adapter alone."""
+        """Convert the unquantised base to 16 bits, to prove an adapter exported alone."""
         path = self._scratch / "base.gguf"
         if not path.is_file():
             base = self._trained.base.path
@@ -55,7 +55,7 @@ class GgufFactory:
 
     @property
     def _has_room(self) -> bool:
-        """Whether the disk has room for a source in fp32, which rounds nothing."""
+        """Whether the disk has room for a source in fp32, which avoids rounding."""
         merged = self._trained.folder.merged
         return 2 * fp32_bytes(merged) < shutil.disk_usage(merged).free
 
@@ -80,10 +80,10 @@ class GgufFactory:
 
 
 def make_adapter_gguf(trained: TrainedRun, folder: Path) -> Path:
-    """Write the trained adapter alone as GGUF, for a GGUF of its base.
+    """Write only the trained adapter as GGUF, for use with a GGUF of its base.
 
     Raises:
-        ModelError: the converter does not know the architecture or the kind of adapter.
+        ModelError: the converter does not support the architecture or the kind of adapter.
     """
     path = folder / f"{trained.run.name}-lora-f32.gguf"
     arguments = [str(trained.folder.adapter), "--base", trained.base.path, "--outfile", str(path)]

@@ -1,4 +1,4 @@
-"""Owns the push of an artefact to the Hugging Face Hub, with its card."""
+"""Owns the upload of an artefact and its card to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from halfbyte.trained.artefact import ExportReport
 
 
 def check_push(name: str) -> None:
-    """Check that a push can work, before anything is made.
+    """Check that an upload can succeed, before anything is made.
 
     Raises:
-        UserError: the name is none of a repository, or no login is found.
+        UserError: the name is not that of a repository, or no login is found.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -35,7 +35,7 @@ def push(folder: RunDir, report: ExportReport, name: str) -> str:
     """Upload a proven artefact as NAME and return its address.
 
     Raises:
-        RunError: the Hub refuses it; the artefact stays on this disk.
+        RunError: the Hub rejects it; the artefact stays on the local disk.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,4 +1,4 @@
-"""Owns the checks before an export: that the merged model is whole, unchanged, and this run's."""
+"""Owns the checks before an export: the merged model must be complete, unchanged, and from this run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 
 def check_adapter(trained: TrainedRun) -> None:
-    """Check that the adapter can be folded in, and not only lie on its base in PEFT.
+    """Check that the adapter can be merged into its base, and not only be used through PEFT.
 
     Raises:
         RunError: the file is damaged, or it adapts an embedding that is tied to the head.
@@ -45,11 +45,11 @@ def check_adapter(trained: TrainedRun) -> None:
 
 
 def check_merged(trained: TrainedRun) -> MergeReport:
-    """Read merge_report.json, if the merged model is the one that it measured.
+    """Check that the merged model is the one that was measured, and return its merge_report.json.
 
     Raises:
-        RunError: not merged, another base, a quantised or damaged checkpoint, or another tokenizer or
-            chat template; the message says which.
+        RunError: the run is not merged, or has another base, a quantised or damaged checkpoint, or
+            another tokenizer or chat template; the message says which.
     """
     folder, merged, again = trained.folder, trained.folder.merged, merge_command(trained.folder)
     report = MergeReport.read(folder.need(merged / MERGE_REPORT, again))
@@ -84,12 +84,12 @@ def _content(path: Path) -> bytes | None:
 
 
 def _expected_names(folder: Path) -> set[str]:
-    """Name the weights of the architecture in config.json, tied ones once."""
+    """Return the names of the weights of the architecture in config.json, with tied ones once."""
     return {name for name, _ in _skeleton(folder).named_parameters()}
 
 
 def linear_widths(folder: Path) -> set[int]:
-    """Return the input widths of the linear layers of a model folder, without its head."""
+    """Return the input widths of the linear layers of a model folder, except for its head."""
     model = _skeleton(folder)
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]

@@ -1,4 +1,4 @@
-"""Owns what copies of a trained model are measured against: held-out rows, and what it predicts on them."""
+"""Owns the reference for copies of a trained model: held-out rows, and the model's predictions on them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A trained run with the rows on which copies of it are compared with it.
+    """A trained run with the held-out rows on which its copies are compared with it.
 
     Attributes:
         trained: the run.
         held_out: the rows.
-        rows: their ids and labels.
+        rows: the ids and labels of each row.
     """
 
     trained: TrainedRun
@@ -37,23 +37,23 @@ class MeasuredRun:
 
     @classmethod
     def of(cls, trained: TrainedRun, num_rows: int) -> MeasuredRun:
-        """Draw so many held-out rows of a run, and render them."""
+        """Draw ``num_rows`` held-out rows of a run, and render them."""
         held_out = measuring_rows(trained.folder, num_rows, trained.run.seed)
         encoded = [trained.renderer.encode_row(row) for row in held_out]
         return cls(trained, held_out, [(row.ids, row.labels) for row in encoded])
 
     @property
     def pad_id(self) -> int:
-        """The id that fills padded rows."""
+        """The token id that pads rows."""
         return self.trained.renderer.pad_id
 
     @property
     def conversations(self) -> list[tuple[Message, ...]]:
-        """The rows without their last answers; none for raw text."""
+        """The rows without their last answers; raw-text rows are left out."""
         return [row.messages[:-1] for row in self.held_out if row.text is None]
 
     def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
-        """Return text and ids of a generation prompt as in training."""
+        """Return the text and ids of a generation prompt, rendered as in training."""
         renderer = self.trained.renderer
         return renderer.prompt_text(messages), renderer.encode_prompt(messages)
 
@@ -61,7 +61,7 @@ class MeasuredRun:
         """Put the adapter on its base, compute in ``arithmetic``, and predict the rows.
 
         Returns:
-            the adapted model, and its predictions.
+            The adapted model and its predictions.
         """
         vocabulary = int(loaded.model.config.vocab_size)
         model = load_adapter(loaded, self.trained.folder.adapter)

@@ -1,4 +1,4 @@
-"""Owns the merge: fold the adapter into both bases, measure both from disk, keep the faithful one."""
+"""Owns the merge: it folds the adapter into both bases, measures both from disk, and keeps the closer one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One merge on disk, measured after reloading it."""
+    """A merge on disk, measured after it was reloaded."""
 
     folder: Path
     measured: MeasuredMerge
@@ -49,7 +49,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trained:
-    """What candidates are compared with: the trained model's predictions, and the dtype that computed them."""
+    """The reference for candidates: the trained model's predictions, and the dtype that computed them."""
 
     measured: MeasuredRun
     reference: Reference
@@ -59,17 +59,17 @@ class Trained:
 def merge(path: Path, run: Run) -> MergeReport:
     """Write ``merged/`` and return the content of its merge_report.json.
 
-    The trained model is the quantised base with its adapter. Each candidate is written, reloaded
-    from disk and compared with it in fp32 where memory allows, so that the figures are about the
-    weights and not about the arithmetic of one device.
+    The trained model is the quantised base with its adapter. Each candidate is written, reloaded from
+    disk and compared with the trained model, in fp32 where memory allows, so that the figures reflect
+    the weights rather than the arithmetic of one device.
 
     Args:
         path: the run folder.
         run: its settings, with overrides of ``merge``.
 
     Raises:
-        RunError: the run is not trained, or the kept merge misses ``merge.max_kl`` or
-            ``merge.min_top1``; then nothing is kept.
+        RunError: the run is not trained, or the chosen merge fails ``merge.max_kl`` or
+            ``merge.min_top1``; in that case nothing is kept.
     """
     trained_run = read_trained_run(path, run)
     measured = MeasuredRun.of(trained_run, run.merge.rows)
@@ -109,7 +109,7 @@ def merge(path: Path, run: Run) -> MergeReport:
 
 def _stored_dtype(base: Base) -> torch.dtype:
     config = load_config(base)
-    # Multimodal checkpoints name it at the top alone.
+    # Multimodal checkpoints name the dtype only at the top level.
     dtype = config.get_text_config().dtype or config.dtype
     return dtype if dtype in NAMES else torch.float32
 
@@ -151,7 +151,7 @@ def _candidate(
 
 
 def _choose(candidates: list[Candidate], run: Run) -> Candidate:
-    """Return the candidate that the config asks for, if it is close enough to the trained model."""
+    """Return the candidate that the config selects, if it is close enough to the trained model."""
     wanted = run.merge.base
     named = {candidate.measured.base: candidate for candidate in candidates}
     if wanted == "closer":

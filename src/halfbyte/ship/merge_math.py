@@ -1,4 +1,4 @@
-"""Owns the arithmetic of the merge: W + s·BA, or DoRA's normalised form, one layer at a time."""
+"""Owns the arithmetic of the merge: W + s·BA, or DoRA's normalised form, layer by layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Update:
     magnitude: torch.Tensor | None = None
 
     def fold(self, weight: torch.Tensor) -> torch.Tensor:
-        """The merged fp32 weight (out, in).
+        """Return the merged fp32 weight (out, in).
 
         LoRA: W + s·BA (arXiv 2106.09685 §4.1). DoRA: m·(W + s·BA)/‖W + s·BA‖, the norm over each
         row of (out, in) (arXiv 2402.09353 eq. 5).
@@ -45,10 +45,10 @@ class Update:
 
 
 def read_updates(adapter: Path) -> dict[str, Update]:
-    """A saved adapter's updates by layer name, such as ``model.layers.0.self_attn.q_proj``.
+    """Return a saved adapter's updates by layer name, such as ``model.layers.0.self_attn.q_proj``.
 
     Raises:
-        RunError: the adapter holds something that this formula does not cover.
+        RunError: the adapter contains something that the merge formula does not cover.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     odd = [key for key in ("alpha_pattern", "rank_pattern", "modules_to_save") if config.get(key)]
@@ -61,7 +61,7 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         tensors = {
             name.removeprefix(PREFIX): file.get_tensor(name).float()
-            for name in file.keys()  # noqa: SIM118 - safe_open is no mapping
+            for name in file.keys()  # noqa: SIM118 - safe_open is not a mapping
         }
     updates = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
@@ -80,13 +80,13 @@ def read_updates(adapter: Path) -> dict[str, Update]:
 def merged_tensors(
     model: nn.Module, updates: dict[str, Update], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the merged checkpoint, one at a time, folded in fp32 and stored in ``dtype``.
+    """Yield the tensors of the merged checkpoint one by one, folded in fp32 and stored in ``dtype``.
 
-    ``model`` is a plain or quantised causal model, with or without PEFT's layers around its own;
-    quantised layers are dequantised one by one. Tied weights come once.
+    ``model`` is a plain or quantised causal model, with or without PEFT's wrappers around its layers;
+    quantised layers are dequantised one by one. Tied weights are yielded once.
 
     Raises:
-        RunError: an update found no layer, or a value is not finite or overflows ``dtype``.
+        RunError: an update matches no layer, or a value is not finite or overflows ``dtype``.
     """
     folded: set[str] = set()
     modules = dict(model.named_modules())
@@ -121,7 +121,7 @@ def merged_tensors(
 
 
 def write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
-    """Write tensors as safetensors, holding one shard in memory; returns their bytes."""
+    """Write tensors as safetensors with one shard in memory at a time; return their total bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     shard: dict[str, torch.Tensor] = {}
     shards: list[list[str]] = []
@@ -144,7 +144,7 @@ def _write_shard(folder: Path, shard: dict[str, torch.Tensor], shards: list[list
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Give the shards the names that transformers expects, now that their number is known."""
+    """Rename the shards as transformers expects, once their number is known."""
     if len(shards) == 1:
         (folder / "shard-1.safetensors").rename(folder / "model.safetensors")
         return

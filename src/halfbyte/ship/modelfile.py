@@ -1,8 +1,8 @@
-"""Owns Ollama's Modelfile: the run's chat template in Go's template language, proven on conversations.
+"""Owns Ollama's Modelfile: the run's chat template in Go's template language, checked on conversations.
 
-Ollama does not run Jinja: it looks a template up among those it knows, and else shows the model bare
-text, without a word. So the affixes of each turn are read off the Jinja template with marked messages,
-written as a Go template, and the same joining is compared with what Jinja renders.
+Ollama does not run Jinja: it looks a template up among those it knows, and otherwise silently gives the
+model bare text. So the text around each turn is found by rendering marked messages with the Jinja
+template, then written as a Go template, and the joined result is compared with what Jinja renders.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Render = Callable[[tuple[Message, ...]], str]
 
 @dataclass(frozen=True)
 class Turns:
-    """What a template writes around the messages of a conversation.
+    """The text that a template writes around the messages of a conversation.
 
     Attributes:
-        before_system: in front of the system message.
-        after_system: between it and the first user message.
-        start: in front of the first user message where there is no system message.
-        to_answer: from a user message to the answer.
-        to_user: from an answer to the next user message.
+        before_system: text before the system message.
+        after_system: text between the system message and the first user message.
+        start: text before the first user message if there is no system message.
+        to_answer: text between a user message and the answer.
+        to_user: text between an answer and the next user message.
     """
 
     before_system: str
@@ -37,7 +37,7 @@ class Turns:
     to_user: str
 
     def join(self, messages: tuple[Message, ...]) -> str:
-        """The prompt, up to where the next answer begins."""
+        """Return the prompt, up to the start of the next answer."""
         text = ""
         for number, message in enumerate(messages):
             if message.role == "system":
@@ -52,7 +52,7 @@ class Turns:
         return text
 
     def as_go(self) -> str:
-        """The same as a Go template over ``.Messages``."""
+        """Return the equivalent Go template over ``.Messages``."""
         start, after = _literal(self.start), _literal(self.after_system)
         return (
             "{{- range $i, $m := .Messages }}"
@@ -66,11 +66,11 @@ class Turns:
 
 
 def read_turns(render: Render, bos: str | None) -> Turns | None:
-    """The affixes of a chat template, or None where its turns are not of this kind.
+    """Return the affixes of a chat template, or None if its turns do not have this form.
 
     Args:
-        render: a conversation to the text of its generation prompt.
-        bos: the BOS token, which Ollama puts in front by itself.
+        render: renders a conversation to the text of its generation prompt.
+        bos: the BOS token, which Ollama prepends by itself.
     """
     user, answer, again = (
         Message("user", FIRST),
@@ -103,7 +103,7 @@ def modelfile(
     stops: Iterable[str],
     conversations: list[tuple[Message, ...]],
 ) -> str | None:
-    """The Modelfile beside a GGUF file; None where Go's template could not say the same."""
+    """Return the Modelfile for a GGUF file, or None if no Go template renders the same prompts."""
     turns = read_turns(render, bos)
     if turns is None:
         return None
@@ -115,9 +115,9 @@ def modelfile(
 
 
 def _literal(text: str) -> str:
-    """A Go action that writes the text as it is, whatever trimming stands around it."""
+    """Return a Go action that writes the text unchanged, regardless of trimming around it."""
     if not text:
         return ""
-    # JSON's escapes are Go's too; a Modelfile's """ must not occur.
+    # Go accepts JSON's escapes; a Modelfile's """ must not occur.
     quoted = json.dumps(text, ensure_ascii=False)
     return "{{ " + quoted + " }}"

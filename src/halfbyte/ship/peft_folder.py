@@ -1,4 +1,4 @@
-"""Owns the adapter as a PEFT folder that vLLM and PEFT read without a second look."""
+"""Owns the export of the adapter as a PEFT folder that vLLM and PEFT can load as it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_peft_folder(trained: TrainedRun, folder: Path) -> dict[str, Any]:
     """Copy the adapter, its tokenizer and template into ``folder``; return how to serve it.
 
     Raises:
-        RunError: vLLM does not serve this kind of adapter.
+        RunError: vLLM does not support this kind of adapter.
     """
     source = trained.folder.adapter
     config = read_json(source / "adapter_config.json")
@@ -35,7 +35,7 @@ def make_peft_folder(trained: TrainedRun, folder: Path) -> dict[str, Any]:
         raise RunError(f"{source}: rank {config['r']}; vLLM serves at most {VLLM_RANKS[-1]}")
     for path in source.iterdir():
         if path.name == REFERENCE_FILE:
-            continue  # holds rows of the data
+            continue  # contains rows of the data
         if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
             shutil.copy2(path, folder / path.name)
     config["inference_mode"] = True

@@ -1,4 +1,4 @@
-"""Owns the proof of an artefact: reloaded by its engine, compared with the trained and the merged model."""
+"""Owns the proof of an artefact: its engine reloads it for comparison with the trained and merged models."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from halfbyte.trained.fidelity import Fidelity, Reference, Rows, agreement
 
 
 class EngineModel(Protocol):
-    """An artefact in the engine that will serve it."""
+    """An artefact loaded in the engine that will serve it."""
 
     def predict(self, rows: Rows, positions: list[list[int]], vocabulary: int) -> Any:
-        """Log-probabilities and loss, as ``fidelity.Predict``."""
+        """Return log-probabilities and the loss, like ``fidelity.Predict``."""
 
     def answers(
         self, prompts: list[list[int]], *, stop_ids: list[int], max_new_tokens: int
     ) -> list[Answer]:
-        """Greedy answers."""
+        """Generate greedy answers."""
 
     def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
-        """Text and ids of a generation prompt, by the artefact's own template and tokenizer."""
+        """Return the text and ids of a generation prompt, using the artefact's template and tokenizer."""
 
     def ends(self, token: int) -> bool:
-        """Whether the artefact itself says that generation ends with this token."""
+        """Return whether the artefact itself declares that generation ends with this token."""
 
 
 @dataclass(frozen=True)
 class Exam:
-    """Held-out questions and how answers are graded: metric to value and interval."""
+    """Held-out questions, and a function that grades answers: metric to value and interval."""
 
     questions: list[Question]
     grade: Callable[[list[str]], dict[str, dict[str, Any]]]
@@ -48,12 +48,12 @@ class References:
 
     trained: Reference
     merged: Reference
-    merged_fidelity: Fidelity  # the merged model against the trained one
+    merged_fidelity: Fidelity  # the merged model compared with the trained one
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How an artefact compares; conversations are counted of ``conversations``."""
+    """The results of comparing an artefact; matching prompts are counted out of ``conversations``."""
 
     trained: Fidelity
     merged: Fidelity
@@ -67,13 +67,13 @@ class Proof:
 
     @property
     def perplexity_change(self) -> float:
-        """Relative change of the perplexity from the merged model's."""
+        """The change of the perplexity relative to the merged model's."""
         from math import exp
 
         return exp(self.trained.loss - self.merged_loss) - 1
 
     def as_json(self) -> dict[str, Any]:
-        """For export_report.json."""
+        """Return the figures for export_report.json."""
         return {
             "against_trained": self.trained.as_json(),
             "against_merged": self.merged.as_json(),
@@ -90,7 +90,7 @@ def prove(
     measured: MeasuredRun, engine: EngineModel, references: References, exam: Exam | None
 ) -> Proof:
     """Measure an artefact, opened in its engine, on the run's rows."""
-    # Of one vocabulary, so both references are at the same positions.
+    # Both references have the same vocabulary size, so they use the same positions.
     columns = references.trained.log_probs.shape[1]
     positions = references.trained.positions
     log_probs, loss = engine.predict(measured.rows, positions, columns)
@@ -125,12 +125,12 @@ def prove(
 
 
 def refuse_unproven(name: str, proof: Proof, settings: Export, *, lossless: bool) -> None:
-    """Refuse an artefact that is not the trained model.
+    """Refuse an artefact that differs too much from the trained model.
 
-    ``lossless``: weights in 16 or 32 bits, which have nothing to lose.
+    ``lossless`` means weights in 16 or 32 bits, which lose nothing to quantisation.
 
     Raises:
-        RunError: it is another model, speaks another template, or would not stop.
+        RunError: it is a different model, uses another template, or would not stop generating.
     """
     faults = []
     if proof.same_text < proof.conversations or proof.same_ids < proof.conversations:
@@ -156,7 +156,7 @@ def refuse_unproven(name: str, proof: Proof, settings: Export, *, lossless: bool
 
 
 def _difference(wanted_text: str, text: str, wanted_ids: list[int], ids: list[int]) -> str:
-    """Show where two prompts part, for an error's message."""
+    """Return where two prompts first differ, for an error message."""
     if text != wanted_text:
         at = next(
             (i for i, (a, b) in enumerate(zip(wanted_text, text, strict=False)) if a != b),

@@ -1,4 +1,4 @@
-"""Owns the translation of our settings into transformers' words; everything that matters is said."""
+"""Owns the translation of our settings into transformers' arguments; whatever matters is set explicitly."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from halfbyte.plan.memory import TrainPlan
 
 @dataclass(frozen=True)
 class Passes:
-    """How a step is cut: rows of one forward pass, and whether activations are recomputed.
+    """How a step is split: rows per forward pass, and whether activations are recomputed.
 
-    ``recompute``: of how many layers, from the first on; None: of all.
+    ``recompute`` is the number of layers, counted from the first, that are recomputed; None means all.
     """
 
     micro_batch_size: int
@@ -27,7 +27,7 @@ class Passes:
 
     @classmethod
     def of(cls, run: Run, plan: TrainPlan | None) -> Passes:
-        """As planned; without a plan as configured, ``auto`` being the least hungry."""
+        """Follow the plan or, without one, the config, where ``auto`` becomes one row and recomputing."""
         if plan is not None:
             return cls(plan.micro_batch_size, plan.checkpointing, plan.shape.recompute)
         train = run.train
@@ -36,19 +36,19 @@ class Passes:
 
 
 def num_steps(run: Run, num_rows: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Return the number of optimizer steps in the whole run."""
     an_epoch = math.ceil(num_rows / run.train.batch_size)
     return run.train.max_steps or max(1, math.ceil(an_epoch * run.train.epochs))
 
 
 def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -> dict[str, Any]:
-    """Keyword arguments of SFTConfig, all but the output folder.
+    """Return the keyword arguments of SFTConfig, except for the output folder.
 
     Args:
         run: the config.
         loaded: how the base was loaded.
-        passes: what the plan has made of ``auto``.
-        num_rows: training rows.
+        passes: how each step is split, with ``auto`` resolved by the plan.
+        num_rows: number of training rows.
     """
     train = run.train
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -63,7 +63,7 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         "learning_rate": train.learning_rate,
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
-        # A batch of the loader is a whole step, which the trainer cuts into passes.
+        # The loader yields a whole step as one batch, which the trainer splits into passes.
         "per_device_train_batch_size": train.batch_size // world,
         "per_device_eval_batch_size": passes.micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -87,7 +87,7 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         "save_total_limit": train.keep_checkpoints,
         "logging_steps": train.log_steps,
         "logging_first_step": True,
-        # transformers shows a NaN loss as 0.0 by default.
+        # By default transformers logs a NaN loss as 0.0.
         "logging_nan_inf_filter": False,
         "report_to": [],
         "disable_tqdm": True,

@@ -1,4 +1,4 @@
-"""Owns which rows go together: the order of training rows, and the cut of a step into passes."""
+"""Owns the grouping of rows: the order of training rows, and how a step is split into passes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from halfbyte.forward.scoring import row_losses
 
 @dataclass(frozen=True)
 class Cutting:
-    """How the rows of a step become passes.
+    """How the rows of a step are divided into passes.
 
     Attributes:
-        micro_batch_size: a pass takes at most the tokens of so many of the longest rows.
-        share: compute common prefixes once.
-        padded: pad the rows of a pass to the longest.
-        max_tokens: what that comes to for the training rows.
+        micro_batch_size: a pass holds at most as many tokens as this number of the longest rows.
+        share: whether common prefixes are computed once.
+        padded: whether the rows of a pass are padded to the longest.
+        max_tokens: that limit in tokens, for the training rows.
     """
 
     micro_batch_size: int
@@ -34,22 +34,22 @@ class Cutting:
     def of(
         cls, rows: Sequence[Tokens], micro_batch_size: int, speed: Speed, refusal: str
     ) -> Cutting:
-        """For these training rows; ``refusal``: why the model takes padded rows alone, if it does."""
+        """Choose the cutting for training rows; ``refusal`` says why the model needs padded rows, if so."""
         share, padded = speed.layout(refusal)
         tokens = pass_tokens(rows, micro_batch_size, share=share, padded=padded)
         return cls(micro_batch_size, share, padded, tokens)
 
     def layout(self, rows: Sequence[Tokens]) -> Layout:
-        """One pass over these rows."""
+        """Lay these rows out as one pass."""
         return lay_out(rows, share=self.share, padded=self.padded)
 
     def step(self, rows: Sequence[Tokens]) -> list[Layout]:
-        """The passes of an optimizer step."""
+        """Split the rows of an optimizer step into passes."""
         cut = cut_step(rows, self.max_tokens, share=self.share, padded=self.padded)
         return [self.layout([rows[number] for number in numbers]) for numbers in cut]
 
     def losses(self, model: nn.Module, rows: Sequence[Tokens]) -> list[tuple[float, int]]:
-        """``row_losses`` in passes of the same kind."""
+        """Run ``row_losses`` with passes laid out in the same way."""
         rows_a_pass = self.micro_batch_size
         return row_losses(model, rows, rows_a_pass, share=self.share, padded=self.padded)
 
@@ -57,15 +57,15 @@ class Cutting:
 class StepwiseSampler(Sampler[int]):
     """Row numbers in the order of a seeded shuffle, dealt to processes by length within each step.
 
-    The loss of a step is a sum over its tokens, so that the order of rows inside a step changes
-    nothing but which process has how much to do. Each epoch has a shuffle of its own, which depends on
-    seed and epoch alone.
+    The loss of a step is a sum over its tokens, so the order of rows within a step only affects how
+    much work each process gets. Each epoch has its own shuffle, which depends only on the seed and the
+    epoch.
 
     Args:
-        lengths: tokens of each row.
+        lengths: number of tokens in each row.
         step_rows: rows in one optimizer step, over all processes.
-        seed: of the shuffle.
-        num_processes: each takes a batch of a step in turn.
+        seed: seed of the shuffle.
+        num_processes: number of processes, which take the batches of a step in turn.
     """
 
     def __init__(
@@ -78,15 +78,15 @@ class StepwiseSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of ``epoch``; accelerate calls it."""
+        """Select the shuffle of ``epoch``; accelerate calls this method."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
+        """Return the number of rows in an epoch."""
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Each row number once."""
+        """Yield each row number once."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
         for start in range(0, len(shuffled), self.step_rows):

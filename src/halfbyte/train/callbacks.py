@@ -1,4 +1,4 @@
-"""Owns what happens beside the steps: progress bar, finiteness, epoch order, samples to read along."""
+"""Owns the callbacks of training: progress bar, finiteness checks, epoch order, and sample answers."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from halfbyte.train.tracking import Tracker
 
 SAMPLE_BATCH = 8
-# The scaler begins at 65,536 and halves at each overflow; a few skipped steps are its search.
+# The scaler starts at 65,536 and halves at each overflow, so a few skipped steps are normal.
 MAX_SKIPPED_STEPS = 8
 
 
 class Training(Protocol):
-    """What callbacks read of the trainer.
+    """The attributes of the trainer that callbacks read.
 
     Attributes:
-        model: with its adapter.
-        accelerator: knows whether the last optimizer step was skipped.
-        tracker: takes samples; None on other ranks than 0.
+        model: the model with its adapter.
+        accelerator: reports whether the last optimizer step was skipped.
+        tracker: records samples; None on ranks other than 0.
         sampler: orders the rows of an epoch.
         finite: whether all losses of the step so far are finite; None before its first pass.
     """
@@ -49,7 +49,7 @@ class Training(Protocol):
 
 
 class Progress(TrainerCallback):
-    """A bar with steps, loss, tokens per second and the time that is left."""
+    """A progress bar with steps, loss, tokens per second and the remaining time."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
@@ -57,7 +57,7 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        """Open the bar; with a resumed run it begins where that stopped."""
+        """Open the bar; for a resumed run it starts at the step where the run stopped."""
         if state.is_world_process_zero:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr
@@ -78,7 +78,7 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **options: Any,
     ) -> None:
-        """Show the newest numbers."""
+        """Show the latest numbers."""
         if self.bar is None or not logs:
             return
         if "loss" in logs:
@@ -98,7 +98,7 @@ class Progress(TrainerCallback):
 
 
 class FiniteGuard(TrainerCallback):
-    """Stops before an optimizer step that would write NaN or infinity into the adapter."""
+    """Stops the run before an optimizer step that would write NaN or infinity into the adapter."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -107,12 +107,12 @@ class FiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        """One look per optimizer step at the losses of its micro-batches and at the gradients.
+        """Check the losses of the micro-batches and the gradients once per optimizer step.
 
-        Under fp16 the gradients are the scaler's to judge: it skips a step that overflows.
+        Under fp16 the gradients are left to the scaler, which skips a step that overflows.
 
         Raises:
-            RunError: something is not finite; the weights are still those of the step before.
+            RunError: a loss or gradient is not finite; the weights are still those of the previous step.
         """
         assert self.training.finite is not None
         finite = self.training.finite
@@ -131,10 +131,10 @@ class FiniteGuard(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        """Count fp16 steps that the scaler skipped.
+        """Count the fp16 steps that the scaler skips in a row.
 
         Raises:
-            RunError: too many in a row; the run would go on without learning anything.
+            RunError: too many steps in a row were skipped; the run would continue without learning.
         """
         skipped = self.training.accelerator.optimizer_step_was_skipped
         self.num_skipped = self.num_skipped + 1 if skipped else 0
@@ -146,7 +146,7 @@ class FiniteGuard(TrainerCallback):
 
 
 class EpochOrder(TrainerCallback):
-    """Gives the sampler its epoch, also where a resumed loader hides it behind wrappers."""
+    """Sets the sampler's epoch, even when a resumed loader hides the sampler behind wrappers."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -154,13 +154,13 @@ class EpochOrder(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        """A run resumed in mid-epoch goes on with that epoch's own order."""
-        # 1.9999999 is the rounded end of epoch 1, that is the beginning of epoch 2.
+        """Set the epoch, so that a run resumed in mid-epoch continues in that epoch's order."""
+        # Rounding can turn the start of epoch 2 into 1.9999999.
         self.training.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
 class Samples(TrainerCallback):
-    """Answers to a few held-out prompts at each evaluation."""
+    """Answers a few held-out prompts at each evaluation."""
 
     def __init__(
         self, training: Training, examples: list[Example], renderer: Renderer, max_new_tokens: int
@@ -174,7 +174,7 @@ class Samples(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        """Generate greedily and hand the answers to the tracker."""
+        """Generate answers greedily and pass them to the tracker."""
         tracker = self.training.tracker
         if tracker is None or not self.examples:
             return

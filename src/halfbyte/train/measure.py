@@ -1,4 +1,4 @@
-"""Owns measured memory: live tensor bytes during a forward and a backward pass, counted exactly."""
+"""Owns the measurement of memory: exact bytes of live tensors during a forward and a backward pass."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Measured:
     """Bytes of live tensors on one device.
 
     Attributes:
-        start_bytes: before.
-        forward_bytes: the most during the forward pass.
-        kept_bytes: what it left behind for the backward pass, above ``start_bytes``.
-        backward_bytes: the most during the backward pass.
-        end_bytes: after it.
+        start_bytes: bytes before the forward pass.
+        forward_bytes: peak during the forward pass.
+        kept_bytes: bytes above ``start_bytes`` that the forward pass keeps for the backward pass.
+        backward_bytes: peak during the backward pass.
+        end_bytes: bytes after the backward pass.
     """
 
     start_bytes: int
@@ -35,7 +35,7 @@ class Measured:
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes of live tensors at any time."""
+        """The peak over both passes, in bytes of live tensors."""
         return max(self.forward_bytes, self.backward_bytes)
 
 
@@ -46,13 +46,13 @@ def measure(
     *,
     profiled: bool = True,
 ) -> Measured:
-    """Run a forward pass and, on its result, a backward pass, and count.
+    """Run a forward pass and then a backward pass on its result, and count bytes of live tensors.
 
-    On CUDA the figures are ``torch.cuda``'s. On the CPU every allocation is reported by PyTorch's
-    profiler: sizes of tensors and of the temporaries inside kernels, whatever the C library does with
-    them. What is freed though it was there before counts as live. The profiler itself takes hundreds
-    of megabytes; without it (``profiled``) tensors are counted as they are born and die, and what
-    kernels take inside is not seen.
+    On CUDA the figures come from ``torch.cuda``. On the CPU PyTorch's profiler reports every
+    allocation: the sizes of tensors and of temporaries inside kernels, independent of the C library's
+    heap. Memory that existed before and is freed during the passes still counts as live. The profiler
+    itself takes hundreds of megabytes; without it (``profiled`` is false) tensors are counted as they
+    are created and freed, and temporaries inside kernels are missed.
     """
     then = backward or (lambda _: None)
     if device.type == "cuda":
@@ -61,20 +61,20 @@ def measure(
 
 
 def live_tensor_bytes(device: torch.device) -> int:
-    """Bytes of all tensors that Python can reach, each storage once."""
+    """Return the bytes of all tensors that Python can reach, counting each storage once."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     gc.collect()
     sizes: dict[int, int] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # asking what something is wakes up deprecated modules
+        warnings.simplefilter("ignore")  # inspecting objects can load deprecated modules
         found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     for tensor in found:
         for part in (tensor, tensor.grad if tensor.is_leaf else None):
             if part is None or part.layout != torch.strided:
                 continue
             storage = part.untyped_storage()
-            if storage.device.type == "cpu":  # a fake tensor's is of no device
+            if storage.device.type == "cpu":  # a fake tensor's storage is on no device
                 sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())
 
@@ -109,7 +109,7 @@ def _on_cpu(
 ) -> Measured:
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs its start and stop
     start = live_tensor_bytes(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with record_function(FORWARD):
@@ -154,7 +154,7 @@ def _by_birth(
 
 
 def resident_bytes() -> int:
-    """Peak resident size of this process so far."""
+    """Return the peak resident size of this process so far, in bytes."""
     import resource
     import sys
 

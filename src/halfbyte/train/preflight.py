@@ -1,4 +1,4 @@
-"""Owns the look before the first step: one real forward and backward that must be finite everywhere."""
+"""Owns the check before the first step: one real forward and backward pass must be finite everywhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from halfbyte.train.trainer import TokenTrainer
 
 
 def check_first_step(trainer: TokenTrainer, *, profiled: bool = True) -> tuple[float, Measured]:
-    """One forward and backward on the longest micro-batch, before anything is spent.
+    """Run one forward and backward pass on the longest micro-batch before training starts.
 
-    Changes neither weights nor random state. Returns the loss in nats per labelled token, and the
-    memory that the two passes took, as ``measure`` does.
+    The check changes neither weights nor random state. It returns the loss in nats per labelled token,
+    and the memory that the two passes took, as measured by ``measure``.
 
     Raises:
         RunError: the loss or a gradient is not finite, or an adapter gets no gradient.
@@ -24,7 +24,7 @@ def check_first_step(trainer: TokenTrainer, *, profiled: bool = True) -> tuple[f
     layout = trainer.cutting.layout(trainer.longest(trainer.rows))
     model = trainer.model
     if trainer.args.gradient_checkpointing:
-        # transformers turns it on in train(); the look before must not need more memory than that.
+        # transformers enables this only in train(); the check must not need more memory than training.
         model.get_base_model().gradient_checkpointing_enable(
             trainer.args.gradient_checkpointing_kwargs
         )

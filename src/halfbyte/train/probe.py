@@ -1,4 +1,4 @@
-"""Owns the proof of a plan: one real step, predicted beside measured."""
+"""Owns the probe of a plan: the predicted memory of one real step compared with the measured one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one step and one evaluation batch took, and what the plan had said, in bytes."""
+    """Measured and predicted memory of one step and one evaluation batch, in bytes."""
 
     loss: float
     predicted: dict[str, int]
@@ -38,11 +38,11 @@ class Probe:
 
     @property
     def error_frac(self) -> float:
-        """How far the predicted peak is off, as a share of the measured one; above 0 if too high."""
+        """The error of the predicted peak as a share of the measured one; positive if it is too high."""
         return self.predicted["peak"] / self.measured["peak"] - 1
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the figures for the manifest."""
         return {
             "predicted_bytes": self.predicted,
             "measured_bytes": self.measured,
@@ -51,7 +51,7 @@ class Probe:
         }
 
     def as_text(self) -> str:
-        """A table for a terminal."""
+        """Return a table for a terminal."""
         lines = [f"{'MB':<34}{'predicted':>12}{'measured':>12}{'off by':>9}"]
         for name, predicted in self.predicted.items():
             measured = self.measured[name]
@@ -62,7 +62,7 @@ class Probe:
 
 
 def first_look(trainer: TokenTrainer, setup: Setup) -> tuple[str, dict[str, Any]]:
-    """Look before step 1: return lines to print, and fields for the manifest.
+    """Check the first step before training; return lines to print and fields for the manifest.
 
     Raises:
         RunError, PlanError: as ``probe``.
@@ -83,11 +83,11 @@ def first_look(trainer: TokenTrainer, setup: Setup) -> tuple[str, dict[str, Any]
 
 
 def probe(trainer: TokenTrainer, setup: Setup, *, profiled: bool = True) -> Probe:
-    """Run the longest micro-batch forward and backward and score an evaluation batch.
+    """Run the longest micro-batch forward and backward, and score an evaluation batch.
 
     Raises:
         RunError: as ``check_first_step``.
-        PlanError: nothing is planned, or with the optimizer's states the measured peak would not fit.
+        PlanError: there is no plan, or the measured peak plus the optimizer's states would not fit.
     """
     planner, plan = setup.planner, setup.plan
     if planner is None or plan is None:
@@ -112,7 +112,7 @@ def probe(trainer: TokenTrainer, setup: Setup, *, profiled: bool = True) -> Prob
         "peak": step.peak_bytes,
     }
     result = Probe(loss, predicted, measured, resident_bytes())
-    # What the plan has beyond the probe comes on top: optimizer states, gradients kept, DDP's buckets.
+    # The plan also counts what the probe lacks: optimizer states, kept gradients and DDP's buckets.
     extra_bytes = planner.sharing_processes * (step.peak_bytes - predicted["peak"])
     if extra_bytes > planner.margin_bytes(plan) and not planner.run.train.ignore_plan:
         raise PlanError(
@@ -127,7 +127,7 @@ def probe(trainer: TokenTrainer, setup: Setup, *, profiled: bool = True) -> Prob
 def _predicted(
     planner: Planner, plan: TrainPlan, trained: Layout, evaluated: Layout
 ) -> dict[str, int]:
-    """What the plan says of the same two passes: no optimizer yet, no gradients from before."""
+    """Predict the same two passes, without an optimizer and without earlier gradients."""
     fixed = planner.fixed_bytes()
     start = sum(fixed[name] for name in ("weights", "constants", "adapter", "workspace"))
     shape = plan.shape.alone().with_layout(trained)
@@ -147,15 +147,15 @@ def _predicted(
 
 
 def probe_run(run: Run, device: Device) -> Probe:
-    """Load a run's model and rows, measure one step beside its plan; nothing is trained or kept.
+    """Load a run's model and rows and compare one step with its plan, without training or saving.
 
     Raises:
-        UserError: as ``train/sft.py`` would for the same config.
+        UserError: ``train/sft.py`` would raise it for the same config.
     """
     base = resolve_base(run.model.name, run.model.revision)
     renderer = renderer_of(run.data, load_tokenizer(base))
     prepared = prepare(run.data, renderer)
-    # No evaluation is due in a single step, so none is refused for want of held-out rows.
+    # A single step needs no evaluation, so missing held-out rows must not be an error.
     quiet = run.model_copy(update={"train": run.train.model_copy(update={"eval_steps": 0})})
     with tempfile.TemporaryDirectory(prefix="halfbyte-probe-") as scratch:
         setup = set_up(quiet, base, renderer, prepared, device, Path(scratch))

@@ -1,4 +1,4 @@
-"""Owns beginning and ending a run: a new folder, a resumed one or a refusal; and its manifest."""
+"""Owns the start and end of a run: it opens a new folder, resumes or refuses one, and writes its manifest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from halfbyte.trained.reference_logprobs import record_reference_logprobs
 if TYPE_CHECKING:
     import torch
 
-# Settings of `train` that change what is shown or kept, not what is learnt.
+# Settings of `train` that change what is shown or kept, but not what is learnt.
 SILENT_TRAIN_KEYS = {
     *UNNAMED,
     "num_samples",
@@ -60,13 +60,13 @@ class Session:
     """An opened run folder.
 
     Attributes:
-        run: the config, its steps cut as in the attempt before where ``auto`` leaves it open.
-        folder: of the run.
-        resume: the checkpoint to go on from.
-        finished: whether the run is trained already.
+        run: the config; where it says ``auto``, steps are split as in the previous attempt.
+        folder: the run folder.
+        resume: the checkpoint to continue from.
+        finished: whether the run is already trained.
         is_main: whether this process is the one that writes.
-        started: when this attempt began, as ``time.time`` tells.
-        earlier: the manifest of the attempt that ``resume`` goes on with.
+        started: when this attempt began, as a ``time.time`` value.
+        earlier: the manifest of the attempt that ``resume`` continues.
     """
 
     run: Run
@@ -78,27 +78,27 @@ class Session:
     earlier: Manifest | None
 
     def say(self, *lines: str) -> None:
-        """Print lines, from the main process alone; empty ones are left out."""
+        """Print non-empty lines, from the main process only."""
         for line in filter(None, lines if self.is_main else ()):
             print(line)
 
     @property
     def next_commands(self) -> str:
-        """What to run once the training is finished."""
+        """The commands to run once training is finished."""
         path = self.folder.path
         return f"next: python train/merge.py {path}\n      python eval/compare.py {path}"
 
     @property
     def resume_step(self) -> int:
-        """Steps that are already done."""
+        """The number of steps that are already done."""
         return _step(self.resume) if self.resume else 0
 
 
 def open_session(run: Run) -> Session:
-    """Make the run folder, or find where an earlier run with the same settings stopped.
+    """Create the run folder, or find where an earlier run with the same settings stopped.
 
     Raises:
-        RunError: the folder belongs to a run with other settings.
+        RunError: the folder belongs to a run with different settings.
     """
     folder = RunDir(Path(run.runs_dir) / str(run.name))
     is_main = os.environ.get("RANK", "0") == "0"
@@ -124,7 +124,7 @@ def open_session(run: Run) -> Session:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that has all of its files; says which ones are passed over."""
+    """Return the newest checkpoint that has all of its files, and print which ones are skipped."""
     for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         missing = [name for name in CHECKPOINT_FILES if not _has_content(path / name)]
         if not any(map(_has_content, path.glob("rng_state*.pth"))):
@@ -138,10 +138,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_base(session: Session, base: Base) -> None:
-    """A resumed run must go on from the base that it began with.
+    """Check that a resumed run continues with the base that it started with.
 
     Raises:
-        RunError: the base is another one by now.
+        RunError: the base has changed.
     """
     if session.earlier is not None:
         check_same_base(
@@ -156,7 +156,7 @@ def record_data(session: Session, prepared: Prepared) -> None:
     """Write the ledger, the held-out rows and a pool of few-shot examples into the run folder.
 
     Raises:
-        RunError: a resumed run finds other data than it began with.
+        RunError: the data of a resumed run differ from those that it started with.
     """
     folder = session.folder
     if session.resume and folder.ledger.is_file():
@@ -180,12 +180,12 @@ def record_data(session: Session, prepared: Prepared) -> None:
 
 
 def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> None:
-    """Write where everything came from and what it cost, from the main process alone.
+    """Write the run's provenance and cost to its manifest, from the main process only.
 
     Args:
         session: the opened run folder.
-        setup: what is trained.
-        numbers: further fields of ``Manifest``; ``finished`` once the adapter is saved.
+        setup: the setup of the training.
+        numbers: further fields of ``Manifest``, including ``finished`` once the adapter is saved.
     """
     if not session.is_main:
         return
@@ -212,14 +212,14 @@ def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> N
 def save_trained(
     session: Session, setup: Setup, last_logits: Callable[[list[int]], torch.Tensor]
 ) -> None:
-    """Write the adapter, its tokenizer, and what the trained model answers to a few prompts.
+    """Write the adapter, its tokenizer, and reference log-probabilities after a few prompts.
 
-    From the main process alone; the others hold the same adapter.
+    Only the main process writes; the others hold the same adapter.
 
     Args:
         session: the opened run folder.
-        setup: what was trained.
-        last_logits: gives logits (V,) of the trained model after ids.
+        setup: the setup of the training.
+        last_logits: returns the trained model's logits (V,) after the given token ids.
     """
     if not session.is_main:
         return
@@ -231,14 +231,14 @@ def save_trained(
 
 
 def _as_before(run: Run, earlier: Manifest | None) -> Run:
-    """Return the run with its steps cut as the attempt before has cut them, where ``auto`` leaves it open.
+    """Return the run with its ``auto`` settings for splitting steps as in the previous attempt.
 
-    So that a resumed run repeats the one that was stopped, whatever memory is free by now.
+    A resumed run therefore repeats the stopped one, however much memory is free now.
     """
     plan = earlier.memory if earlier else None
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if plan is None or run.train.batch_size % (plan["micro_batch_size"] * world):
-        return run  # another number of processes: the plan settles it anew
+        return run  # the number of processes differs: the plan decides again
     settled: dict[str, Any] = {}
     if run.train.micro_batch_size == "auto":
         settled["micro_batch_size"] = plan["micro_batch_size"]
@@ -259,7 +259,7 @@ def _check_same(run: Run, folder: RunDir) -> None:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Every key that decides what is learnt, flat."""
+    """Return every key that affects what is learnt, in a flat dict."""
     dump = run.model_dump(mode="json", include={"seed", "model", "adapter", "data", "train"})
     flat = {"seed": dump.pop("seed")}
     silent = {"train": SILENT_TRAIN_KEYS, "data": SILENT_DATA_KEYS}
@@ -267,7 +267,7 @@ def _settings(run: Run) -> dict[str, Any]:
         for key, value in values.items():
             if key not in silent.get(section, ()):
                 flat[f"{section}.{key}"] = value
-    # Where runs of versions before 0.2 say sdpa, auto takes it: they trained with nothing else.
+    # Runs of versions before 0.2 say sdpa, the only one that they could train with; `auto` equals it here.
     if flat["model.attention"] == "auto":
         flat["model.attention"] = "sdpa"
     return flat

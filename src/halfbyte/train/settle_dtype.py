@@ -1,4 +1,4 @@
-"""Owns the last word on the compute dtype, which only real rows can give."""
+"""Owns the final choice of the compute dtype, which depends on real rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from halfbyte.model.load import Loaded
 
 
 def settle_compute(run: Run, loaded: Loaded, model: nn.Module, examples: Sequence[Example]) -> Run:
-    """Probe fp16 where ``auto`` chose it; return the run, with fp32 in it if fp16 does not hold the values.
+    """Probe fp16 where ``auto`` chose it; return the run, set to fp32 if fp16 cannot hold the values.
 
-    ``loaded.compute`` then computes in fp32 and says why.
+    In that case ``loaded.compute`` is also changed to fp32, with the reason.
     """
     if loaded.compute.dtype != torch.float16 or run.model.compute_dtype != "auto":
         return run

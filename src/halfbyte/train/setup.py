@@ -1,4 +1,4 @@
-"""Owns the setup of a training: rows, base, adapter and plan, all settled before a trainer is built."""
+"""Owns the setup of a training: rows, base, adapter and plan, all decided before a trainer is built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from halfbyte.plan.devices import Device
 
-# Test rows that stand in for validation rows, so that the held-out loss during training stays cheap.
+# Most test rows used in place of validation rows, to keep the held-out loss during training cheap.
 MAX_STAND_INS = 64
 
 
@@ -33,15 +33,15 @@ class Setup:
     """Everything that a trainer is built from.
 
     Attributes:
-        run: the config; its compute dtype is settled.
-        renderer: of the training rows.
-        train: rows that are learnt.
+        run: the config, with its compute dtype decided.
+        renderer: the renderer of the training rows.
+        train: the training rows.
         held_out: rows on which the loss is measured during training; may be empty.
         loaded: the base.
         model: the base with its new adapter.
-        passes: how an optimizer step is cut into forward passes.
-        planner: counts this run's memory; None where nothing was planned.
-        plan: what it settled; None where the model cannot be planned and ``train.ignore_plan`` is set.
+        passes: how an optimizer step is split into forward passes.
+        planner: counts this run's memory; None if nothing was planned.
+        plan: the planner's result; None if the model cannot be planned and ``train.ignore_plan`` is set.
     """
 
     run: Run
@@ -56,14 +56,14 @@ class Setup:
 
     @property
     def summary(self) -> str:
-        """One line about the plan, or "" without one."""
+        """A one-line summary of the plan, or "" without one."""
         if self.plan is None or self.planner is None:
             return ""
         spare_bytes = self.planner.margin_bytes(self.plan)
         return f"plan: {self.plan.summary()}; {spare_bytes / 1e9:.2f} GB to spare"
 
     def as_json(self) -> dict[str, Any]:
-        """The plan for the manifest; empty without one."""
+        """Return the plan for the manifest; the dict is empty without one."""
         return {"memory": self.plan.as_json()} if self.plan else {}
 
 
@@ -80,18 +80,18 @@ def set_up(
     """Plan a training, load its base and put a new adapter on it.
 
     Args:
-        run: the config, ``auto`` where the plan or the rows decide.
+        run: the config, with ``auto`` where the plan or the rows decide.
         base: the model to train.
-        renderer: that rendered ``prepared``.
-        prepared: rows; the loss is measured on the validation rows, else on the first test rows.
-        device: that trains.
-        scratch: takes the start values of initialisations that change the base.
+        renderer: the renderer that produced ``prepared``.
+        prepared: the rows; the loss is measured on the validation rows, else on the first test rows.
+        device: the device to train on.
+        scratch: folder for the start values of initialisations that change the base.
         is_main: whether this process writes them.
 
     Raises:
-        RunError: evaluations are due, but no row is held out.
-        PlanError: training cannot fit.
-        ModelError: the base cannot be loaded, or the adapter not placed.
+        RunError: evaluations are configured, but no row is held out.
+        PlanError: the training cannot fit into memory.
+        ModelError: the base cannot be loaded, or the adapter cannot be placed.
     """
     held_out = loss_rows(prepared)
     if run.train.eval_steps and not held_out:
@@ -111,10 +111,10 @@ def set_up(
 
 
 def loss_rows(prepared: Prepared) -> list[Example]:
-    """Return the rows on which the loss is measured during training: validation rows, else some test rows."""
+    """Return the rows for the held-out loss during training: validation rows, else some test rows."""
     return prepared.validation or prepared.test[:MAX_STAND_INS]
 
 
 def row_lengths(examples: list[Example]) -> Lengths:
-    """Return tokens and labelled tokens of rows, the longest first."""
+    """Return the numbers of tokens and labelled tokens of each row, longest first."""
     return Lengths.of([(e.encoded.ids, e.encoded.labels) for e in examples])

@@ -1,4 +1,4 @@
-"""Owns where numbers go during training: metrics.jsonl always, Weights & Biases beside it."""
+"""Owns the tracking of numbers during training: always in metrics.jsonl, optionally in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class Tracker:
     """Writes each record to metrics.jsonl and, unless W&B is off, to a W&B run.
 
-    W&B never asks and never blocks for long: without a key, or without an answer within seconds, the
-    run is recorded offline. Each attempt at a run is a W&B run of its own in one group, and begins
-    with the records that are kept from earlier attempts. Only rank 0 makes a Tracker.
+    W&B never prompts and never blocks for long: without a key, or without a response within seconds,
+    the run is recorded offline. Each attempt at a run is its own W&B run in a common group, and begins
+    with the records kept from earlier attempts. Only rank 0 creates a Tracker.
 
     Args:
-        run: the resolved config; it goes to W&B whole, and holds no secrets.
+        run: the resolved config; it is sent to W&B in full, and holds no secrets.
         folder: the run folder.
-        resume_step: records after this step belong to work that was lost, and are removed.
+        resume_step: records after this step belong to lost work, and are removed.
     """
 
     def __init__(self, run: Run, folder: RunDir, resume_step: int = 0) -> None:
@@ -44,14 +44,14 @@ class Tracker:
 
     @property
     def where(self) -> str:
-        """What to tell the user about W&B."""
+        """A message for the user about W&B."""
         return where(self.wandb)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record of plain numbers that holds ``step``.
+        """Write one record of plain numbers, including ``step``.
 
         Raises:
-            RunError: a number is NaN or infinite; it is never written as anything else.
+            RunError: a number is NaN or infinite; such a value is never replaced by another.
         """
         bad = {k: v for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
         if bad:
@@ -64,7 +64,7 @@ class Tracker:
             self.wandb.log(record)
 
     def summarise(self, values: dict[str, Any]) -> None:
-        """Hand figures of the whole run to W&B's table of runs; the manifest has them too."""
+        """Send figures of the whole run to W&B's table of runs; they are also in the manifest."""
         if self.wandb is not None:
             self.wandb.summary.update(values)
 
@@ -81,7 +81,7 @@ class Tracker:
             self.wandb.log({"samples": table})
 
     def finish(self, adapter: Path | None) -> None:
-        """End the W&B run: well with the adapter as an artifact, or as failed without."""
+        """End the W&B run: successfully with the adapter as an artifact, or as failed if it is None."""
         if self.wandb is None:
             return
         if adapter is not None:
@@ -96,9 +96,9 @@ class Tracker:
 
 @contextmanager
 def tracked(run: Run, session: Session) -> Iterator[Tracker | None]:
-    """Track a run for the body of the ``with``; None on other ranks than 0.
+    """Track a run within the ``with`` block; yield None on ranks other than 0.
 
-    At the end the W&B run gets the adapter, or is marked as failed where the body raised.
+    At the end the W&B run receives the adapter, or is marked as failed if the block raised.
     """
     if not session.is_main:
         yield None
@@ -113,7 +113,7 @@ def tracked(run: Run, session: Session) -> Iterator[Tracker | None]:
 
 
 def _keep(path: Path, resume_step: int) -> list[dict[str, Any]]:
-    """Rewrite a file of records without those after ``resume_step``; returns what is kept."""
+    """Rewrite a file of records without those after ``resume_step``; return the kept ones."""
     known = read_jsonl(path) if path.is_file() else ()
     kept = [record for record in known if record["step"] <= resume_step]
     write_jsonl(path, kept)

@@ -1,4 +1,4 @@
-"""Owns the trainer: TRL's SFTTrainer with our batches, our loss and our numbers. The one file that knows TRL."""
+"""Owns the trainer: TRL's SFTTrainer with our batches, loss and metrics. No other file imports TRL."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from halfbyte.train.tracking import Tracker
 class TokenTrainer(SFTTrainer):
     """SFTTrainer whose loss is the mean over labelled tokens of the whole optimizer step.
 
-    Differs from TRL's where its loss scores every position on CPU and its evaluation averages
-    batch means: here both are sums over labelled tokens divided by their number.
+    TRL's loss scores every position on CPU, and its evaluation averages batch means; here both are sums
+    over labelled tokens divided by their number.
 
     Args:
-        setup: rows, base with adapter, and how a step is cut; the model knows ``token_loss`` already.
-        cutting: how rows become passes.
+        setup: rows, base with adapter, and how a step is split; the model already has ``token_loss``.
+        cutting: how rows are divided into passes.
         checkpoints: folder for checkpoints.
-        tracker: where numbers go; None on other ranks than 0.
+        tracker: records the metrics; None on ranks other than 0.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class TokenTrainer(SFTTrainer):
         self._gradients: torch.Tensor | None = None
         self._since = (0, time.perf_counter())
         train, model = setup.run.train, setup.model
-        # Rows stay where they are; the loader deals out their numbers.
+        # The loader yields row numbers only; the rows stay in place.
         numbers = Dataset.from_dict({"row": range(len(self.rows))})
         samples = setup.held_out[: train.num_samples]
-        # TRL puts a forward of its own on the model and rounds the adapter; both are put back.
+        # TRL replaces the model's forward and rounds the adapter; both changes are undone.
         with adapters_kept(model), forward_kept(model.get_base_model()):
             super().__init__(
                 model=model,
                 args=_sft_config(setup, checkpoints),
                 data_collator=self._collate,
                 train_dataset=numbers,
-                # Only its presence counts: `evaluate` reads `held_out`.
+                # It only has to exist: `evaluate` reads `held_out`.
                 eval_dataset=numbers.select(range(1)) if self.held_out else None,
                 processing_class=setup.renderer.tokenizer,
                 callbacks=[
@@ -82,7 +82,7 @@ class TokenTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
 
     def _collate(self, numbers: list[dict[str, int]]) -> dict[str, Any]:
-        """Cut the rows of an optimizer step into passes."""
+        """Split the rows of an optimizer step into passes."""
         step = [self.rows[number["row"]] for number in numbers]
         layouts = self.cutting.step(step)
         return {
@@ -99,17 +99,17 @@ class TokenTrainer(SFTTrainer):
         return self.sampler
 
     def longest(self, rows: list[Tokens]) -> list[Tokens]:
-        """As many of the longest of these rows as a pass takes."""
+        """Return the longest of these rows, up to ``micro_batch_size`` of them."""
         return sorted(rows, key=lambda row: -len(row[0]))[: self.cutting.micro_batch_size]
 
     def train_to_end(self, resume: Path | None) -> None:
-        """Train until all steps are done, from a checkpoint if there is one."""
+        """Train until all steps are done, starting from a checkpoint if one is given."""
         start = time.perf_counter()
         self._since = (self.num_tokens, start)
         if resume is not None:
             state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
             if state.global_step >= self.num_steps:
-                # transformers would take one step more than asked for.
+                # transformers would take one step too many.
                 self._load_from_checkpoint(str(resume))
                 self.state = state
                 return
@@ -122,9 +122,9 @@ class TokenTrainer(SFTTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Forward and backward over the passes of a step; its mean loss in nats per labelled token.
+        """Run the passes of a step forward and backward; return its loss in nats per labelled token.
 
-        transformers' own takes one pass of a fixed number of rows; ours are as few as fit.
+        The transformers method makes one pass of a fixed number of rows; this one makes as few as fit.
         """
         assert num_items_in_batch is not None, "transformers counted no labelled tokens"
         model.train()
@@ -137,7 +137,7 @@ class TokenTrainer(SFTTrainer):
             with alone:
                 with self.compute_loss_context_manager():
                     loss = model(layout=layout) / num_items_in_batch
-                # DDP averages gradients over processes, while the divisor counts the tokens of all.
+                # DDP averages gradients over processes, but the divisor already counts all their tokens.
                 loss = loss * self.accelerator.num_processes
                 self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
@@ -148,10 +148,10 @@ class TokenTrainer(SFTTrainer):
         return total
 
     def _lay_out_gradients(self) -> None:
-        """Give the gradients one block, as zeros.
+        """Place all gradients in one block of memory, filled with zeros.
 
-        Born one by one among the activations of a step's first pass, they would lie between those of
-        the next, and the heap of the C library would grow around them.
+        If they were allocated one by one among the activations of a step's first pass, they would
+        fragment the C library's heap, which would then grow in the next pass.
         """
         parameters = list(trainable_parameters(self.model).values())
         if self._gradients is None:
@@ -162,7 +162,7 @@ class TokenTrainer(SFTTrainer):
             parameter.grad = part.view_as(parameter)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None: transformers walks all parameters for a figure that nobody is shown."""
+        """Return 0, since transformers would walk all parameters for a figure that is never shown."""
         return 0
 
     def evaluate(
@@ -171,7 +171,7 @@ class TokenTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out loss in nats per labelled token, over all processes."""
+        """Compute the held-out loss in nats per labelled token, over all processes."""
         state = self.accelerator
         mine = self.held_out[state.process_index :: state.num_processes]
         with self.compute_loss_context_manager():
@@ -189,21 +189,21 @@ class TokenTrainer(SFTTrainer):
         return metrics
 
     def final_loss(self) -> float | None:
-        """Held-out loss of the trained adapter; measured now unless the last step has done so."""
+        """Return the held-out loss of the trained adapter, measured now unless the last step did so."""
         if self.held_out and self.evaluated_step != self.state.global_step:
             self.evaluate()
         return self.held_out_loss
 
     @torch.no_grad()
     def last_logits(self, ids: list[int]) -> torch.Tensor:
-        """Logits (V,) of the model as it stands after ``ids``, on the CPU."""
+        """Return the current model's logits (V,) after ``ids``, on the CPU."""
         self.model.eval()
         with self.compute_loss_context_manager():
             input_ids = torch.tensor([ids], device=self.args.device)
             return self.model(input_ids=input_ids).logits[0, -1].float().cpu()  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens per second and memory, write the record, and keep the Trainer's own history."""
+        """Add tokens per second and memory, write the record, and update the Trainer's own history."""
         if "loss" in logs:
             tokens, since = self._since
             now = time.perf_counter()
@@ -212,10 +212,10 @@ class TokenTrainer(SFTTrainer):
             logs["memory_bytes"] = memory_bytes(self.args.device)
             self._since = (self.num_tokens, now)
             if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
-                # The scaler found an overflow and took no step; FiniteGuard counts these.
+                # The scaler found an overflow and skipped the step; FiniteGuard counts such steps.
                 del logs["grad_norm"]
                 logs["skipped_step"] = 1
-        # The closing summary of the Trainer is no step: it goes to the manifest.
+        # The Trainer's final summary is not a step; it goes to the manifest.
         if self.tracker is not None and ("loss" in logs or "eval_loss" in logs):
             record: dict[str, Any] = {
                 "step": self.state.global_step,
@@ -225,7 +225,7 @@ class TokenTrainer(SFTTrainer):
         super(SFTTrainer, self).log(logs, start_time)
 
     def numbers(self) -> dict[str, Any]:
-        """Return figures of the finished run, for the manifest; all processes call it together."""
+        """Return figures of the finished run for the manifest; all processes must call this together."""
         held_out_loss = self.final_loss()
         return {
             "training_seconds": self.seconds,
@@ -239,7 +239,7 @@ class TokenTrainer(SFTTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **options)
-        # What evaluating and saving took is no training time.
+        # Time spent on evaluating and saving does not count as training time.
         if self.state.global_step in (self.evaluated_step, self.saved_step):
             self._since = (self.num_tokens, time.perf_counter())
 
@@ -248,23 +248,23 @@ class TokenTrainer(SFTTrainer):
         self.saved_step = self.state.global_step
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Leave out TRL's card: what is shipped gets a card of its own with measured figures."""
+        """Skip TRL's card, since shipped models get their own card with measured figures."""
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak bytes so far: allocated on CUDA, resident in this process on CPU."""
+    """Return the peak bytes so far: allocated on CUDA, resident in this process on CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resident_bytes()
 
 
 def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> TokenTrainer:
-    """Fuse the model, decide how its rows are laid out, and put both into TRL's trainer.
+    """Fuse the model, decide how its rows are laid out, and build TRL's trainer with both.
 
     Args:
-        setup: rows, base with adapter, and how a step is cut.
+        setup: rows, base with adapter, and how a step is split.
         checkpoints: folder for checkpoints.
-        tracker: where numbers go; None on other ranks than 0.
+        tracker: records the metrics; None on ranks other than 0.
     """
     causal, speed = setup.model.get_base_model(), setup.run.allowed_speed
     if setup.passes.recompute is not None:
@@ -279,21 +279,21 @@ def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> T
 
 
 def tokens_of(examples: list[Example]) -> list[Tokens]:
-    """Return ids and labels of rows."""
+    """Return the ids and labels of each row."""
     return [(example.encoded.ids, example.encoded.labels) for example in examples]
 
 
 def _sft_config(setup: Setup, checkpoints: Path) -> SFTConfig:
     arguments = trainer_arguments(setup.run, setup.loaded, setup.passes, len(setup.train))
     config = SFTConfig(output_dir=str(checkpoints), **arguments)
-    # With several GPUs and one process transformers multiplies the batch by their number.
+    # With several GPUs in one process, transformers would multiply the batch size by their number.
     if config.n_gpu > 1:
         config._n_gpu = 1
     return config
 
 
 def _warn_of_padding(run: Run, cutting: Cutting, refusal: str) -> None:
-    """Say where a saving was not taken, or where dropout is not drawn as in padded rows."""
+    """Print why rows are padded, or that dropout differs from that of padded rows."""
     if run.speed.no_padding and cutting.padded:
         why = refusal or "train.neftune_alpha makes noise by the length of padded rows"
         print(f"rows are padded, and what they share is computed for each: {why}")

@@ -1,4 +1,4 @@
-"""Owns the report of an exported artefact, and whether the artefact is still the one that was proven."""
+"""Owns the report of an exported artefact, and the check that the artefact is unchanged since its proof."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from halfbyte.run_dir import RunDir, check_files
 from halfbyte.trained.manifest import finished_manifest
 
 REPORT = "export_report.json"
-# What vLLM takes as --max-lora-rank (vllm/config/lora.py).
+# The values that vLLM accepts for --max-lora-rank (vllm/config/lora.py).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Closeness(RecordPart):
-    """How close a model is to another: see ``fidelity.Fidelity``."""
+    """How close one model is to another; see ``fidelity.Fidelity``."""
 
     kl_nats_per_token: float
     top1_agreement: float
@@ -25,7 +25,7 @@ class Closeness(RecordPart):
 
 
 class MergedModel(RecordPart):
-    """The merged model beside which an artefact is shown."""
+    """The merged model that an artefact is compared with."""
 
     perplexity: float
     against_trained: Closeness
@@ -36,17 +36,17 @@ class ExportReport(ProvenRecord):
 
     Attributes:
         run: name of the run.
-        name: of the artefact, which is its folder's.
+        name: name of the artefact and of its folder.
         kind: ``gguf``, ``gguf-lora``, ``awq`` or ``adapter``.
         method: how it was made.
-        num_bytes: of its files.
-        base: that the run was trained on.
-        rows: that were measured.
-        perplexity_change: relative to the merged model's.
-        conversations: whose prompts were compared; ``same_text`` and ``same_ids`` came out alike.
+        num_bytes: total size of its files.
+        base: the base that the run was trained on.
+        rows: number of rows measured.
+        perplexity_change: change of the perplexity relative to the merged model's.
+        conversations: number of prompts compared; ``same_text`` and ``same_ids`` of them are identical.
         scores: the run's own metrics, each with its interval.
-        limits: of the config, that it had to meet.
-        sha256: of its files, by name.
+        limits: the limits of the config that it had to meet.
+        sha256: digest of each of its files, by name.
     """
 
     run: str
@@ -71,7 +71,7 @@ class ExportReport(ProvenRecord):
 
 
 def read_artefact(folder: RunDir, name: str) -> ExportReport:
-    """Read an artefact's report, if its files are those that were proven.
+    """Read an artefact's report, and check that its files are those that were proven.
 
     Raises:
         RunError: it was not made, belongs to another base or template, or a file has changed.
@@ -92,5 +92,5 @@ def read_artefact(folder: RunDir, name: str) -> ExportReport:
 
 
 def vllm_rank(rank: int) -> int | None:
-    """Return the smallest --max-lora-rank of vLLM with room for ``rank``; None: it has none so large."""
+    """Return vLLM's smallest --max-lora-rank that is at least ``rank``, or None if there is none."""
     return next((limit for limit in VLLM_RANKS if limit >= rank), None)

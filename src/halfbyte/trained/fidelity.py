@@ -1,4 +1,4 @@
-"""Owns the measure of a copy against the trained model: KL, top-1 agreement and loss on held-out rows."""
+"""Owns the comparison of a copy with the trained model: KL, top-1 agreement and loss on held-out rows."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import nn
 from halfbyte.data.render import IGNORED
 from halfbyte.forward.packed import pad_right
 
-LOGITS_BYTES = 512 << 20  # kept for the trained model, in fp32
+LOGITS_BYTES = 512 << 20  # for the trained model's log-probabilities, in fp32
 BATCH_LOGITS_BYTES = 512 << 20
 
 Rows = list[tuple[list[int], list[int]]]
-# Rows, positions of each, columns of the reference: log-probabilities (N, W) in fp32, and the loss.
+# (rows, positions in each, columns of the reference) → (log-probabilities (N, W) in fp32, loss)
 Predict = Callable[[Rows, list[list[int]], int], tuple[torch.Tensor, float]]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The trained model's log-probabilities (N, V), fp32 on CPU, and its loss, on given rows."""
+    """The trained model's log-probabilities (N, V), in fp32 on the CPU, and its loss on given rows."""
 
     log_probs: torch.Tensor
     loss: float
@@ -47,38 +47,38 @@ class Fidelity:
 
     @property
     def perplexity(self) -> float:
-        """Exp of the loss."""
+        """The exponential of the loss."""
         return math.exp(self.loss)
 
     def as_json(self) -> dict[str, float | int]:
-        """For a report."""
+        """Return the figures for a report."""
         return asdict(self)
 
 
 def choose_positions(rows: Rows, vocabulary: int) -> list[list[int]]:
-    """For each row the positions that are compared: all, or its last ones if memory is short."""
+    """Return the positions to compare in each row: all, or only the last ones if memory is short."""
     each = max(1, LOGITS_BYTES // (4 * vocabulary) // len(rows))
     return [list(range(max(0, len(ids) - 1 - each), len(ids) - 1)) for ids, _ in rows]
 
 
 def reference(predict: Predict, rows: Rows, vocabulary: int) -> Reference:
-    """What the trained model predicts on the rows."""
+    """Predict the rows with the trained model."""
     positions = choose_positions(rows, vocabulary)
     log_probs, loss = predict(rows, positions, vocabulary)
     return Reference(log_probs, loss, positions)
 
 
 def fidelity(predict: Predict, rows: Rows, trained: Reference) -> Fidelity:
-    """Compare a copy's predictions with the trained model's, position by position.
+    """Compare a copy's predictions with the trained model's at each position.
 
-    Where the copy has fewer columns, both are distributions over those: the rest is padding of the
+    If the copy has fewer columns, both are normalised over those: the other columns are padding of the
     embedding, which no token uses.
     """
     return agreement(*predict(rows, trained.positions, trained.log_probs.shape[1]), trained)
 
 
 def agreement(log_probs: torch.Tensor, loss: float, trained: Reference) -> Fidelity:
-    """What a copy predicted at the reference's positions, beside the reference."""
+    """Compare a copy's log-probabilities at the reference's positions with the reference."""
     width = log_probs.shape[1]
     kl, same = 0.0, 0
     for start in range(0, len(log_probs), 256):
@@ -91,7 +91,7 @@ def agreement(log_probs: torch.Tensor, loss: float, trained: Reference) -> Fidel
 
 
 def torch_predict(model: nn.Module, pad_id: int) -> Predict:
-    """A model of transformers or PEFT, for ``reference`` and ``fidelity``."""
+    """Return the ``Predict`` function of a transformers or PEFT model."""
     return functools.partial(_predict, model, pad_id)
 
 

@@ -1,4 +1,4 @@
-"""Owns the manifest: where a run's base, data and code came from, and what the run cost."""
+"""Owns the manifest, which records the origin of a run's base, data and code, and the run's cost."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from halfbyte.run_dir import RunDir
 
 
 class ComputeDtype(RecordPart):
-    """The dtype of the matrix products, and why it was chosen."""
+    """The dtype of the matrix products, and the reason for choosing it."""
 
     name: str
     why: str = ""
 
 
 class Manifest(ProvenRecord):
-    """``manifest.json``; figures are there once the run has come so far.
+    """The contents of ``manifest.json``; each figure is added once the run has measured it.
 
     Attributes:
-        base: that was trained.
-        precision: of the stored weights.
-        device: that trained, as torch names it.
-        chat_template_sha256: of the template that rendered the rows.
+        base: the base that was trained.
+        precision: precision of the stored weights.
+        device: the device that trained, by its torch name.
+        chat_template_sha256: digest of the template that rendered the rows.
         stop_ids: tokens that end an answer.
-        seconds: over all attempts.
+        seconds: total time of all attempts.
         finished: whether the adapter is saved.
-        memory: the plan, and what was measured of it.
-        held_out_loss: nats per labelled token; None without held-out rows.
+        memory: the planned memory and its measured counterpart.
+        held_out_loss: loss in nats per labelled token; None without held-out rows.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Manifest(ProvenRecord):
 
 
 def read_manifest(folder: RunDir) -> Manifest | None:
-    """Read the manifest of a run, or None before its training began.
+    """Return the manifest of a run, or None if its training has not begun.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: the manifest cannot be read.
     """
     return Manifest.read(folder.manifest) if folder.manifest.is_file() else None
 
 
 def finished_manifest(folder: RunDir) -> Manifest:
-    """Read the manifest of a finished training.
+    """Return the manifest of a finished training.
 
     Raises:
         RunError: the training has not finished.

@@ -1,7 +1,7 @@
-"""Owns reference log-probabilities: what the trained model predicts, recorded for whoever loads it later.
+"""Owns the reference log-probabilities: a few predictions of the trained model, recorded for later checks.
 
-A server can load an adapter and silently answer from the base (vLLM issues 34186 and 41754). So training
-records a few log-probabilities beside the adapter, and a server computes them again.
+A server can load an adapter and silently answer from the base (vLLM issues 34186 and 41754). Therefore
+training records a few log-probabilities beside the adapter, and a server recomputes and compares them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from halfbyte.run_dir import read_json, write_json
 FILE = "canary.json"  # beside the adapter
 NUM_PROMPTS = 8
 NUM_TOKENS = 64  # the likeliest ones after each prompt
-MAX_MISS_FRAC = 0.1  # of the distance from base to adapter by which a server may miss the adapter
+MAX_MISS_FRAC = 0.1  # allowed distance from the adapter, as a share of the base's
 
-Logits = Callable[[list[int]], torch.Tensor]  # ids to logits (V,) after the last one
+Logits = Callable[[list[int]], torch.Tensor]  # maps ids to logits (V,) after the last one
 
 
 def record_reference_logprobs(
@@ -30,10 +30,10 @@ def record_reference_logprobs(
     """Record a trained model's log-probabilities after the shortest prompts of ``rows``.
 
     Args:
-        logits: of the trained model, in the dtype that it was trained in.
-        renderer: of the training rows.
-        rows: held-out rows; of raw text the first half is the prompt.
-        folder: of the adapter.
+        logits: returns logits of the trained model, in the dtype that it was trained in.
+        renderer: the renderer of the training rows.
+        rows: held-out rows; the first half of a raw-text row is its prompt.
+        folder: the adapter's folder.
     """
     records = []
     for prompt in sorted(map(_prompt, rows), key=lambda row: len(str(row)))[:NUM_PROMPTS]:
@@ -49,10 +49,10 @@ def record_reference_logprobs(
 def check_reference_logprobs(
     adapted: Logits, base: Logits, renderer: Renderer, folder: Path
 ) -> str:
-    """Compare a loaded adapter with what was recorded, and return a line to print.
+    """Compare a loaded adapter with the recorded log-probabilities, and return a line to print.
 
-    The distance is the root mean square of differences of log-probabilities in nats, each token weighted
-    by its recorded probability.
+    The distance is the root mean square of the differences of log-probabilities in nats, with each token
+    weighted by its recorded probability.
 
     Raises:
         RunError: nothing was recorded, prompts are rendered differently, or the log-probabilities are not

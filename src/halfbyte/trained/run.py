@@ -1,4 +1,4 @@
-"""Owns a trained run read back: its settings, manifest, base and renderer, read once."""
+"""Owns the reading of a trained run: its settings, manifest, base and renderer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class TrainedRun:
     """A finished training.
 
     Attributes:
-        folder: of the run.
-        run: its settings, with those that a later command overrides.
-        manifest: what the training wrote.
-        base: the model that was trained, found again and proven to be the same.
-        renderer: with the chat template that rendered the training rows.
+        folder: the run folder.
+        run: the run's settings, with the overrides of a later command.
+        manifest: the manifest that the training wrote.
+        base: the model that was trained, located again and verified to be the same.
+        renderer: renders with the chat template of the training rows.
     """
 
     folder: RunDir
@@ -38,7 +38,7 @@ class TrainedRun:
     renderer: Renderer
 
     def trained_compute(self) -> Compute:
-        """Return the compute dtype of the training, if this machine is of the same kind; else warn."""
+        """Return the compute dtype of the training, or warn and choose one if this machine differs."""
         name, device = self.manifest.compute_dtype.name, default_device()
         if torch.device(self.manifest.device).type != device.type:
             print(
@@ -54,8 +54,8 @@ class TrainedRun:
     def load_base(self, compute: Compute | None = None) -> Loaded:
         """Load the base as it was trained on.
 
-        Without ``compute`` in the training's own dtype, on any device: 4-bit codes quantised from fp32
-        weights are not those from bf16 ones.
+        Without ``compute`` the training's own dtype is used on any device, because 4-bit codes quantised
+        from fp32 weights differ from those of bf16 weights.
         """
         dtype = DTYPES[self.manifest.compute_dtype.name]
         exact = Compute(default_device(), dtype, "as trained")
@@ -73,14 +73,14 @@ def read_trained_run(path: Path, run: Run | None = None) -> TrainedRun:
 
     Args:
         path: the folder.
-        run: its settings with a later command's overrides; None: as they were trained.
+        run: its settings with a later command's overrides; None takes them as trained.
 
     Raises:
-        RunError: the run is not trained, its base is another one by now, or its chat template has changed.
+        RunError: the run is not trained, or its base or its chat template has changed.
     """
     folder, run = RunDir(path.resolve()), run or read_run_folder(path)
     manifest = finished_manifest(folder)
-    # The commit of that day, even where the config names a branch that has moved since.
+    # The commit used in training, even if the config names a branch that has moved since.
     base = resolve_base(run.model.name, manifest.base.revision)
     check_same_base(manifest.base, base.identity, f"{folder.path}: was trained on")
     tokenizer = read_tokenizer(folder.adapter, str(folder.adapter))
