@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,11 @@ class Prepared:
     ledger: Ledger
     formats: dict[str, str] = field(default_factory=dict)
     full_lengths: list[int] = field(default_factory=list)
+
+
+def tokens_of(examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+    """Return the ids and labels of each row."""
+    return [(example.encoded.ids, example.encoded.labels) for example in examples]
 
 
 PARTS = ("train", "validation", "test")

@@ -1,4 +1,4 @@
-"""Owns the content of report.json: what a comparison came to."""
+"""Owns the content of report.json: the figures and the verdict of a comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Decoding(RecordPart):
 
 
 class TrainingRows(RecordPart):
-    """What became of the rows, as the ledger says."""
+    """How many rows were read, trained on and dropped, from the ledger."""
 
     rows_in: dict[str, int] = Field(alias="in")
     trained: int

@@ -24,7 +24,7 @@ from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import weights_bytes
 from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
-from halfbyte.model.merged import keeps_training, merged_report
+from halfbyte.model.merged import MERGE_REPORT, MergeReport, keeps_training
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
 from halfbyte.trained.artefact import read_artefact
@@ -163,7 +163,7 @@ def _quantised(comparison: Comparison) -> Iterator[Contender]:
 def _merged(comparison: Comparison) -> Contender:
     """Load the merged model, in a compute dtype that holds its stored weights exactly."""
     folder, compute = comparison.trained.folder.merged, comparison.compute
-    kept = merged_report(comparison.trained.folder).kept
+    kept = MergeReport.read(folder / MERGE_REPORT).kept  # compare() has checked its files
     if kept.dtype != compute.name:
         compute = Compute(compute.device, torch.float32, "holds the stored weights exactly")
     loaded = _load_full(resolve_base(str(folder)), comparison.run, compute)

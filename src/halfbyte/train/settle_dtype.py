@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from halfbyte.config.schema import Run
-from halfbyte.data.prepared import Example
+from halfbyte.data.prepared import Example, tokens_of
 from halfbyte.forward.fp16_range import settle_half
 from halfbyte.model.load import Loaded
 
@@ -20,7 +20,7 @@ def settle_compute(run: Run, loaded: Loaded, model: nn.Module, examples: Sequenc
     """
     if loaded.compute.dtype != torch.float16 or run.model.compute_dtype != "auto":
         return run
-    settle_half(loaded, model, [(e.encoded.ids, e.encoded.labels) for e in examples])
+    settle_half(loaded, model, tokens_of(examples))
     if loaded.compute.dtype == torch.float16:
         return run
     settled = run.model.model_copy(update={"compute_dtype": "fp32"})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import Run
-from halfbyte.data.prepared import Example, Prepared
+from halfbyte.data.prepared import Example, Prepared, tokens_of
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter
@@ -117,4 +117,4 @@ def loss_rows(prepared: Prepared) -> list[Example]:
 
 def row_lengths(examples: list[Example]) -> Lengths:
     """Return the numbers of tokens and labelled tokens of each row, longest first."""
-    return Lengths.of([(e.encoded.ids, e.encoded.labels) for e in examples])
+    return Lengths.of(tokens_of(examples))

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
 from halfbyte.data.prefix_tree import Tokens
-from halfbyte.data.prepared import Example
+from halfbyte.data.prepared import tokens_of
 from halfbyte.forward.fused_layers import fuse
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.recompute import recompute_first
@@ -276,11 +276,6 @@ def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> T
     if tracker is not None:
         _warn_of_padding(setup.run, cutting, refusal)
     return TokenTrainer(setup, cutting, checkpoints, tracker)
-
-
-def tokens_of(examples: list[Example]) -> list[Tokens]:
-    """Return the ids and labels of each row."""
-    return [(example.encoded.ids, example.encoded.labels) for example in examples]
 
 
 def _sft_config(setup: Setup, checkpoints: Path) -> SFTConfig:
