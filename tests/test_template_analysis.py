@@ -111,7 +111,7 @@ def published() -> dict[str, str]:
     return {file.name: file.read_text("utf-8") for file in sorted(files, key=lambda f: f.name)}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(CONTENTS, min_size=5, max_size=5), st.booleans())
 def test_texts_put_together_are_those_that_the_template_writes(
     contents: list[str], with_system: bool

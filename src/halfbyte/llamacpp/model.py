@@ -45,8 +45,8 @@ class GgufModel:
         self._cached_ids: list[int] = []  # tokens in the KV cache
         if gpu_layers and not self.lib.llama_supports_gpu_offload():
             raise ModelError(
-                f"{path}: {gpu_layers} layers should go into VRAM, but {self.lib.path} is a build for the"
-                " CPU only. Install llama-cpp-python for your GPU, or set HALFBYTE_LIBLLAMA to such a build"
+                f"{path}: {'all' if gpu_layers < 0 else gpu_layers} layers should go into VRAM, but"
+                f" {self.lib.path} is a build for the CPU only. Install llama-cpp-python for your GPU, or set HALFBYTE_LIBLLAMA to such a build"
             )
         settings = self.lib.llama_model_default_params()
         settings.put("n_gpu_layers", *GPU_LAYERS, 9999 if gpu_layers < 0 else gpu_layers)

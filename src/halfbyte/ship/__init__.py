@@ -1,1 +1,1 @@
-"""Owns what leaves the house: the merged model and the proof that it is the trained one."""
+"""Owns what is shipped: the merged model, its exports, and the proof that they are the model that was trained."""
