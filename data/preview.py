@@ -1,6 +1,6 @@
 """Show the data of a config as it is trained on: coloured tokens, lengths, duplicates, the ledger.
 
-python data/preview.py configs/quickstart.yaml [section.key=value …] [--rows 3]
+python data/preview.py configs/quickstart.yaml [section.key=value …] [--rows 3] [--html rows.html] [--check]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from halfbyte.config import load_run
-from halfbyte.errors import exit_on_user_error
+from halfbyte.errors import DataError, exit_on_user_error
 
 
 def main() -> None:
@@ -22,6 +22,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rows", type=int, default=3, help="rows to show in full")
     parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
+    parser.add_argument("--html", type=Path, help="write a page with the rows to this file")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with 1 if rows are malformed, dropped or too long",
+    )
     arguments = parser.parse_intermixed_args()
     run = load_run(arguments.config, arguments.overrides)
 
@@ -29,10 +35,12 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.data.prepare import prepare
-    from halfbyte.data.preview import show_preview
+    from halfbyte.data.preview import faults_of, show_preview
+    from halfbyte.data.preview_page import preview_page
     from halfbyte.data.render import renderer_of
     from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.run_dir import write_text
 
     base = resolve_base(run.model.name, run.model.revision)
     renderer = renderer_of(run.data, load_tokenizer(base))
@@ -41,6 +49,10 @@ def main() -> None:
     prepared = prepare(unlimited, renderer)
     colour = arguments.colour == "always" or (arguments.colour == "auto" and sys.stdout.isatty())
     print(show_preview(prepared, renderer, run.data, arguments.rows, colour=colour))
+    if arguments.html:
+        write_text(arguments.html, preview_page(prepared, renderer, run.data, arguments.rows))
+    if arguments.check and (faults := faults_of(prepared, run.data)):
+        raise DataError("\n".join(["check: failed", *faults]))
 
 
 if __name__ == "__main__":

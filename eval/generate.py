@@ -53,8 +53,8 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.data.chat_template import load_template
+    from halfbyte.data.conversation import Message
     from halfbyte.data.render import Renderer
-    from halfbyte.data.rows import Message
     from halfbyte.eval.chat import (
         Reply,
         chat,

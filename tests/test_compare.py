@@ -12,8 +12,8 @@ import torch
 from toys import run_script
 
 from halfbyte.config import read_run_folder
+from halfbyte.data.conversation import Message, Row
 from halfbyte.data.questions import held_out_rows, questions
-from halfbyte.data.rows import Message, Row
 from halfbyte.eval import measure as measured
 from halfbyte.eval.measure import Variant, measure
 from halfbyte.eval.pages import as_markdown, marked_words

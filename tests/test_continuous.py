@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from halfbyte.config.schema import Adapter
-from halfbyte.data.render import IGNORED
+from halfbyte.data.encoded import IGNORED
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.scoring import row_scores
 from halfbyte.generate import continuous

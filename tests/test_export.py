@@ -105,9 +105,9 @@ def test_llama_cpp_s_own_server_renders_and_answers_the_same(
     server = xllamacpp.Server(params)
     with GgufModel(path) as model:
         assert len(measured.conversations) == 8
-        for messages in measured.conversations:
-            turns = [{"role": each.role, "content": each.content} for each in messages]
-            _, ids = measured.prompt(messages)
+        for row in measured.conversations:
+            turns, _ = measured.turns(row)
+            _, ids = measured.prompt(row)
             asked = {"messages": turns, "max_tokens": 6, "temperature": 0, "logprobs": True}
             made = server.handle_chat_completions(asked)
             assert made["usage"]["prompt_tokens"] == len(ids)

@@ -10,10 +10,10 @@ import torch
 
 from halfbyte.config import model_run
 from halfbyte.config.schema import Adapter, Speed
+from halfbyte.data.conversation import Row
+from halfbyte.data.encoded import Encoded
 from halfbyte.data.prefix_tree import lay_out
 from halfbyte.data.prepared import Example
-from halfbyte.data.render import Encoded
-from halfbyte.data.rows import Row
 from halfbyte.forward.fp16_range import FP16_MAX, largest_product, settle_half
 from halfbyte.forward.fused_layers import fuse
 from halfbyte.forward.packed import add_token_loss

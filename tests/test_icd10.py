@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from halfbyte.data.icd10 import build_icd10
-from halfbyte.data.prepare import normalised
+from halfbyte.data.normal import normalised
 from halfbyte.data.sources import read_table
 from halfbyte.errors import DataError
 

@@ -52,12 +52,12 @@ LIBRARIES = {
     "llmcompressor": {"ship/awq_worker.py"},
     "lm_eval": {"eval/benchmarks.py", "eval/harness.py", "eval/harness_model.py", "libraries.py"},
     "matplotlib": {"eval/plots.py", "plan/plots.py"},
-    "pandas": {"data/sources.py"},
     "peft": {"model/adapter.py", "train/setup.py"},
     "prometheus_client": {"serve/metrics.py"},
     "psutil": {"host.py", "plan/devices.py"},
     "pyarrow": {"data/sources.py"},
     "pydantic": {
+        "config/dataset.py",
         "config/evaluation.py",
         "config/read.py",
         "config/reference.py",

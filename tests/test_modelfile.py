@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.data.chat_template import load_template
+from halfbyte.data.conversation import Message
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import Message
 from halfbyte.ship.modelfile import Turns, modelfile, read_turns
 
 SYSTEM = Message("system", "Be brief.")

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from halfbyte.config.schema import Adapter, Speed
+from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
-from halfbyte.data.render import IGNORED
 from halfbyte.forward.fused_layers import fuse, fuse_layers
 from halfbyte.forward.packed import add_token_loss, has_tree_attention, pad_right
 from halfbyte.forward.scoring import row_losses
@@ -92,6 +92,20 @@ def test_lever_changes_neither_loss_nor_gradients(
     speed = Speed(**on)
     wanted = outcome(build(folder, NONE, tmp_path), ROWS, NONE)
     assert_same(outcome(build(folder, speed, tmp_path), ROWS, speed), wanted)
+
+
+def test_row_of_weight_2_counts_as_two_of_it(tiny_llama: Path, tmp_path: Path) -> None:
+    """In a tree, where rows share predictions, and padded."""
+    model = build(tiny_llama, NONE, tmp_path)
+    twice, weights = [ROWS[0], *ROWS], [2.0, 1.0, 1.0, 1.0]
+    for padded in (False, True):
+        layout = lay_out(ROWS, weights=weights, share=not padded, padded=padded)
+        expected = lay_out(twice, share=not padded, padded=padded)
+        assert sum(layout.counts) == sum(expected.counts)
+        assert float(model(layout=layout)) == pytest.approx(float(model(layout=expected)), rel=1e-6)
+    half = lay_out(ROWS, share=True, weights=[0.5] * 4)
+    whole = lay_out(ROWS, share=True)
+    assert float(model(layout=half)) == pytest.approx(float(model(layout=whole)) / 2, rel=1e-6)
 
 
 def with_exact_head(model: Any, rows: list[Tokens]) -> tuple[float, dict[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import (
     MIN_SAVED_TOKENS,
     Node,
@@ -15,7 +16,6 @@ from halfbyte.data.prefix_tree import (
     cut_step,
     lay_out,
 )
-from halfbyte.data.render import IGNORED
 from halfbyte.forward.prefix_attention import gathered_attention, tree_attention
 from halfbyte.forward.tree_parts import PrefixTree
 

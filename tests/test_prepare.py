@@ -12,16 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import chatml_tokenizer, write_rows
 
-from halfbyte.config.schema import Data
+from halfbyte.config.dataset import Data
+from halfbyte.data.conversation import Message, Row
+from halfbyte.data.encoded import IGNORED
 from halfbyte.data.leaks import near_duplicates
 from halfbyte.data.ledger import Ledger, PartTokens
-from halfbyte.data.prepare import hash_fraction, normalised, prepare
+from halfbyte.data.normal import hash_fraction, normalised
+from halfbyte.data.prepare import prepare
 from halfbyte.data.prepared import Prepared
-from halfbyte.data.render import IGNORED, Renderer
-from halfbyte.data.rows import Message, Row
+from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError
 
 WORDS = ("heart", "attack", "acute", "chronic", "wall", "fox", "lazy", "dog", "brown", "quick")
+
+POLICY = "Mend the data, or leave such rows out and count them with data.on_malformed=drop"
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +420,7 @@ def test_prepare_names_rows_that_cannot_be_rendered_all_at_once(
         f"{path}:{n}: a user message holds a private-use character (U+F0000 to U+FFFFD), which"
         " halfbyte reserves; remove it"
         for n in (1, 3)
-    ]
+    ] + [POLICY]
 
 
 def test_prepare_counts_the_rows_that_it_does_not_name(tmp_path: Path, renderer: Renderer) -> None:
@@ -430,7 +434,7 @@ def test_prepare_names_malformed_rows_of_the_test_set(tmp_path: Path, renderer: 
     test = write_rows(tmp_path / "test.jsonl", [pair("fox"), pair("")])
     with pytest.raises(DataError) as caught:
         prepare(data_of(train, test=str(test)), renderer)
-    assert str(caught.value) == f"{test}:2: prompt is blank; text is expected"
+    assert str(caught.value) == f"{test}:2: prompt is blank; text is expected\n{POLICY}"
 
 
 def test_prepare_finds_the_format_of_each_source(tmp_path: Path, renderer: Renderer) -> None:

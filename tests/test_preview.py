@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from toys import chatml_tokenizer, gemma_tokenizer, write_rows
 
-from halfbyte.config.schema import Data
+from halfbyte.config.dataset import Data
 from halfbyte.data.chat_template import load_template
+from halfbyte.data.conversation import Message, Row
 from halfbyte.data.prepare import prepare
 from halfbyte.data.prepared import Example
-from halfbyte.data.preview import show_ledger, show_lengths, show_preview, show_row
+from halfbyte.data.preview import faults_of, show_ledger, show_lengths, show_preview, show_row
+from halfbyte.data.preview_page import preview_page
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import Message, Row
 
 TURNS = (
     Message("system", "Be brief."),
@@ -182,6 +183,7 @@ def test_show_ledger_accounts_for_every_row(data: dict[str, Any]) -> None:
         "repeated prompts in training: 1; near duplicates of held-out prompts: 1",
         f"train: {tokens['train'].total} tokens, {share['train']:.1f} % supervised",
         f"test: {tokens['test'].total} tokens, {share['test']:.1f} % supervised",
+        f"dropped, prompt is held out: {data['train']}:4",
     ]
 
 
@@ -227,3 +229,39 @@ def test_show_preview_says_what_max_length_did_cut(data: dict[str, Any], policy:
     config = Data.model_validate({**data, "on_overlength": policy})
     text = show_preview(prepare(config, renderer), renderer, config, 0, colour=False)
     assert "max_length 60 would cut 1 rows" in text
+
+
+def test_preview_shows_thoughts_tools_weights_and_what_was_left_out(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "id": 7,
+        },
+        {"messages": [{"role": "user", "content": "q"}]},
+    ]
+    rows[0]["weight"] = 0.5
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    config = Data(train=str(path), on_malformed="drop", test_frac=0.01, max_length=12)
+    renderer = Renderer(chatml_tokenizer())
+    unlimited = prepare(config.model_copy(update={"max_length": 10**6}), renderer)
+    text = show_preview(unlimited, renderer, config, 1, colour=False)
+    assert f"{path}:1: 13 tokens, 2 supervised, weight 0.5\n" in text
+    assert f"dropped, malformed: no assistant turn at the end: {path}:2" in text
+    assert "ignored: id 1" in text
+    assert "rows with a weight other than 1: 1" in text
+    assert "note: data.test_frac 0.01 of 2 rows holds out none" in text
+    faults = faults_of(unlimited, config)
+    assert faults[0] == "1 rows: malformed: no assistant turn at the end"
+    assert faults[1] == "1 rows: longer than data.max_length 12"
+    assert faults[2].startswith("data.test_frac 0.01 of 2 rows holds out none")
+
+
+def test_page_of_rows_marks_what_is_learnt_and_escapes_it(tmp_path: Path) -> None:
+    row = {"prompt": "<script>alert(1)</script>", "completion": "<b>&amp;"}
+    path = write_rows(tmp_path / "train.jsonl", [row])
+    config, renderer = Data(train=str(path)), Renderer(chatml_tokenizer())
+    page = preview_page(prepare(config, renderer), renderer, config, 3)
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<mark>&lt;b&gt;&amp;amp;&lt;|im_end|&gt;</mark>" in page
+    assert "Faults" not in page

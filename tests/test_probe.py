@@ -12,9 +12,9 @@ from conftest import MakeConfig
 
 from halfbyte.config import load_run
 from halfbyte.config.schema import Run
+from halfbyte.data.conversation import Row
+from halfbyte.data.encoded import Encoded
 from halfbyte.data.prepared import Example
-from halfbyte.data.render import Encoded
-from halfbyte.data.rows import Row
 from halfbyte.errors import PlanError
 from halfbyte.plan.devices import find_device, this_machine
 from halfbyte.train.measure import live_tensor_bytes

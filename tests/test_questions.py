@@ -10,9 +10,10 @@ import pytest
 from toys import chatml_tokenizer, gemma_tokenizer
 
 from halfbyte.data.chat_template import load_template
+from halfbyte.data.conversation import Message, Row
+from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import fewshot_examples, held_out_rows, measuring_rows, questions
-from halfbyte.data.render import IGNORED, Renderer
-from halfbyte.data.rows import Message, Row
+from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, write_jsonl
 

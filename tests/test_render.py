@@ -14,8 +14,9 @@ from toys import chatml_tokenizer, gemma_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.data.chat_template import load_template
-from halfbyte.data.render import IGNORED, Encoded, Renderer
-from halfbyte.data.rows import Message, Row
+from halfbyte.data.conversation import Message, Row
+from halfbyte.data.encoded import IGNORED, Encoded
+from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,8 +15,9 @@ from toys import chatml_tokenizer, gemma_tokenizer
 
 from halfbyte.data import render, tokenise
 from halfbyte.data.chat_template import load_template
-from halfbyte.data.render import IGNORED, Encoded, Renderer
-from halfbyte.data.rows import Message, Row
+from halfbyte.data.conversation import Message, Row
+from halfbyte.data.encoded import IGNORED, Encoded
+from halfbyte.data.render import Renderer
 from halfbyte.data.tokenise import plain_ids
 from halfbyte.errors import DataError
 
@@ -92,7 +93,7 @@ def tokens(renderer: Renderer, text: str, unveil: dict[str, str], anchor: str | 
 def plainly(renderer: Renderer, messages: tuple[Message, ...]) -> tuple[list[int], list[int]]:
     """Ids and labels by the rules alone, with the template run for the whole and for each answer."""
     tokenizer: Any = renderer.tokenizer
-    stop, bos = renderer._stop_token, str(tokenizer.bos_token)
+    stop, bos = renderer.tokenizer.convert_ids_to_tokens(renderer.stop_id), str(tokenizer.bos_token)
     unveil = {veiled(char): char for message in messages for char in message.content}
     adds_bos = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
 
@@ -118,7 +119,7 @@ def plainly(renderer: Renderer, messages: tuple[Message, ...]) -> tuple[list[int
 
 
 def results_of(renderer: Renderer, rows: list[Row]) -> list[Encoded | str]:
-    return [str(e) if isinstance(e, DataError) else e for e in renderer.try_rows(rows)]
+    return [str(e) if isinstance(e, DataError) else e[0] for e in renderer.try_rows(rows)]
 
 
 def one_by_one(renderer: Renderer, rows: list[Row]) -> list[Encoded | str]:
@@ -154,7 +155,7 @@ def test_encode_rows_equals_encode_row_in_batches_of_any_size(
     rows = [odd_row(source, f"row {n}") for n in range(90)]
     # Rows that cannot be rendered stand between the others.
     rows[7] = row_of([("user", "\U000f0000"), ("assistant", "x")], "bad 7")
-    rows[40] = Row("bad 40", text=f"raw {renderer._stop_token}")
+    rows[40] = Row("bad 40", text=f"raw {renderer.tokenizer.eos_token}")
     alone = one_by_one(renderer, rows)
     assert [place for place in alone if isinstance(place, str)]
     assert results_of(renderer, rows) == alone
@@ -225,7 +226,10 @@ def test_rows_that_a_template_rejects_get_its_message(looks: bool) -> None:
     ]
     results = results_of(renderer, rows)
     assert isinstance(results[0], Encoded)
-    assert results[1] == "rejected: the chat template rejects it: no system here"
+    assert results[1] == (
+        "rejected: the chat template rejects it: no system here. data.system_as=user puts a system message"
+        " into the first user turn"
+    )
 
 
 def test_template_that_looks_into_contents_is_run_for_each_row() -> None:

@@ -13,7 +13,7 @@ from browsing import Opened
 from test_compare import report_of
 
 from halfbyte.config import read_run_folder
-from halfbyte.data.rows import Message, Row
+from halfbyte.data.conversation import Message, Row
 from halfbyte.eval.measure import Variant
 from halfbyte.eval.plots import LABEL_HEIGHT, label_places
 from halfbyte.eval.report import write_report

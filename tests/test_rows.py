@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 from toys import store
 
-from halfbyte.data.rows import FORMATS, Message, Row, detect_format, parse_rows, row_from_json
-from halfbyte.data.sources import RawRow, Table, read_table
+from halfbyte.config.dataset import Data
+from halfbyte.data.conversation import Message, Row, row_from_json
+from halfbyte.data.drops import Drops
+from halfbyte.data.raw import RawRow, Table
+from halfbyte.data.rows import FORMATS, ParsedRows, detect_format, parse_rows
+from halfbyte.data.sources import read_table
+from halfbyte.data.turns import ROLES
 from halfbyte.errors import DataError
 
 S, U, A = "system", "user", "assistant"
@@ -18,6 +23,7 @@ ALLOWED_FORMATS = (
     "messages: messages; sharegpt: conversations; prompt_completion: prompt, completion;"
     " alpaca: instruction, output; text: text"
 )
+POLICY = "Mend the data, or leave such rows out and count them with data.on_malformed=drop"
 HALF_PAIR = "is half \ud83d a smile"
 
 
@@ -30,8 +36,14 @@ def turns(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
 
 
 def parsed(values: dict[str, Any], format_name: str = "auto", system: str | None = None) -> Row:
-    [row] = parse_rows(table_of(values), format_name, {}, system)
+    (row,) = usable(parse_rows(table_of(values), format_name, {}, system))
     return row
+
+
+def usable(parsed_rows: ParsedRows) -> list[Row]:
+    """The rows, of which none may be malformed."""
+    Drops().malformed(parsed_rows.malformed, Data(train="t.jsonl"))
+    return parsed_rows.rows
 
 
 def pairs_of(row: Row) -> list[tuple[str, str]]:
@@ -42,8 +54,8 @@ def error_of(
     *values: dict[str, Any], format_name: str = "auto", columns: dict[str, str] | None = None
 ) -> str:
     with pytest.raises(DataError) as caught:
-        parse_rows(table_of(*values), format_name, columns or {}, None)
-    return str(caught.value)
+        usable(parse_rows(table_of(*values), format_name, columns or {}, None))
+    return str(caught.value).removesuffix(f"\n{POLICY}")
 
 
 # --- the five formats ---
@@ -140,7 +152,7 @@ def test_parse_rows_reads_each_format_from_each_file_kind(
     path = store(tmp_path / f"rows{suffix}", [values, values])
     table = read_table(str(path))
     assert detect_format(table, {}) == name
-    rows = parse_rows(table, "auto", {}, None)
+    rows = usable(parse_rows(table, "auto", {}, None))
     place = f"{path}:2" if suffix == ".jsonl" else f"{path} row 2"
     expected = (
         Row(place, (), "q")
@@ -151,9 +163,9 @@ def test_parse_rows_reads_each_format_from_each_file_kind(
     assert len(rows) == 2
 
 
-def test_row_prompt_is_what_precedes_the_last_answer_without_the_system_message() -> None:
+def test_row_prompt_is_all_that_precedes_the_last_answer() -> None:
     row = parsed({"messages": turns((S, "s"), (U, "q"), (A, "a"), (U, "r"), (A, "b"))})
-    assert (row.prompt, row.answer) == ("q\na\nr", "b")
+    assert (row.prompt, row.answer) == ("s\nq\na\nr", "b")
     text = parsed({"text": "once"})
     assert (text.prompt, text.answer) == ("once", "")
 
@@ -205,13 +217,14 @@ def test_parse_rows_takes_the_named_format_when_several_fit() -> None:
 def test_parse_rows_reads_renamed_columns(format_name: str) -> None:
     table = table_of({"question": "q", "answer": "a", "role": "s"})
     columns = {"prompt": "question", "completion": "answer", "system": "role"}
-    [row] = parse_rows(table, format_name, columns, None)
+    (row,) = usable(parse_rows(table, format_name, columns, None))
     assert pairs_of(row) == [(S, "s"), (U, "q"), (A, "a")]
 
 
 def test_parse_rows_can_swap_two_columns() -> None:
     table = table_of({"prompt": "a", "completion": "q"})
-    [row] = parse_rows(table, "auto", {"prompt": "completion", "completion": "prompt"}, None)
+    renamed = {"prompt": "completion", "completion": "prompt"}
+    (row,) = usable(parse_rows(table, "auto", renamed, None))
     assert pairs_of(row) == [(U, "q"), (A, "a")]
 
 
@@ -244,7 +257,7 @@ def test_parse_rows_names_a_renaming_that_the_format_does_not_know() -> None:
     )
     assert text == (
         "data.columns: 'promt' is not a column of the format prompt_completion; allowed: prompt,"
-        " completion, system"
+        " completion, reasoning_content, system, tools, weight"
     )
 
 
@@ -255,7 +268,7 @@ def test_parse_rows_adds_the_system_message_only_where_a_row_brings_none() -> No
     table = table_of(
         {"messages": turns((U, "q"), (A, "a"))}, {"messages": turns((S, "own"), (U, "q"), (A, "a"))}
     )
-    rows = parse_rows(table, "auto", {}, "given")
+    rows = usable(parse_rows(table, "auto", {}, "given"))
     assert [pairs_of(row)[0] for row in rows] == [(S, "given"), (S, "own")]
     assert [len(row.messages) for row in rows] == [3, 3]
 
@@ -294,7 +307,7 @@ def test_parse_rows_reads_the_system_column_beside_message_lists() -> None:
         (7, "is int 7; text is expected"),
         (0.5, "is float 0.5; text is expected"),
         (True, "is bool true; text is expected"),
-        (["a"], 'is list ["a"]; text is expected'),
+        ({"a": 1}, 'is dict {"a": 1}; text is expected'),
         ("", "is blank; text is expected"),
         (" \n\t", "is blank; text is expected"),
         (HALF_PAIR, "holds half a surrogate pair, which is not valid Unicode text"),
@@ -326,7 +339,6 @@ def test_parse_rows_names_content_that_is_no_text(
     [
         (7, "is int 7; text is expected"),
         (0, "is int 0; text is expected"),
-        (" ", "is blank; text is expected"),
         (HALF_PAIR, "holds half a surrogate pair, which is not valid Unicode text"),
         (["s"], 'is list ["s"]; text is expected'),
     ],
@@ -353,59 +365,61 @@ def test_content_is_read_from_a_file_with_its_lone_surrogate(tmp_path: Path) -> 
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "fine"}\n{"text": "a \\ud83d b"}\n', encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        parse_rows(read_table(str(path)), "auto", {}, None)
+        usable(parse_rows(read_table(str(path)), "auto", {}, None))
     assert str(caught.value) == (
-        f"{path}:2: text holds half a surrogate pair, which is not valid Unicode text"
+        f"{path}:2: text holds half a surrogate pair, which is not valid Unicode text\n{POLICY}"
     )
+
+
+UNANSWERED = "messages ends without an assistant turn, so there is nothing to learn; add the answer"
 
 
 @pytest.mark.parametrize(
     ("messages", "fault"),
     [
-        ([], "messages is '[]'; a list of turns is expected"),
-        (None, "messages is 'None'; a list of turns is expected"),
-        ("hello", "messages is 'hello'; a list of turns is expected"),
-        (["hi"], "messages[0] has 'hi'; role and content are needed"),
-        ([{"role": "user"}], "messages[0] has role; role and content are needed"),
+        ([], "messages is list []; a list of turns is expected"),
+        (None, "messages is null; a list of turns is expected"),
         (
-            [{"from": "human", "value": "q"}],
-            "messages[0] has from, value; role and content are needed",
+            "hello",
+            "messages is 'hello', which is not JSON: Expecting value: line 1 column 1 (char 0)",
         ),
+        (["hi"], "messages[0] is 'hi'; an object with role and content is needed"),
+        ([{"role": "user"}], "messages[0].content is null; text is expected"),
+        ([{"content": "q"}], "messages[0] has content; role and content are needed"),
         (
             turns((U, "q"), ("tool", "t")),
-            "messages[1].role is 'tool'; allowed: system, user, assistant",
+            "messages has the roles user, tool; user and assistant must alternate, after at most one"
+            " system message, and a tool answers an assistant",
         ),
-        (turns((3, "q")), "messages[0].role is 3; allowed: system, user, assistant"),  # type: ignore[arg-type]
-        (
-            turns(("human", "q")),
-            "messages[0].role is 'human'; allowed: system, user, assistant",
-        ),
+        (turns((3, "q")), f"messages[0].role is int 3; allowed: {', '.join(ROLES)}"),  # type: ignore[arg-type]
+        (turns(("bot", "q")), f"messages[0].role is 'bot'; allowed: {', '.join(ROLES)}"),
         (
             turns((U, "q"), (U, "r"), (A, "a")),
             "messages has the roles user, user, assistant; user and assistant must alternate, after"
-            " at most one system message",
+            " at most one system message. data.repair=[merge_turns] joins neighbours",
         ),
         (
             turns((A, "a")),
             "messages has the roles assistant; user and assistant must alternate, after at most one"
-            " system message",
+            " system message. data.repair=[drop_leading_assistant] leaves its greeting out",
         ),
         (
             turns((S, "s"), (S, "t"), (U, "q"), (A, "a")),
             "messages has the roles system, system, user, assistant; user and assistant must"
-            " alternate, after at most one system message",
+            " alternate, after at most one system message. Move it to the front, or set"
+            " data.on_malformed=drop",
         ),
         (
             turns((U, "q"), (S, "s"), (A, "a")),
             "messages has the roles user, system, assistant; user and assistant must alternate,"
-            " after at most one system message",
+            " after at most one system message. Move it to the front, or set data.on_malformed=drop",
         ),
         (
             turns((U, "q"), (A, "a"), (U, "r")),
-            "messages ends without an assistant turn, so there is nothing to learn",
+            f"{UNANSWERED}, or set data.repair=[drop_trailing_user]",
         ),
-        (turns((U, "q")), "messages ends without an assistant turn, so there is nothing to learn"),
-        (turns((S, "s")), "messages ends without an assistant turn, so there is nothing to learn"),
+        (turns((U, "q")), UNANSWERED),
+        (turns((S, "s")), UNANSWERED),
     ],
 )
 def test_parse_rows_names_a_conversation_that_cannot_be_learnt(messages: Any, fault: str) -> None:
@@ -413,9 +427,9 @@ def test_parse_rows_names_a_conversation_that_cannot_be_learnt(messages: Any, fa
 
 
 def test_parse_rows_names_a_sharegpt_role_it_does_not_know() -> None:
-    values = {"conversations": [{"from": "human", "value": "q"}, {"from": "tool", "value": "a"}]}
+    values = {"conversations": [{"from": "human", "value": "q"}, {"from": "bing", "value": "a"}]}
     assert error_of(values) == (
-        "t.jsonl:1: conversations[1].from is 'tool'; allowed: human, user, gpt, assistant, system"
+        f"t.jsonl:1: conversations[1].from is 'bing'; allowed: {', '.join(ROLES)}"
     )
 
 

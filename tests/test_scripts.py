@@ -224,7 +224,7 @@ def test_chat_keeps_the_conversation_and_forgets_on_reset(tiny_llama: Path) -> N
 
 
 def test_chat_of_a_run_shows_base_and_tuned_each_with_its_own_memory(merged_run: Path) -> None:
-    from halfbyte.data.rows import Message
+    from halfbyte.data.conversation import Message
     from halfbyte.eval.chat import reply
     from halfbyte.trained.run import read_trained_run
 

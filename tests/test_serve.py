@@ -22,7 +22,7 @@ from serving import Process, serving
 from toys import run_script, write_config
 from waiting import wait_until
 
-from halfbyte.data.rows import Message
+from halfbyte.data.conversation import Message
 from halfbyte.generate.batched import generate
 from halfbyte.trained.run import read_trained_run
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.data.conversation import Message
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
 from halfbyte.forward.multi_lora import MixedLinear, mix_adapters
 from halfbyte.forward.slot_attention import SlotInput

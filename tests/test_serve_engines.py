@@ -15,7 +15,6 @@ import pytest
 from serving import serving
 from toys import ROOT, run_script
 
-from halfbyte.data.rows import Message
 from halfbyte.llamacpp.model import GgufModel
 
 pytestmark = pytest.mark.real
@@ -29,7 +28,7 @@ def test_gguf_files_answer_as_evaluation_does(exported_run: Path, tmp_path: Path
     wanted = {}
     for kind, file in files.items():
         model = GgufModel(file)
-        prompts = [model.prompt((Message("user", text),))[1] for text in QUESTIONS]
+        prompts = [model.prompt([{"role": "user", "content": text}])[1] for text in QUESTIONS]
         for text, prompt in zip(QUESTIONS, prompts, strict=True):
             (answer,) = model.answers([prompt], stop_ids=None, max_new_tokens=12)
             wanted[kind, text] = model.decode(answer.ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from halfbyte.config import Run, load_run, read_run_folder
 from halfbyte.config.read import keys_of
 from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, write_text
+from halfbyte.train import session as session_module
 from halfbyte.train.session import (
     CHECKPOINT_FILES,
     SILENT_DATA_KEYS,
@@ -24,7 +26,7 @@ CONFIG = """\
 runs_dir: runs
 name: mine
 model: {name: org/model}
-data: {train: org/rows, test: org/held-out}
+data: {train: org/rows, test: org/held-out, date: 2026-01-02}
 train: {learning_rate: 2e-4}
 """
 SILENT_OVERRIDES = {
@@ -150,6 +152,25 @@ def test_open_session_makes_the_folder_with_the_config_when_it_is_new(tmp_path: 
     assert (session.resume, session.resume_step, session.finished) == (None, 0, False)
     assert session.is_main
     assert read_run_folder(session.folder.path) == run
+
+
+def test_resumed_run_keeps_the_day_on_which_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tomorrow(date):
+        @classmethod
+        def today(cls) -> Tomorrow:
+            return cls(2031, 5, 6)
+
+    began = open_session(run_of(tmp_path, "data.date=null")).run.data.date
+    assert began == date.today()
+    make_checkpoint(RunDir(tmp_path / "runs" / "mine").checkpoints, 5)
+    monkeypatch.setattr(session_module, "date", Tomorrow)
+    assert open_session(run_of(tmp_path, "data.date=null")).run.data.date == began
+    with pytest.raises(RunError, match=r"data\.date was '.*', is '2030-01-02'"):
+        open_session(run_of(tmp_path, "data.date=2030-01-02"))
+    replaced = open_session(run_of(tmp_path, "data.date=null", "train.existing=replace"))
+    assert replaced.run.data.date == date(2031, 5, 6)
 
 
 def test_open_session_goes_on_from_the_newest_whole_checkpoint_when_the_run_stopped(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from toys import store, write_rows
 
-from halfbyte.data.sources import RawRow, Table, read_table
+from halfbyte.config.paths import DATA_SUFFIXES
+from halfbyte.data.files import ALLOWED
+from halfbyte.data.raw import RawRow, Table
+from halfbyte.data.sources import read_table
 from halfbyte.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -23,9 +30,13 @@ def written(path: Path, content: str | bytes) -> Path:
 
 
 def error_of(path: Path | str) -> str:
-    with pytest.raises(DataError) as caught:
-        read_table(str(path))
-    return str(caught.value)
+    """The error about a source, or about its first row that cannot be read."""
+    try:
+        table = read_table(str(path))
+    except DataError as error:
+        return str(error)
+    assert table.malformed
+    return str(table.malformed[0])
 
 
 # --- what a file gives ---
@@ -128,6 +139,132 @@ def test_fingerprint_depends_on_rows_and_not_on_the_file_kind(tmp_path: Path) ->
     assert len(prints) == 3
 
 
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def as_zst(text: str) -> bytes:
+    import pyarrow
+
+    return bytes(pyarrow.Codec("zstd").compress(text.encode(), asbytes=True))
+
+
+def as_arrow(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow
+
+    table, sink = pyarrow.Table.from_pylist(rows), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("rows.ndjson", lambda: LINES),
+        ("ROWS.JSONL", lambda: LINES),
+        ("rows.json", lambda: LINES),
+        ("rows.jsonl", lambda: json.dumps(ROWS)),
+        ("rows.jsonl", lambda: json.dumps(ROWS, indent=1)),
+        ("rows.jsonl", lambda: "".join(json.dumps(row, indent=1) + "\n" for row in ROWS)),
+        ("rows.jsonl", lambda: LINES.replace("}\n", "},\n")),
+        ("rows.jsonl.gz", lambda: gzip.compress(LINES.encode())),
+        ("rows.json.xz", lambda: lzma.compress(LINES.encode())),
+        ("rows.jsonl.ZST", lambda: as_zst(LINES)),
+        (
+            "rows.csv",
+            lambda: 'prompt;completion\n"acute, chronic";"a ""heart"""\nüöä 東京 😀\u2028two;007\n',
+        ),
+        (
+            "rows.tsv",
+            lambda: (
+                'prompt\tcompletion\nacute, chronic\t"a ""heart"""\nüöä 東京 😀\u2028two\t007\n'
+            ),
+        ),
+        (
+            "rows.csv",
+            lambda: (
+                'prompt, completion\n"acute, chronic", "a ""heart"""\nüöä 東京 😀\u2028two, 007\n'
+            ),
+        ),
+        ("rows.arrow", lambda: as_arrow(ROWS)),
+        ("rows.arrow.gz", lambda: gzip.compress(as_arrow(ROWS))),
+    ],
+)
+def test_files_as_people_have_them_give_the_same_rows(
+    tmp_path: Path, name: str, make: Callable[[], str | bytes]
+) -> None:
+    path = written(tmp_path / name, make())
+    assert [row.values for row in read_table(str(path)).rows] == ROWS
+
+
+def test_a_row_with_a_cell_too_few_has_no_value_there(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", "prompt,completion\na,b\nc\n\n")
+    assert [row.values for row in read_table(str(path)).rows] == [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "c", "completion": None},
+    ]
+
+
+def test_nulls_that_arrow_puts_into_other_rows_go(tmp_path: Path) -> None:
+    """The arguments of one tool become null keys in the calls of every other."""
+    rows: list[dict[str, Any]] = [
+        {"calls": [{"name": "tide", "arguments": {"port": "Brest"}}], "note": None},
+        {"calls": [{"name": "sum", "arguments": {"a": 1, "b": 2}}], "note": "x"},
+    ]
+    path = store(tmp_path / "rows.parquet", rows)
+    assert [row.values for row in read_table(str(path)).rows] == rows
+
+
+def test_saved_datasets_are_read_by_split(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    whole = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1]))
+    whole.save_to_disk(str(tmp_path / "saved"))
+    saved = tmp_path / "saved"
+    assert [row.values for row in read_table(str(saved)).rows] == ROWS
+    assert [row.values for row in read_table(str(saved), split="test").rows] == ROWS[:1]
+    assert [row.values for row in read_table(str(saved / "train")).rows] == ROWS
+    with pytest.raises(DataError, match="has no split 'dev'; found: test, train"):
+        read_table(str(saved), split="dev")
+
+
+def test_splits_of_a_folder_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("train-00.jsonl", "a"), ("train-01.jsonl", "b"), ("test.jsonl", "c")):
+        write_rows(tmp_path / name, [{"text": text}])
+    written(tmp_path / "dataset_infos.json", "{}")
+    written(tmp_path / ".hidden.jsonl", "{}")
+    texts = [row.values["text"] for row in read_table(str(tmp_path)).rows]
+    assert texts == ["a", "b"]
+    assert (
+        "read train-00.jsonl, train-01.jsonl as train, and not test.jsonl"
+        in capsys.readouterr().err
+    )
+    assert [row.values for row in read_table(str(tmp_path), split="test").rows] == [{"text": "c"}]
+    with pytest.raises(
+        DataError, match=r"no file of the split 'validation'; found: test\.jsonl, train"
+    ):
+        read_table(str(tmp_path), split="validation")
+
+
+def test_patterns_reach_nested_folders(tmp_path: Path) -> None:
+    for name in ("a/one.jsonl", "a/b/two.jsonl.gz", "three.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    write_rows(tmp_path / "a/one.jsonl", [{"text": "1"}])
+    written(tmp_path / "a/b/two.jsonl.gz", gzip.compress(b'{"text": "2"}\n'))
+    table = read_table(f"{tmp_path}/**/*.jsonl*")
+    assert sorted(row.values["text"] for row in table.rows) == ["1", "2"]
+    assert f"for {tmp_path}/a/b/two.jsonl.gz write {tmp_path}/**/*.gz" in error_of(tmp_path)
+    with pytest.raises(DataError, match="no data file fits the pattern"):
+        read_table(f"{tmp_path}/*.csv")
+
+
+def test_errors_about_huge_rows_are_short(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", '{"text": "a"}\n' + '"' + "x" * 3_000_000 + '"\n')
+    assert len(error_of(path)) < 300 + len(str(path))
+
+
 # --- what is refused ---
 
 
@@ -143,20 +280,20 @@ def test_read_table_names_a_file_of_broken_json(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "place"), [("rows.jsonl", ":1"), ("rows.json", "")])
+@pytest.mark.parametrize(("name", "place"), [("rows.jsonl", ":1"), ("rows.json", ":1")])
 def test_read_table_names_json_that_is_nested_too_deep(
     tmp_path: Path, name: str, place: str
 ) -> None:
-    path = written(tmp_path / name, "[" * 100_000)
+    path = written(tmp_path / name, '{"a": ' + "[" * 100_000)
     assert error_of(path).startswith(f"{path}{place}: not valid JSON: ")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "place", "actual"),
     [
-        ("rows.jsonl", '{"text": "a"}\n["b"]\n', ":2", "['b']"),
-        ("rows.jsonl", "null\n", ":1", "None"),
-        ("rows.json", '[{"text": "a"}, 7]', " row 2", "7"),
+        ("rows.jsonl", '{"text": "a"}\n["b"]\n', ":2", 'list ["b"]'),
+        ("rows.jsonl", "null\n", ":1", "null"),
+        ("rows.json", '[{"text": "a"}, 7]', " row 2", "int 7"),
     ],
 )
 def test_read_table_names_a_row_that_is_no_object(
@@ -166,25 +303,49 @@ def test_read_table_names_a_row_that_is_no_object(
     assert error_of(path) == f"{path}{place}: holds {actual}; a row is an object with columns"
 
 
-def test_read_table_refuses_a_json_file_that_is_no_list(tmp_path: Path) -> None:
-    path = written(tmp_path / "rows.json", '{"text": "a"}')
-    assert error_of(path) == f"{path}: holds dict; a list of rows is expected"
+def test_read_table_names_the_key_that_holds_the_rows(tmp_path: Path) -> None:
+    content = '{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}'
+    path = written(tmp_path / "rows.json", content)
+    assert error_of(path) == (
+        f"{path}: holds one object; rows are expected, one a line or in a list; set data.field=data,"
+        " which holds a list of them"
+    )
+    table = read_table(str(path), field="data")
+    assert [row.values for row in table.rows] == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(
+        DataError, match=r"has no key 'rows', which data\.field names; found: version"
+    ):
+        read_table(str(path), field="rows")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_read_table_refuses_text_that_is_not_utf8(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name, b'{"text": "\xff"}')
     assert error_of(path) == (
-        f"{path}: not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 10: invalid start byte"
+        f"{path}: not utf-8 text: invalid start byte at byte 10. Set data.encoding=cp1252 if it was"
+        " written so, or save it as UTF-8"
     )
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_read_table_names_the_encoding_to_set(tmp_path: Path, encoding: str) -> None:
+    text = "prompt,completion\nOù est Lyon ?,Sur le Rhône\n"
+    path = written(tmp_path / "rows.csv", text.encode(encoding))
+    assert f"Set data.encoding={encoding} if it was written so" in error_of(path)
+    (row,) = read_table(str(path), encoding=encoding).rows
+    assert row.values == {"prompt": "Où est Lyon ?", "completion": "Sur le Rhône"}
+    with pytest.raises(DataError, match=r"data\.encoding: 'latin-99' is unknown"):
+        read_table(str(path), encoding="latin-99")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("rows.csv", "", "No columns to parse from file"),
-        ("rows.csv", b"text\n\xff\n", "'utf-8' codec can't decode byte 0xff"),
-        ("rows.csv", "prompt,completion\na,b\nc, d,e\n", "Error tokenizing data."),
+        ("rows.csv", "prompt,completion\na,b\nc, d,e\n", "row 2 has more cells than the header"),
+        ("rows.jsonl.gz", "no gzip", "Not a gzipped file"),
+        ("rows.jsonl.xz", "no xz", "Input format not supported"),
+        ("rows.jsonl.zst", "no zstd", "ZSTD"),
+        ("rows.arrow", "no arrow", ""),
         ("rows.parquet", "no parquet", "Could not open Parquet input source"),
     ],
 )
@@ -209,6 +370,7 @@ def test_read_table_refuses_a_csv_whose_rows_all_have_a_cell_too_many(tmp_path: 
         ("rows.jsonl", b"\xef\xbb\xbf"),
         ("rows.json", "[]"),
         ("rows.csv", "prompt,completion\n"),
+        ("rows.csv", ""),
     ],
 )
 def test_read_table_refuses_a_source_without_rows(
@@ -220,17 +382,17 @@ def test_read_table_refuses_a_source_without_rows(
 
 @pytest.mark.parametrize(
     ("name", "actual"),
-    [("rows.txt", ".txt"), ("rows", "a file without suffix"), ("rows.JSONL", ".JSONL")],
+    [("rows.txt", ".txt"), ("rows", "a file without suffix"), ("rows.xlsx", ".xlsx")],
 )
 def test_read_table_names_a_suffix_it_cannot_read(tmp_path: Path, name: str, actual: str) -> None:
     path = written(tmp_path / name, '{"text": "a"}')
-    assert error_of(path) == f"{path}: cannot read {actual}; allowed: .jsonl, .json, .csv, .parquet"
+    assert error_of(path) == f"{path}: cannot read {actual}; allowed: {ALLOWED}"
 
 
 def test_read_table_refuses_a_folder_without_tables(tmp_path: Path) -> None:
     written(tmp_path / "rows.txt", "a")
     assert error_of(tmp_path) == (
-        f"{tmp_path}: the folder holds no .jsonl, .json, .csv, .parquet file"
+        f"{tmp_path}: the folder holds no {', '.join(DATA_SUFFIXES)} file"
     )
 
 

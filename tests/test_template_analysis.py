@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import chatml_tokenizer
 
+from halfbyte.data.answers import Sample, Span
 from halfbyte.data.chat_template import load_template
-from halfbyte.data.rows import Message
+from halfbyte.data.conversation import Message
 from halfbyte.data.template_analysis import only_copies
 from halfbyte.data.template_cache import TemplateCache
 from halfbyte.errors import DataError
@@ -101,7 +103,7 @@ def test_only_copies_sees_that_a_template_copies(name: str) -> None:
 @pytest.mark.parametrize("name", LOOKS)
 def test_only_copies_sees_that_a_template_may_do_more(name: str) -> None:
     assert not only_copies(LOOKS[name])
-    assert TemplateCache(LOOKS[name], lambda _: []).texts((Message("user", "x"),)) is None
+    assert TemplateCache(LOOKS[name], lambda _: []).sample((Message("user", "x"),)) is None
 
 
 def published() -> dict[str, str]:
@@ -109,6 +111,14 @@ def published() -> dict[str, str]:
     folder = resources.files("trl").joinpath("chat_templates")
     files = [file for file in folder.iterdir() if file.name.endswith(".jinja")]
     return {file.name: file.read_text("utf-8") for file in sorted(files, key=lambda f: f.name)}
+
+
+def samples(template: str, messages: tuple[Message, ...]) -> list[Sample]:
+    """The whole text, with a span of no length where each answer begins."""
+    text, *prompts = run(template, messages)
+    if not all(text.startswith(prompt) for prompt in prompts):
+        raise DataError("an answer does not follow its generation prompt")
+    return [Sample(text, [Span(len(prompt), len(prompt), learnt=True) for prompt in prompts])]
 
 
 @settings(max_examples=8, deadline=None)
@@ -121,9 +131,9 @@ def test_texts_put_together_are_those_that_the_template_writes(
     ours = {name: load_template(name) for name in ("gemma", "chatml", "plain")}
     compared = 0
     for name, template in {**COPIES, **ours, **published()}.items():
-        texts = TemplateCache(template, lambda m, t=template: run(t, m)).texts(messages)  # type: ignore[misc]
-        if texts is not None:
-            assert list(texts) == run(template, messages), name
+        sample = TemplateCache(template, partial(samples, template)).sample(messages)
+        if sample is not None:
+            assert [sample] == samples(template, messages), name
             compared += 1
     assert compared >= len(COPIES) + 3
 
@@ -137,20 +147,20 @@ def test_published_templates_of_common_models_are_seen_to_copy() -> None:
 @pytest.mark.parametrize("extra", ["\u2003", "\U000f0001"])
 def test_template_that_writes_placeholders_itself_is_run_for_each_row(extra: str) -> None:
     template = COPIES["attribute"] + extra
-    cache = TemplateCache(template, lambda messages: run(template, messages))
-    assert cache.texts((Message("user", "x"),)) is None
+    cache = TemplateCache(template, partial(samples, template))
+    assert cache.sample((Message("user", "x"),)) is None
 
 
 def test_template_runs_once_for_all_rows_with_the_same_roles() -> None:
     calls = []
 
-    def render(messages: tuple[Message, ...]) -> list[str]:
+    def render(messages: tuple[Message, ...]) -> list[Sample]:
         calls.append(messages)
-        return run(COPIES["attribute"], messages)
+        return samples(COPIES["attribute"], messages)
 
     cache = TemplateCache(COPIES["attribute"], render)
     for content in ("a", "b", "c"):
-        texts = cache.texts((Message("user", content), Message("assistant", "x")))
-        assert texts is not None
-        assert next(texts) == f"user: {content}assistant: x"
+        sample = cache.sample((Message("user", content), Message("assistant", "x")))
+        assert sample is not None
+        assert sample.text == f"user: {content}assistant: x"
     assert len(calls) == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file
-from toys import run_script
+from toys import run_script, write_rows
 from transformers import LlamaConfig
 from wandb_history import history
 
@@ -19,9 +19,9 @@ from halfbyte.config import load_run
 from halfbyte.data.prepare import prepare
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import Renderer
-from halfbyte.errors import RunError
+from halfbyte.errors import ModelError, RunError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
-from halfbyte.model.load import load_model, load_tokenizer
+from halfbyte.model.load import load_config, load_model, load_tokenizer
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.devices import this_machine
 from halfbyte.run_dir import read_jsonl
@@ -151,6 +151,30 @@ def test_first_loss_is_transformers_own_mean_over_labelled_tokens(make_config: M
         out = model(torch.tensor([encoded.ids]), labels=torch.tensor([encoded.labels]))
         total += float(out.loss.detach()) * encoded.num_supervised
         count += encoded.num_supervised
+    result = trainer.train()
+    assert result.training_loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_weights_of_rows_are_factors_of_their_losses_and_of_the_divisor(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config()
+    rows = [json.loads(line) for line in (config.parent / "train.jsonl").open(encoding="utf-8")]
+    weights = [(0.25, 1, 2)[number % 3] for number in range(len(rows))]
+    write_rows(
+        config.parent / "train.jsonl",
+        [row | {"weight": weight} for row, weight in zip(rows, weights, strict=True)],
+    )
+    trainer, prepared = make_trainer(config, "train.max_steps=1")
+    order = list(trainer._get_train_sampler())[:4]
+    model = trainer.model.get_base_model()
+    total = count = 0.0
+    for row in order:
+        example = prepared.train[row]
+        ids, labels = torch.tensor([example.encoded.ids]), torch.tensor([example.encoded.labels])
+        num_labelled = example.row.weight * example.encoded.num_supervised
+        total += float(model(ids, labels=labels).loss.detach()) * num_labelled
+        count += num_labelled
     result = trainer.train()
     assert result.training_loss == pytest.approx(total / count, rel=1e-5)
 
@@ -333,8 +357,41 @@ def test_evaluations_without_held_out_rows_are_refused_before_anything_is_loaded
     base = resolve_base(run.model.name)
     renderer = Renderer(load_tokenizer(base))
     prepared = prepare(run.data, renderer)
-    with pytest.raises(RunError, match=r"train\.eval_steps is 2, but of 32 rows none fell into"):
+    with pytest.raises(RunError, match=r"data\.validation_frac 0\.0001 of 32 rows holds out none"):
         set_up(run, base, renderer, prepared, this_machine(), tmp_path)
+
+
+def test_a_share_that_holds_out_no_row_is_refused_before_anything_is_loaded(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run = load_run(make_config(data={"test": None, "test_frac": 0.0001}), [])
+    base = resolve_base(run.model.name)
+    renderer = Renderer(load_tokenizer(base))
+    prepared = prepare(run.data, renderer)
+    with pytest.raises(RunError, match=r"data\.test_frac 0\.0001 of 32 rows holds out none"):
+        set_up(run, base, renderer, prepared, this_machine(), tmp_path)
+
+
+def test_tokens_without_a_row_are_refused_before_anything_is_loaded(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run = load_run(make_config(), [])
+    base = resolve_base(run.model.name)
+    tokenizer = load_tokenizer(base)
+    size = load_config(base).get_text_config().vocab_size
+    tokenizer.add_tokens([f"<extra{n}>" for n in range(size - len(tokenizer) + 1)])
+    last = tokenizer.convert_ids_to_tokens(size)
+    template = tokenizer.chat_template.replace("<|im_end|>", last)
+    renderer = Renderer(tokenizer, template)
+    prepared = prepare(run.data, renderer)
+    with pytest.raises(ModelError) as caught:
+        set_up(run, base, renderer, prepared, this_machine(), tmp_path)
+    assert f"the stop token {last!r} has the id {size}, and the embedding {size} rows" in str(
+        caught.value
+    )
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="has no EOS token, which ends answers and pads rows"):
+        set_up(run, base, Renderer(tokenizer, template), prepared, this_machine(), tmp_path)
 
 
 def test_setup_holds_out_test_rows_where_there_are_no_validation_rows(

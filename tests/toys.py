@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import runpy
 import sys
@@ -90,9 +91,11 @@ def store(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
     elif path.suffix == ".csv":
-        import pandas
-
-        pandas.DataFrame(rows).to_csv(path, index=False)
+        columns = dict.fromkeys(key for row in rows for key in row)
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(columns))
+            writer.writeheader()
+            writer.writerows(rows)
     else:
         import pyarrow
         import pyarrow.parquet

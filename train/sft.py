@@ -27,7 +27,7 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.data.prepare import prepare
-    from halfbyte.data.preview import show_ledger
+    from halfbyte.data.preview import show_ledger, show_tokens
     from halfbyte.data.render import renderer_of
     from halfbyte.model.adapter import describe_model
     from halfbyte.model.load import load_tokenizer
@@ -49,7 +49,7 @@ def main() -> None:
     device = this_machine()
     check_weights(run, device)
     session = open_session(run)
-    folder, say = session.folder, session.say
+    run, folder, say = session.run, session.folder, session.say
     if session.finished:
         say(f"{folder.path} is trained already; train.existing=replace starts over")
         say(session.next_commands)
@@ -60,10 +60,8 @@ def main() -> None:
     renderer = renderer_of(run.data, load_tokenizer(base))
     prepared = prepare(run.data, renderer)
     record_data(session, prepared)
-    say(show_ledger(prepared))
-    say(f"BOS: {'1 per row' if renderer.has_bos else 'none: this tokenizer adds none'}")
+    say(show_ledger(prepared), show_tokens(renderer))
 
-    run = session.run
     setup = set_up(run, base, renderer, prepared, device, folder.path, is_main=session.is_main)
     say(setup.summary, describe_model(setup.loaded, setup.model))
     write_manifest(session, setup, setup.as_json())

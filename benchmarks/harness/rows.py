@@ -145,7 +145,7 @@ _MAKERS = {"chat": _chat, "equal": _equal, "prompt460": _prompt460}
 def _real(model: Model, folder: Path, chat: Path | None) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows of a file, rendered as halfbyte renders them."""
     from halfbyte.config import load_run
-    from halfbyte.config.schema import Data
+    from halfbyte.config.dataset import Data
     from halfbyte.data.chat_template import load_template
     from halfbyte.data.icd10 import build_icd10
     from halfbyte.data.prepare import prepare

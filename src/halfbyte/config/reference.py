@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -61,7 +62,13 @@ def _kind(annotation: Any) -> str:
         )
     if origin is list:
         return f"list of {_kind(get_args(annotation)[0])}"
-    names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}
+    names = {
+        bool: "`true`, `false`",
+        int: "integer",
+        float: "number",
+        str: "text",
+        datetime.date: "day",
+    }
     return names.get(annotation, "mapping")
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from halfbyte.config.dataset import Data
 from halfbyte.config.evaluation import Eval
 from halfbyte.config.section import (
     ComputeDtype,
@@ -68,69 +69,6 @@ class Adapter(Section):
         "default",
         description="Start values. `pissa` and `olora` change the base weights and so need an"
         " fp32 base; `loftq` needs a 4-bit base, CUDA, and alpha equal to r.",
-    )
-
-
-class Data(Section):
-    """The rows, how they are rendered to tokens, and which of them are held out."""
-
-    train: Name = Field(
-        description="Training rows: a .jsonl, .json, .csv or .parquet file, a folder of them, or a"
-        " Hub dataset id."
-    )
-    test: Name | None = Field(
-        None,
-        description="Rows for the comparison, from a file, folder or Hub id. Else `test_frac`.",
-    )
-    train_split: Name = Field("train", description="Split of a Hub dataset for training.")
-    test_split: Name = Field("test", description="Split of a Hub dataset for the comparison.")
-    subset: Name | None = Field(None, description="Configuration name of a Hub dataset.")
-    revision: Name | None = Field(None, description="Revision of a Hub dataset.")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = Field(
-        "auto", description="Shape of a row; `auto` reads it off the columns and prints it."
-    )
-    columns: dict[str, Name] = Field(
-        default_factory=dict,
-        description="Column names that differ from the format's: `{prompt: question, completion:"
-        " answer}`.",
-    )
-    system: Name | None = Field(
-        None, description="System message for rows without one of their own."
-    )
-    chat_template: Name | None = Field(
-        None,
-        description="`gemma`, `chatml`, `plain`, or a Jinja file; required for a base model without"
-        " its own chat template.",
-    )
-    loss_on: Literal["completion", "all"] = Field(
-        "completion",
-        description="`completion`: assistant turns with their stop token; `all`: every token. Raw"
-        " text rows are always `all`.",
-    )
-    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="Longest row, in tokens.")
-    on_overlength: Literal["error", "drop", "truncate"] = Field(
-        "error",
-        description="What to do with a row over `max_length`: stop and name it, leave it out and"
-        " count it, or cut its end off.",
-    )
-    on_leak: Literal["error", "drop"] = Field(
-        "error",
-        description="What to do with a training row whose prompt is also held out: stop, or leave it"
-        " out of training.",
-    )
-    validation_frac: Fraction = Field(
-        0.0,
-        description="Share of training rows held out for the loss during training, chosen by hash of"
-        " the prompt.",
-    )
-    test_frac: Fraction = Field(
-        0.0, description="Share of rows held out for the comparison where `test` names none."
-    )
-    cache: bool = Field(
-        True,
-        description="Keep prepared rows in `~/.cache/halfbyte` (or `$HALFBYTE_CACHE`), and reuse"
-        " them while rows, settings, tokenizer, template and code are the same. Changes speed, not"
-        " the result.",
     )
 
 

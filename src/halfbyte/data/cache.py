@@ -11,15 +11,13 @@ import hashlib
 import json
 import os
 import platform
-import re
 import sys
-from datetime import datetime
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte import __version__, record
-from halfbyte.config.schema import Data
+from halfbyte.config.dataset import Data
 from halfbyte.data.render import Renderer
 from halfbyte.run_dir import cache_dir, write_bytes
 
@@ -34,14 +32,11 @@ LIBRARIES = (
     "datasets",
     "jinja2",
     "numpy",
-    "pandas",
     "pyarrow",
     "scipy",
     "tokenizers",
     "transformers",
 )
-CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
-CLOCK_NAME = re.compile(r"strftime_now(?!\s+is\s)")
 
 
 def folder() -> Path:
@@ -49,34 +44,26 @@ def folder() -> Path:
     return cache_dir() / "prepared"
 
 
-def key_of(data: Data, renderer: Renderer, sources: dict[str, str]) -> str | None:
+def key_of(data: Data, renderer: Renderer, sources: dict[str, str]) -> str:
     """Return the sha256 of all that prepared rows depend on: rows, settings, tokenizer, template, code.
 
     Args:
         data: the config's section.
         renderer: provides the tokenizer and the template.
         sources: a digest of the rows of each source.
-
-    Returns:
-        The key, or None if it cannot be determined, because the template reads the clock other than by
-        fixed formats.
     """
     tokenizer: Any = renderer.tokenizer
-    dates = _dates(tokenizer.chat_template)
-    if dates is None:
-        _log("prepared rows are not cached: the chat template reads the clock")
-        return None
     parts = {
         "halfbyte": [__version__, _code_sha256()],
         "libraries": [platform.python_version(), *map(metadata.version, LIBRARIES)],
-        "data": data.model_dump(mode="json", exclude={"cache"}),
+        "data": data.model_dump(mode="json", exclude={"cache", "date"}),
         "sources": sources,
         "tokenizer": [
             type(tokenizer).__qualname__,
             hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         ],
-        "template": [tokenizer.chat_template, dates],
+        "template": tokenizer.chat_template,
         "loss_on": renderer.loss_on,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -152,15 +139,6 @@ def _code_sha256() -> str:
         if module.name.endswith(".py"):
             digest.update(f"{module.name}\n".encode() + module.read_bytes())
     return digest.hexdigest()
-
-
-def _dates(template: str | None) -> list[str] | None:
-    """Return what a template would read off the clock now; None if its text does not show that."""
-    text = template or ""
-    formats = [match.group(2) for match in CLOCK_CALL.finditer(text)]
-    if len(CLOCK_NAME.findall(text)) != len(formats):
-        return None
-    return [datetime.now().strftime(date_format) for date_format in formats]
 
 
 def _log(line: str) -> None:

@@ -1,19 +1,28 @@
-"""Owns the text that a chat template writes: of conversations, of prompts, and where its answers lie."""
+"""Owns a chat template as it is run: its text with the run's date, and the keys in which it takes a turn."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from datetime import date
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.paths import TEMPLATE_NAMES
-from halfbyte.data.rows import Message
+from halfbyte.data.conversation import OPENING_ROLES, Message, ToolCall, tools_of
+from halfbyte.data.fields import RowError, shorten
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
+CLOCK_NAME = re.compile(r"strftime_now(?!\s+is\s)")
+DATE_CODES = "dmyYBbhAajHIMSpFDc"  # those that a macro writes
+# Names under which templates take thoughts that are a field of their own.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+MAX_REASON_CHARS = 120
 
 
 def load_template(name: str) -> str:
@@ -32,6 +41,149 @@ def load_template(name: str) -> str:
         raise DataError(f"data.chat_template: {name} cannot be read: {error.strerror}") from None
 
 
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a tokenizer's own chat template: of several that it names, the one named default.
+
+    Raises:
+        DataError: it names several, none of them default.
+    """
+    template: Any = tokenizer.chat_template
+    if not isinstance(template, dict):
+        return None if template is None else str(template)
+    if "default" not in template:
+        raise DataError(
+            f"the tokenizer has the chat templates {', '.join(template)}, and none is named default;"
+            " write one into a .jinja file and set data.chat_template to it"
+        )
+    return str(template["default"])
+
+
+def with_date(template: str, day: date) -> str:
+    """Return a template that writes ``day`` wherever it would write today's date.
+
+    A run keeps its day, so that evaluation, serving and exports see the text that it was trained on.
+    """
+    dated = CLOCK_CALL.sub(lambda call: json.dumps(day.strftime(call.group(2))), template)
+    if not CLOCK_NAME.search(dated):
+        return dated
+    # A format that the template computes: a macro of the same name writes the day.
+    codes = {f"%{code}": day.strftime(f"%{code}") for code in DATE_CODES}
+    codes = {f"%-{code[1:]}": text.lstrip("0") or "0" for code, text in codes.items()} | codes
+    filters = "".join(
+        f" | replace({json.dumps(code)}, {json.dumps(codes[code])})" for code in codes
+    )
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro -%}}{dated}"
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: runs the template that it has.
+
+    Attributes:
+        calls_as_text: whether the template takes the arguments of tool calls as JSON text.
+        content_as_parts: whether the template takes a content as a list of parts alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.calls_as_text = False
+        self.content_as_parts = False
+        self.source = str(tokenizer.chat_template or "")
+        self._reasoning_keys = [
+            key for key in REASONING_KEYS if re.search(rf"(\.|['\"]){key}\b", self.source)
+        ]
+        self._thinks_in_content = not self._reasoning_keys and "</think>" in self.source
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template mentions tools at all."""
+        return "tool" in self.source
+
+    def render(
+        self,
+        messages: tuple[Message, ...],
+        place: str,
+        tools: str = "",
+        *,
+        generation_prompt: bool = False,
+    ) -> str:
+        """Return the text of a conversation, with ``generation_prompt`` up to where the next answer begins.
+
+        Args:
+            messages: the conversation.
+            place: where it comes from, for errors.
+            tools: JSON text of the tools that may be called, "" for none.
+            generation_prompt: whether to end where an assistant's answer begins.
+
+        Raises:
+            RowError: the template rejects the conversation.
+        """
+        options: dict[str, Any] = {"tools": tools_of(tools)} if tools else {}
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                self.turns(messages),
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **options,
+            )
+        except Exception as error:  # Jinja's errors and the template's raise_exception
+            why = shorten(str(error), MAX_REASON_CHARS)
+            raise RowError(
+                place,
+                f"the chat template rejects it: {why}",
+                f"the chat template rejects it: {why}{self._remedy(messages)}",
+            ) from error
+        return str(text)
+
+    def prompt(self, messages: tuple[Message, ...], place: str, tools: str = "") -> str:
+        """Return the text of a conversation up to where the assistant's next answer begins."""
+        return self.render(messages, place, tools, generation_prompt=True)
+
+    def turns(self, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+        """Return turns with the keys that the template takes."""
+        return [self._turn(message) for message in messages]
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """Return a turn as the template takes it."""
+        content: Any = message.content
+        if message.reasoning and self._thinks_in_content:
+            content = f"<think>\n{message.reasoning}\n</think>\n\n{content}"
+        if self.content_as_parts:
+            content = [{"type": "text", "text": content}]
+        turn: dict[str, Any] = {"role": message.role, "content": content}
+        if message.is_plain:
+            return turn
+        if message.reasoning and not self._thinks_in_content:
+            turn |= dict.fromkeys(self._reasoning_keys, message.reasoning)
+        if message.tool_calls:
+            turn["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        for key in ("tool_call_id", "name"):
+            if getattr(message, key) is not None:
+                turn[key] = getattr(message, key)
+        return turn
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        arguments = call.arguments if self.calls_as_text else json.loads(call.arguments)
+        function = {"name": call.name, "arguments": arguments}
+        written: dict[str, Any] = {"type": "function", "function": function}
+        return written if call.id is None else {"id": call.id, **written}
+
+    def _remedy(self, messages: tuple[Message, ...]) -> str:
+        """Return a remedy for a rejected conversation, if leaving its system message out is one."""
+        if not messages or messages[0].role not in OPENING_ROLES:
+            return ""
+        try:
+            self.render(messages[1:], "")
+        except DataError:
+            return ""
+        return SYSTEM_REMEDY
+
+
+SYSTEM_REMEDY = ". data.system_as=user puts a system message into the first user turn"
+
+
 def require_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
     """Check that a conversation can be rendered at all.
 
@@ -43,85 +195,3 @@ def require_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
             f"{place}: a conversation, but the model has no chat template. Set"
             f" data.chat_template to {', '.join(TEMPLATE_NAMES)} or a .jinja file"
         )
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: tuple[Message, ...],
-    place: str,
-    *,
-    generation_prompt: bool = False,
-) -> str:
-    """Return the text of a conversation, with ``generation_prompt`` up to where the next answer begins.
-
-    Raises:
-        DataError: the template rejects the conversation.
-    """
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text: Any = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except Exception as error:  # Jinja's errors and the template's raise_exception
-        raise DataError(f"{place}: the chat template rejects it: {error}") from error
-    return str(text)
-
-
-def render_prompts(
-    tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], place: str
-) -> Iterator[str]:
-    """Yield the generation prompt of each answer of a conversation."""
-    for number, message in enumerate(messages):
-        if message.role == "assistant":
-            yield render(tokenizer, messages[:number], place, generation_prompt=True)
-
-
-def render_all(
-    tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], place: str
-) -> Iterator[str]:
-    """Yield the text of a conversation, then the generation prompt of each of its answers."""
-    yield render(tokenizer, messages, place)
-    yield from render_prompts(tokenizer, messages, place)
-
-
-def answer_spans(
-    messages: tuple[Message, ...], text: str, prompts: Iterator[str], stop_token: str, place: str
-) -> list[tuple[int, int]]:
-    """Return half-open character spans of the answers in ``text``, each with its stop token.
-
-    Raises:
-        DataError: an answer does not follow its generation prompt, or has no stop token.
-    """
-    spans = []
-    numbers = (n for n, message in enumerate(messages) if message.role == "assistant")
-    for number, prompt in zip(numbers, prompts, strict=True):
-        if not text.startswith(prompt):
-            raise DataError(
-                f"{place}: the chat template renders the conversation differently from the prompt"
-                f" for its answer {number}: {text[: len(prompt)][-60:]!r} against {prompt[-60:]!r}."
-                " Training and generation would see different text"
-            )
-        stop = text.find(stop_token, len(prompt))
-        if stop < 0:
-            raise DataError(
-                f"{place}: the chat template writes no {stop_token} after answer {number}"
-            )
-        spans.append((len(prompt), stop + len(stop_token)))
-    return spans
-
-
-def stop_token_after(text: str, answer: str, special_tokens: re.Pattern[str]) -> str:
-    """Return the special token that ends an answer in ``text``.
-
-    Raises:
-        DataError: none does.
-    """
-    after = text[text.index(answer) + len(answer) :]
-    stop = special_tokens.match(after.lstrip())
-    if stop is None:
-        raise DataError(
-            f"chat template: an assistant turn ends with {after!r}, which holds no special token"
-            " of this tokenizer, so the model could not learn to stop. Name another"
-            f" data.chat_template ({', '.join(TEMPLATE_NAMES)}) or add {{{{ eos_token }}}}"
-        )
-    return stop.group()

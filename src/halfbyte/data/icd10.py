@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-from halfbyte.data.prepare import normalised
+from halfbyte.data.normal import normalised
 from halfbyte.errors import DataError
 from halfbyte.run_dir import write_json, write_jsonl
 

@@ -36,6 +36,15 @@ class Ledger(Record):
         fingerprints: of each source's rows; a resumed run must find the same.
         truncated: places of rows that were cut at ``max_length``.
         special_token_text: places of rows whose text reads like a special token.
+        dropped_places: the first places of the rows dropped for each reason.
+        ignored: keys of rows and turns that are not used, with how often they occur.
+        repaired: names of repairs, with how many rows they changed.
+        samples: samples of each part, where a row became several: one for each answer whose context has
+            no thoughts of earlier ones.
+        dropped_samples: samples by reason, of rows whose other samples stay.
+        weighted: number of training rows with a weight other than 1.
+        split_by: what decides which rows are held out: the hash of their ``prompt``, or, where all have
+            one prompt, of their prompt and ``answer``.
     """
 
     rows_in: dict[str, int]
@@ -49,6 +58,13 @@ class Ledger(Record):
     duplicate_prompts_in_training: int = 0
     near_duplicates: list[NearDuplicate] = Field(default_factory=list)
     tokens: dict[str, PartTokens] = Field(default_factory=dict)
+    dropped_places: dict[str, list[str]] = Field(default_factory=dict)
+    ignored: dict[str, int] = Field(default_factory=dict)
+    repaired: dict[str, int] = Field(default_factory=dict)
+    samples: dict[str, int] = Field(default_factory=dict)
+    dropped_samples: dict[str, int] = Field(default_factory=dict)
+    weighted: int = 0
+    split_by: str = "prompt"
 
     @property
     def adds_up(self) -> bool:

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from halfbyte.data.render import IGNORED
+from halfbyte.data.encoded import IGNORED
 
 # Tokens that a separate node must save, since it costs every layer another attention call.
 MIN_SAVED_TOKENS = 8
@@ -58,7 +58,8 @@ class Layout:
         paths: for each row, the indices in the pass of the row's tokens that are read.
         sources: for each of N predictions, the index of the token that makes it.
         targets: for each prediction, the id of the token to be predicted.
-        counts: for each prediction, the number of rows in which its target is labelled.
+        counts: for each prediction, the number of rows in which its target is labelled, or the sum of
+            their weights.
         predictions: for each row, the numbers of its predictions, in reading order.
         padded: whether to compute the rows as a plain padded batch instead.
     """
@@ -70,7 +71,7 @@ class Layout:
     paths: list[list[int]]
     sources: list[int]
     targets: list[int]
-    counts: list[int]
+    counts: Sequence[float]
     predictions: list[list[int]]
     padded: bool = False
 
@@ -87,8 +88,17 @@ def ids_before_last_label(row: Tokens) -> list[int]:
     return ids[:last]
 
 
-def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Layout:
-    """Lay out the pass over ``rows``; ``share`` computes common prefixes once."""
+def lay_out(
+    rows: Sequence[Tokens],
+    *,
+    share: bool,
+    padded: bool = False,
+    weights: Sequence[float] | None = None,
+) -> Layout:
+    """Lay out the pass over ``rows``; ``share`` computes common prefixes once.
+
+    ``weights`` are factors of the rows' losses, None for 1.
+    """
     inputs = [ids_before_last_label(row) for row in rows]
     order = sorted(range(len(rows)), key=inputs.__getitem__) if share else range(len(rows))
     ids: list[int] = []
@@ -125,7 +135,8 @@ def lay_out(rows: Sequence[Tokens], *, share: bool, padded: bool = False) -> Lay
     else:
         for row in order:
             add_node([row], 0, len(inputs[row]), -1)
-    return _with_predictions(rows, ids, positions, _nodes(spans), paths, padded)
+    factors: Sequence[float] = weights or [1] * len(rows)
+    return _with_predictions(rows, factors, ids, positions, _nodes(spans), paths, padded)
 
 
 def shared_prefix_nodes(lengths: Sequence[int], shared: int) -> tuple[Node, ...]:
@@ -156,6 +167,7 @@ def _nodes(spans: list[tuple[int, int, int, int]]) -> tuple[Node, ...]:
 
 def _with_predictions(
     rows: Sequence[Tokens],
+    weights: Sequence[float],
     ids: list[int],
     positions: list[int],
     nodes: tuple[Node, ...],
@@ -164,9 +176,9 @@ def _with_predictions(
 ) -> Layout:
     """Build the layout, with one prediction for each distinct pair of source and label."""
     numbers: dict[tuple[int, int], int] = {}
-    counts: list[int] = []
+    counts: list[float] = []
     predictions: list[list[int]] = []
-    for (_, labels), path in zip(rows, paths, strict=True):
+    for (_, labels), path, weight in zip(rows, paths, weights, strict=True):
         row_predictions = []
         for i in range(1, len(labels)):
             if labels[i] == IGNORED:
@@ -175,7 +187,7 @@ def _with_predictions(
             number = numbers.setdefault((path[i - 1], labels[i]), len(numbers))
             if number == len(counts):
                 counts.append(0)
-            counts[number] += 1
+            counts[number] += weight
             row_predictions.append(number)
         predictions.append(row_predictions)
     sources, targets = [source for source, _ in numbers], [target for _, target in numbers]

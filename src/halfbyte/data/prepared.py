@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.config.dataset import Data
+from halfbyte.data.conversation import Message, Row, message_from_json
+from halfbyte.data.encoded import IGNORED, Encoded
 from halfbyte.data.ledger import Ledger
-from halfbyte.data.render import IGNORED, Encoded
-from halfbyte.data.rows import Message, Row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """A row with its ids and labels.
+    """A sample of a row: its ids and labels.
 
     Attributes:
-        row: the conversation or text.
-        encoded: its ids and labels.
+        row: the conversation or text; a row's samples share it.
+        encoded: ids and labels.
     """
 
     row: Row
@@ -50,9 +51,30 @@ class Prepared:
     full_lengths: list[int] = field(default_factory=list)
 
 
+def empty_shares(prepared: Prepared, data: Data) -> list[str]:
+    """Return a line for each share of rows to be held out that holds out none."""
+    return [
+        f"data.{name}_frac {share:g} of {sum(prepared.ledger.rows_in.values())} rows holds out none; raise"
+        " it, or name rows of their own with data.test"
+        for name, share in (("validation", data.validation_frac), ("test", data.test_frac))
+        if share > 0 and not getattr(prepared, name)
+    ]
+
+
 def tokens_of(examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-    """Return the ids and labels of each row."""
+    """Return the ids and labels of each sample."""
     return [(example.encoded.ids, example.encoded.labels) for example in examples]
+
+
+def weights_of(examples: Sequence[Example]) -> list[float] | None:
+    """Return the weight of each sample's row; None if all are 1."""
+    weights = [example.row.weight for example in examples]
+    return None if all(weight == 1 for weight in weights) else weights
+
+
+def rows_of(examples: Sequence[Example]) -> list[Row]:
+    """Return the rows of samples, each once."""
+    return list({id(example.row): example.row for example in examples}.values())
 
 
 PARTS = ("train", "validation", "test")
@@ -63,16 +85,24 @@ def pack(prepared: Prepared) -> dict[str, NDArray[Any]]:
     import numpy as np
 
     examples = [example for part in PARTS for example in getattr(prepared, part)]
+    distinct = rows_of(examples)
+    numbers = {id(row): number for number, row in enumerate(distinct)}
     messages: dict[Message, int] = {}
     rows = [
-        [e.row.place, e.row.text, [messages.setdefault(m, len(messages)) for m in e.row.messages]]
-        for e in examples
+        [row.place, row.text, [messages.setdefault(m, len(messages)) for m in row.messages]]
+        + ([row.tools, row.weight] if row.tools or row.weight != 1 else [])
+        for row in distinct
     ]
     meta = {
         "counts": [len(getattr(prepared, part)) for part in PARTS],
         "ledger": prepared.ledger.as_json(),
         "formats": prepared.formats,
-        "messages": [[message.role, message.content] for message in messages],
+        "messages": [
+            [message.role, message.content]
+            if message.is_plain and message.learnt
+            else message.as_json()
+            for message in messages
+        ],
         "rows": rows,
     }
     encoded = [example.encoded for example in examples]
@@ -84,6 +114,7 @@ def pack(prepared: Prepared) -> dict[str, NDArray[Any]]:
         "ids": ids.astype(np.uint16) if ids.max(initial=0) < 1 << 16 else ids,
         "learnt": np.packbits(labels != IGNORED),
         "lengths": np.array([len(e.ids) for e in encoded], dtype=np.int64),
+        "rows": np.array([numbers[id(e.row)] for e in examples], dtype=np.int64),
         "changed": np.array([e.changed for e in encoded], dtype=np.uint8),
         "escaped": np.array([e.escaped for e in encoded], dtype=np.uint8),
         "full_lengths": np.array(prepared.full_lengths, dtype=np.int64),
@@ -95,7 +126,14 @@ def unpack(arrays: dict[str, NDArray[Any]]) -> Prepared:
     import numpy as np
 
     meta = json.loads(arrays["meta"].tobytes())
-    messages = [Message(role, content) for role, content in meta["messages"]]
+    messages = [
+        Message(*message) if isinstance(message, list) else message_from_json(message)
+        for message in meta["messages"]
+    ]
+    rows = [
+        Row(place, tuple([messages[number] for number in numbers]), text, *rest)
+        for place, text, numbers, *rest in meta["rows"]
+    ]
     learnt = np.unpackbits(arrays["learnt"], count=len(arrays["ids"])).astype(bool)
     # One int object for each id of the vocabulary: Python would make a new one for each id above 256.
     ids = np.arange(int(arrays["ids"].max(initial=0)) + 1).astype(object)[arrays["ids"]]
@@ -104,11 +142,13 @@ def unpack(arrays: dict[str, NDArray[Any]]) -> Prepared:
     ends = pairwise([0, *np.cumsum(arrays["lengths"]).tolist()])
     flags = zip(arrays["changed"].astype(bool), arrays["escaped"].astype(bool), strict=True)
     examples = []
-    for (place, text, numbers), (start, end), (changed, escaped) in zip(
-        meta["rows"], ends, flags, strict=True
+    for number, (start, end), (changed, escaped) in zip(
+        arrays["rows"].tolist(), ends, flags, strict=True
     ):
-        row = Row(place, tuple([messages[number] for number in numbers]), text)
-        encoded = Encoded(place, ids[start:end], labels[start:end], bool(changed), bool(escaped))
+        row = rows[number]
+        encoded = Encoded(
+            row.place, ids[start:end], labels[start:end], bool(changed), bool(escaped)
+        )
         examples.append(Example(row, encoded))
     first, second, _ = np.cumsum(meta["counts"]).tolist()
     return Prepared(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from halfbyte.config.schema import Data
-from halfbyte.data.prepared import Example, Prepared
-from halfbyte.data.render import IGNORED, Renderer
+from halfbyte.config.dataset import Data
+from halfbyte.data.encoded import IGNORED
+from halfbyte.data.ledger import Ledger
+from halfbyte.data.prepared import Example, Prepared, empty_shares
+from halfbyte.data.render import Renderer
 
 GREEN, GREY, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 BAR_WIDTH = 40
@@ -17,19 +19,23 @@ def show_row(example: Example, renderer: Renderer, *, colour: bool) -> str:
     """Return a row as the model sees it, supervised tokens in green, or in ‹ › without colour."""
     parts = []
     encoded = example.encoded
-    for supervised, ids in _label_runs(encoded.ids, encoded.labels):
+    for supervised, ids in label_runs(encoded.ids, encoded.labels):
         text = renderer.tokenizer.decode(ids, skip_special_tokens=False)
         if colour:
             parts.append(f"{GREEN if supervised else GREY}{text}{RESET}")
         else:
             parts.append(f"‹{text}›" if supervised else str(text))
-    return (
-        f"{encoded.place}: {len(encoded.ids)} tokens, {encoded.num_supervised} supervised\n"
-        + "".join(parts)
-    )
+    return f"{row_title(example)}\n{''.join(parts)}"
 
 
-def _label_runs(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
+def row_title(example: Example) -> str:
+    """Return a row's place, its number of tokens, and its weight if that is not 1."""
+    encoded, weight = example.encoded, example.row.weight
+    title = f"{encoded.place}: {len(encoded.ids)} tokens, {encoded.num_supervised} supervised"
+    return title if weight == 1 else f"{title}, weight {weight:g}"
+
+
+def label_runs(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
     """Yield runs of ids that are all supervised or all not, each with whether it is."""
     start = 0
     for end in range(1, len(ids) + 1):
@@ -80,7 +86,45 @@ def show_ledger(prepared: Prepared) -> str:
         if tokens.total:
             share = 100 * tokens.supervised / tokens.total
             lines.append(f"{name}: {tokens.total} tokens, {share:.1f} % supervised")
-    return "\n".join(lines)
+    return "\n".join(lines + _particulars(ledger))
+
+
+def _particulars(ledger: Ledger) -> list[str]:
+    """Return lines on what not every dataset has: dropped rows, ignored keys, repairs, samples, weights."""
+    lines = [
+        f"dropped, {reason}: {', '.join(places)}"
+        + (" …" if ledger.dropped[reason] > len(places) else "")
+        for reason, places in ledger.dropped_places.items()
+    ]
+    for title, counts in (
+        ("ignored", ledger.ignored),
+        ("repaired", ledger.repaired),
+        ("samples, since templates leave out earlier thoughts", ledger.samples),
+        ("dropped samples of rows that stay", ledger.dropped_samples),
+    ):
+        if counts:
+            lines.append(
+                f"{title}: {', '.join(f'{name} {count:,}' for name, count in counts.items())}"
+            )
+    if ledger.weighted:
+        lines.append(f"rows with a weight other than 1: {ledger.weighted}")
+    if ledger.split_by == "answer":
+        lines.append("all rows have one prompt: those held out are chosen by their answers")
+    return lines
+
+
+def faults_of(prepared: Prepared, data: Data) -> list[str]:
+    """Return what is wrong with a dataset, as ``data/preview.py --check`` counts it."""
+    ledger = prepared.ledger
+    faults = [
+        f"{count} rows: {reason}"
+        for reason, count in ledger.dropped.items()
+        if reason != "weight 0"
+    ]
+    overlong = sum(length > data.max_length for length in prepared.full_lengths)
+    if overlong:
+        faults.append(f"{overlong} rows: longer than data.max_length {data.max_length}")
+    return faults + empty_shares(prepared, data)
 
 
 def show_preview(
@@ -92,15 +136,21 @@ def show_preview(
         f"  {pair.jaccard:.2f}  {pair.train}  ~  {pair.held_out}"
         for pair in prepared.ledger.near_duplicates[:5]
     ]
-    bos = "exactly 1 in each row" if renderer.has_bos else "none (the tokenizer adds none)"
+    shares = "".join(f"\nnote: {line}" for line in empty_shares(prepared, data))
     return "\n\n".join(
         [
             *rows,
             "LENGTHS (tokens)\n" + show_lengths(prepared.full_lengths, data.max_length),
-            "LEDGER\n" + show_ledger(prepared) + "".join(f"\n{line}" for line in near),
-            f"BOS: {bos}; stop tokens: "
-            + ", ".join(
-                str(renderer.tokenizer.convert_ids_to_tokens(i)) for i in renderer.stop_ids
-            ),
+            "LEDGER\n" + show_ledger(prepared) + "".join(f"\n{line}" for line in near) + shares,
+            show_tokens(renderer),
         ]
     )
+
+
+def show_tokens(renderer: Renderer) -> str:
+    """Return a line on BOS and stop tokens, and on which of several chat templates is used."""
+    bos = "exactly 1 in each row" if renderer.has_bos else "none (the tokenizer adds none)"
+    stops = renderer.tokenizer.convert_ids_to_tokens(renderer.stop_ids)
+    names = renderer.template_names
+    named = f"; chat template: default, of {', '.join(names)}" if names else ""
+    return f"BOS: {bos}; stop tokens: {', '.join(map(str, stops))}{named}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from halfbyte.data.render import IGNORED, Renderer
-from halfbyte.data.rows import Message, Row, row_from_json
+from halfbyte.data.conversation import Message, Row, row_from_json
+from halfbyte.data.encoded import IGNORED
+from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, read_jsonl
 
@@ -93,7 +94,9 @@ def _question(row: Row, renderer: Renderer, examples: tuple[Message, ...]) -> Qu
         return Question(row, [], encoded.ids, encoded.labels)
     num_system = 1 if row.messages[0].role == "system" else 0
     messages = (*row.messages[:num_system], *examples, *row.messages[num_system:])
-    prompt = renderer.encode_prompt(messages[:-1], row.place)
-    encoded = renderer.encode_row(Row(row.place, messages))
+    # What is asked is the last answer, whether or not it was to be learnt.
+    answer = replace(messages[-1], learnt=True)
+    prompt = renderer.encode_prompt(messages[:-1], row.place, row.tools)
+    encoded = renderer.encode_row(replace(row, messages=(*messages[:-1], answer)))
     labels = [IGNORED] * len(prompt) + encoded.labels[len(prompt) :]
     return Question(row, prompt, encoded.ids, labels)

@@ -2,30 +2,35 @@
 
 The text comes from the tokenizer's chat template. It is split where each answer begins, so that the
 ids before an answer are exactly the ids of the generation prompt, and each part is tokenised by
-itself. Special tokens count only where the template wrote them: the same characters in a message are
-tokenised as plain text (issue 2; transformers issue 29279).
+itself. Special tokens count only where the template wrote them, or where an assistant writes markup of
+its own, such as thoughts: the same characters in other messages are tokenised as plain text (issue 2;
+transformers issue 29279).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.config.schema import Data
+from halfbyte.config.dataset import Data
+from halfbyte.data.answers import Sample, context_spans, samples_of
+from halfbyte.data.chat_format import PLACE, PROBE, ChatFormat, always_special
 from halfbyte.data.chat_template import (
-    answer_spans,
+    ChatTemplate,
     load_template,
-    render,
-    render_all,
-    render_prompts,
+    own_template,
     require_template,
-    stop_token_after,
+    with_date,
 )
-from halfbyte.data.rows import Message, Row
+from halfbyte.data.completeness import Completeness
+from halfbyte.data.conversation import OPENING_ROLES, Message, Row
+from halfbyte.data.encoded import Encoded, SegmentedRow
+from halfbyte.data.fields import RowError
 from halfbyte.data.special_tokens import SpecialTokens
+from halfbyte.data.splitting import Splitter
 from halfbyte.data.template_cache import TemplateCache
 from halfbyte.data.tokenise import Segments, plain_ids
 from halfbyte.errors import DataError
@@ -33,55 +38,7 @@ from halfbyte.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
 BATCH_ROWS = 1 << 16  # rows whose texts are tokenised together, each distinct text once
-PROBE = (
-    Message("user", "alpha"),
-    Message("assistant", "beta"),
-    Message("user", "gamma delta"),
-    Message("assistant", "epsilon zeta"),
-)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One row as token ids; ``labels[t]`` is ``ids[t]`` where it is learnt and -100 elsewhere.
-
-    Attributes:
-        place: where the row comes from, such as ``file:line``.
-        ids: token ids.
-        labels: label of each token.
-        changed: whether the template altered a message (such as by trimming its ends).
-        escaped: whether a message held special-token text, which is plain text now.
-    """
-
-    place: str
-    ids: list[int]
-    labels: list[int]
-    changed: bool = False
-    escaped: bool = False
-
-    @property
-    def num_supervised(self) -> int:
-        """Number of labelled tokens."""
-        return len(self.labels) - self.labels.count(IGNORED)
-
-
-@dataclass(frozen=True)
-class _SegmentedRow:
-    """A row split into numbered segments.
-
-    Attributes:
-        place: where the row comes from.
-        parts: the segments' numbers in stretches, and whether each stretch is supervised.
-        changed: as in ``Encoded``.
-        escaped: as in ``Encoded``.
-    """
-
-    place: str
-    parts: list[tuple[list[int], bool]]
-    changed: bool = False
-    escaped: bool = False
 
 
 def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -91,7 +48,14 @@ def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         DataError: as ``load_template`` and ``Renderer``.
     """
     template = load_template(data.chat_template) if data.chat_template else None
-    return Renderer(tokenizer, template, data.loss_on)
+    return Renderer(
+        tokenizer,
+        template,
+        data.loss_on,
+        stop=data.stop,
+        system_as=data.system_as,
+        day=data.date,
+    )
 
 
 class Renderer:
@@ -103,7 +67,11 @@ class Renderer:
     Args:
         tokenizer: a fast tokenizer.
         chat_template: Jinja text that replaces the tokenizer's template, or None to keep that.
-        loss_on: ``completion`` labels assistant turns with their stop token, ``all`` every token.
+        loss_on: ``completion`` labels assistant turns with their stop token, ``last`` the last of them
+            alone, ``all`` every token.
+        stop: ``eos`` ends answers with the EOS token, which the template does not do.
+        system_as: ``user`` puts a system message into the first user turn.
+        day: the day that a template is told for today; None for today.
 
     Raises:
         DataError: the template cannot be used for training (no stop token, an answer that does not
@@ -115,36 +83,52 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         loss_on: str = "completion",
+        *,
+        stop: str = "template",
+        system_as: str = "system",
+        day: date | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
-        if chat_template is not None:
-            tokenizer.chat_template = chat_template
-        strings = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        strings += [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
-        self._special_tokens = SpecialTokens(strings, tokenizer)
-        self.stop_id: int | None = None
+        self.system_as = system_as
+        self.template_names = (
+            list(named) if isinstance(named := tokenizer.chat_template, dict) else []
+        )
+        template = own_template(tokenizer) if chat_template is None else chat_template
+        if template is not None:
+            tokenizer.chat_template = with_date(template, day or date.today())
         self.eos_id: int | None = tokenizer.eos_token_id
-        ids = tokenizer("x").input_ids
-        bos_id = tokenizer.bos_token_id
-        self._adds_bos = bos_id is not None and ids[:1] == [bos_id]
-        if tokenizer.chat_template is not None:
-            self._inspect_template()
+        self._template = ChatTemplate(tokenizer)
+        self._completeness = Completeness(self._template)
+        self._form: ChatFormat | None = None
+        self._special_tokens = SpecialTokens(always_special(tokenizer), tokenizer)
+        self._splitter = Splitter(tokenizer, self._special_tokens, None)
+        if template is not None:
+            self._form = ChatFormat(self._template, stop)
+            self._special_tokens = self._form.special_tokens
+            self._splitter = Splitter(tokenizer, self._special_tokens, self._form.stops[0])
+            self._check_parts()
         self._template_cache = TemplateCache(
-            tokenizer.chat_template,
-            lambda messages: list(render_all(self.tokenizer, messages, "chat template")),
+            tokenizer.chat_template, lambda messages: self._samples(messages, "", PLACE)
         )
         self.has_bos = self._has_single_bos()
 
     @property
+    def stop_id(self) -> int | None:
+        """Id of the token that ends an answer in the template; None without a template."""
+        return self._special_tokens.ids[self._form.stops[0]] if self._form else None
+
+    @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the template's stop token and the tokenizer's EOS token."""
-        return sorted({i for i in (self.stop_id, self.eos_id) if i is not None})
+        """Ids that end an answer: the template's stop tokens and the tokenizer's EOS token."""
+        stops = self._form.stops if self._form else []
+        ids = {self._special_tokens.ids[stop] for stop in stops}
+        return sorted(ids | ({self.eos_id} if self.eos_id is not None else set()))
 
     @property
     def pad_id(self) -> int:
         """Id to pad with; it may be the stop id, since padding is recognised by its position."""
-        return int(self.tokenizer.pad_token_id)
+        return int(self.tokenizer.pad_token_id or 0)
 
     @property
     def template_sha256(self) -> str:
@@ -155,7 +139,8 @@ class Renderer:
         """Return the ids and labels of a row, without truncation to a maximum length.
 
         Nothing is kept after the last labelled token: later tokens have no label and, in a causal
-        model, no influence. The label of position 0 is always -100, since nothing predicts it.
+        model, no influence. The label of position 0 is always -100, since nothing predicts it. Of a row
+        that becomes several samples, this is the one that ends with the last answer.
 
         Raises:
             DataError: the row cannot be rendered so that the model would learn its answers.
@@ -172,134 +157,156 @@ class Renderer:
         for result in self.try_rows(rows):
             if isinstance(result, DataError):
                 raise result
-            encoded.append(result)
+            encoded.append(result[0])
         return encoded
 
-    def try_rows(self, rows: list[Row]) -> Iterator[Encoded | DataError]:
-        """Yield what ``encode_row`` gives for each row, or the error that it raises."""
+    def try_rows(self, rows: list[Row]) -> Iterator[list[Encoded] | DataError]:
+        """Yield the samples of each row, that with the last answer first, or the error that it raises."""
         for start in range(0, len(rows), BATCH_ROWS):
             segmented, segments = self._segment_rows(rows[start : start + BATCH_ROWS])
             yield from self._assemble(segmented, segments.ids(self.tokenizer))
 
-    def encode_prompt(self, messages: tuple[Message, ...], place: str = "prompt") -> list[int]:
+    def encode_prompt(
+        self, messages: tuple[Message, ...], place: str = "prompt", tools: str = ""
+    ) -> list[int]:
         """Return the ids up to where the assistant's answer begins, as they precede it in training."""
-        require_template(self.tokenizer, place)
-        escaped, originals = self._special_tokens.escape(messages, place)
-        text = render(self.tokenizer, escaped, place, generation_prompt=True)
-        spans = answer_spans(
-            escaped, text, render_prompts(self.tokenizer, escaped, place), self._stop_token, place
+        form = self._require_form(place)
+        messages, tools, originals = self._special_tokens.escape(
+            self._placed(messages), place, tools
         )
+        text = self._template.prompt(messages, place, tools)
+        spans = context_spans(form, text, messages, place, tools)
         segments = Segments(self._special_tokens)
-        parts = self._split_at_answers(text, spans, originals, segments)
+        parts = self._splitter.sample(Sample(text, spans), originals, segments)
         ids = segments.ids(self.tokenizer)
         return [index for numbers, _ in parts for number in numbers for index in ids[number]]
 
-    def prompt_text(self, messages: tuple[Message, ...], place: str = "prompt") -> str:
+    def prompt_text(
+        self, messages: tuple[Message, ...], place: str = "prompt", tools: str = ""
+    ) -> str:
         """Return what the chat template writes up to where the assistant's answer begins."""
+        self._require_form(place)
+        return self._template.prompt(self._placed(messages), place, tools)
+
+    def turns(self, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+        """Return messages as the chat template is given them, wherever it runs."""
+        return self._template.turns(self._placed(messages))
+
+    def _require_form(self, place: str) -> ChatFormat:
         require_template(self.tokenizer, place)
-        return render(self.tokenizer, messages, place, generation_prompt=True)
+        assert self._form is not None
+        return self._form
+
+    def _placed(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Return the messages with the system message where the config wants it."""
+        if self.system_as == "system" or not messages or messages[0].role not in OPENING_ROLES:
+            return messages
+        system, *turns = messages
+        if not turns or turns[0].role != "user":
+            return messages
+        first = replace(turns[0], content=f"{system.content}\n\n{turns[0].content}")
+        return (first, *turns[1:])
 
     # --- rows to segments, and segments to ids and labels ---
 
-    def _segment_rows(self, rows: list[Row]) -> tuple[list[_SegmentedRow | DataError], Segments]:
-        """Split each row into segments, or keep the error that it raises."""
+    def _segment_rows(
+        self, rows: list[Row]
+    ) -> tuple[list[list[SegmentedRow] | DataError], Segments]:
+        """Split the samples of each row into segments, or keep the error that it raises."""
         segments = Segments(self._special_tokens)
-        segmented: list[_SegmentedRow | DataError] = []
+        segmented: list[list[SegmentedRow] | DataError] = []
         for row in rows:
             try:
                 if row.text is not None:
-                    segmented.append(self._segment_text(row, segments))
+                    text = self._splitter.raw_text(row, segments)
+                    segmented.append([SegmentedRow(row.place, [(text, True)])])
                 else:
                     segmented.append(self._segment_conversation(row, segments))
             except DataError as error:
                 segmented.append(error)
         return segmented, segments
 
-    def _segment_conversation(self, row: Row, segments: Segments) -> _SegmentedRow:
-        require_template(self.tokenizer, row.place)
-        messages, originals = self._special_tokens.escape(row.messages, row.place)
-        texts = self._template_cache.texts(messages) or render_all(
-            self.tokenizer, messages, row.place
-        )
-        text = next(texts)
-        spans = answer_spans(messages, text, texts, self._stop_token, row.place)
-        parts = self._split_at_answers(text[: spans[-1][1]], spans, originals, segments)
-        changed = any(message.content not in text for message in messages)
+    def _segment_conversation(self, row: Row, segments: Segments) -> list[SegmentedRow]:
+        self._require_form(row.place)
+        messages = self._placed(row.messages)
+        self._check_learnt(messages, row.place)
+        messages, tools, originals = self._special_tokens.escape(messages, row.place, row.tools)
+        sample = None
+        is_plain = not tools and all(message.is_plain for message in messages)
+        if is_plain and not self._template.content_as_parts:
+            sample = self._template_cache.sample(messages)
+        samples = [sample] if sample else self._samples(messages, tools, row.place)
+        if self.loss_on == "last":
+            samples = [_only_last(samples[0])]
+        changed = self._completeness.check(messages, tools, samples, row.place)
         escaped = any(original in self._special_tokens.strings for original in originals.values())
-        return _SegmentedRow(row.place, parts, changed=changed, escaped=escaped)
-
-    def _segment_text(self, row: Row, segments: Segments) -> _SegmentedRow:
-        assert row.text is not None
-        match = self._special_tokens.pattern.search(row.text)
-        if match:
-            raise DataError(
-                f"{row.place}: raw text holds the special token {match.group()!r}, as if it were"
-                " already rendered. Use the format messages and let the chat template write it"
+        return [
+            SegmentedRow(
+                row.place,
+                self._splitter.sample(sample, originals, segments),
+                changed=changed,
+                escaped=escaped,
             )
-        bos_token, eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
-        bos = [segments.add_special_token(bos_token)] if self._adds_bos else []
-        eos = [segments.add_special_token(eos_token)] if self.eos_id is not None else []
-        return _SegmentedRow(row.place, [([*bos, segments.add_text(None, row.text), *eos], True)])
+            for sample in samples
+        ]
 
-    def _split_at_answers(
-        self,
-        text: str,
-        spans: list[tuple[int, int]],
-        originals: dict[str, str],
-        segments: Segments,
-    ) -> list[tuple[list[int], bool]]:
-        """Split ``text`` into stretches of segments, each with whether it is an answer.
+    def _samples(self, messages: tuple[Message, ...], tools: str, place: str) -> list[Sample]:
+        """Return the texts in which the answers of escaped messages are learnt."""
+        answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
+        learnt = [number for number in answers if messages[number].learnt]
+        if self.loss_on == "last":
+            learnt = learnt[-1:]
+        return samples_of(self._require_form(place), messages, learnt, place, tools)
 
-        Training and generation split a text the same way.
+    def _check_learnt(self, messages: tuple[Message, ...], place: str) -> None:
+        """Check that the weights of turns leave something to learn, and that they can be followed.
+
+        Raises:
+            RowError: they do not.
         """
-        parts = []
-        at = 0
-        for start, end in spans:
-            before = self._split(text[at:start], originals, segments, first=at == 0)
-            parts.append((before, False))
-            parts.append((self._split(text[start:end], originals, segments, first=False), True))
-            at = end
-        parts.append((self._split(text[at:], originals, segments, first=at == 0), False))
-        return parts
-
-    def _split(
-        self, text: str, originals: dict[str, str], segments: Segments, *, first: bool
-    ) -> list[int]:
-        """Return the numbers of the segments of ``text``.
-
-        ``first`` marks the beginning of a row, where BOS belongs if the tokenizer adds one.
-        """
-        if first and self._adds_bos and not text.startswith(str(self.tokenizer.bos_token)):
-            text = str(self.tokenizer.bos_token) + text
-        return segments.split(text, originals, None if first else self._stop_token)
+        answers = [message for message in messages if message.role == "assistant"]
+        considered = answers[-1:] if self.loss_on == "last" else answers
+        if not any(message.learnt for message in considered):
+            reason = "no answer is to be learnt"
+            raise RowError(place, reason, f"{reason}: each has a weight of 0")
+        if self.loss_on == "all" and not all(message.learnt for message in messages):
+            raise RowError(
+                place,
+                "a weight of 0 with data.loss_on=all",
+                "has a turn of weight 0, but data.loss_on=all learns every token; set completion or last",
+            )
 
     def _assemble(
-        self, rows: list[_SegmentedRow | DataError], segment_ids: list[list[int]]
-    ) -> Iterator[Encoded | DataError]:
-        """Yield ids and labels of each row, or its error."""
+        self, rows: list[list[SegmentedRow] | DataError], segment_ids: list[list[int]]
+    ) -> Iterator[list[Encoded] | DataError]:
+        """Yield ids and labels of the samples of each row, or its error."""
         for row in rows:
             if isinstance(row, DataError):
                 yield row
                 continue
-            ids: list[int] = []
-            labels: list[int] = []
-            for numbers, supervised in row.parts:
-                new = list(chain.from_iterable([segment_ids[number] for number in numbers]))
-                ids += new
-                labels += new if supervised or self.loss_on == "all" else [IGNORED] * len(new)
-            labels[:1] = [IGNORED]
-            error = self._check(ids, labels, row.place)
-            yield error or Encoded(row.place, ids, labels, changed=row.changed, escaped=row.escaped)
+            samples: list[Encoded] = []
+            error = None
+            for number, sample in enumerate(row):
+                labels_all = self.loss_on == "all" and not number
+                encoded = sample.encode(segment_ids, labels_all=labels_all)
+                error = error or self._check(encoded)
+                samples.append(encoded)
+            yield error or samples
 
-    def _check(self, ids: list[int], labels: list[int], place: str) -> DataError | None:
+    def _check(self, encoded: Encoded) -> DataError | None:
         """Return what is wrong with the ids and labels of a row, if anything is."""
+        ids, place = encoded.ids, encoded.place
         if self.has_bos and (ids[0] != self.tokenizer.bos_token_id or ids.count(ids[0]) != 1):
-            return DataError(
-                f"{place}: has {ids.count(self.tokenizer.bos_token_id)} BOS tokens; it needs exactly"
-                " one, at the start"
+            return RowError(
+                place,
+                "BOS tokens",
+                f"has {ids.count(self.tokenizer.bos_token_id)} BOS tokens; it needs exactly one, at the"
+                " start",
             )
-        if labels.count(IGNORED) == len(labels):
-            return DataError(f"{place}: no token has a label, so there is nothing to learn")
+        if encoded.num_supervised == 0:
+            return RowError(
+                place, "nothing to learn", "no token has a label, so there is nothing to learn"
+            )
         return None
 
     def decode(self, ids: list[int]) -> str:
@@ -309,41 +316,30 @@ class Renderer:
 
     # --- the template ---
 
-    def _inspect_template(self) -> None:
-        """Find the stop token and the template's special tokens; check that parts can be joined."""
-        text = render(self.tokenizer, PROBE, "chat template")
-        written = {
-            token
-            for index, token in self.tokenizer.added_tokens_decoder.items()
-            # Gemma lists runs of newlines among its added tokens; they are text all the same.
-            if str(token).strip() and str(token) in text and index in self._plain_ids(text)
-        }
-        strings = [*self._special_tokens.strings, *(str(token) for token in written)]
-        self._special_tokens = SpecialTokens(strings, self.tokenizer)
-        self._stop_token = stop_token_after(text, PROBE[-1].content, self._special_tokens.pattern)
-        self.stop_id = self.tokenizer.convert_tokens_to_ids(self._stop_token)
-        prompts = render_prompts(self.tokenizer, PROBE, "chat template")
-        answer_spans(PROBE, text, prompts, self._stop_token, "chat template")
-        if self._template_ids(text)[-8:] != self._plain_ids(text)[-8:]:
+    def _check_parts(self) -> None:
+        """Check that the parts of a text can be tokenised by themselves.
+
+        Raises:
+            DataError: they cannot.
+        """
+        self._samples(PROBE, "", PLACE)
+        text = self._template.render(PROBE, PLACE)
+        if self._splitter.ids(text)[-8:] != plain_ids(self.tokenizer, [text])[0][-8:]:
             raise DataError(
                 "chat template: this tokenizer splits text differently beside special tokens, so rows"
                 " cannot be put together from parts; it is not supported"
             )
 
-    def _plain_ids(self, text: str) -> list[int]:
-        return plain_ids(self.tokenizer, [text])[0]
-
-    def _template_ids(self, text: str) -> list[int]:
-        """Return the ids of a whole text that the template wrote."""
-        segments = Segments(self._special_tokens)
-        numbers = self._split(text, {}, segments, first=True)
-        ids = segments.ids(self.tokenizer)
-        return [index for number in numbers for index in ids[number]]
-
     def _has_single_bos(self) -> bool:
         """Return whether a rendered row begins with BOS and has no other."""
         bos_id = self.tokenizer.bos_token_id
-        if bos_id is None or self.tokenizer.chat_template is None:
-            return self._adds_bos
-        ids = self._template_ids(render(self.tokenizer, PROBE, "chat template"))
-        return ids[0] == bos_id and (self._adds_bos or ids.count(bos_id) == 1)
+        if bos_id is None or self._form is None:
+            return self._splitter.adds_bos
+        ids = self._splitter.ids(self._template.render(PROBE, PLACE))
+        return ids[0] == bos_id and (self._splitter.adds_bos or ids.count(bos_id) == 1)
+
+
+def _only_last(sample: Sample) -> Sample:
+    """Return a sample in which only the last answer is learnt."""
+    context = [replace(span, learnt=False) for span in sample.spans[:-1]]
+    return Sample(sample.text, [*context, sample.spans[-1]])

@@ -2,90 +2,54 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from halfbyte.data.sources import Table
+from halfbyte.data.conversation import OPENING_ROLES, Message, Row
+from halfbyte.data.fields import (
+    NOTHING_WORDS,
+    REFUSED_IN_ROW,
+    Account,
+    Fields,
+    RowError,
+    has_value,
+    is_blank,
+    json_value,
+    quoted,
+    valid_text,
+)
+from halfbyte.data.raw import Table
+from halfbyte.data.tool_calls import parse_tools
+from halfbyte.data.turns import parse_turns
 from halfbyte.errors import DataError
 
-SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: system, user or assistant.
-        content: its text.
-    """
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """Either a conversation that ends with the assistant, or raw text.
-
-    Attributes:
-        place: where the row comes from, such as ``file:line``.
-        messages: the conversation, empty for raw text.
-        text: the raw text, None for a conversation.
-    """
-
-    place: str
-    messages: tuple[Message, ...] = ()
-    text: str | None = None
-
-    @property
-    def prompt(self) -> str:
-        """Text that identifies the row's question: every turn but the last answer, or the raw text.
-
-        System messages are left out.
-        """
-        if self.text is not None:
-            return self.text
-        return "\n".join(m.content for m in self.messages[:-1] if m.role != "system")
-
-    @property
-    def answer(self) -> str:
-        """Content of the last assistant turn; empty for raw text."""
-        return self.messages[-1].content if self.messages else ""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the row as JSON for a file in the run folder; ``row_from_json`` reads it back."""
-        record: dict[str, Any] = {"place": self.place}
-        if self.text is not None:
-            return {**record, "text": self.text}
-        return {**record, "messages": [asdict(message) for message in self.messages]}
-
-
-def row_from_json(record: dict[str, Any]) -> Row:
-    """Read back a row that ``Row.as_json`` wrote."""
-    messages = tuple(Message(**message) for message in record.get("messages", ()))
-    return Row(record["place"], messages, record.get("text"))
-
-
 # Columns that each format needs, and those that it may have besides.
+EVERY_ROW = ("weight",)
+EVERY_CONVERSATION = ("system", "tools", *EVERY_ROW)
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ()),
-    "sharegpt": (("conversations",), ("system",)),
-    "prompt_completion": (("prompt", "completion"), ("system",)),
-    "alpaca": (("instruction", "output"), ("input", "system")),
-    "text": (("text",), ()),
+    "messages": (("messages",), EVERY_CONVERSATION),
+    "sharegpt": (("conversations",), EVERY_CONVERSATION),
+    "prompt_completion": (("prompt", "completion"), ("reasoning_content", *EVERY_CONVERSATION)),
+    "alpaca": (("instruction", "output"), ("input", "reasoning_content", *EVERY_CONVERSATION)),
+    "text": (("text",), EVERY_ROW),
 }
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+
+@dataclass
+class ParsedRows:
+    """What became of the rows of a table.
+
+    Attributes:
+        rows: those that can be used.
+        malformed: an error for each of the others.
+        account: what happened to their keys and turns.
+    """
+
+    rows: list[Row]
+    malformed: list[RowError]
+    account: Account
 
 
 def detect_format(table: Table, columns: dict[str, str]) -> str:
@@ -111,8 +75,12 @@ def detect_format(table: Table, columns: dict[str, str]) -> str:
 
 
 def parse_rows(
-    table: Table, format_name: str, columns: dict[str, str], system: str | None
-) -> list[Row]:
+    table: Table,
+    format_name: str,
+    columns: dict[str, str],
+    system: str | None,
+    repairs: Sequence[str] = (),
+) -> ParsedRows:
     """Parse every raw row of a table.
 
     Args:
@@ -120,26 +88,27 @@ def parse_rows(
         format_name: a key of ``FORMATS``, or ``auto``.
         columns: names of the format's columns to names of the table's columns.
         system: system message for conversations that have none.
+        repairs: names of the repairs to apply, of ``turns.REPAIRS``.
 
     Raises:
-        DataError: a column is missing, or rows are malformed; up to ten are named at once.
+        DataError: a column is missing, or no format fits.
     """
     if format_name == "auto":
         format_name = detect_format(table, columns)
     needed, optional = FORMATS[format_name]
     _check_columns(table, format_name, columns, needed, optional)
-    parse = PARSERS[format_name]
-    rows, errors = [], []
+    parsed = ParsedRows([], list(table.malformed), Account(repairs))
+    parser = _Parser(PARSERS[format_name], system, parsed.account)
+    sources = {name: columns.get(name, name) for name in (*needed, *optional)}
+    used = frozenset(sources.values())
     for raw in table.rows:
-        values = {name: raw.values.get(columns.get(name, name)) for name in (*needed, *optional)}
+        values = {name: raw.values.get(source) for name, source in sources.items()}
+        others = {key: value for key, value in raw.values.items() if key not in used}
         try:
-            rows.append(_with_system(parse(raw.place, values), system))
-        except DataError as error:
-            errors.append(str(error))
-    if errors:
-        more = f"\n… and {len(errors) - 10} more rows" if len(errors) > 10 else ""
-        raise DataError("\n".join(errors[:10]) + more)
-    return rows
+            parsed.rows.append(parser.parse(raw.place, values, others))
+        except RowError as error:
+            parsed.malformed.append(error)
+    return parsed
 
 
 def _renamed_columns(table: Table, columns: dict[str, str]) -> list[str]:
@@ -180,149 +149,162 @@ def _check_columns(
         )
 
 
-def _with_system(row: Row, system: str | None) -> Row:
-    """Return the row with this system message, unless it has one or is raw text."""
-    if system is None or row.text is not None or row.messages[0].role == "system":
+@dataclass(frozen=True)
+class _Parser:
+    """Parses the rows of one table.
+
+    Attributes:
+        parse_format: makes a row of the values of its format's columns.
+        system: system message for conversations that have none.
+        account: names the repairs to apply, and counts them and the keys that are not used.
+    """
+
+    parse_format: Callable[[_Parser, str, dict[str, Any]], Row]
+    system: str | None
+    account: Account
+
+    def parse(self, place: str, values: dict[str, Any], others: dict[str, Any]) -> Row:
+        """Return the row with these values of the format's columns and of ``others``.
+
+        Raises:
+            RowError: the row is malformed, or another column would change what is learnt.
+        """
+        row = self.parse_format(self, place, values)
+        if others:
+            Fields(place, "", others).finish(REFUSED_IN_ROW, self.account)
+        if row.text is None:
+            row = self._with_system(row, values["system"])
+            if has_value(values["tools"]):
+                row = replace(row, tools=parse_tools(place, values["tools"]))
+        if has_value(values["weight"]):
+            row = replace(row, weight=_weight(place, values["weight"]))
         return row
-    return Row(row.place, (Message("system", system), *row.messages))
+
+    def turns(self, place: str, turns: list[tuple[str, Any]]) -> Row:
+        """Return the conversation of these turns, each with its column's name."""
+        return Row(place, parse_turns(place, turns, self.account))
+
+    def is_nothing(self, text: Any) -> bool:
+        """Return whether an optional text is none, however that is written."""
+        if is_blank(text):
+            return True
+        if "blank_system" not in self.account.repairs or not isinstance(text, str):
+            return False
+        says_nothing = text.strip().lower() in NOTHING_WORDS
+        self.account.repaired["blank_system"] += says_nothing
+        return says_nothing
+
+    def _with_system(self, row: Row, column: Any) -> Row:
+        """Return the row with the system message of its column or of the config, unless it has one."""
+        if row.messages[0].role in OPENING_ROLES:
+            if not self.is_nothing(column):
+                raise RowError(
+                    row.place,
+                    "two system messages",
+                    "has a system message in its turns and in the column system; keep one of them",
+                )
+            return row
+        if not self.is_nothing(column):
+            system = valid_text(row.place, "system", column)
+        elif self.system is not None:
+            system = self.system
+        else:
+            return row
+        return replace(row, messages=(Message("system", system), *row.messages))
+
+    def pair(self, place: str, values: dict[str, Any], question: str, answer: str) -> Row:
+        """Return the conversation of the columns ``question`` and ``answer``."""
+        reasoning = values["reasoning_content"]
+        if has_value(reasoning):
+            reasoning = valid_text(place, "reasoning_content", reasoning)
+        else:
+            reasoning = None
+        prompt = valid_text(place, question, values[question])
+        completion = valid_text(place, answer, values[answer])
+        if reasoning and "</think>" in completion:
+            raise RowError(
+                place,
+                "thoughts twice",
+                f"has thoughts in {answer} and in reasoning_content; keep one of them",
+            )
+        return Row(place, (Message("user", prompt), Message("assistant", completion, reasoning)))
 
 
-def _with_system_column(row: Row, system: Any) -> Row:
-    """Return the row with the system message of its ``system`` column, if that holds one."""
-    return row if system in (None, "") else _with_system(row, _text_of(row.place, "system", system))
-
-
-def _text_of(place: str, column: str, value: Any) -> str:
-    """Return ``value`` if it is text that can be trained on.
+def _weight(place: str, value: Any) -> float:
+    """Return the weight of a row.
 
     Raises:
-        DataError: it is not a string, is blank, or is not valid Unicode.
+        RowError: it is no number of at least 0.
     """
-    if not isinstance(value, str):
-        actual = (
-            "null"
-            if value is None
-            else f"{type(value).__name__} {json.dumps(value, default=str)[:60]}"
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise RowError(
+            place,
+            "weight of a row",
+            f"weight is {quoted(value)}; a number of at least 0 is expected",
         )
-        raise DataError(f"{place}: {column} is {actual}; text is expected")
-    if not value.strip():
-        raise DataError(f"{place}: {column} is blank; text is expected")
-    if SURROGATES.search(value):
-        raise DataError(
-            f"{place}: {column} holds half a surrogate pair, which is not valid Unicode text"
-        )
-    return value
+    return weight
 
 
-def _parse_messages(place: str, values: dict[str, Any]) -> Row:
-    return _conversation(place, "messages", values["messages"], "role", "content", {})
-
-
-def _parse_sharegpt(place: str, values: dict[str, Any]) -> Row:
-    row = _conversation(
-        place, "conversations", values["conversations"], "from", "value", SHAREGPT_ROLES
-    )
-    return _with_system_column(row, values["system"])
-
-
-def _conversation(
-    place: str, column: str, turns: Any, role_key: str, text_key: str, roles: dict[str, str]
-) -> Row:
-    """Parse a list of turns.
-
-    Args:
-        place: where the row comes from.
-        column: name of the column, for errors.
-        turns: dicts, or pairs of a column's name and a dict where the turns come from two columns.
-        role_key: key of a turn's role.
-        text_key: key of a turn's content.
-        roles: the format's role names to ours; empty if they are the same.
+def _list_of_turns(place: str, column: str, value: Any) -> list[tuple[str, Any]]:
+    """Return the turns of a column, each with the column's name.
 
     Raises:
-        DataError: the turns are malformed or in the wrong order.
+        RowError: it holds no list, or an empty one.
     """
+    turns = json_value(place, column, value)
+    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
+        # Older versions of the datasets library store a list of turns as lists of their values.
+        turns = [
+            dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)
+        ]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{place}: {column} is {str(turns)[:60]!r}; a list of turns is expected")
-    messages = []
-    counts: dict[str, int] = {}
-    for item in turns:
-        turn_column, turn = item if isinstance(item, tuple) else (column, item)
-        number = counts.get(turn_column, 0)
-        counts[turn_column] = number + 1
-        location = f"{turn_column}[{number}]"
-        if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-            keys = ", ".join(turn) if isinstance(turn, dict) else repr(turn)[:60]
-            raise DataError(f"{place}: {location} has {keys}; {role_key} and {text_key} are needed")
-        role = (
-            roles.get(turn[role_key], turn[role_key]) if isinstance(turn[role_key], str) else None
+        raise RowError(
+            place,
+            f"{column} is no list of turns",
+            f"{column} is {quoted(value)}; a list of turns is expected",
         )
-        if role not in ("system", "user", "assistant"):
-            raise DataError(
-                f"{place}: {location}.{role_key} is {turn[role_key]!r}; allowed: "
-                + ", ".join(roles or ("system", "user", "assistant"))
-            )
-        messages.append(Message(role, _text_of(place, f"{location}.{text_key}", turn[text_key])))
-    _check_order(place, column, messages)
-    return Row(place, tuple(messages))
+    return [(column, turn) for turn in turns]
 
 
-def _check_order(place: str, column: str, messages: list[Message]) -> None:
-    """Check that user and assistant alternate and the assistant comes last.
-
-    Raises:
-        DataError: they do not.
-    """
-    turns = messages[1:] if messages[0].role == "system" else messages
-    for number, message in enumerate(turns):
-        expected = "user" if number % 2 == 0 else "assistant"
-        if message.role != expected:
-            order = ", ".join(message.role for message in messages)
-            raise DataError(
-                f"{place}: {column} has the roles {order}; user and assistant must alternate, after"
-                " at most one system message"
-            )
-    if not turns or turns[-1].role != "assistant":
-        raise DataError(
-            f"{place}: {column} ends without an assistant turn, so there is nothing to learn"
-        )
+def _parse_messages(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
+    return parser.turns(place, _list_of_turns(place, "messages", values["messages"]))
 
 
-def _parse_prompt_completion(place: str, values: dict[str, Any]) -> Row:
+def _parse_sharegpt(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
+    return parser.turns(place, _list_of_turns(place, "conversations", values["conversations"]))
+
+
+def _parse_prompt_completion(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        if not prompt or not completion:
-            empty = "completion" if prompt else "prompt"
-            raise DataError(f"{place}: {empty} is an empty list; a list of turns is expected")
-        turns = [("prompt", turn) for turn in prompt] + [
-            ("completion", turn) for turn in completion
-        ]
-        row = _conversation(place, "prompt and completion", turns, "role", "content", {})
-        return _with_system_column(row, values["system"])
-    return _pair(place, values, "prompt", "completion")
+        if has_value(values["reasoning_content"]):
+            raise RowError(
+                place,
+                "'reasoning_content' beside turns",
+                "has reasoning_content beside turns; write it into the turn that it belongs to",
+            )
+        turns = _list_of_turns(place, "prompt", prompt)
+        return parser.turns(place, turns + _list_of_turns(place, "completion", completion))
+    return parser.pair(place, values, "prompt", "completion")
 
 
-def _parse_alpaca(place: str, values: dict[str, Any]) -> Row:
-    if values["input"] not in (None, ""):
-        instruction = _text_of(place, "instruction", values["instruction"])
-        extra_input = _text_of(place, "input", values["input"])
+def _parse_alpaca(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
+    if not parser.is_nothing(values["input"]):
+        instruction = valid_text(place, "instruction", values["instruction"])
+        extra_input = valid_text(place, "input", values["input"])
         values = {**values, "instruction": f"{instruction}\n\n{extra_input}"}
-    return _pair(place, values, "instruction", "output")
+    return parser.pair(place, values, "instruction", "output")
 
 
-def _pair(place: str, values: dict[str, Any], question: str, answer: str) -> Row:
-    """Return the conversation of the columns ``question`` and ``answer``."""
-    messages = (
-        Message("user", _text_of(place, question, values[question])),
-        Message("assistant", _text_of(place, answer, values[answer])),
-    )
-    return _with_system_column(Row(place, messages), values["system"])
+def _parse_text(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
+    return Row(place, text=valid_text(place, "text", values["text"]))
 
 
-def _parse_text(place: str, values: dict[str, Any]) -> Row:
-    return Row(place, text=_text_of(place, "text", values["text"]))
-
-
-PARSERS: dict[str, Callable[[str, dict[str, Any]], Row]] = {
+PARSERS: dict[str, Callable[[_Parser, str, dict[str, Any]], Row]] = {
     "messages": _parse_messages,
     "sharegpt": _parse_sharegpt,
     "prompt_completion": _parse_prompt_completion,

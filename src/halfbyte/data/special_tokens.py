@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from halfbyte.data.rows import Message
-from halfbyte.errors import DataError
+from halfbyte.data.conversation import Message, ToolCall
+from halfbyte.data.fields import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,28 +18,50 @@ SENTINEL_START = 0xF0000
 SENTINELS = re.compile("[\U000f0000-\U000ffffd]")
 
 
+def longest_first(strings: Iterable[str]) -> list[str]:
+    """Return strings so that each stands before those that it contains."""
+    return sorted(strings, key=lambda string: (-len(string), string))
+
+
+def pattern_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of these strings, the longest first; it matches nothing of none."""
+    return re.compile("|".join(map(re.escape, longest_first(strings))) or r"(?!)")
+
+
 class SpecialTokens:
     """The special tokens of one tokenizer and template.
+
+    A text in which the same characters stand by chance, or to deceive, must not turn into such a token.
+    What an assistant writes may hold those that the model itself writes inside an answer, such as the
+    marks of thoughts and of tool calls.
 
     Args:
         strings: text of every special token; longer ones match before those that they contain.
         tokenizer: maps each to its id.
+        marks: those that no text may hold, an assistant's neither: marks of turns, stop tokens, BOS, EOS;
+            None for all.
 
     Attributes:
         strings: text of every special token.
+        marks: text of those that no text may hold.
         ids: special-token text to token id.
         pattern: matches the next special-token text in a text.
     """
 
-    def __init__(self, strings: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        strings: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        marks: Iterable[str] | None = None,
+    ) -> None:
         self.strings = frozenset(strings)
-        longest_first = sorted(self.strings, key=lambda token: (-len(token), token))
+        self.marks = self.strings if marks is None else self.strings & frozenset(marks)
         self.ids: dict[str, int] = {
-            token: tokenizer.convert_tokens_to_ids(token) for token in longest_first
+            token: tokenizer.convert_tokens_to_ids(token) for token in longest_first(self.strings)
         }
-        alternatives = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        self.pattern = re.compile(alternatives)
-        self._split_pattern = re.compile(f"({alternatives})")
+        self.pattern = pattern_of(self.strings)
+        self._mark_pattern = pattern_of(self.marks)
+        self._split_pattern = re.compile(f"({self.pattern.pattern})")
         self._prefixes = {token[:size] for token in self.strings for size in range(1, len(token))}
         self._suffixes = {token[size:] for token in self.strings for size in range(1, len(token))}
         self._last_of_prefixes = {prefix[-1] for prefix in self._prefixes}
@@ -50,51 +73,28 @@ class SpecialTokens:
         return self._split_pattern.split(text)
 
     def escape(
-        self, messages: tuple[Message, ...], place: str
-    ) -> tuple[tuple[Message, ...], dict[str, str]]:
-        """Replace special-token text in messages by sentinels.
+        self, messages: tuple[Message, ...], place: str, tools: str = ""
+    ) -> tuple[tuple[Message, ...], str, dict[str, str]]:
+        """Replace special-token text in messages and tools by sentinels.
 
-        The ends of a message are replaced as well where they could complete a special token together
-        with what the template writes next to them.
+        The ends of a text are replaced as well where they could complete a special token together with
+        what the template writes next to them.
 
         Returns:
-            The messages with sentinels, and the text that each sentinel stands for.
+            The messages and tools with sentinels, and the text that each sentinel stands for.
 
         Raises:
-            DataError: a message itself contains a sentinel.
+            RowError: a text itself contains a sentinel.
         """
-        originals: dict[str, str] = {}
+        escaper = _Escaper(self, place)
+        escaped = tuple([escaper.message(message) for message in messages])
+        return escaped, escaper.json(tools, "tools") if tools else tools, escaper.originals
 
-        def sentinel_for(text: str) -> str:
-            for char, original in originals.items():
-                if original == text:
-                    return char
-            char = chr(SENTINEL_START + len(originals))
-            originals[char] = text
-            return char
+    def of_role(self, role: str) -> re.Pattern[str]:
+        """Return the pattern of special-token text that stays text in what this role writes."""
+        return self._mark_pattern if role == "assistant" else self.pattern
 
-        escaped = []
-        for message in messages:
-            content = message.content
-            if SENTINELS.search(content):
-                raise DataError(
-                    f"{place}: a {message.role} message holds a private-use character"
-                    " (U+F0000 to U+FFFFD), which halfbyte reserves; remove it"
-                )
-            content = self.pattern.sub(lambda match: sentinel_for(match.group()), content)
-            size = len(content.rstrip())
-            tail = self._prefix_start(content, size)
-            if tail < size:
-                content = content[:tail] + sentinel_for(content[tail:size]) + content[size:]
-            lead = len(content) - len(content.lstrip())
-            head = self._suffix_end(content, lead)
-            if head > lead:
-                content = content[:lead] + sentinel_for(content[lead:head]) + content[head:]
-            unchanged = content == message.content
-            escaped.append(message if unchanged else Message(message.role, content))
-        return tuple(escaped), originals
-
-    def _prefix_start(self, content: str, size: int) -> int:
+    def prefix_start(self, content: str, size: int) -> int:
         """Return where the longest proper prefix of a special token starts that ends at ``size``.
 
         Where none does, return ``size``.
@@ -104,7 +104,7 @@ class SpecialTokens:
         first = max(0, size - self._max_length)
         return next((n for n in range(first, size) if content[n:size] in self._prefixes), size)
 
-    def _suffix_end(self, content: str, lead: int) -> int:
+    def suffix_end(self, content: str, lead: int) -> int:
         """Return where the longest proper suffix of a special token ends that starts at ``lead``.
 
         Where none does, return ``lead``.
@@ -113,3 +113,72 @@ class SpecialTokens:
             return lead
         last = min(len(content), lead + self._max_length)
         return next((n for n in range(last, lead, -1) if content[lead:n] in self._suffixes), lead)
+
+
+class _Escaper:
+    """Puts sentinels into the texts of one row.
+
+    Attributes:
+        originals: the text that each sentinel stands for.
+    """
+
+    def __init__(self, tokens: SpecialTokens, place: str) -> None:
+        self.tokens, self.place = tokens, place
+        self.originals: dict[str, str] = {}
+
+    def message(self, message: Message) -> Message:
+        """Return the message with sentinels, or itself if there is nothing to replace."""
+        pattern = self.tokens.of_role(message.role)
+        content = self._text(message.content, pattern, message.role)
+        if message.is_plain:
+            return message if content is message.content else replace(message, content=content)
+        return replace(
+            message,
+            content=content,
+            reasoning=message.reasoning and self._text(message.reasoning, pattern, message.role),
+            name=message.name and self._text(message.name, self.tokens.pattern, message.role),
+            tool_calls=tuple(
+                ToolCall(
+                    self._text(call.name, self.tokens.pattern, message.role),
+                    self.json(call.arguments, message.role),
+                    call.id,
+                )
+                for call in message.tool_calls
+            ),
+        )
+
+    def json(self, text: str, owner: str) -> str:
+        """Return JSON text with sentinels in its strings, whose quotes keep their ends from the template."""
+        self._check(text, owner)
+        return self.tokens.pattern.sub(lambda match: self._sentinel(match.group()), text)
+
+    def _text(self, text: str, pattern: re.Pattern[str], owner: str) -> str:
+        self._check(text, owner)
+        written = text
+        text = pattern.sub(lambda match: self._sentinel(match.group()), text)
+        size = len(text.rstrip())
+        tail = self.tokens.prefix_start(text, size)
+        if tail < size:
+            text = text[:tail] + self._sentinel(text[tail:size]) + text[size:]
+        lead = len(text) - len(text.lstrip())
+        head = self.tokens.suffix_end(text, lead)
+        if head > lead:
+            text = text[:lead] + self._sentinel(text[lead:head]) + text[head:]
+        return written if text == written else text
+
+    def _check(self, text: str, owner: str) -> None:
+        if SENTINELS.search(text):
+            raise RowError(
+                self.place,
+                "a private-use character",
+                f"a {owner} message holds a private-use character (U+F0000 to U+FFFFD), which halfbyte"
+                " reserves; remove it",
+            )
+
+    def _sentinel(self, text: str) -> str:
+        for char, original in self.originals.items():
+            if original == text:
+                return char
+        char = chr(SENTINEL_START + len(self.originals))
+        self.originals[char] = text
+        return char

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
-from halfbyte.data.rows import Message
+from halfbyte.data.answers import Sample, Span
+from halfbyte.data.conversation import Message
 from halfbyte.data.special_tokens import SENTINEL_START
 from halfbyte.data.template_analysis import only_copies
 from halfbyte.errors import DataError
@@ -24,19 +26,32 @@ class _RenderedTemplate:
         literals: the texts that the template writes, one more than there are placeholders.
         placeholders: for each, the number of the message whose content it stands for, and whether the
             template trims that content.
+        answers: for each answer, where it starts and ends: a part's number, with literals and contents
+            counted together, and the characters from its start.
     """
 
     literals: list[str]
     placeholders: list[tuple[int, bool]]
+    answers: list[tuple[tuple[int, int], tuple[int, int]]]
 
-    def fill(self, contents: list[str], trimmed: list[str]) -> str:
-        """Return the text with each message's content, or its trimmed content, put in."""
+    def fill(self, messages: tuple[Message, ...]) -> Sample:
+        """Return the text with each message's content put in, and its answers."""
+        contents = [message.content for message in messages]
         parts = [""] * (len(self.literals) + len(self.placeholders))
         parts[::2] = self.literals
         parts[1::2] = [
-            (trimmed if trim else contents)[number] for number, trim in self.placeholders
+            contents[number].strip() if trim else contents[number]
+            for number, trim in self.placeholders
         ]
-        return "".join(parts)
+        starts = list(accumulate(map(len, parts), initial=0))
+        learnt = [message.learnt for message in messages if message.role == "assistant"]
+        spans = [
+            Span(starts[first] + skipped, starts[last] + taken, is_learnt)
+            for ((first, skipped), (last, taken)), is_learnt in zip(
+                self.answers, learnt, strict=True
+            )
+        ]
+        return Sample("".join(parts), spans)
 
 
 class TemplateCache:
@@ -44,53 +59,67 @@ class TemplateCache:
 
     Args:
         template: Jinja text, or None.
-        render: runs the template: the text of a conversation, then of the prompt of each answer.
+        render: makes samples of a conversation whose answers are all to be learnt.
     """
 
     def __init__(
-        self, template: str | None, render: Callable[[tuple[Message, ...]], list[str]]
+        self, template: str | None, render: Callable[[tuple[Message, ...]], list[Sample]]
     ) -> None:
         self._render = render
         self._copies = isinstance(template, str) and (
             only_copies(template) and EDGE not in template and not PLACEHOLDERS.search(template)
         )
-        self._rendered: dict[tuple[str, ...], list[_RenderedTemplate]] = {}
+        self._rendered: dict[tuple[str, ...], _RenderedTemplate | None] = {}
 
-    def texts(self, messages: tuple[Message, ...]) -> Iterator[str] | None:
-        """Return what ``render`` would, or None if the template must be run for these messages."""
+    def sample(self, messages: tuple[Message, ...]) -> Sample | None:
+        """Return what ``render`` would, or None if the template must be run for these messages.
+
+        The messages are plain: they have no field but role, content and whether they are learnt.
+        """
         if not self._copies:
             return None
-        roles = tuple(message.role for message in messages)
+        roles = tuple([message.role for message in messages])
         if roles not in self._rendered:
             self._rendered[roles] = self._render_roles(roles)
         rendered = self._rendered[roles]
-        contents = [message.content for message in messages]
-        trimmed = [content.strip() for content in contents]
-        return (text.fill(contents, trimmed) for text in rendered) if rendered else None
+        return rendered.fill(messages) if rendered else None
 
-    def _render_roles(self, roles: tuple[str, ...]) -> list[_RenderedTemplate]:
-        """Render placeholders with these roles; empty if that fails or damages a placeholder."""
+    def _render_roles(self, roles: tuple[str, ...]) -> _RenderedTemplate | None:
+        """Render placeholders with these roles; None if that fails, damages one, or is no single text."""
         messages = tuple(
             Message(role, f"{EDGE}{chr(SENTINEL_START + number)}{EDGE}")
             for number, role in enumerate(roles)
         )
         try:
-            texts = self._render(messages)
+            samples = self._render(messages)
         except (
             DataError
         ):  # the template rejects these roles: each row gets that error with its place
-            return []
-        rendered = [_parse(text) for text in texts]
-        return [] if None in rendered else [text for text in rendered if text is not None]
+            return None
+        return _parse(samples[0]) if len(samples) == 1 else None
 
 
-def _parse(text: str) -> _RenderedTemplate | None:
+def _parse(sample: Sample) -> _RenderedTemplate | None:
     """Split a rendered text at its placeholders; None if the template has cut into one of them."""
-    parts = PLACEHOLDERS.split(text)
-    literals, before, chars, after = parts[::4], parts[1::4], parts[2::4], parts[3::4]
-    if before != after or any(EDGE in literal for literal in literals):
+    literals, placeholders = [], []
+    boundaries: dict[int, tuple[int, int]] = {}  # offset in the text to a part and an offset in it
+    at = 0
+    matches = list(PLACEHOLDERS.finditer(sample.text))
+    for number, match in enumerate([*matches, None]):
+        end = match.start() if match else len(sample.text)
+        literals.append(sample.text[at:end])
+        boundaries |= {offset: (2 * number, offset - at) for offset in range(at, end + 1)}
+        if match is None:
+            break
+        before, char, after = match.groups()
+        if before != after:
+            return None
+        placeholders.append((ord(char) - SENTINEL_START, not before))
+        at = match.end()
+    if any(EDGE in literal for literal in literals):
         return None
-    placeholders = [
-        (ord(char) - SENTINEL_START, not edge) for char, edge in zip(chars, before, strict=True)
-    ]
-    return _RenderedTemplate(literals, placeholders)
+    offsets = [(span.start, span.end) for span in sample.spans]
+    if not all(start in boundaries and end in boundaries for start, end in offsets):
+        return None
+    answers = [(boundaries[start], boundaries[end]) for start, end in offsets]
+    return _RenderedTemplate(literals, placeholders, answers)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from halfbyte.data.conversation import Message
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError
 from halfbyte.generate.batched import generate
 from halfbyte.llamacpp.model import GgufModel
@@ -84,7 +84,7 @@ def reply(
 def reply_from_gguf(model: GgufModel, messages: tuple[Message, ...], max_new_tokens: int) -> Reply:
     """Generate the greedy answer with a GGUF file in llama.cpp, by its own chat template and stop tokens."""
     start = time.perf_counter()
-    _, ids = model.prompt(messages)
+    _, ids = model.prompt([{"role": m.role, "content": m.content} for m in messages])
     (answer,) = model.answers([ids], stop_ids=None, max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - start
     num_tokens = len(answer.ids) + (answer.finish_reason == "stop")

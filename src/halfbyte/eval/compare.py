@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.config import Run
+from halfbyte.data.conversation import Row
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
-from halfbyte.data.rows import Row
 from halfbyte.errors import RunError
 from halfbyte.eval.benchmarks import LoadedBenchmark, ask
 from halfbyte.eval.measure import LOSS_METRIC, Variant, measure

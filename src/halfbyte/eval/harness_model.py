@@ -10,7 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from halfbyte.data.render import IGNORED
+from halfbyte.data.encoded import IGNORED
 from halfbyte.forward.packed import causal_of
 from halfbyte.forward.scoring import ROWS_PER_SCORED, row_scores
 from halfbyte.generate.continuous import SlotGenerator, slots_refusal

@@ -12,9 +12,9 @@ import numpy as np
 from torch import nn
 
 from halfbyte.config import Run
+from halfbyte.data.conversation import Row
+from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question
-from halfbyte.data.render import IGNORED
-from halfbyte.data.rows import Row
 from halfbyte.eval.energy import Meter
 from halfbyte.eval.harness import BenchmarkResult
 from halfbyte.eval.intervals import mean_interval, ratio_interval

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from halfbyte.config import Run
+from halfbyte.data.conversation import Row
 from halfbyte.data.ledger import Ledger
-from halfbyte.data.rows import Row
 from halfbyte.eval.benchmarks import LoadedBenchmark
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
 from halfbyte.eval.intervals import (

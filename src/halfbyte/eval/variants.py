@@ -209,7 +209,13 @@ def _baseline(comparison: Comparison, baseline: Baseline) -> Iterator[Contender]
     run, compute = comparison.run, comparison.compute
     base = resolve_base(baseline.model, baseline.revision)
     template = load_template(baseline.chat_template) if baseline.chat_template else None
-    renderer = Renderer(load_tokenizer(base), template, run.data.loss_on)
+    renderer = Renderer(
+        load_tokenizer(base),
+        template,
+        run.data.loss_on,
+        system_as=run.data.system_as,
+        day=run.data.date,
+    )
     shown = fewshot_examples(comparison.trained.folder, baseline.fewshot, run.seed)
     rendered = questions([question.row for question in comparison.questions], renderer, shown)
     note = f", {baseline.fewshot} training examples in the prompt" if shown else ""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
-from halfbyte.data.render import IGNORED
 from halfbyte.forward import prefix_attention
 from halfbyte.forward.loss import head_losses, head_scores, score_logits, tile_starts
 from halfbyte.forward.probes import (
@@ -70,10 +70,8 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
         if layout is None:
             return model_forward(self, *args, **options)
         device = self.get_input_embeddings().weight.device
-        counts, targets = (
-            torch.tensor(numbers, dtype=torch.long, device=device)
-            for numbers in (layout.counts, layout.targets)
-        )  # (N,) each
+        targets = torch.tensor(layout.targets, dtype=torch.long, device=device)  # (N,)
+        counts = torch.tensor(layout.counts, device=device)  # (N,)
         if layout.padded or not has_tree_attention(self):
             inputs, sources = _padded_inputs(layout, device)
         else:

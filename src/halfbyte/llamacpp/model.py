@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfbyte.data.render import IGNORED
-from halfbyte.data.rows import Message
+from halfbyte.data.encoded import IGNORED
 from halfbyte.errors import ModelError
 from halfbyte.generate.batched import Answer
 from halfbyte.llamacpp.gguf_file import BATCH_TOKENS, CONTEXT_STEP
@@ -108,8 +107,14 @@ class GgufModel:
         )
         return buffer.raw[: max(0, length)].decode("utf-8", "replace")
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+    def prompt(
+        self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[str, list[int]]:
         """Render a generation prompt to text and ids with the file's own chat template and tokenizer.
+
+        Args:
+            turns: the conversation, as chat templates take it.
+            tools: the tools that may be called.
 
         Raises:
             ModelError: the file has no chat template, or the template rejects the conversation.
@@ -120,11 +125,11 @@ class GgufModel:
             raise ModelError(
                 f"{self.path}: holds no chat template, so no conversation can be rendered"
             )
-        turns = [{"role": message.role, "content": message.content} for message in messages]
         bos, eos = self._token_text("bos"), self._token_text("eos")
         try:
             (text,), _ = render_jinja_template(
                 [turns],
+                tools=tools,
                 chat_template=self.chat_template,
                 add_generation_prompt=True,
                 bos_token=bos,

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from halfbyte.data.rows import Message
+from halfbyte.data.conversation import Message
 from halfbyte.errors import DataError
 from halfbyte.serve import page
 from halfbyte.serve.refusal import ERRORS, RefusedError

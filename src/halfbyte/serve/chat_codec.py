@@ -6,8 +6,8 @@ import functools
 import re
 from typing import Any
 
+from halfbyte.data.conversation import Message
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import Message
 from halfbyte.errors import DataError
 from halfbyte.serve.text import REPLACEMENT_CHAR
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from halfbyte.config.section import ComputeDtype, Precision
+from halfbyte.data.conversation import Message
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import Message
 from halfbyte.errors import DataError, ModelError, UserError
 from halfbyte.forward.multi_lora import mix_adapters
 from halfbyte.forward.slot_attention import SlotInput
@@ -213,7 +213,7 @@ def _open_gguf(
     else:
         renderer = _renderer(resolve_base(target.target))
     model = GgufModel(path, gpu_layers=options.gpu_layers)
-    _, theirs = model.prompt(PROBE)
+    _, theirs = model.prompt(renderer.turns(PROBE))
     ours = renderer.encode_prompt(PROBE)
     if ours != theirs:
         raise ModelError(

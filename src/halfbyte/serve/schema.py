@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from halfbyte.data.rows import SURROGATES
+from halfbyte.data.fields import SURROGATES
 
 MAX_MESSAGES = 256
 MAX_FIELDS = 64

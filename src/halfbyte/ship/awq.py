@@ -17,7 +17,6 @@ from typing import Any
 from torch import nn
 
 from halfbyte.data.questions import training_examples
-from halfbyte.data.rows import Message
 from halfbyte.errors import ModelError, RunError, last_line
 from halfbyte.generate.batched import Answer, generate
 from halfbyte.llamacpp.tools import cached_tool
@@ -105,11 +104,12 @@ class FolderModel:
             batch_rows=self._batch_rows,
         )
 
-    def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
+    def prompt(
+        self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[str, list[int]]:
         """Return a prompt as in ``EngineModel``, tokenising the whole text at once as a server does."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
         text: Any = self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
+            turns, tools=tools, tokenize=False, add_generation_prompt=True
         )
         bos = self._tokenizer.bos_token
         starts = bool(bos) and str(text).startswith(str(bos))

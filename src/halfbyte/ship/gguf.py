@@ -71,7 +71,7 @@ class GgufFactory:
             renderer.prompt_text,
             renderer.tokenizer.bos_token,
             [str(renderer.tokenizer.convert_ids_to_tokens(i)) for i in renderer.stop_ids],
-            self._measured.conversations,
+            [row.messages for row in self._measured.conversations],
         )
         if text is None:
             return "no Modelfile: Go's templates cannot say what this chat template says"

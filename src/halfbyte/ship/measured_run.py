@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from halfbyte.data.conversation import Row, tools_of
 from halfbyte.data.questions import measuring_rows
-from halfbyte.data.rows import Message, Row
 from halfbyte.host import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import Loaded
@@ -48,14 +48,20 @@ class MeasuredRun:
         return self.trained.renderer.pad_id
 
     @property
-    def conversations(self) -> list[tuple[Message, ...]]:
+    def conversations(self) -> list[Row]:
         """The rows without their last answers; raw-text rows are left out."""
-        return [row.messages[:-1] for row in self.held_out if row.text is None]
+        return [
+            replace(row, messages=row.messages[:-1]) for row in self.held_out if row.text is None
+        ]
 
-    def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
-        """Return the text and ids of a generation prompt, rendered as in training."""
-        renderer = self.trained.renderer
-        return renderer.prompt_text(messages), renderer.encode_prompt(messages)
+    def prompt(self, row: Row) -> tuple[str, list[int]]:
+        """Return the text and ids of the generation prompt of a conversation, rendered as in training."""
+        renderer, conversation = self.trained.renderer, (row.messages, row.place, row.tools)
+        return renderer.prompt_text(*conversation), renderer.encode_prompt(*conversation)
+
+    def turns(self, row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Return turns and tools of a conversation as an engine's chat template is given them."""
+        return self.trained.renderer.turns(row.messages), tools_of(row.tools) if row.tools else None
 
     def reference(self, loaded: Loaded, arithmetic: Compute) -> tuple[nn.Module, Reference]:
         """Put the adapter on its base, compute in ``arithmetic``, and predict the rows.

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from halfbyte.data.rows import Message
+from halfbyte.data.conversation import Message
 from halfbyte.errors import DataError
 
 SYSTEM, FIRST, ANSWER, SECOND = "⟦system⟧", "⟦first⟧", "⟦answer⟧", "⟦second⟧"

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from halfbyte.config.schema import Export
 from halfbyte.data.questions import Question
-from halfbyte.data.rows import Message
 from halfbyte.errors import RunError
 from halfbyte.generate.batched import Answer
 from halfbyte.ship.measured_run import MeasuredRun
@@ -26,7 +25,9 @@ class EngineModel(Protocol):
     ) -> list[Answer]:
         """Generate greedy answers."""
 
-    def prompt(self, messages: tuple[Message, ...]) -> tuple[str, list[int]]:
+    def prompt(
+        self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[str, list[int]]:
         """Return the text and ids of a generation prompt, using the artefact's template and tokenizer."""
 
     def ends(self, token: int) -> bool:
@@ -96,9 +97,9 @@ def prove(
     log_probs, loss = engine.predict(measured.rows, positions, columns)
     same_text = same_ids = 0
     first = None
-    for messages in measured.conversations:
-        wanted_text, wanted_ids = measured.prompt(messages)
-        text, ids = engine.prompt(messages)
+    for row in measured.conversations:
+        wanted_text, wanted_ids = measured.prompt(row)
+        text, ids = engine.prompt(*measured.turns(row))
         same_text += text == wanted_text
         same_ids += ids == wanted_ids
         if first is None and (text, ids) != (wanted_text, wanted_ids):

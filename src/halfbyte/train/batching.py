@@ -39,14 +39,20 @@ class Cutting:
         tokens = pass_tokens(rows, micro_batch_size, share=share, padded=padded)
         return cls(micro_batch_size, share, padded, tokens)
 
-    def layout(self, rows: Sequence[Tokens]) -> Layout:
-        """Lay these rows out as one pass."""
-        return lay_out(rows, share=self.share, padded=self.padded)
+    def layout(self, rows: Sequence[Tokens], weights: Sequence[float] | None = None) -> Layout:
+        """Lay these rows out as one pass; ``weights`` are factors of their losses, None for 1."""
+        return lay_out(rows, share=self.share, padded=self.padded, weights=weights)
 
-    def step(self, rows: Sequence[Tokens]) -> list[Layout]:
+    def step(self, rows: Sequence[Tokens], weights: Sequence[float] | None = None) -> list[Layout]:
         """Split the rows of an optimizer step into passes."""
         cut = cut_step(rows, self.max_tokens, share=self.share, padded=self.padded)
-        return [self.layout([rows[number] for number in numbers]) for numbers in cut]
+        return [
+            self.layout(
+                [rows[number] for number in numbers],
+                weights and [weights[number] for number in numbers],
+            )
+            for numbers in cut
+        ]
 
     def losses(self, model: nn.Module, rows: Sequence[Tokens]) -> list[tuple[float, int]]:
         """Run ``row_losses`` with passes laid out in the same way."""

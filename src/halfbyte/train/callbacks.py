@@ -178,7 +178,10 @@ class Samples(TrainerCallback):
         tracker = self.training.tracker
         if tracker is None or not self.examples:
             return
-        prompts = [self.renderer.encode_prompt(e.row.messages[:-1]) for e in self.examples]
+        prompts = [
+            self.renderer.encode_prompt(e.row.messages[:-1], e.row.place, e.row.tools)
+            for e in self.examples
+        ]
         with self.training.compute_loss_context_manager():
             answers = generate(
                 self.training.model,

@@ -8,14 +8,15 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import Run, read_run_folder, run_as_yaml
 from halfbyte.config.read import UNNAMED
 from halfbyte.data.ledger import Ledger
-from halfbyte.data.prepare import hash_fraction
-from halfbyte.data.prepared import Prepared
+from halfbyte.data.normal import hash_fraction
+from halfbyte.data.prepared import Prepared, rows_of
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import save_adapter
 from halfbyte.model.identity import check_same_base
@@ -113,8 +114,11 @@ def open_session(run: Run) -> Session:
         manifest = read_manifest(folder)
         finished = manifest is not None and manifest.finished
         if resume or finished:
+            run = _on_its_day(run, folder)
             _check_same(run, folder)
         earlier = manifest if resume else None
+    if not (resume or finished):
+        run = _on_day(run, run.data.date or date.today())
     if is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_text(folder.config, run_as_yaml(run))
@@ -171,12 +175,9 @@ def record_data(session: Session, prepared: Prepared) -> None:
     prepared.ledger.write(folder.ledger)
     for name in ("validation", "test"):
         rows = getattr(prepared, name)
-        write_jsonl(folder.data / f"{name}.jsonl", (example.row.as_json() for example in rows))
-    pool = sorted(prepared.train, key=lambda example: hash_fraction(example.row.prompt))
-    write_jsonl(
-        folder.data / "fewshot.jsonl",
-        (example.row.as_json() for example in pool[:NUM_FEWSHOT_POOL]),
-    )
+        write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in rows_of(rows)))
+    pool = sorted(rows_of(prepared.train), key=lambda row: hash_fraction(row.prompt))
+    write_jsonl(folder.data / "fewshot.jsonl", (row.as_json() for row in pool[:NUM_FEWSHOT_POOL]))
 
 
 def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> None:
@@ -245,6 +246,18 @@ def _as_before(run: Run, earlier: Manifest | None) -> Run:
     if run.train.checkpointing == "auto":
         settled["checkpointing"] = plan["checkpointing"]
     return run.model_copy(update={"train": run.train.model_copy(update=settled)})
+
+
+def _on_day(run: Run, day: date | None) -> Run:
+    """Return the run with the day that its chat template is told for today."""
+    return run.model_copy(update={"data": run.data.model_copy(update={"date": day})})
+
+
+def _on_its_day(run: Run, folder: RunDir) -> Run:
+    """Return the run with the day on which its training began, unless the config names one."""
+    if run.data.date is not None:
+        return run
+    return _on_day(run, read_run_folder(folder.path).data.date)
 
 
 def _check_same(run: Run, folder: RunDir) -> None:

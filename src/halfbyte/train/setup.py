@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import Run
-from halfbyte.data.prepared import Example, Prepared, tokens_of
+from halfbyte.data.prepared import Example, Prepared, empty_shares, tokens_of
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter
@@ -18,6 +18,7 @@ from halfbyte.plan.memory import Planner, TrainPlan
 from halfbyte.plan.shape import Lengths
 from halfbyte.train.arguments import Passes
 from halfbyte.train.settle_dtype import settle_compute
+from halfbyte.train.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,10 +90,13 @@ def set_up(
         is_main: whether this process writes them.
 
     Raises:
-        RunError: evaluations are configured, but no row is held out.
+        RunError: evaluations are configured, but no row is held out, or a share holds out none.
         PlanError: the training cannot fit into memory.
-        ModelError: the base cannot be loaded, or the adapter cannot be placed.
+        ModelError: tokens of the rows have no row in the embedding, the base cannot be loaded, or the adapter
+            cannot be placed.
     """
+    for line in empty_shares(prepared, run.data):
+        raise RunError(line)
     held_out = loss_rows(prepared)
     if run.train.eval_steps and not held_out:
         raise RunError(
@@ -100,7 +104,9 @@ def set_up(
             " the held-out part; raise data.validation_frac or set train.eval_steps=0"
         )
     lengths, held_out_lengths = row_lengths(prepared.train), row_lengths(held_out)
-    planner, plan = gate(run, load_config(base), device, lengths, held_out_lengths)
+    config = load_config(base)
+    check_vocabulary(base.name, config, renderer, [*prepared.train, *held_out])
+    planner, plan = gate(run, config, device, lengths, held_out_lengths)
     loaded = load_for_training(base, run.model)
     model = attach_adapter(loaded, run.adapter, run.seed, scratch, is_main=is_main)
     settled = settle_compute(run, loaded, model, prepared.train)

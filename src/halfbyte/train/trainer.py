@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
 from halfbyte.data.prefix_tree import Tokens
-from halfbyte.data.prepared import tokens_of
+from halfbyte.data.prepared import tokens_of, weights_of
 from halfbyte.forward.fused_layers import fuse
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.recompute import recompute_first
@@ -34,7 +34,7 @@ class TokenTrainer(SFTTrainer):
     """SFTTrainer whose loss is the mean over labelled tokens of the whole optimizer step.
 
     TRL's loss scores every position on CPU, and its evaluation averages batch means; here both are sums
-    over labelled tokens divided by their number.
+    over labelled tokens divided by their number, each token with the weight of its row.
 
     Args:
         setup: rows, base with adapter, and how a step is split; the model already has ``token_loss``.
@@ -49,6 +49,7 @@ class TokenTrainer(SFTTrainer):
         self.control: TrainerControl
         self.tracker, self.cutting = tracker, cutting
         self.rows, self.held_out = tokens_of(setup.train), tokens_of(setup.held_out)
+        self.weights, self.held_out_weights = weights_of(setup.train), weights_of(setup.held_out)
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
         self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
         self.saved_step = -1
@@ -84,8 +85,10 @@ class TokenTrainer(SFTTrainer):
     def _collate(self, numbers: list[dict[str, int]]) -> dict[str, Any]:
         """Split the rows of an optimizer step into passes."""
         step = [self.rows[number["row"]] for number in numbers]
-        layouts = self.cutting.step(step)
+        weights = self.weights and [self.weights[number["row"]] for number in numbers]
+        layouts = self.cutting.step(step, weights)
         return {
+            "divisor": weights and sum(sum(layout.counts) for layout in layouts),
             "layouts": layouts,
             "labels": torch.tensor([[label for _, labels in step for label in labels]]),
             "num_tokens": sum(layout.num_tokens for layout in layouts),
@@ -127,6 +130,10 @@ class TokenTrainer(SFTTrainer):
         The transformers method makes one pass of a fixed number of rows; this one makes as few as fit.
         """
         assert num_items_in_batch is not None, "transformers counted no labelled tokens"
+        divisor = num_items_in_batch
+        if inputs["divisor"] is not None:
+            weight = torch.tensor(inputs["divisor"], device=self.args.device)
+            divisor = self.accelerator.reduce(weight, "sum")
         model.train()
         if len(inputs["layouts"]) > 1 and self.args.device.type == "cpu":
             self._lay_out_gradients()
@@ -136,7 +143,7 @@ class TokenTrainer(SFTTrainer):
             alone = contextlib.nullcontext() if number == last else self.accelerator.no_sync(model)
             with alone:
                 with self.compute_loss_context_manager():
-                    loss = model(layout=layout) / num_items_in_batch
+                    loss = model(layout=layout) / divisor
                 # DDP averages gradients over processes, but the divisor already counts all their tokens.
                 loss = loss * self.accelerator.num_processes
                 self.accelerator.backward(loss)
@@ -176,7 +183,10 @@ class TokenTrainer(SFTTrainer):
         mine = self.held_out[state.process_index :: state.num_processes]
         with self.compute_loss_context_manager():
             losses = self.cutting.losses(self.model, mine)
-        total, count = sum(loss for loss, _ in losses), sum(count for _, count in losses)
+        weights = self.held_out_weights or [1] * len(self.held_out)
+        mine_weights = weights[state.process_index :: state.num_processes]
+        total = sum(w * loss for w, (loss, _) in zip(mine_weights, losses, strict=True))
+        count = sum(w * count for w, (_, count) in zip(mine_weights, losses, strict=True))
         sums = torch.tensor([total, count], dtype=torch.float64, device=state.device)
         sums = state.reduce(sums)
         loss = float(sums[0] / sums[1])

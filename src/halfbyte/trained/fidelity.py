@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from halfbyte.data.render import IGNORED
+from halfbyte.data.encoded import IGNORED
 from halfbyte.forward.packed import pad_right
 
 LOGITS_BYTES = 512 << 20  # for the trained model's log-probabilities, in fp32

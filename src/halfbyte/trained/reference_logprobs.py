@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.data.conversation import Row, row_from_json
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import Row, row_from_json
 from halfbyte.errors import RunError
 from halfbyte.run_dir import read_json, write_json
 
@@ -90,13 +90,13 @@ def check_reference_logprobs(
 
 def _prompt(row: Row) -> Row:
     if row.text is None:
-        return Row(row.place, row.messages[:-1])
+        return Row(row.place, row.messages[:-1], tools=row.tools)
     return Row(row.place, text=row.text[: len(row.text) // 2 + 1])
 
 
 def _ids(renderer: Renderer, prompt: Row) -> list[int]:
     if prompt.text is None:
-        return renderer.encode_prompt(prompt.messages, prompt.place)
+        return renderer.encode_prompt(prompt.messages, prompt.place, prompt.tools)
     return list(renderer.tokenizer(prompt.text)["input_ids"])
 
 

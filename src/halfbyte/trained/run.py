@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.config import Run, read_run_folder
-from halfbyte.data.render import Renderer
+from halfbyte.data.render import Renderer, renderer_of
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.identity import check_same_base
@@ -84,7 +84,8 @@ def read_trained_run(path: Path, run: Run | None = None) -> TrainedRun:
     base = resolve_base(run.model.name, manifest.base.revision)
     check_same_base(manifest.base, base.identity, f"{folder.path}: was trained on")
     tokenizer = read_tokenizer(folder.adapter, str(folder.adapter))
-    renderer = Renderer(tokenizer, None, run.data.loss_on)
+    # The tokenizer beside the adapter has the template that it was trained with.
+    renderer = renderer_of(run.data.model_copy(update={"chat_template": None}), tokenizer)
     if renderer.template_sha256 != manifest.chat_template_sha256:
         raise RunError(
             f"{folder.adapter}: its chat template is not the one that the run was trained with (sha256"

@@ -1,0 +1,118 @@
+"""Owns the keys of a config's data section: sources, formats, rendering, policies and splits."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from halfbyte.config.section import Fraction, Name, Section
+
+
+def _read_day(value: Any) -> Any:
+    """Return the day that a text such as ``2026-11-28`` names; YAML reads it without quotes as a day."""
+    return datetime.date.fromisoformat(value) if isinstance(value, str) else value
+
+
+Day = Annotated[datetime.date, BeforeValidator(_read_day)]
+
+
+class Data(Section):
+    """The rows, how they are rendered to tokens, and which of them are held out."""
+
+    train: Name = Field(
+        description="Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow file (also as"
+        " .gz, .xz or .zst), a pattern such as `rows/**/*.jsonl`, a folder of files, a folder that"
+        " `save_to_disk` wrote, or a Hub dataset id."
+    )
+    test: Name | None = Field(
+        None,
+        description="Rows for the comparison, from a file, folder or Hub id. Else `test_frac`.",
+    )
+    train_split: Name = Field(
+        "train", description="Split for training, of a Hub dataset or of a folder with several."
+    )
+    test_split: Name = Field("test", description="Split for the comparison, likewise.")
+    field: Name | None = Field(
+        None, description="Key under which a JSON file holds its rows: `data` in `{data: [...]}`."
+    )
+    encoding: Name = Field(
+        "utf-8", description="Encoding of text files, such as `cp1252`, `utf-16`."
+    )
+    subset: Name | None = Field(None, description="Configuration name of a Hub dataset.")
+    revision: Name | None = Field(None, description="Revision of a Hub dataset.")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = Field(
+        "auto", description="Shape of a row; `auto` reads it off the columns and prints it."
+    )
+    columns: dict[str, Name] = Field(
+        default_factory=dict,
+        description="Column names that differ from the format's: `{prompt: question, completion:"
+        " answer}`.",
+    )
+    system: Name | None = Field(
+        None, description="System message for rows without one of their own."
+    )
+    chat_template: Name | None = Field(
+        None,
+        description="`gemma`, `chatml`, `plain`, or a Jinja file; required for a base model without"
+        " its own chat template.",
+    )
+    loss_on: Literal["completion", "last", "all"] = Field(
+        "completion",
+        description="`completion`: assistant turns with their stop token, but for turns of weight 0;"
+        " `last`: the last of them alone; `all`: every token. Raw text rows are always `all`.",
+    )
+    stop: Literal["template", "eos"] = Field(
+        "template",
+        description="What ends an answer: the token that the chat template writes, or the tokenizer's EOS"
+        " token, for a template that writes none.",
+    )
+    system_as: Literal["system", "user"] = Field(
+        "system",
+        description="`user` puts a system message into the first user turn, for a chat template that has no"
+        " such role.",
+    )
+    date: Day | None = Field(
+        None,
+        description="Day that a chat template is told for today, as `2026-11-28`; default: the day on which"
+        " training began, which the run keeps.",
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(1024, description="Longest row, in tokens.")
+    on_overlength: Literal["error", "drop", "truncate"] = Field(
+        "error",
+        description="What to do with a row over `max_length`: stop and name it, leave it out and"
+        " count it, or cut its end off.",
+    )
+    on_malformed: Literal["error", "drop"] = Field(
+        "error",
+        description="What to do with a row that cannot be read or rendered: stop and name it, or leave it"
+        " out and count it by reason.",
+    )
+    repair: list[
+        Literal["merge_turns", "drop_leading_assistant", "drop_trailing_user", "blank_system"]
+    ] = Field(
+        default_factory=list,
+        description="Repairs of rows, each counted: `merge_turns` joins neighbouring turns of one role,"
+        " `drop_leading_assistant` leaves a greeting out, `drop_trailing_user` a last turn without answer,"
+        " `blank_system` a system message or input that says `None`, `null` or `N/A`.",
+    )
+    on_leak: Literal["error", "drop"] = Field(
+        "error",
+        description="What to do with a training row whose prompt is also held out: stop, or leave it"
+        " out of training.",
+    )
+    validation_frac: Fraction = Field(
+        0.0,
+        description="Share of training rows held out for the loss during training, chosen by hash of"
+        " the prompt, which is all that the model sees before the answer.",
+    )
+    test_frac: Fraction = Field(
+        0.0, description="Share of rows held out for the comparison where `test` names none."
+    )
+    cache: bool = Field(
+        True,
+        description="Keep prepared rows in `~/.cache/halfbyte` (or `$HALFBYTE_CACHE`), and reuse"
+        " them while rows, settings, tokenizer, template and code are the same. Changes speed, not"
+        " the result.",
+    )

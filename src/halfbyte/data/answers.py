@@ -1,0 +1,163 @@
+"""Owns where answers lie in the text of a template: each in the context that generation would see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from halfbyte.data.chat_format import ChatFormat
+from halfbyte.data.conversation import Message
+from halfbyte.data.fields import RowError
+
+# What opens thoughts at the end of a prompt, and what closes them.
+THINK_MARKS = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]": "[/THINK]"}
+THINK_OPENER = re.compile(f"({'|'.join(map(re.escape, THINK_MARKS))})\\s*$")
+
+
+@dataclass(frozen=True)
+class Span:
+    """An assistant's answer in a text, half-open in characters, with its stop token.
+
+    Attributes:
+        start: where its generation prompt ends.
+        end: behind its stop token.
+        learnt: whether this text is the one in which it is learnt.
+    """
+
+    start: int
+    end: int
+    learnt: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text with answers to learn.
+
+    Attributes:
+        text: what the template writes, up to the end of the last answer to learn.
+        spans: every answer in it.
+    """
+
+    text: str
+    spans: list[Span]
+
+
+def samples_of(
+    form: ChatFormat, messages: tuple[Message, ...], learnt: Sequence[int], place: str, tools: str
+) -> list[Sample]:
+    """Render a conversation so that each answer is learnt in the context that generation would see.
+
+    Many templates leave the thoughts of earlier answers out, so that no one text has all answers as they
+    are generated. Then a conversation becomes several texts; in each, the earlier answers are context.
+
+    Args:
+        form: the template.
+        messages: the conversation, escaped.
+        learnt: the numbers of the answers to learn, in order.
+        place: where the row comes from.
+        tools: JSON text of its tools, escaped.
+
+    Returns:
+        one text or more, that with the last answer first.
+
+    Raises:
+        RowError: an answer does not begin with its generation prompt, or has no stop token.
+    """
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    prompts = {n: form.template.prompt(messages[:n], place, tools) for n in answers}
+    texts: list[tuple[str, dict[int, tuple[int, int]]]] = []
+    for number in reversed(learnt):
+        rendered = form.template.render(messages[: number + 1], place, tools)
+        text, start, end = _answer(form, rendered, prompts[number], messages[number], place, number)
+        if texts and texts[-1][0].startswith(text[:end]):
+            texts[-1][1][number] = (start, end)
+        else:
+            texts.append((text[:end], {number: (start, end)}))
+    return [Sample(text, _spans(form, text, prompts, learnt)) for text, learnt in texts]
+
+
+def context_spans(
+    form: ChatFormat, text: str, messages: tuple[Message, ...], place: str, tools: str
+) -> list[Span]:
+    """Return the earlier answers in the text of a generation prompt, where ``samples_of`` has them too."""
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    prompts = {n: form.template.prompt(messages[:n], place, tools) for n in answers}
+    return _spans(form, text, prompts, {})
+
+
+def _spans(
+    form: ChatFormat,
+    text: str,
+    prompts: dict[int, str],
+    learnt: dict[int, tuple[int, int]],
+) -> list[Span]:
+    """Return the answers of a text: those to learn, and those that follow their generation prompt."""
+    numbers = list(prompts)
+    spans = []
+    for number, following in zip_longest(numbers, numbers[1:]):
+        if number in learnt:
+            spans.append(Span(*learnt[number], learnt=True))
+            continue
+        start = len(prompts[number])
+        limit = len(text) if following is None else len(prompts[following])
+        if text.startswith(prompts[number]) and start < len(text):
+            # Within another answer, a stop token may be left out.
+            end = form.end_of_answer(text, start)
+            if end is not None and end <= limit:
+                spans.append(Span(start, end, learnt=False))
+    return spans
+
+
+def _answer(
+    form: ChatFormat, text: str, prompt: str, message: Message, place: str, number: int
+) -> tuple[str, int, int]:
+    """Return a text that ends with an answer, and where the answer starts and ends.
+
+    Raises:
+        RowError: the answer does not follow its generation prompt, or has no stop token.
+    """
+    if not text.startswith(prompt):
+        continued = _think_after(text, prompt, message)
+        if continued is None:
+            raise RowError(
+                place,
+                "an answer that does not follow its generation prompt",
+                "the chat template renders the conversation differently from the prompt for its answer"
+                f" {number}: {text[: len(prompt)][-40:]!r} against {prompt[-40:]!r}. Training and"
+                " generation would see different text",
+            )
+        text = continued
+    text = form.with_stop(text, message)
+    end = form.end_of_answer(text, len(prompt))
+    if end is None:
+        raise RowError(
+            place,
+            "an answer without a stop token",
+            f"the chat template writes no {form.stops[0]} after answer {number}",
+        )
+    return text, len(prompt), end
+
+
+def _think_after(text: str, prompt: str, message: Message) -> str | None:
+    """Return the text of an answer whose prompt opens thoughts that the template leaves out of the answer.
+
+    DeepSeek-R1's prompt ends with ``<think>``, and its template writes of an answer only what follows
+    ``</think>``. What the model generates, and so has to learn, are the thoughts, their end, and the rest.
+
+    Returns:
+        the prompt and what follows it, or None if this is not what the template does.
+    """
+    opener = THINK_OPENER.search(prompt)
+    if opener is None or not text.startswith(prompt[: opener.start()]):
+        return None
+    mark, close = opener.group(1), THINK_MARKS[opener.group(1)]
+    body = text[opener.start() :]
+    if body.startswith(mark):  # an empty block, with other space in it than the prompt leaves
+        return prompt + body[len(mark) :].lstrip()
+    found = re.match(
+        rf"\s*(?:{re.escape(mark)})?(.*?)\s*{re.escape(close)}", message.content, re.DOTALL
+    )
+    thoughts = (message.reasoning or (found.group(1) if found else "")).strip()
+    return f"{prompt}{thoughts}\n{close}\n\n{body.lstrip()}"

@@ -1,0 +1,24 @@
+"""Owns when two prompts count as the same, and the number that a prompt is split by."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+
+
+def normalised(prompt: str) -> str:
+    """Return the prompt without regard to case, spaces and closing punctuation.
+
+    Two prompts count as the same if their normalised forms are equal.
+    """
+    text = " ".join(prompt.casefold().split())
+    end = len(text)
+    while end and unicodedata.category(text[end - 1])[0] in "PZ":
+        end -= 1
+    return text[:end] or text or prompt
+
+
+def hash_fraction(prompt: str) -> float:
+    """Return a number in [0, 1) that depends on the normalised prompt alone."""
+    digest = hashlib.sha256(normalised(prompt).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

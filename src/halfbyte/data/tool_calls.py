@@ -1,0 +1,84 @@
+"""Owns tools in rows: the list of tools that may be called, and the calls, however a data set writes them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from halfbyte.data.conversation import ToolCall
+from halfbyte.data.fields import RowError, json_value, quoted
+
+
+def parse_calls(place: str, where: str, value: Any) -> tuple[ToolCall, ...]:
+    """Parse tool calls: a call or a list of calls, as objects or as their JSON text.
+
+    A call is ``{id, type, function: {name, arguments}}`` or ``{name, arguments}``, its arguments an object
+    or the JSON text of one.
+
+    Raises:
+        RowError: a call has another shape.
+    """
+    if value is None:
+        return ()
+    value = json_value(place, where, value)
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        written = call if isinstance(call, dict) else {}
+        function = written.get("function", written)
+        function = function if isinstance(function, dict) else {}
+        name = function.get("name")
+        if (
+            not isinstance(name, str)
+            or not name.strip()
+            or written.get("type", "function") not in ("function", None)
+        ):
+            raise RowError(
+                place,
+                "a tool call without a name",
+                f"{where} has {quoted(call)}; a call is"
+                " {id, type: function, function: {name, arguments}} or {name, arguments}",
+            )
+        arguments = function.get("arguments", function.get("parameters"))
+        if arguments is None or arguments == "":
+            arguments = {}
+        arguments = json_value(place, f"{where} arguments", arguments)
+        if not isinstance(arguments, dict):
+            raise RowError(
+                place,
+                "arguments of a tool call",
+                f"{where} has arguments {quoted(arguments)};"
+                " an object, or the JSON text of one, is expected",
+            )
+        identity = written.get("id")
+        calls.append(
+            ToolCall(name, _json_text(arguments), None if identity is None else str(identity))
+        )
+    return tuple(calls)
+
+
+def parse_tools(place: str, value: Any) -> str:
+    """Return the JSON text of the list of tools that a column holds; "" if it holds none.
+
+    A tool is ``{type: function, function: {name, description, parameters}}``; a function alone is wrapped.
+
+    Raises:
+        RowError: it is no list of tools.
+    """
+    value = json_value(place, "tools", value)
+    tools = []
+    for tool in value if isinstance(value, list) else [value]:
+        tool = json_value(place, "tools", tool)
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(
+                place,
+                "a tool without a name",
+                f"tools has {quoted(tool)}; a tool is {{type:"
+                " function, function: {name, description, parameters}}, the parameters a JSON schema",
+            )
+        tools.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return _json_text(tools) if tools else ""
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,263 @@
+"""Owns the turns of a conversation as data sets write them: their roles, parts, thoughts and weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from halfbyte.data.conversation import OPENING_ROLES, Message
+from halfbyte.data.fields import (
+    NO_MEDIA,
+    NOTHING_WORDS,
+    REFUSED_IN_TURN,
+    SURROGATES,
+    Account,
+    Fields,
+    RowError,
+    is_blank,
+    quoted,
+    shorten,
+    valid_text,
+)
+from halfbyte.data.tool_calls import parse_calls
+from halfbyte.data.turn_order import check_order, repair
+
+# Role names of OpenAI, ShareGPT, LLaMA-Factory and ms-swift to ours.
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+CALL_ROLES = ("function_call", "tool_call")  # their content is a call, or a list of calls
+NO, YES = (0, "0", "false"), (1, "1", "true")
+
+
+def parse_turns(
+    place: str, turns: Sequence[tuple[str, Any]], account: Account
+) -> tuple[Message, ...]:
+    """Parse the turns of a conversation.
+
+    Args:
+        place: where the row comes from.
+        turns: each turn with the name of the column that holds it.
+        account: names the repairs to apply, and counts them and the keys that are not used.
+
+    Raises:
+        RowError: a turn is malformed, or they are in the wrong order.
+    """
+    messages: list[Message] = []
+    counts: Counter[str] = Counter()
+    after_call = False
+    for column, written in turns:
+        turn = _Turn.of(place, f"{column}[{counts[column]}]", written)
+        counts[column] += 1
+        message = turn.message(account)
+        if message is None:
+            continue
+        if turn.is_call and after_call:  # parallel calls in turns of their own
+            calls = (*messages[-1].tool_calls, *message.tool_calls)
+            message = replace(messages.pop(), tool_calls=calls)
+        messages.append(message)
+        after_call = turn.is_call
+    messages = repair(messages, account)
+    check_order(place, " and ".join(counts), messages)
+    return tuple(messages)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A turn as it was written.
+
+    Attributes:
+        place: where the row comes from.
+        where: the turn's column and number, for errors.
+        values: its keys and values.
+        role_key: key of its role.
+        content_key: key of its content.
+    """
+
+    place: str
+    where: str
+    values: dict[str, Any]
+    role_key: str
+    content_key: str
+
+    @classmethod
+    def of(cls, place: str, where: str, values: Any) -> _Turn:
+        """Read the role of a turn.
+
+        Raises:
+            RowError: it is no object, or its role is missing or unknown.
+        """
+        if not isinstance(values, dict):
+            detail = f"{where} is {quoted(values)}; an object with role and content is needed"
+            raise RowError(place, "a turn is no object", detail)
+        role_key = "from" if "from" in values and "role" not in values else "role"
+        content_key = "value" if "value" in values and "content" not in values else "content"
+        turn = cls(place, where, values, role_key, content_key)
+        if turn.name not in ROLES:
+            raise turn.role_error()
+        return turn
+
+    @property
+    def name(self) -> str:
+        """The name of the role as it was written, "" if that is no text."""
+        name = self.values.get(self.role_key)
+        return name if isinstance(name, str) else ""
+
+    @property
+    def role(self) -> str:
+        """The role among ours."""
+        return ROLES[self.name]
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the role says that the content is a tool call."""
+        return self.name in CALL_ROLES
+
+    @property
+    def content(self) -> Any:
+        """What stands for its content, of any type."""
+        return self.values.get(self.content_key)
+
+    @property
+    def _is_simple(self) -> bool:
+        """Whether the turn is no more than a user's or an assistant's valid text, as most are."""
+        return (
+            len(self.values) == 2
+            and self.role in ("user", "assistant")
+            and not self.is_call
+            and isinstance(self.content, str)
+            and bool(self.content.strip())
+            and not SURROGATES.search(self.content)
+        )
+
+    def role_error(self) -> RowError:
+        """Return what is wrong with the role: it is missing or unknown."""
+        if self.role_key not in self.values:
+            keys = ", ".join(map(str, self.values))
+            detail = f"{self.where} has {shorten(keys, 80)}; role and content are needed"
+            return RowError(self.place, "a turn without role", detail)
+        name = quoted(self.values[self.role_key])
+        detail = f"{self.where}.{self.role_key} is {name}; allowed: {', '.join(ROLES)}"
+        return RowError(self.place, "unknown role", detail)
+
+    def message(self, account: Account) -> Message | None:
+        """Return the turn as a message, or None if it is a blank system message.
+
+        Raises:
+            RowError: it is malformed, or has a key that would change what is learnt.
+        """
+        content = self.content
+        if self._is_simple:
+            return Message(self.role, content)
+        if self.role in OPENING_ROLES:
+            if is_blank(content):
+                return None
+            if "blank_system" in account.repairs and str(content).strip().lower() in NOTHING_WORDS:
+                account.repaired["blank_system"] += 1
+                return None
+        fields = Fields(self.place, self.where + ".", self.values)
+        for key in (self.role_key, self.content_key):
+            fields.take(key)
+        message = self._message(fields)
+        fields.finish(REFUSED_IN_TURN, account)
+        return message
+
+    def _message(self, fields: Fields) -> Message:
+        """Return the message of a turn, whose other fields are still to be taken."""
+        content, content_place = self.content, f"{self.where}.{self.content_key}"
+        reasoning = fields.take("reasoning_content", "thinking", "reasoning")
+        calls = fields.take("tool_calls", "function_call")
+        if self.is_call:
+            calls, content = content, None
+        tool_calls = parse_calls(self.place, f"{self.where}.tool_calls", calls)
+        if isinstance(content, list):
+            content, thoughts = _join_parts(self.place, content_place, content)
+            reasoning = reasoning or thoughts
+        if reasoning is not None:
+            reasoning = valid_text(self.place, f"{self.where}.reasoning_content", reasoning)
+        if not is_blank(content) or not (tool_calls or self.role == "tool"):
+            content = valid_text(self.place, content_place, content)
+        else:
+            content = ""
+        if self.role != "assistant" and (reasoning or tool_calls):
+            raise fields.error(
+                f"a {self.role} turn with thoughts or calls",
+                f"is a {self.role} turn with thoughts or tool calls; only an assistant has them",
+            )
+        if reasoning and "</think>" in content:
+            raise fields.error(
+                "thoughts twice", "has thoughts in its content and beside it; keep one of them"
+            )
+        name, call_id = _optional_text(fields, "name"), _optional_text(fields, "tool_call_id")
+        learnt = _is_learnt(fields, self.role)
+        return Message(self.role, content, reasoning, tool_calls, call_id, name, learnt)
+
+
+def _optional_text(fields: Fields, key: str) -> str | None:
+    value = fields.take(key)
+    return None if value is None else valid_text(fields.place, f"{fields.where}{key}", value)
+
+
+def _is_learnt(fields: Fields, role: str) -> bool:
+    """Return whether a turn is learnt, from its ``weight``, ``train`` or ``loss``.
+
+    Raises:
+        RowError: a value is neither 0 nor 1, they differ, or it asks to learn what is no answer.
+    """
+    said = {key: fields.take(key) for key in ("weight", "train", "loss")}
+    said = {key: value for key, value in said.items() if value is not None}
+    for key, value in said.items():
+        if value not in (*NO, *YES):
+            raise fields.error(
+                f"{key} of a turn", f"has the {key} {quoted(value)}; allowed: 0 or 1"
+            )
+    answers = {value in YES for value in said.values()}
+    if len(answers) > 1:
+        raise fields.error("two values for one field", f"has different {' and '.join(said)}")
+    if True in answers and role != "assistant":
+        raise fields.error(
+            f"a {role} turn to be learnt",
+            f"has the {next(iter(said))} 1, but is a {role} turn; an assistant's are learnt, or all"
+            " text with data.loss_on=all",
+        )
+    return False not in answers
+
+
+def _join_parts(place: str, where: str, parts: list[Any]) -> tuple[str, str | None]:
+    """Return the text of a list of content parts, and the thoughts among them.
+
+    Raises:
+        RowError: a part is neither text nor thoughts.
+    """
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for number, part in enumerate(parts):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in ("text", "thinking", "reasoning"):
+            raise RowError(
+                place,
+                f"a content part of type {shorten(str(kind), 30)}",
+                f"{where}[{number}] is {quoted(part)}; only parts of type text are allowed: {NO_MEDIA}",
+            )
+        text = part.get(kind, part.get("text"))
+        if not isinstance(text, str):
+            detail = f"{where}[{number}] is {quoted(part)}; its text is missing"
+            raise RowError(place, "a content part without text", detail)
+        (texts if kind == "text" else thoughts).append(text)
+    return "".join(texts), "\n".join(thoughts) or None

@@ -1,0 +1,53 @@
+"""Owns the check that a tokenizer and a base fit: every token of the rows has a row in the embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from halfbyte.data.prepared import Example
+from halfbyte.data.render import Renderer
+from halfbyte.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def check_vocabulary(
+    name: str, config: PretrainedConfig, renderer: Renderer, examples: Sequence[Example]
+) -> None:
+    """Check the tokens of rows against a base, before it is loaded.
+
+    Args:
+        name: the base, for errors.
+        config: its configuration.
+        renderer: the renderer of the rows.
+        examples: the rows.
+
+    Raises:
+        ModelError: the tokenizer has no EOS token, or a token of a row or a stop token has no row in the
+            embedding; every fault is named at once.
+    """
+    num_rows = int(config.get_text_config().vocab_size)
+    tokenizer, faults = renderer.tokenizer, []
+    if tokenizer.eos_token_id is None:
+        faults.append(
+            "its tokenizer has no EOS token, which ends answers and pads rows; name one as eos_token in"
+            " tokenizer_config.json"
+        )
+    for stop in renderer.stop_ids:
+        if stop >= num_rows:
+            faults.append(
+                f"the stop token {tokenizer.convert_ids_to_tokens(stop)!r} has the id {stop}, and the"
+                f" embedding {num_rows} rows, so no answer could end; name a data.chat_template with a stop"
+                " token of this model, or set data.stop=eos"
+            )
+    highest = max((max(e.encoded.ids, default=0) for e in examples), default=0)
+    if highest >= num_rows and highest not in renderer.stop_ids:
+        place = next(e.encoded.place for e in examples if highest in e.encoded.ids)
+        faults.append(
+            f"{place} has the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id {highest}, and"
+            f" the embedding {num_rows} rows; use the tokenizer that belongs to the weights"
+        )
+    if faults:
+        raise ModelError("\n".join(f"{name}: {fault}" for fault in faults))

@@ -1,0 +1,455 @@
+"""Chat templates as models have them: each answer is learnt in the context that generation would see.
+
+The templates are written for these tests, in a few lines, from what is documented of each family.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import date
+from functools import cache
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import chatml_tokenizer
+
+from halfbyte.data.conversation import Message, Row, ToolCall, tools_of
+from halfbyte.data.encoded import IGNORED, Encoded
+from halfbyte.data.render import Renderer
+from halfbyte.errors import DataError
+
+GOLDEN = Path(__file__).parent / "golden/template_kinds.json"
+DAY = date(2026, 3, 9)
+CHATML_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+# Thoughts stay in the turns after the last question; there, an answer without thoughts has an empty block.
+QWEN3 = (
+    "{%- if tools %}{{ '<|im_start|>system\n<tools>' + tools | tojson + '</tools><|im_end|>\n' }}{% endif %}"
+    "{%- set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{%- for m in messages %}{% if m.role == 'assistant' %}"
+    "{%- set said = m.content %}{% set why = m.reasoning_content or '' %}"
+    "{%- if '</think>' in said %}{% set why = said.split('</think>')[0].split('<think>')[-1] %}"
+    "{%- set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{- '<|im_start|>assistant\n' }}"
+    "{%- if loop.index0 > ns.last and (loop.last or why) %}"
+    "{{- '<think>\n' + why.strip('\n') + '\n</think>\n\n' }}{% endif %}{{ said }}"
+    "{%- for call in m.tool_calls or [] %}{{ '<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}"
+    "{%- endfor %}{{ '<|im_end|>\n' }}"
+    "{%- elif m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + m.content }}"
+    "{{- '\n</tool_response><|im_end|>\n' }}"
+    "{%- else %}" + CHATML_TURN + "{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The date in a system turn of its own, thoughts kept everywhere, and the tags that mark generated text.
+SMOLLM3 = (
+    "{{- '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '\n' }}"
+    "{%- if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}"
+    "{%- endif %}{{ '<|im_end|>\n' }}"
+    "{%- for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{%- generation %}{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n' }}"
+    "{%- endif %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{%- else %}" + CHATML_TURN + "{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The prompt opens thoughts, and the template drops those of every answer, the last one too.
+DEEPSEEK_R1 = (
+    "{{- bos_token }}{% for m in messages %}"
+    "{%- if m.role == 'user' %}{{ '<|User|>' + m.content }}"
+    "{%- elif m.role == 'assistant' %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}"
+    "{%- else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+# Nothing ends a turn but the mark of the next one.
+GLM = (
+    "{{- '[gMASK]<sop>' }}{% if tools %}{{ '<|system|>\n' + tools | tojson }}{% endif %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'tool' %}{{ '<|observation|>\n' + m.content }}"
+    "{%- else %}{{ '<|' + m.role + '|>\n' + m.content }}{% endif %}"
+    "{%- for call in m.tool_calls or [] %}{{ call.function.name + '\n' + call.function.arguments | tojson }}"
+    "{%- endfor %}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# Headers of two tokens, and another stop token after a tool call.
+LLAMA3 = (
+    "{{- bos_token }}{% if tools %}{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+    "{{- tools | tojson + '<|eot_id|>' }}{% endif %}{% for m in messages %}"
+    "{%- set role = 'ipython' if m.role == 'tool' else m.role %}"
+    "{{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + m.content | trim }}"
+    "{%- for call in m.tool_calls or [] %}"
+    "{{- '<|python_tag|>' + call.function.name + call.function.arguments | tojson + '<|eom_id|>' }}{% endfor %}"
+    "{%- if not m.tool_calls %}{{ '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+# No system role; arguments of calls are JSON text; the EOS token ends answers.
+MISTRAL = (
+    "{{- bos_token }}{% if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{%- elif m.tool_calls %}{{ '[TOOL_CALLS]' }}{% for call in m.tool_calls %}"
+    "{{- call.function.name + call.function.arguments }}{% endfor %}{{ eos_token }}"
+    "{%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{%- elif m.role == 'tool' %}{{ '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}"
+    "{%- else %}{{ raise_exception('only user, assistant and tool') }}{% endif %}{% endfor %}"
+)
+HERMES = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{%- for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}"
+    "{%- endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HERMES_TOOLS = "{%- if tools %}{{ '<tools>' + tools | tojson + '</tools>' }}{% endif %}" + HERMES
+GEMMA = (
+    "{{- bos_token }}{% for m in messages %}"
+    "{%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) }}"
+    "{{- '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+# Template, special tokens, other added tokens, BOS and EOS, and further settings of the renderer.
+KINDS: dict[str, tuple[Any, list[str], list[str], str | None, str, dict[str, Any]]] = {
+    "qwen3": (
+        QWEN3,
+        [],
+        [
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "</tool_call>",
+            "<tool_response>",
+            "</tool_response>",
+        ],
+        None,
+        "<|im_end|>",
+        {},
+    ),
+    "smollm3": (SMOLLM3, [], ["<think>", "</think>"], None, "<|im_end|>", {"day": DAY}),
+    "deepseek_r1": (
+        DEEPSEEK_R1,
+        ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"],
+        ["<think>", "</think>"],
+        "<|begin|>",
+        "<|end|>",
+        {},
+    ),
+    "glm": (
+        GLM,
+        ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+        [],
+        None,
+        "<|endoftext|>",
+        {},
+    ),
+    "llama3": (
+        LLAMA3,
+        [
+            "<|begin_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|eom_id|>",
+            "<|python_tag|>",
+        ],
+        [],
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        {},
+    ),
+    "mistral": (
+        MISTRAL,
+        [
+            "<s>",
+            "</s>",
+            "[INST]",
+            "[/INST]",
+            "[TOOL_CALLS]",
+            "[TOOL_RESULTS]",
+            "[/TOOL_RESULTS]",
+            "[AVAILABLE_TOOLS]",
+            "[/AVAILABLE_TOOLS]",
+        ],
+        [],
+        "<s>",
+        "</s>",
+        {"system_as": "user"},
+    ),
+    "hermes": (
+        {"default": HERMES_TOOLS, "tool_use": HERMES_TOOLS},
+        [],
+        ["<tool_call>", "</tool_call>", "<tools>", "</tools>"],
+        None,
+        "<|im_end|>",
+        {},
+    ),
+    "gemma": (
+        GEMMA,
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        [],
+        "<bos>",
+        "<eos>",
+        {"system_as": "user"},
+    ),
+}
+TOOLS = json.dumps(
+    [
+        {
+            "type": "function",
+            "function": {
+                "name": "tide",
+                "description": "Height of the tide.",
+                "parameters": {"type": "object", "properties": {"port": {"type": "string"}}},
+            },
+        }
+    ]
+)
+CALL = ToolCall("tide", '{"port": "Brest"}', "call00001")
+
+
+def u(content: str) -> Message:
+    return Message("user", content)
+
+
+def a(content: str, **fields: Any) -> Message:
+    return Message("assistant", content, **fields)
+
+
+CASES = {
+    "one": Row("one", (u("Name a port."), a("Brest"))),
+    "two": Row("two", (u("Name a port."), a("Brest"), u("Another."), a("Vigo"))),
+    "system": Row("system", (Message("system", "Be brief."), u("Name a port."), a("Brest"))),
+    "thoughts": Row("thoughts", (u("2 + 2?"), a("4", reasoning="Two and two."))),
+    "thoughts_in_content": Row(
+        "thoughts_in_content", (u("2 + 2?"), a("<think>\nTwo and two.\n</think>\n\n4"))
+    ),
+    "thoughts_twice": Row(
+        "thoughts_twice",
+        (u("2 + 2?"), a("4", reasoning="Two and two."), u("3 + 3?"), a("6", reasoning="Three.")),
+    ),
+    "tools": Row(
+        "tools",
+        (
+            u("Tide in Brest?"),
+            a("", tool_calls=(CALL,)),
+            Message("tool", '{"metres": 5}', tool_call_id="call00001", name="tide"),
+            a("5 m."),
+        ),
+        tools=TOOLS,
+    ),
+    "weights": Row("weights", (u("Name a port."), a("Lyon", learnt=False), u("No."), a("Brest"))),
+}
+# What a template cannot write, and so refuses.
+REFUSED = {
+    "smollm3": ["tools"],
+    "deepseek_r1": ["tools"],
+    "glm": ["thoughts", "thoughts_twice"],
+    "llama3": ["thoughts", "thoughts_twice"],
+    "mistral": ["thoughts", "thoughts_twice"],
+    "hermes": ["thoughts", "thoughts_twice"],
+    "gemma": ["thoughts", "thoughts_twice", "tools"],
+}
+
+
+@cache
+def renderer_of_kind(kind: str) -> Renderer:
+    template, special, added, bos, eos, settings = KINDS[kind]
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens(added)
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    tokenizer.chat_template = template
+    return Renderer(tokenizer, **settings)
+
+
+def samples(kind: str, row: Row) -> list[Encoded]:
+    (result,) = renderer_of_kind(kind).try_rows([row])
+    if isinstance(result, DataError):
+        raise result
+    return result
+
+
+def shown(kind: str, encoded: Encoded) -> str:
+    """The text, with what is learnt between ‹ and ›."""
+    tokenizer = renderer_of_kind(kind).tokenizer
+    pairs = zip(encoded.ids, encoded.labels, strict=True)
+    parts = []
+    for learnt, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        text = str(tokenizer.decode([index for index, _ in group]))
+        parts.append(f"‹{text}›" if learnt else text)
+    return "".join(parts)
+
+
+USABLE = [
+    pytest.param(kind, name, id=f"{kind}-{name}")
+    for kind in KINDS
+    for name in CASES
+    if name not in REFUSED.get(kind, ())
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_labels_of_each_kind_are_the_golden_ones(kind: str) -> None:
+    """HALFBYTE_WRITE_GOLDEN=1 writes the file again, for review; ``shown`` is for the reader."""
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.is_file() else {}
+    results = {
+        name: [
+            {"shown": shown(kind, sample), "ids": sample.ids, "labels": sample.labels}
+            for sample in samples(kind, row)
+        ]
+        for name, row in CASES.items()
+        if name not in REFUSED.get(kind, ())
+    }
+    if os.environ.get("HALFBYTE_WRITE_GOLDEN"):
+        golden[kind] = results
+        lines = json.dumps(golden, ensure_ascii=False, indent=1)
+        GOLDEN.write_text(lines + "\n", encoding="utf-8")
+    assert golden[kind] == results
+
+
+@pytest.mark.parametrize(("kind", "name"), USABLE)
+def test_ids_before_an_answer_are_those_of_its_generation_prompt(kind: str, name: str) -> None:
+    row, renderer = CASES[name], renderer_of_kind(kind)
+    prompts = [
+        renderer.encode_prompt(row.messages[:number], row.place, row.tools)
+        for number, message in enumerate(row.messages)
+        if message.role == "assistant" and message.learnt
+    ]
+    starts = []
+    for sample in samples(kind, row):
+        learnt = [label != IGNORED for label in sample.labels]
+        begins = [n for n, now in enumerate(learnt) if now and (n == 0 or not learnt[n - 1])]
+        starts += [sample.ids[:begin] for begin in begins]
+    assert sorted(starts) == sorted(prompts)
+
+
+@pytest.mark.parametrize(("kind", "name"), USABLE)
+def test_whole_text_is_that_of_transformers(kind: str, name: str) -> None:
+    row, renderer = CASES[name], renderer_of_kind(kind)
+    if kind == "deepseek_r1":
+        pytest.skip("its template drops the thoughts that its prompt opens")
+    template = renderer._template
+    turns = [template._turn(message) for message in renderer._placed(row.messages)]
+    tools = tools_of(row.tools) if row.tools else None
+    text = str(renderer.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False))
+    ours = str(renderer.tokenizer.decode(samples(kind, row)[0].ids))
+    assert text.startswith(ours) or (kind == "glm" and ours == text + "<|user|>")
+
+
+@pytest.mark.parametrize(("kind", "name"), USABLE)
+def test_learnt_text_is_the_answers_and_their_stops(kind: str, name: str) -> None:
+    row, renderer = CASES[name], renderer_of_kind(kind)
+    learnt = [
+        part.split("›")[0] for s in samples(kind, row) for part in shown(kind, s).split("‹")[1:]
+    ]
+    answers = [m for m in row.messages if m.role == "assistant" and m.learnt]
+    assert len(learnt) == len(answers)
+    stops = tuple(str(renderer.tokenizer.convert_ids_to_tokens(i)) for i in renderer.stop_ids)
+    assert all(text.endswith(stops) for text in learnt)
+    for answer in answers:
+        visible = answer.content.split("</think>")[-1].strip()
+        assert any(visible in text for text in learnt)
+        if answer.reasoning:
+            assert any(answer.reasoning in text and "</think>" in text for text in learnt)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, names in REFUSED.items() for name in names]
+)
+def test_what_a_template_drops_is_named(kind: str, name: str) -> None:
+    with pytest.raises(DataError, match=r"the chat template (drops|rejects)"):
+        samples(kind, CASES[name])
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma"])
+def test_a_template_without_a_system_role_names_the_remedy(kind: str) -> None:
+    template, special, _, bos, eos, _ = KINDS[kind]
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    with pytest.raises(DataError, match=r"data\.system_as=user puts a system message into"):
+        Renderer(tokenizer, template).encode_row(CASES["system"])
+
+
+def test_a_template_that_silently_drops_the_system_message_is_an_error() -> None:
+    template = "{%- for m in messages if m.role != 'system' %}" + CHATML_TURN + "{% endfor %}"
+    template += "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    with pytest.raises(DataError, match=r"drops the system message.*data.system_as=user"):
+        Renderer(chatml_tokenizer(), template).encode_row(CASES["system"])
+
+
+def test_thoughts_of_a_user_stay_text_and_those_of_an_assistant_are_tokens() -> None:
+    renderer = renderer_of_kind("qwen3")
+    think = renderer.tokenizer.convert_tokens_to_ids("<think>")
+    row = Row("r", (u("What is <think>?"), a("<think>\nA mark.\n</think>\n\nA mark.")))
+    (sample,) = samples("qwen3", row)
+    assert sample.ids.count(think) == 1
+    assert "What is <think>?" in str(renderer.tokenizer.decode(sample.ids))
+    assert sample.labels.count(think) == 1
+    row = Row("r", (u("Which mark?"), a("It ends with <|im_end|> there.")))
+    (sample,) = samples("qwen3", row)
+    assert sample.labels.count(renderer.stop_ids[0]) == 1
+
+
+@pytest.mark.parametrize("stop", ["template", "eos"])
+def test_a_template_without_a_stop_is_mended_by_a_named_remedy(stop: str) -> None:
+    template = (
+        "{%- for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    if stop == "template":
+        with pytest.raises(DataError, match=r"Set data\.stop=eos to end answers"):
+            Renderer(chatml_tokenizer(), template)
+        return
+    renderer = Renderer(chatml_tokenizer(), template, stop="eos")
+    (both,) = renderer.try_rows([CASES["two"]])
+    assert not isinstance(both, DataError)
+    texts = [str(renderer.tokenizer.decode(sample.ids)) for sample in both]
+    assert texts == [
+        "user: Name a port.\nassistant: Brest\nuser: Another.\nassistant: Vigo<|im_end|>",
+        "user: Name a port.\nassistant: Brest<|im_end|>",
+    ]
+
+
+def test_stop_eos_has_no_effect_where_the_template_ends_answers() -> None:
+    with pytest.raises(DataError, match=r"data\.stop: eos has no effect"):
+        Renderer(chatml_tokenizer(), stop="eos")
+
+
+def test_day_is_the_one_given_and_stays_in_the_template() -> None:
+    renderer = renderer_of_kind("smollm3")
+    assert "Today: 09 March 2026" in shown("smollm3", samples("smollm3", CASES["one"])[0])
+    assert "strftime_now" not in renderer.tokenizer.chat_template
+    computed = SMOLLM3.replace("'%d %B %Y'", "'%d %B' ~ ' %Y'")
+    again = Renderer(chatml_tokenizer(), computed, day=DAY)
+    assert "09 March 2026" in again.prompt_text((u("x"),))
+
+
+def published() -> list[str]:
+    """Names of the chat templates of many models, as TRL keeps them."""
+    folder = resources.files("trl").joinpath("chat_templates")
+    names = [file.name for file in folder.iterdir() if file.name.endswith(".jinja")]
+    return sorted(name for name in names if not name.endswith("_training.jinja"))
+
+
+@pytest.mark.parametrize("name", published())
+def test_published_templates_train_as_they_generate(name: str) -> None:
+    import re
+
+    template = resources.files("trl").joinpath("chat_templates").joinpath(name).read_text("utf-8")
+    tokenizer = chatml_tokenizer()
+    marks = re.findall(r"<\|?[A-Za-z_/｜▁|][^<>\s'\"{}]*>|\[/?[A-Z_]+\]", template)
+    tokenizer.add_tokens(sorted({mark for mark in marks if 2 < len(mark) < 40}))
+    tokenizer.bos_token = "<|endoftext|>"
+    renderer = Renderer(tokenizer, template)
+    for row in CASES.values():
+        (result,) = renderer.try_rows([row])
+        if isinstance(result, DataError):
+            assert re.search("drops|rejects|differently", str(result))
+            continue
+        prompt = renderer.encode_prompt(row.messages[:-1], row.place, row.tools)
+        sample = result[0]
+        assert sample.ids[: len(prompt)] == prompt
+        assert sample.labels[len(prompt) :] == sample.ids[len(prompt) :]
