@@ -390,6 +390,18 @@ def test_the_system_message_and_the_tools_are_part_of_the_prompt() -> None:
     )
 
 
+def test_the_system_message_of_the_config_tells_no_rows_apart(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Tide in port {n}?", "completion": f"{n} m."} for n in range(40)]
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    renderer = Renderer(chatml_tokenizer())
+    plain = prepare(data_of(path, test_frac=0.25), renderer)
+    beside = prepare(data_of(path, test_frac=0.25, system="Be brief."), renderer)
+    assert [e.row.place for e in beside.test] == [e.row.place for e in plain.test]
+    own = one({"messages": [turn("system", "Be brief."), ASK, ANSWER]})
+    assert own.prompt_beside("Be brief.") == "Tide in Brest?"
+    assert own.prompt_beside("Be exact.") == own.prompt
+
+
 def test_rows_of_one_prompt_are_split_by_their_answers(tmp_path: Path) -> None:
     rows = [{"prompt": "Write a slogan.", "completion": f"Slogan {n}"} for n in range(40)]
     path = write_rows(tmp_path / "train.jsonl", rows)

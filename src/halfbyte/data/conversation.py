@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 OPENING_ROLES = ("system", "developer")  # roles of a message before the first turn
@@ -101,6 +101,15 @@ class Row:
             return self.text
         texts = [message.text for message in self.messages[:-1]]
         return "\n".join([self.tools, *texts] if self.tools else texts)
+
+    def prompt_beside(self, system: str | None) -> str:
+        """Return the prompt without a system message that reads ``system``.
+
+        The message of a config stands in every row that has none of its own: it tells no rows apart.
+        """
+        if self.messages and system is not None and self.messages[0] == Message("system", system):
+            return replace(self, messages=self.messages[1:]).prompt
+        return self.prompt
 
     @property
     def answer(self) -> str:

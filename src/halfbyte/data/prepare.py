@@ -105,7 +105,7 @@ def _prepare_anew(data: Data, renderer: Renderer, read: dict[str, Table]) -> Pre
     }
     drops = Drops()
     rows, account = _parse(data, tables, formats, drops)
-    identity, split_by = _identity([row for part in rows.values() for row in part])
+    identity, split_by = _identity([row for part in rows.values() for row in part], data.system)
     parts: dict[str, list[Row]] = {
         "train": [],
         "validation": [],
@@ -152,11 +152,11 @@ def _parse(
     return rows, total
 
 
-def _identity(rows: list[Row]) -> tuple[Callable[[Row], str], str]:
+def _identity(rows: list[Row], system: str | None) -> tuple[Callable[[Row], str], str]:
     """Return what tells rows apart, and its name: their prompt, or where all have one, their answer too."""
     if len(rows) > 1 and len({row.prompt for row in rows}) == 1 and rows[0].text is None:
         return lambda row: f"{row.prompt}\n{row.answer}", "answer"
-    return lambda row: row.prompt, "prompt"
+    return lambda row: row.prompt_beside(system), "prompt"
 
 
 def _part_of(identity: str, data: Data) -> str:

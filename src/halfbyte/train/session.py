@@ -176,7 +176,8 @@ def record_data(session: Session, prepared: Prepared) -> None:
     for name in ("validation", "test"):
         rows = getattr(prepared, name)
         write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in rows_of(rows)))
-    pool = sorted(rows_of(prepared.train), key=lambda row: hash_fraction(row.prompt))
+    system = session.run.data.system
+    pool = sorted(rows_of(prepared.train), key=lambda row: hash_fraction(row.prompt_beside(system)))
     write_jsonl(folder.data / "fewshot.jsonl", (row.as_json() for row in pool[:NUM_FEWSHOT_POOL]))
 
 
