@@ -290,6 +290,18 @@ USABLE = [
 ]
 
 
+def _pretty(golden: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """The golden file: a line for each sample."""
+    kinds = []
+    for kind, made in golden.items():
+        cases = []
+        for name, each in made.items():
+            lines = ",\n".join(json.dumps(sample, ensure_ascii=False) for sample in each)
+            cases.append(f'"{name}": [\n{lines}\n]')
+        kinds.append(f'"{kind}": {{\n' + ",\n".join(cases) + "\n}")
+    return "{\n" + ",\n".join(kinds) + "\n}\n"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_labels_of_each_kind_are_the_golden_ones(kind: str) -> None:
     """HALFBYTE_WRITE_GOLDEN=1 writes the file again, for review; ``shown`` is for the reader."""
@@ -304,8 +316,7 @@ def test_ids_and_labels_of_each_kind_are_the_golden_ones(kind: str) -> None:
     }
     if os.environ.get("HALFBYTE_WRITE_GOLDEN"):
         golden[kind] = results
-        lines = json.dumps(golden, ensure_ascii=False, indent=1)
-        GOLDEN.write_text(lines + "\n", encoding="utf-8")
+        GOLDEN.write_text(_pretty(golden), encoding="utf-8")
     assert golden[kind] == results
 
 
