@@ -136,10 +136,12 @@ def test_no_figure_is_beyond_the_edge(page: Any, media: str, width: int | None) 
         assert box["x"] + box["width"] <= seen
         beyond = cell.evaluate("cell => cell.scrollWidth - cell.clientWidth")
         assert beyond <= 0, cell.inner_text()
+        hidden = "cell => (box => box.scrollWidth - box.clientWidth)(cell.closest('table').parentElement)"
+        assert cell.evaluate(hidden) <= 0, cell.inner_text()
         if not page.is_visible("thead"):
             name = cell.get_attribute("data-label")
-            told = cell.evaluate("cell => getComputedStyle(cell, '::before').content")
-            assert told == (f'"{name}"' if name else "none")
+            label = cell.evaluate("cell => getComputedStyle(cell, '::before').content")
+            assert label == (f'"{name}"' if name else "none")
 
 
 def test_labels_of_near_points_stand_apart_and_others_stay() -> None:
