@@ -300,6 +300,44 @@ def test_nothing_is_nothing_however_it_is_written(row: dict[str, Any]) -> None:
     assert one(row, system="Be brief.").messages[0] == Message("system", "Be brief.")
 
 
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"messages": [turn("system", "", mask=1), ASK, ANSWER]}, "has 'mask'"),
+        ({"messages": [turn("system", "s", tools=[TOOL]), ASK, ANSWER]}, "has 'tools'"),
+        ({"messages": [turn("user", [{"text": "x", "image": "cat.png"}]), ANSWER]}, "has 'image'"),
+        (
+            {"messages": [ASK, ANSWER], "tools": [{"name": "f", "description": "\ud83d"}]},
+            "surrogate",
+        ),
+        (
+            {
+                "messages": [
+                    ASK,
+                    turn("assistant", "", tool_calls=[{"name": "f", "arguments": {"a": "\ud83d"}}]),
+                ]
+            },
+            "surrogate",
+        ),
+        (
+            {"messages": {"role": ["user", "assistant"], "content": ["x"]}},
+            "lists of unequal lengths",
+        ),
+        (
+            {"prompt": "q", "completion": "a", "weight": 10**400},
+            "a number of at least 0 is expected",
+        ),
+    ],
+)
+def test_nothing_hides_in_odd_places(row: dict[str, Any], text: str) -> None:
+    assert text in fault(row)
+
+
+def test_a_blank_part_is_no_system_message() -> None:
+    system = turn("system", [{"type": "text", "text": ""}])
+    assert len(one({"messages": [system, ASK, ANSWER]}).messages) == 2
+
+
 def test_keys_without_meaning_are_counted() -> None:
     rows = [
         {"id": n, "source": "web", "messages": [turn("user", "x", ts=n or None), ANSWER]}

@@ -248,6 +248,26 @@ def test_splits_of_a_folder_are_told_apart(
         read_table(str(tmp_path), split="validation")
 
 
+def test_a_test_file_beside_an_unnamed_one_is_not_trained_on(tmp_path: Path) -> None:
+    for name in ("data.jsonl", "test.jsonl"):
+        write_rows(tmp_path / name, [{"text": name}])
+    assert [row.values for row in read_table(str(tmp_path)).rows] == [{"text": "data.jsonl"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{\n "messages": [{"role": "user", "content": "q"}]\n}', '{"text": "a", "notes": [{"n": 1}]}'],
+)
+def test_a_file_may_hold_one_row(tmp_path: Path, content: str) -> None:
+    path = written(tmp_path / "row.json", content)
+    assert [row.values for row in read_table(str(path)).rows] == [json.loads(content)]
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.csv", "prompt,prompt,completion\na,b,c\n")
+    assert error_of(path) == f"{path}: has several columns named 'prompt'; rename all but one"
+
+
 def test_patterns_reach_nested_folders(tmp_path: Path) -> None:
     for name in ("a/one.jsonl", "a/b/two.jsonl.gz", "three.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from toys import chatml_tokenizer
 
+from halfbyte.data.chat_template import with_date
 from halfbyte.data.conversation import Message, Row, ToolCall, tools_of
 from halfbyte.data.encoded import IGNORED, Encoded
 from halfbyte.data.render import Renderer
@@ -464,3 +465,64 @@ def test_published_templates_train_as_they_generate(name: str) -> None:
         sample = result[0]
         assert sample.ids[: len(prompt)] == prompt
         assert sample.labels[len(prompt) :] == sample.ids[len(prompt) :]
+
+
+def test_a_dated_template_is_dated_once() -> None:
+    for clock in ("'%d %B %Y'", "'%d %B' ~ ' %Y'"):
+        dated = with_date(SMOLLM3.replace("'%d %B %Y'", clock), DAY)
+        assert with_date(dated, date(2031, 1, 1)) == dated
+
+
+def test_a_special_token_that_the_template_does_not_know_stays_text() -> None:
+    """SmolLM2's <filename> would vanish from every answer, since decoding leaves special tokens out."""
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<filename>"]})
+    renderer = Renderer(tokenizer)
+    encoded = renderer.encode_row(Row("r", (u("How?"), a("Run git add <filename> now"))))
+    assert encoded.escaped
+    assert (
+        renderer.decode([i for i in encoded.labels if i != IGNORED]) == "Run git add <filename> now"
+    )
+
+
+@pytest.mark.parametrize("name", ["thoughts_twice", "two", "thoughts_in_content"])
+def test_loss_on_last_learns_the_last_answer_of_any_template(name: str) -> None:
+    template, _, added, _, _, _ = KINDS["qwen3"]
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_tokens(added)
+    (samples,) = Renderer(tokenizer, template, "last").try_rows([CASES[name]])
+    assert isinstance(samples, list)
+    assert len(samples) == 1
+    text = str(tokenizer.decode([i for i in samples[0].labels if i != IGNORED]))
+    assert text.endswith(
+        f"{CASES[name].messages[-1].content.split('</think>')[-1].strip()}<|im_end|>"
+    )
+
+
+def test_arguments_that_a_template_prints_raw_are_json() -> None:
+    template = HERMES.replace(
+        "call.function | tojson", "call.function.name ~ call.function.arguments"
+    )
+    row = Row("r", (u("x"), a("", tool_calls=(ToolCall("f", '{"a": true, "b": null}'),))))
+    encoded = Renderer(chatml_tokenizer(), template).encode_row(row)
+    assert '<tool_call>f{"a": true, "b": null}</tool_call>' in chatml_tokenizer().decode(
+        encoded.ids
+    )
+
+
+def test_a_call_that_a_template_drops_beside_another_is_an_error() -> None:
+    template = HERMES.replace(
+        "for call in m.tool_calls or []", "for call in (m.tool_calls or [])[:1]"
+    )
+    calls = (ToolCall("f", '{"a": 1}'), ToolCall("g", '{"b": 2}'))
+    with pytest.raises(DataError, match="drops the tool calls"):
+        Renderer(chatml_tokenizer(), template).encode_row(
+            Row("r", (u("x"), a("", tool_calls=calls)))
+        )
+
+
+def test_ids_of_calls_never_become_marks() -> None:
+    template = HERMES.replace("call.function | tojson", "call.id ~ call.function.name")
+    renderer = Renderer(chatml_tokenizer(), template)
+    row = Row("r", (u("x"), a("", tool_calls=(ToolCall("f", "{}", "<|im_end|>"),))))
+    assert renderer.encode_row(row).labels.count(renderer.stop_ids[0]) == 1

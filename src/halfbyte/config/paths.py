@@ -37,8 +37,9 @@ def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool
     if run.data.test is not None:
         data["test"] = resolver.local(("data", "test"), run.data.test, DATA_SUFFIXES)
     if not resolved and all(os.path.isabs(value) for value in data.values()):
+        folders = {f"{name}_split" for name, value in data.items() if os.path.isdir(value)}
         for key in ("train_split", "test_split", "subset", "revision"):
-            if source.values["data"].get(key) is not None:
+            if key not in folders and source.values["data"].get(key) is not None:
                 resolver.fault(("data", key), "has no effect: the rows come from local files")
     if run.data.chat_template is not None:
         data["chat_template"] = resolver.template(("data", "chat_template"), run.data.chat_template)

@@ -60,10 +60,13 @@ class ChatFormat:
         self.template, self.tokenizer = template, template.tokenizer
         tokens = always_special(self.tokenizer)
         text = self._probe()
-        strings = {*tokens, *_written(self.tokenizer, template.source, text)}
+        known = _written(self.tokenizer, template.source, text)
+        strings = {*tokens, *known}
         self.special_tokens = SpecialTokens(strings, self.tokenizer)
         named = {token for token in strings if MARK_NAMES.search(token)}
-        marks = {*named, *_framing(self.tokenizer), *self._turn_marks()}
+        # A special token that the template does not know is no markup of its answers: SmolLM2's <filename>.
+        unknown = set(tokens) - known
+        marks = {*named, *unknown, *_framing(self.tokenizer), *self._turn_marks()}
         # Added to the last answer where the template writes no stop: after a text, and after a tool call.
         self._missing: tuple[str, str] | None = None
         self.stops = [self._usual_stop(text, stop)]
@@ -161,6 +164,8 @@ class ChatFormat:
                 continue
             if "kappa" not in call:
                 break
+            if not as_text and "'kappa'" in call:  # Python's repr of an object
+                continue
             # In JSON within JSON, quotes are escaped: such a template writes the arguments itself.
             return self._note_call(call, output)
         self.template.calls_as_text = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from datetime import date
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 CLOCK_NAME = re.compile(r"strftime_now(?!\s+is\s)")
+CLOCK_MACRO = "{%- macro strftime_now(format) -%}"
 DATE_CODES = "dmyYBbhAajHIMSpFDc"  # those that a macro writes
 # Names under which templates take thoughts that are a field of their own.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -63,6 +65,8 @@ def with_date(template: str, day: date) -> str:
 
     A run keeps its day, so that evaluation, serving and exports see the text that it was trained on.
     """
+    if template.startswith(CLOCK_MACRO):
+        return template  # dated already
     dated = CLOCK_CALL.sub(lambda call: json.dumps(day.strftime(call.group(2))), template)
     if not CLOCK_NAME.search(dated):
         return dated
@@ -72,7 +76,12 @@ def with_date(template: str, day: date) -> str:
     filters = "".join(
         f" | replace({json.dumps(code)}, {json.dumps(codes[code])})" for code in codes
     )
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro -%}}{dated}"
+    return f"{CLOCK_MACRO}{{{{ format{filters} }}}}{{%- endmacro -%}}{dated}"
+
+
+def template_sha256(template: str | None) -> str:
+    """Return the sha256 of a chat template, which identifies it in the manifest."""
+    return hashlib.sha256((template or "").encode()).hexdigest()
 
 
 class ChatTemplate:

@@ -22,10 +22,12 @@ REMEDIES = {
     "name": ". Remove it, or write it into content",
 }
 # What a turn is without a field.
-WITHOUT: dict[str, Callable[[Message], Message]] = {
-    "thoughts": lambda message: replace(message, reasoning=None),
-    "tool calls": lambda message: replace(message, tool_calls=()),
-    "name": lambda message: replace(message, name=None),
+WITHOUT: dict[str, Callable[[Message, int], Message]] = {
+    "thoughts": lambda message, _: replace(message, reasoning=None),
+    "tool calls": lambda message, call: replace(
+        message, tool_calls=message.tool_calls[:call] + message.tool_calls[call + 1 :]
+    ),
+    "name": lambda message, _: replace(message, name=None),
 }
 USE_ANOTHER = ". Set data.chat_template to one that writes them"
 
@@ -69,8 +71,8 @@ class Completeness:
             reasoning = message.reasoning
             if reasoning and message.learnt and not _is_in(reasoning, texts):
                 self._check_field(messages, tools, number, "thoughts", place)
-            if message.tool_calls:
-                self._check_field(messages, tools, number, "tool calls", place)
+            for call in range(len(message.tool_calls)):
+                self._check_field(messages, tools, number, "tool calls", place, call)
             if message.name and not _repeats_call(messages[:number], message):
                 self._check_field(messages, tools, number, "name", place)
         if tools:
@@ -99,14 +101,20 @@ class Completeness:
             raise _dropped(place, f"{message.role} message")
 
     def _check_field(
-        self, messages: tuple[Message, ...], tools: str, number: int, kind: str, place: str
+        self,
+        messages: tuple[Message, ...],
+        tools: str,
+        number: int,
+        kind: str,
+        place: str,
+        call: int = 0,
     ) -> None:
-        """Check that the template's text depends on a field.
+        """Check that the template's text depends on a field; of tool calls, on that of this number.
 
         Raises:
             RowError: it does not.
         """
-        key = (kind, str(number), *_signature(messages, tools))
+        key = (kind, str(number), str(call), *_signature(messages, tools))
         if key not in self._drops:
             other, other_tools = messages, tools
             if kind == "tools":
@@ -114,7 +122,7 @@ class Completeness:
             else:
                 other = (
                     *messages[:number],
-                    WITHOUT[kind](messages[number]),
+                    WITHOUT[kind](messages[number], call),
                     *messages[number + 1 :],
                 )
             self._drops[key] = self._same(other, other_tools, messages, tools, place)
@@ -141,8 +149,9 @@ def _signature(messages: tuple[Message, ...], tools: str) -> Iterator[str]:
     """Yield what a template may decide by: roles, and which fields there are."""
     yield str(bool(tools))
     for message in messages:
-        fields = (message.content, message.reasoning, message.tool_calls, message.name)
-        yield message.role + "".join(str(int(bool(field))) for field in fields)
+        fields = (message.content, message.reasoning, message.name)
+        flags = "".join(str(int(bool(field))) for field in fields)
+        yield f"{message.role}{flags}{len(message.tool_calls)}"
 
 
 def _is_in(piece: str, texts: list[str]) -> bool:

@@ -29,6 +29,8 @@ REFUSED_IN_TURN = {
     "mask": LEARN_BY_WEIGHT,
     "loss_mask": LEARN_BY_WEIGHT,
     "train_detail": LEARN_BY_WEIGHT,
+    "tools": "name them in a column of the row",
+    "functions": "name them as tools in a column of the row",
     "refusal": "write a refusal as content",
     **dict.fromkeys(MEDIA, NO_MEDIA),
 }

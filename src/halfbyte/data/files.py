@@ -48,7 +48,7 @@ def data_files(source: str, split: str) -> list[Path]:
     """
     path = Path(source)
     if is_pattern(source) and not path.exists():
-        files = [file for file in _matches(source) if file.is_file() and is_data_file(file.name)]
+        files = [file for file in _matches(source) if _holds_rows(file)]
         if not files:
             raise DataError(f"{source}: no data file fits the pattern; allowed: {ALLOWED}")
         return files
@@ -74,22 +74,16 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     Raises:
         DataError: the folder holds no data file, or none of this split.
     """
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file()
-        and is_data_file(file.name)
-        and file.name not in INDEX_FILES
-        and not file.name.startswith((".", "_"))
-    )
+    files = sorted(file for file in folder.iterdir() if _holds_rows(file))
     if not files:
         nested = next((f for f in sorted(folder.rglob("*")) if is_data_file(f.name)), None)
         hint = f"; for {nested} write {folder}/**/*{nested.suffix}" if nested else ""
         raise DataError(f"{folder}: the folder holds no {', '.join(DATA_SUFFIXES)} file{hint}")
     splits = {file: _split_of(file) for file in files}
-    if len(set(splits.values()) - {None}) < 2:  # nothing to tell apart
-        return files
-    chosen = [file for file in files if (splits[file] or "train") == SPLIT_WORDS.get(split, split)]
+    wanted = SPLIT_WORDS.get(split, split)
+    if set(splits.values()) <= {None, wanted} or len(set(splits.values())) == 1:
+        return files  # nothing to tell apart
+    chosen = [file for file in files if (splits[file] or "train") == wanted]
     others = ", ".join(file.name for file in files if file not in chosen)
     if not chosen:
         raise DataError(f"{folder}: no file of the split {split!r}; found: {others}")
@@ -98,6 +92,12 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         file=sys.stderr,
     )
     return chosen
+
+
+def _holds_rows(file: Path) -> bool:
+    """Return whether a file holds rows, by its name."""
+    hidden = file.name in INDEX_FILES or file.name.startswith((".", "_"))
+    return not hidden and is_data_file(file.name) and file.is_file()
 
 
 def _split_of(file: Path) -> str | None:

@@ -36,28 +36,37 @@ def read_json(path: Path, text: str, field: str | None) -> tuple[list[RawRow], l
         values = list(_objects(text))
         objects = [value for value in values if value is not None]
         if len(objects) == len(values):
-            if len(objects) == 1:
-                raise _single_object(path, objects[0])
-            return [RawRow(f"{path} row {n}", value) for n, value in enumerate(objects, 1)], []
-    elif len(rows) == 1 and not errors and any(map(_is_list_of_rows, rows[0].values.values())):
-        holders = [key for key, value in rows[0].values.items() if _is_list_of_rows(value)]
-        if not {"messages", "conversations", "prompt", "completion", "tools"} & set(holders):
-            raise _single_object(path, rows[0].values)
+            places = (f"{path} row {number}" for number in range(1, len(objects) + 1))
+            rows, errors = [RawRow(p, v) for p, v in zip(places, objects, strict=True)], []
+    if len(rows) == 1 and not errors:
+        _check_single(path, rows[0].values)
     return rows, errors
+
+
+def _check_single(path: Path, value: dict[str, Any]) -> None:
+    """Check that the only object of a file is a row, and does not hold the rows.
+
+    Raises:
+        DataError: it has no text of its own, but a list of objects that are no turns.
+    """
+    holders = [
+        key
+        for key, item in value.items()
+        if _is_list_of_rows(item) and not {"role", "from"} & item[0].keys()
+    ]
+    has_text = {"prompt", "completion", "instruction", "output", "text"} & value.keys()
+    has_turns = any(
+        _is_list_of_rows(item) and {"role", "from"} & item[0].keys() for item in value.values()
+    )
+    if holders and not has_text and not has_turns:
+        raise DataError(
+            f"{path}: holds one object; rows are expected, one a line or in a list; set"
+            f" data.field={holders[0]}, which holds a list of them"
+        )
 
 
 def _is_list_of_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _single_object(path: Path, value: Any) -> DataError:
-    holders = (
-        [key for key, item in value.items() if _is_list_of_rows(item)]
-        if isinstance(value, dict)
-        else []
-    )
-    hint = f"; set data.field={holders[0]}, which holds a list of them" if holders else ""
-    return DataError(f"{path}: holds one object; rows are expected, one a line or in a list{hint}")
 
 
 def _read_lines(path: Path, text: str) -> tuple[list[RawRow], list[RowError]]:

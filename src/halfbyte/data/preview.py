@@ -121,7 +121,8 @@ def faults_of(prepared: Prepared, data: Data) -> list[str]:
         for reason, count in ledger.dropped.items()
         if reason != "weight 0"
     ]
-    overlong = sum(length > data.max_length for length in prepared.full_lengths)
+    held_out = [len(e.encoded.ids) for e in (*prepared.validation, *prepared.test)]
+    overlong = sum(length > data.max_length for length in (*prepared.full_lengths, *held_out))
     if overlong:
         faults.append(f"{overlong} rows: longer than data.max_length {data.max_length}")
     return faults + empty_shares(prepared, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from halfbyte.data.conversation import Message, Row, row_from_json
+from halfbyte.data.conversation import OPENING_ROLES, Message, Row, row_from_json
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
@@ -72,7 +72,7 @@ def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ..
     if len(rows) < count:
         raise RunError(f"eval.fewshot is {count}, but the run kept {len(rows)} training examples")
     chosen = random.Random(seed).sample(rows, count)
-    return tuple(turn for row in chosen for turn in row.messages if turn.role != "system")
+    return tuple(turn for row in chosen for turn in row.messages if turn.role not in OPENING_ROLES)
 
 
 def training_examples(folder: RunDir) -> list[Row]:
@@ -92,7 +92,7 @@ def _question(row: Row, renderer: Renderer, examples: tuple[Message, ...]) -> Qu
     if row.text is not None:
         encoded = renderer.encode_row(row)
         return Question(row, [], encoded.ids, encoded.labels)
-    num_system = 1 if row.messages[0].role == "system" else 0
+    num_system = int(row.messages[0].role in OPENING_ROLES)
     messages = (*row.messages[:num_system], *examples, *row.messages[num_system:])
     # What is asked is the last answer, whether or not it was to be learnt.
     answer = replace(messages[-1], learnt=True)

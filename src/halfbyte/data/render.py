@@ -9,7 +9,6 @@ transformers issue 29279).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
@@ -23,6 +22,7 @@ from halfbyte.data.chat_template import (
     load_template,
     own_template,
     require_template,
+    template_sha256,
     with_date,
 )
 from halfbyte.data.completeness import Completeness
@@ -132,8 +132,8 @@ class Renderer:
 
     @property
     def template_sha256(self) -> str:
-        """Sha256 of the chat template, which identifies it in the manifest."""
-        return hashlib.sha256((self.tokenizer.chat_template or "").encode()).hexdigest()
+        """Sha256 of the chat template."""
+        return template_sha256(self.tokenizer.chat_template)
 
     def encode_row(self, row: Row) -> Encoded:
         """Return the ids and labels of a row, without truncation to a maximum length.
@@ -229,6 +229,11 @@ class Renderer:
     def _segment_conversation(self, row: Row, segments: Segments) -> list[SegmentedRow]:
         self._require_form(row.place)
         messages = self._placed(row.messages)
+        if self.loss_on == "last":
+            earlier = [
+                replace(message, learnt=message.role != "assistant") for message in messages[:-1]
+            ]
+            messages = (*earlier, messages[-1])
         self._check_learnt(messages, row.place)
         messages, tools, originals = self._special_tokens.escape(messages, row.place, row.tools)
         sample = None
@@ -236,8 +241,6 @@ class Renderer:
         if is_plain and not self._template.content_as_parts:
             sample = self._template_cache.sample(messages)
         samples = [sample] if sample else self._samples(messages, tools, row.place)
-        if self.loss_on == "last":
-            samples = [_only_last(samples[0])]
         changed = self._completeness.check(messages, tools, samples, row.place)
         escaped = any(original in self._special_tokens.strings for original in originals.values())
         return [
@@ -254,8 +257,6 @@ class Renderer:
         """Return the texts in which the answers of escaped messages are learnt."""
         answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
         learnt = [number for number in answers if messages[number].learnt]
-        if self.loss_on == "last":
-            learnt = learnt[-1:]
         return samples_of(self._require_form(place), messages, learnt, place, tools)
 
     def _check_learnt(self, messages: tuple[Message, ...], place: str) -> None:
@@ -264,9 +265,7 @@ class Renderer:
         Raises:
             RowError: they do not.
         """
-        answers = [message for message in messages if message.role == "assistant"]
-        considered = answers[-1:] if self.loss_on == "last" else answers
-        if not any(message.learnt for message in considered):
+        if not any(message.learnt for message in messages if message.role == "assistant"):
             reason = "no answer is to be learnt"
             raise RowError(place, reason, f"{reason}: each has a weight of 0")
         if self.loss_on == "all" and not all(message.learnt for message in messages):
@@ -337,9 +336,3 @@ class Renderer:
             return self._splitter.adds_bos
         ids = self._splitter.ids(self._template.render(PROBE, PLACE))
         return ids[0] == bos_id and (self._splitter.adds_bos or ids.count(bos_id) == 1)
-
-
-def _only_last(sample: Sample) -> Sample:
-    """Return a sample in which only the last answer is learnt."""
-    context = [replace(span, learnt=False) for span in sample.spans[:-1]]
-    return Sample(sample.text, [*context, sample.spans[-1]])

@@ -238,7 +238,7 @@ def _weight(place: str, value: Any) -> float:
     """
     try:
         weight = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not 0 <= weight < math.inf:
         raise RowError(
@@ -258,6 +258,9 @@ def _list_of_turns(place: str, column: str, value: Any) -> list[tuple[str, Any]]
     turns = json_value(place, column, value)
     if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
         # Older versions of the datasets library store a list of turns as lists of their values.
+        if len({len(values) for values in turns.values()}) > 1:
+            detail = f"{column} has lists of unequal lengths"
+            raise RowError(place, f"{column} of unequal lists", detail)
         turns = [
             dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)
         ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def _read_saved(folder: Path) -> list[RawRow]:
     from datasets import load_from_disk  # slow to import, and most data is JSONL
 
     try:
-        return _numbered(folder, load_from_disk(str(folder)))
+        return _numbered(folder, load_from_disk(str(folder)).with_format("arrow")[:].to_pylist())
     except Exception as error:  # the library raises many types; each means an unreadable folder
         raise DataError(f"{folder}: cannot be read: {error}") from error
 
@@ -136,14 +138,15 @@ def _read_bytes(path: Path) -> bytes:
                 with pyarrow.input_stream(str(path), compression="zstd") as stream:
                     return bytes(stream.read())
         return path.read_bytes()
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _read_text(path: Path, encoding: str) -> str:
     content = _read_bytes(path)
     try:
-        text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+        is_utf8 = codecs.lookup(encoding).name == "utf-8"
+        text = content.decode("utf-8-sig" if is_utf8 else encoding)
     except (UnicodeDecodeError, LookupError) as error:
         if isinstance(error, LookupError):
             raise DataError(f"data.encoding: {encoding!r} is unknown; such as cp1252") from None
@@ -172,6 +175,10 @@ def _read_csv(path: Path, text: str, delimiter: str | None) -> list[RawRow]:
     reader = csv.DictReader(
         io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced, strict=True
     )
+    names = reader.fieldnames or []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: has several columns named {twice[0]!r}; rename all but one")
     rows = []
     try:
         for number, record in enumerate(reader, start=1):
@@ -200,9 +207,7 @@ def _read_arrow(path: Path, suffix: str) -> list[RawRow]:
                 table = pyarrow.ipc.open_stream(source).read_all()
             except pyarrow.ArrowInvalid:
                 table = pyarrow.ipc.open_file(source).read_all()
-        from datasets import Dataset
-
-        return _numbered(path, Dataset(table))
+        return _numbered(path, table.to_pylist())
     except DataError:
         raise
     except Exception as error:  # the readers raise many types; each means an unreadable file
@@ -257,4 +262,5 @@ def _read_hub(source: str, split: str, subset: str | None, revision: str | None)
             f"{source}: cannot be loaded from the Hub: {error}. If it is a file, write its path with"
             " a leading ./ or with its suffix; if it is gated, run `hf auth login` first"
         ) from error
-    return _numbered(f"{source}[{split}]", data)
+    # As stored: decoded pictures would be other objects each time.
+    return _numbered(f"{source}[{split}]", data.with_format("arrow")[:].to_pylist())

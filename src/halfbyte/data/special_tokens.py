@@ -137,11 +137,13 @@ class _Escaper:
             content=content,
             reasoning=message.reasoning and self._text(message.reasoning, pattern, message.role),
             name=message.name and self._text(message.name, self.tokens.pattern, message.role),
+            tool_call_id=message.tool_call_id
+            and self._text(message.tool_call_id, self.tokens.pattern, message.role),
             tool_calls=tuple(
                 ToolCall(
                     self._text(call.name, self.tokens.pattern, message.role),
                     self.json(call.arguments, message.role),
-                    call.id,
+                    call.id and self._text(call.id, self.tokens.pattern, message.role),
                 )
                 for call in message.tool_calls
             ),

@@ -96,7 +96,9 @@ class TemplateCache:
             DataError
         ):  # the template rejects these roles: each row gets that error with its place
             return None
-        return _parse(samples[0]) if len(samples) == 1 else None
+        if len(samples) != 1 or len(samples[0].spans) != roles.count("assistant"):
+            return None
+        return _parse(samples[0])
 
 
 def _parse(sample: Sample) -> _RenderedTemplate | None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from halfbyte.data.conversation import ToolCall
-from halfbyte.data.fields import RowError, json_value, quoted
+from halfbyte.data.fields import RowError, json_value, quoted, valid_text
 
 
 def parse_calls(place: str, where: str, value: Any) -> tuple[ToolCall, ...]:
@@ -51,7 +51,11 @@ def parse_calls(place: str, where: str, value: Any) -> tuple[ToolCall, ...]:
             )
         identity = written.get("id")
         calls.append(
-            ToolCall(name, _json_text(arguments), None if identity is None else str(identity))
+            ToolCall(
+                valid_text(place, f"{where}.name", name),
+                _json_text(place, where, arguments),
+                None if identity is None else valid_text(place, f"{where}.id", str(identity)),
+            )
         )
     return tuple(calls)
 
@@ -77,8 +81,9 @@ def parse_tools(place: str, value: Any) -> str:
                 " function, function: {name, description, parameters}}, the parameters a JSON schema",
             )
         tools.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return _json_text(tools) if tools else ""
+    return _json_text(place, "tools", tools) if tools else ""
 
 
-def _json_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _json_text(place: str, where: str, value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return valid_text(place, where, text)

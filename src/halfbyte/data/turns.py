@@ -162,20 +162,30 @@ class _Turn:
         content = self.content
         if self._is_simple:
             return Message(self.role, content)
-        if self.role in OPENING_ROLES:
-            if is_blank(content):
-                return None
-            if "blank_system" in account.repairs and str(content).strip().lower() in NOTHING_WORDS:
-                account.repaired["blank_system"] += 1
-                return None
         fields = Fields(self.place, self.where + ".", self.values)
         for key in (self.role_key, self.content_key):
             fields.take(key)
-        message = self._message(fields)
+        if self.role in OPENING_ROLES and self._says_nothing(account):
+            fields.finish(REFUSED_IN_TURN, account)
+            return None
+        message = self._message(fields, account)
         fields.finish(REFUSED_IN_TURN, account)
         return message
 
-    def _message(self, fields: Fields) -> Message:
+    def _says_nothing(self, account: Account) -> bool:
+        """Whether a system message is none, however that is written."""
+        content = self.content
+        if isinstance(content, list):
+            texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            return all(is_blank(text) for text in texts)
+        if is_blank(content):
+            return True
+        if "blank_system" in account.repairs and str(content).strip().lower() in NOTHING_WORDS:
+            account.repaired["blank_system"] += 1
+            return True
+        return False
+
+    def _message(self, fields: Fields, account: Account) -> Message:
         """Return the message of a turn, whose other fields are still to be taken."""
         content, content_place = self.content, f"{self.where}.{self.content_key}"
         reasoning = fields.take("reasoning_content", "thinking", "reasoning")
@@ -184,7 +194,9 @@ class _Turn:
             calls, content = content, None
         tool_calls = parse_calls(self.place, f"{self.where}.tool_calls", calls)
         if isinstance(content, list):
-            content, thoughts = _join_parts(self.place, content_place, content)
+            content, thoughts = _join_parts(self.place, content_place, content, account)
+            if reasoning and thoughts and reasoning != thoughts:
+                raise fields.error("thoughts twice", "has different thoughts; keep one of them")
             reasoning = reasoning or thoughts
         if reasoning is not None:
             reasoning = valid_text(self.place, f"{self.where}.reasoning_content", reasoning)
@@ -236,7 +248,9 @@ def _is_learnt(fields: Fields, role: str) -> bool:
     return False not in answers
 
 
-def _join_parts(place: str, where: str, parts: list[Any]) -> tuple[str, str | None]:
+def _join_parts(
+    place: str, where: str, parts: list[Any], account: Account
+) -> tuple[str, str | None]:
     """Return the text of a list of content parts, and the thoughts among them.
 
     Raises:
@@ -255,6 +269,10 @@ def _join_parts(place: str, where: str, parts: list[Any]) -> tuple[str, str | No
                 f"a content part of type {shorten(str(kind), 30)}",
                 f"{where}[{number}] is {quoted(part)}; only parts of type text are allowed: {NO_MEDIA}",
             )
+        fields = Fields(place, f"{where}[{number}].", part)
+        for key in ("type", "text", kind):
+            fields.take(key)
+        fields.finish(REFUSED_IN_TURN, account)
         text = part.get(kind, part.get("text"))
         if not isinstance(text, str):
             detail = f"{where}[{number}] is {quoted(part)}; its text is missing"

@@ -170,6 +170,17 @@ def record_data(session: Session, prepared: Prepared) -> None:
                 f"{folder.path}: the data has changed since this run began; train.existing=replace starts"
                 " over"
             )
+        now = prepared.ledger
+        if (earlier.trained, earlier.held_out, earlier.tokens) != (
+            now.trained,
+            now.held_out,
+            now.tokens,
+        ):
+            raise RunError(
+                f"{folder.path}: this version of halfbyte splits or renders the rows otherwise than the one"
+                " that began this run; finish it with that version, or start over with"
+                " train.existing=replace"
+            )
     if not session.is_main:
         return
     prepared.ledger.write(folder.ledger)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.config import Run, read_run_folder
+from halfbyte.data.chat_template import template_sha256
 from halfbyte.data.render import Renderer, renderer_of
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.adapter import load_adapter
@@ -85,8 +86,9 @@ def read_trained_run(path: Path, run: Run | None = None) -> TrainedRun:
     check_same_base(manifest.base, base.identity, f"{folder.path}: was trained on")
     tokenizer = read_tokenizer(folder.adapter, str(folder.adapter))
     # The tokenizer beside the adapter has the template that it was trained with.
+    template = template_sha256(tokenizer.chat_template)
     renderer = renderer_of(run.data.model_copy(update={"chat_template": None}), tokenizer)
-    if renderer.template_sha256 != manifest.chat_template_sha256:
+    if template != manifest.chat_template_sha256:
         raise RunError(
             f"{folder.adapter}: its chat template is not the one that the run was trained with (sha256"
             f" differs from manifest.json). Put back the chat_template.jinja that training wrote"
