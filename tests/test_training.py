@@ -349,26 +349,17 @@ def test_so_many_layers_are_recomputed_from_the_first_on(make_config: MakeConfig
     assert [layer.gradient_checkpointing for layer in layers] == [True, False]
 
 
-def test_evaluations_without_held_out_rows_are_refused_before_anything_is_loaded(
-    make_config: MakeConfig, tmp_path: Path
+@pytest.mark.parametrize("share", ["validation_frac", "test_frac"])
+@pytest.mark.parametrize("eval_steps", [0, 2])
+def test_a_share_that_holds_out_no_row_is_refused_before_anything_is_loaded(
+    make_config: MakeConfig, tmp_path: Path, share: str, eval_steps: int
 ) -> None:
-    config = make_config(data={"test": None, "validation_frac": 0.0001}, train={"eval_steps": 2})
+    config = make_config(data={"test": None, share: 0.0001}, train={"eval_steps": eval_steps})
     run = load_run(config, [])
     base = resolve_base(run.model.name)
     renderer = Renderer(load_tokenizer(base))
     prepared = prepare(run.data, renderer)
-    with pytest.raises(RunError, match=r"data\.validation_frac 0\.0001 of 32 rows holds out none"):
-        set_up(run, base, renderer, prepared, this_machine(), tmp_path)
-
-
-def test_a_share_that_holds_out_no_row_is_refused_before_anything_is_loaded(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    run = load_run(make_config(data={"test": None, "test_frac": 0.0001}), [])
-    base = resolve_base(run.model.name)
-    renderer = Renderer(load_tokenizer(base))
-    prepared = prepare(run.data, renderer)
-    with pytest.raises(RunError, match=r"data\.test_frac 0\.0001 of 32 rows holds out none"):
+    with pytest.raises(RunError, match=rf"data\.{share} 0\.0001 of 32 rows holds out none"):
         set_up(run, base, renderer, prepared, this_machine(), tmp_path)
 
 

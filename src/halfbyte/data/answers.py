@@ -65,8 +65,7 @@ def samples_of(
     Raises:
         RowError: an answer does not begin with its generation prompt, or has no stop token.
     """
-    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
-    prompts = {n: form.template.prompt(messages[:n], place, tools) for n in answers}
+    prompts = _prompts(form, messages, place, tools)
     texts: list[tuple[str, dict[int, tuple[int, int]]]] = []
     for number in reversed(learnt):
         rendered = form.template.render(messages[: number + 1], place, tools)
@@ -82,9 +81,18 @@ def context_spans(
     form: ChatFormat, text: str, messages: tuple[Message, ...], place: str, tools: str
 ) -> list[Span]:
     """Return the earlier answers in the text of a generation prompt, where ``samples_of`` has them too."""
-    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
-    prompts = {n: form.template.prompt(messages[:n], place, tools) for n in answers}
-    return _spans(form, text, prompts, {})
+    return _spans(form, text, _prompts(form, messages, place, tools), {})
+
+
+def _prompts(
+    form: ChatFormat, messages: tuple[Message, ...], place: str, tools: str
+) -> dict[int, str]:
+    """Return the generation prompt of each answer, by its number."""
+    return {
+        number: form.template.prompt(messages[:number], place, tools)
+        for number, message in enumerate(messages)
+        if message.role == "assistant"
+    }
 
 
 def _spans(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING
 
@@ -92,19 +93,12 @@ class ChatFormat:
         Raises:
             DataError: the template does not write them either way.
         """
-        try:
-            text = self.template.render(PROBE, PLACE)
-        except DataError:
-            text = ""
-        if PROBE[0].content in text:
-            return text
-        self.template.content_as_parts = True
-        try:
-            parts = self.template.render(PROBE, PLACE)
-        except DataError:
-            parts = ""
-        if PROBE[0].content in parts:
-            return parts
+        for as_parts in (False, True):
+            self.template.content_as_parts = as_parts
+            with contextlib.suppress(DataError):
+                text = self.template.render(PROBE, PLACE)
+                if PROBE[0].content in text:
+                    return text
         self.template.content_as_parts = False
         return self.template.render(PROBE, PLACE)  # raises what is wrong with text
 
@@ -232,10 +226,5 @@ def _after(text: str, content: str) -> str:
 
 def _rest(text: str, start: str) -> str:
     """Return ``text`` from where it differs from ``start``."""
-    return text[len(shared_start(text, start)) :]
-
-
-def shared_start(one: str, other: str) -> str:
-    """Return the longest text that both begin with."""
-    size = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-    return one[:size] if size is not None else min(one, other, key=len)
+    shorter = min(len(text), len(start))
+    return text[next((n for n in range(shorter) if text[n] != start[n]), shorter) :]

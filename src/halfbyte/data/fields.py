@@ -62,6 +62,16 @@ class Account:
     ignored: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
 
+    def says_nothing(self, text: Any) -> bool:
+        """Return whether an optional text is none, however that is written; count the repair of words."""
+        if is_blank(text):
+            return True
+        if "blank_system" not in self.repairs or not isinstance(text, str):
+            return False
+        is_word = text.strip().lower() in NOTHING_WORDS
+        self.repaired["blank_system"] += is_word
+        return is_word
+
 
 class RowError(DataError):
     """A row that cannot be used.

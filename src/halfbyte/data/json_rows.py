@@ -49,16 +49,10 @@ def _check_single(path: Path, value: dict[str, Any]) -> None:
     Raises:
         DataError: it has no text of its own, but a list of objects that are no turns.
     """
-    holders = [
-        key
-        for key, item in value.items()
-        if _is_list_of_rows(item) and not {"role", "from"} & item[0].keys()
-    ]
+    lists = {key: item[0].keys() for key, item in value.items() if _is_list_of_rows(item)}
+    holders = [key for key, keys in lists.items() if not {"role", "from"} & keys]
     has_text = {"prompt", "completion", "instruction", "output", "text"} & value.keys()
-    has_turns = any(
-        _is_list_of_rows(item) and {"role", "from"} & item[0].keys() for item in value.values()
-    )
-    if holders and not has_text and not has_turns:
+    if holders and not has_text and len(holders) == len(lists):  # no list is one of turns
         raise DataError(
             f"{path}: holds one object; rows are expected, one a line or in a list; set"
             f" data.field={holders[0]}, which holds a list of them"

@@ -9,13 +9,11 @@ from typing import Any
 
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row
 from halfbyte.data.fields import (
-    NOTHING_WORDS,
     REFUSED_IN_ROW,
     Account,
     Fields,
     RowError,
     has_value,
-    is_blank,
     json_value,
     quoted,
     valid_text,
@@ -88,7 +86,7 @@ def parse_rows(
         format_name: a key of ``FORMATS``, or ``auto``.
         columns: names of the format's columns to names of the table's columns.
         system: system message for conversations that have none.
-        repairs: names of the repairs to apply, of ``turns.REPAIRS``.
+        repairs: names of the repairs to apply.
 
     Raises:
         DataError: a column is missing, or no format fits.
@@ -184,27 +182,17 @@ class _Parser:
         """Return the conversation of these turns, each with its column's name."""
         return Row(place, parse_turns(place, turns, self.account))
 
-    def is_nothing(self, text: Any) -> bool:
-        """Return whether an optional text is none, however that is written."""
-        if is_blank(text):
-            return True
-        if "blank_system" not in self.account.repairs or not isinstance(text, str):
-            return False
-        says_nothing = text.strip().lower() in NOTHING_WORDS
-        self.account.repaired["blank_system"] += says_nothing
-        return says_nothing
-
     def _with_system(self, row: Row, column: Any) -> Row:
         """Return the row with the system message of its column or of the config, unless it has one."""
         if row.messages[0].role in OPENING_ROLES:
-            if not self.is_nothing(column):
+            if not self.account.says_nothing(column):
                 raise RowError(
                     row.place,
                     "two system messages",
                     "has a system message in its turns and in the column system; keep one of them",
                 )
             return row
-        if not self.is_nothing(column):
+        if not self.account.says_nothing(column):
             system = valid_text(row.place, "system", column)
         elif self.system is not None:
             system = self.system
@@ -296,7 +284,7 @@ def _parse_prompt_completion(parser: _Parser, place: str, values: dict[str, Any]
 
 
 def _parse_alpaca(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
-    if not parser.is_nothing(values["input"]):
+    if not parser.account.says_nothing(values["input"]):
         instruction = valid_text(place, "instruction", values["instruction"])
         extra_input = valid_text(place, "input", values["input"])
         values = {**values, "instruction": f"{instruction}\n\n{extra_input}"}

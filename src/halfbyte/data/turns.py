@@ -10,7 +10,6 @@ from typing import Any
 from halfbyte.data.conversation import OPENING_ROLES, Message
 from halfbyte.data.fields import (
     NO_MEDIA,
-    NOTHING_WORDS,
     REFUSED_IN_TURN,
     SURROGATES,
     Account,
@@ -178,12 +177,7 @@ class _Turn:
         if isinstance(content, list):
             texts = [part.get("text") if isinstance(part, dict) else part for part in content]
             return all(is_blank(text) for text in texts)
-        if is_blank(content):
-            return True
-        if "blank_system" in account.repairs and str(content).strip().lower() in NOTHING_WORDS:
-            account.repaired["blank_system"] += 1
-            return True
-        return False
+        return account.says_nothing(content)
 
     def _message(self, fields: Fields, account: Account) -> Message:
         """Return the message of a turn, whose other fields are still to be taken."""
