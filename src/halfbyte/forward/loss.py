@@ -28,6 +28,7 @@ from torch import nn
 # Larger temporaries are mapped and unmapped on every use by glibc, which costs more than the sums.
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 TILE_ROWS = 1024  # predictions that share a block's logits
+TRACED_BLOCKS = 3  # blocks of the vocabulary after which the live bytes of a tile repeat
 SCORED_ROWS = 64  # predictions whose logits are held at once when they are scored
 
 
@@ -42,6 +43,7 @@ class TokenLoss(torch.autograd.Function):
         labels: torch.Tensor,
         softcap: float | None,
         starts: range,
+        block_bytes: int,
     ) -> torch.Tensor:
         """Compute the losses (N,) in nats, in fp32.
 
@@ -52,6 +54,7 @@ class TokenLoss(torch.autograd.Function):
             labels: (N,) token ids.
             softcap: the cap on logits, if the model has one.
             starts: first row of each tile; the step of the range is the rows of one tile.
+            block_bytes: most bytes of the logits that are held at once, in fp32.
         """
         needs_gradient = hidden.requires_grad
         dh = torch.empty_like(hidden) if needs_gradient else None  # (N, E)
@@ -59,7 +62,8 @@ class TokenLoss(torch.autograd.Function):
         for start in starts:
             tile = slice(start, start + starts.step)
             h = hidden[tile].detach()  # (R, E)
-            losses[tile], dh_tile = _tile(h, head, labels[tile], softcap, needs_gradient)
+            block = max(1, block_bytes // (4 * len(h)))
+            losses[tile], dh_tile = _tile(h, head, labels[tile], softcap, needs_gradient, block)
             if dh is not None and dh_tile is not None:
                 dh[tile] = dh_tile
         if dh is not None:
@@ -69,12 +73,12 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, *gradients: torch.Tensor
-    ) -> tuple[torch.Tensor | None, None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         """Scale the gradient that ``forward`` computed, by one factor for each row."""
         (dh,) = ctx.saved_tensors
         # In fp32: a factor such as 1/N or a loss scale must not be rounded to 16 bit, or overflow it.
         scaled = dh.float() * gradients[0].float()[:, None]  # (N, E) · (N, 1)
-        return scaled.to(dh.dtype), None, None, None, None
+        return scaled.to(dh.dtype), None, None, None, None, None
 
 
 def _tile(
@@ -83,9 +87,9 @@ def _tile(
     labels: torch.Tensor,
     softcap: float | None,
     needs_gradient: bool,
+    block: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute the losses (R,) of a tile of hidden states (R, E), and their gradient (R, E)."""
-    rows = len(hidden)
     label_rows = head[labels]  # (R, E): W[y]
     z_label = (hidden.float() * label_rows.float()).sum(1, keepdim=True)  # (R, 1): W[y]·h
     label_slope = None
@@ -95,7 +99,6 @@ def _tile(
     m = torch.full_like(z_label, -torch.inf)  # (R, 1)
     ell = torch.zeros_like(z_label)  # (R, 1)
     a = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None  # (R, E)
-    block = max(1, BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cpu"]) // (4 * rows))
     for first in range(0, head.shape[0], block):
         w = head[first : first + block]  # (K, E)
         z = (hidden @ w.T).float()  # (R, K)
@@ -129,14 +132,51 @@ def tile_starts(num_predictions: int) -> range:
     return range(0, num_predictions, TILE_ROWS)
 
 
+def block_bytes(device_type: str) -> int:
+    """Return the most bytes of logits that a block of the vocabulary has on such a device."""
+    return BLOCK_BYTES.get(device_type, BLOCK_BYTES["cpu"])
+
+
 def head_losses(
-    model: Any, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None, starts: range
+    head: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
     """Return the losses (N,) of the hidden states (N, E) that predict ``labels`` (N,)."""
-    head = model.get_output_embeddings().weight
+    return _head_losses(
+        head, hidden, labels, softcap, tile_starts(len(labels)), block_bytes(hidden.device.type)
+    )
+
+
+def traced_head_losses(
+    head: torch.Tensor,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None,
+    device_type: str,
+) -> torch.Tensor:
+    """Do what ``head_losses`` does on such a device as far as its memory needs: the values are wrong.
+
+    All tiles are alike, and so are all blocks of the vocabulary; the next one's tensors are allocated
+    before the last one's are freed.
+    """
+    size = block_bytes(device_type)
+    tiles = tile_starts(len(labels))[:2]
+    rows = min(TILE_ROWS, len(labels))
+    few = head[: TRACED_BLOCKS * max(1, size // (4 * rows))]
+    return _head_losses(few, hidden, labels, softcap, tiles, size)
+
+
+def _head_losses(
+    head: torch.Tensor,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None,
+    starts: range,
+    size: int,
+) -> torch.Tensor:
     # Outside autocast: the head's products stay in the dtype it is stored in.
     with torch.autocast(hidden.device.type, enabled=False):
-        losses: torch.Tensor = TokenLoss.apply(hidden.to(head.dtype), head, labels, softcap, starts)  # type: ignore[no-untyped-call]
+        hidden = hidden.to(head.dtype)
+        losses: torch.Tensor = TokenLoss.apply(hidden, head, labels, softcap, starts, size)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -149,10 +189,9 @@ def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def head_scores(
-    model: Any, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    head: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
     """Return ``score_logits`` (2, N) of hidden states (N, E), without ever holding all of their logits."""
-    head = model.get_output_embeddings().weight
     scores = []
     for start in range(0, len(labels), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)

@@ -17,7 +17,7 @@ from torch import nn
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.forward import prefix_attention
-from halfbyte.forward.loss import head_losses, head_scores, score_logits, tile_starts
+from halfbyte.forward.loss import head_losses, head_scores, score_logits
 from halfbyte.forward.probes import (
     Tolerance,
     eval_mode,
@@ -79,9 +79,10 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
         if in_blocks:
             hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, E)
             states = gather_rows(hidden, sources)  # (N, E)
+            head = self.get_output_embeddings().weight  # (V, E)
             if token_loss == "scores":
-                return head_scores(self, states, targets, softcap)
-            losses = head_losses(self, states, targets, softcap, tile_starts(len(targets)))
+                return head_scores(head, states, targets, softcap)
+            losses = head_losses(head, states, targets, softcap)
         else:
             # (B, T, V) → (N, V); no name holds the logits of all tokens, so that their memory is freed here.
             logits = gather_rows(model_forward(self, **inputs, use_cache=False).logits, sources)

@@ -21,7 +21,7 @@ from halfbyte.config.schema import Adapter, Model, Speed
 from halfbyte.data.prefix_tree import shared_prefix_nodes
 from halfbyte.errors import UntraceableError
 from halfbyte.forward.fused_layers import fuse
-from halfbyte.forward.loss import head_losses, tile_starts
+from halfbyte.forward.loss import traced_head_losses
 from halfbyte.forward.packed import gather_rows, tree_inputs, tree_refusal
 from halfbyte.model.adapter import place_adapter, trainable_parameters
 from halfbyte.model.precision import DTYPES, keep_residual_in_fp32
@@ -317,9 +317,8 @@ class TracedStep:
         live.enter(phase, term)
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         states = gather_rows(hidden, sources)
-        # All tiles are alike, and the second is allocated before the first is freed.
-        starts = tile_starts(len(targets))[:2]
-        return head_losses(self.model, states, targets, cap, starts).sum()
+        head = self.model.get_output_embeddings().weight
+        return traced_head_losses(head, states, targets, cap, self.device_type).sum()
 
     @functools.cached_property
     def tiled(self) -> bool:
