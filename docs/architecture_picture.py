@@ -23,9 +23,9 @@ PICTURE, PAGE = DOCS / "architecture.svg", DOCS / "architecture.md"
 INDEX = "## Every module\n"  # the rest of the page is written here
 # Module and function of each step, and what it hands on.
 ROW = [
-    ("data/sources.py", "read_table", "a table"),
-    ("data/rows.py", "parse_rows", "conversations"),
-    ("data/render.py", "encode_rows", "ids and labels"),
+    ("data/sources.py", "open_table", "rows as stored"),
+    ("data/rows.py", "parse", "conversations"),
+    ("data/encoding.py", "encode_rows", "ids and labels"),
     ("data/prepare.py", "prepare", "rows and ledger"),
     ("train/setup.py", "set_up", "base, adapter, plan"),
     ("train/batching.py", "step", "passes of a step"),

@@ -209,7 +209,7 @@ def test_missing_key_says_what_it_means_when_it_is_inside_a_list(tmp_path: Path)
             "train.ignore_plan is 'yes', which should be a valid boolean",
         ),
         ("data", "system: 5", "data.system is 5, which should be a valid string"),
-        ("data", "columns: [a]", "data.columns is ['a'], which should be a valid dictionary"),
+        ("data", "columns: [a]", "data.columns is ['a'], which should be a valid mapping"),
         (
             "data",
             "columns: {prompt: 5}",
@@ -232,7 +232,7 @@ def test_section_is_refused_with_its_line_when_it_is_a_value(tmp_path: Path) -> 
     path = write(tmp_path, top="adapter: 5")
     (fault,) = faults_of(path)
 
-    assert fault.startswith(f"{path}:1: adapter is 5, which should be a valid dictionary")
+    assert fault.startswith(f"{path}:1: adapter is 5, which should be a valid mapping")
 
 
 @pytest.mark.parametrize(

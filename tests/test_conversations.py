@@ -12,35 +12,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import data_of
 from test_template_kinds import CASES, renderer_of_kind, shown
-from toys import chatml_tokenizer, write_rows
+from toys import Read, chatml_tokenizer, parse_rows, table_of, write_rows
 
 from halfbyte.data.conversation import Message, Row, ToolCall, row_from_json
 from halfbyte.data.encoded import IGNORED, Encoded
+from halfbyte.data.fields import Account
 from halfbyte.data.ledger import Ledger
 from halfbyte.data.prepare import prepare
-from halfbyte.data.raw import RawRow, Table
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import ParsedRows, parse_rows
 from halfbyte.data.turn_order import NEXT_ROLES
 from halfbyte.errors import DataError
 
 
 def read(
     *rows: dict[str, Any], repairs: tuple[str, ...] = (), system: str | None = None
-) -> ParsedRows:
-    table = Table("t", [RawRow(f"t:{n}", row) for n, row in enumerate(rows, 1)], "")
-    return parse_rows(table, "auto", {}, system, repairs)
+) -> tuple[Read, Account]:
+    """The rows, and what happened to their keys."""
+    found, parsed = parse_rows(table_of(*rows, name="t"), "auto", {}, system, repairs)
+    return found, parsed.account
 
 
 def one(row: dict[str, Any], **options: Any) -> Row:
-    parsed = read(row, **options)
+    parsed, _ = read(row, **options)
     assert not parsed.malformed, parsed.malformed
     (result,) = parsed.rows
+    assert isinstance(result, Row)
     return result
 
 
 def fault(row: dict[str, Any], **options: Any) -> str:
-    (error,) = read(row, **options).malformed
+    (error,) = read(row, **options)[0].malformed
     assert len(str(error)) <= 300
     return str(error)
 
@@ -343,7 +344,7 @@ def test_keys_without_meaning_are_counted() -> None:
         {"id": n, "source": "web", "messages": [turn("user", "x", ts=n or None), ANSWER]}
         for n in range(3)
     ]
-    assert dict(read(*rows).account.ignored) == {"id": 3, "source": 3, "messages.ts": 2}
+    assert dict(read(*rows)[1].ignored) == {"id": 3, "source": 3, "messages.ts": 2}
 
 
 @pytest.mark.parametrize(
@@ -388,11 +389,11 @@ def test_repairs_are_named_in_the_error_and_counted(
 ) -> None:
     if repair != "blank_system":
         assert repair in fault({"messages": turns})
-    parsed = read({"messages": turns}, repairs=(repair,))
+    parsed, account = read({"messages": turns}, repairs=(repair,))
     assert [message.role for message in parsed.rows[0].messages] == roles
-    assert {name: count for name, count in parsed.account.repaired.items() if count} == {repair: 1}
-    good = read({"messages": [ASK, ANSWER]}, repairs=(repair,))
-    assert not any(good.account.repaired.values())
+    assert {name: count for name, count in account.repaired.items() if count} == {repair: 1}
+    _, good = read({"messages": [ASK, ANSWER]}, repairs=(repair,))
+    assert not any(good.repaired.values())
 
 
 def test_malformed_rows_are_dropped_by_reason_if_asked(tmp_path: Path) -> None:
@@ -459,7 +460,7 @@ def test_a_row_becomes_several_samples_and_is_counted_once(tmp_path: Path) -> No
     prepared = prepare(data_of(path), renderer_of_kind("qwen3"))
     ledger = prepared.ledger
     assert (ledger.trained, ledger.samples, len(prepared.train)) == (2, {"train": 3}, 3)
-    assert prepared.train[0].row is prepared.train[1].row
+    assert prepared.train[0].row == prepared.train[1].row
     lengths = [len(example.encoded.ids) for example in prepared.train]
     limit = sorted(lengths)[-2]
     dropped = prepare(
@@ -469,7 +470,7 @@ def test_a_row_becomes_several_samples_and_is_counted_once(tmp_path: Path) -> No
     assert (dropped.ledger.trained, dropped.ledger.dropped) == (2, {})
     again = prepare(data_of(path), renderer_of_kind("qwen3"))  # from the cache
     assert [e.encoded for e in again.train] == [e.encoded for e in prepared.train]
-    assert again.train[0].row is again.train[1].row
+    assert again.train[0].row == again.train[1].row
 
 
 # --- any conversation ---
@@ -514,7 +515,7 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=150, deadline=None)
 @given(st.lists(conversations(), min_size=1, max_size=4))
 def test_any_conversation_is_accounted_for_and_learnt_as_written(raw: list[dict[str, Any]]) -> None:
-    parsed = read(*raw)
+    parsed, account = read(*raw)
     assert not parsed.malformed
     # Every key is used or counted.
     notes = sum(
@@ -524,7 +525,7 @@ def test_any_conversation_is_accounted_for_and_learnt_as_written(raw: list[dict[
     )
     ids = sum("id" in t for row in raw for t in row["messages"])
     expected = {"source": len(raw), "messages.id": ids, "messages.note": notes}
-    assert dict(parsed.account.ignored) == {key: count for key, count in expected.items() if count}
+    assert dict(account.ignored) == {key: count for key, count in expected.items() if count}
     renderer = renderer_of_kind("qwen3")
     alone: list[Encoded | str] = []
     for row in parsed.rows:

@@ -13,7 +13,7 @@ from halfbyte.config.schema import Adapter, Speed
 from halfbyte.data.conversation import Row
 from halfbyte.data.encoded import Encoded
 from halfbyte.data.prefix_tree import lay_out
-from halfbyte.data.prepared import Example
+from halfbyte.data.samples import Example, Samples
 from halfbyte.forward.fp16_range import FP16_MAX, largest_product, settle_half
 from halfbyte.forward.fused_layers import fuse
 from halfbyte.forward.packed import add_token_loss
@@ -28,10 +28,10 @@ ROWS: list[tuple[list[int], list[int]]] = [
     for row in ([*range(5, 40), 41, 42], [*range(5, 40), 50, 51, 52], [60, 61, 62, 63])
 ]
 
-EXAMPLES = [
+EXAMPLES = Samples.of(
     Example(Row(f"row {number}", (), None), Encoded(f"row {number}", *row))
     for number, row in enumerate(ROWS)
-]
+)
 
 
 def load(folder: Path, dtype: torch.dtype, tmp_path: Path) -> tuple[Loaded, Any]:

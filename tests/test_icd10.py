@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import read_table
 
 from halfbyte.data.icd10 import build_icd10
 from halfbyte.data.normal import normalised
-from halfbyte.data.sources import read_table
 from halfbyte.errors import DataError
 
 # simple-icd-10-cm 1.5.0 reads its tables with functions that Python 3.11 and 3.12 call deprecated

@@ -37,7 +37,7 @@ LAYERS = [
 EVERYWHERE = {"torch", "transformers", "numpy", "safetensors"}
 LIBRARIES = {
     "PIL": {"eval/chat.py"},
-    "accelerate": {"plan/gate.py", "train/callbacks.py"},
+    "accelerate": {"plan/gate.py", "train/callbacks.py", "train/source_losses.py"},
     "bitsandbytes": {"model/quantised.py"},
     "compressed_tensors": {"ship/awq_worker.py"},
     "datasets": {"data/sources.py", "train/trainer.py"},
@@ -55,7 +55,7 @@ LIBRARIES = {
     "peft": {"model/adapter.py", "train/setup.py"},
     "prometheus_client": {"serve/metrics.py"},
     "psutil": {"host.py", "plan/devices.py"},
-    "pyarrow": {"data/sources.py"},
+    "pyarrow": {"data/files.py", "data/sources.py"},
     "pydantic": {
         "config/dataset.py",
         "config/evaluation.py",

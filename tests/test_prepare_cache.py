@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
@@ -10,14 +12,15 @@ from typing import Any
 
 import pytest
 from test_prepare import data_of, pair
-from toys import chatml_tokenizer, gemma_tokenizer, store, write_rows
+from toys import chatml_tokenizer, gemma_tokenizer, source_at, store, write_rows
 
-from halfbyte.config.dataset import Data
+from halfbyte.config.dataset import Data, DataSource
 from halfbyte.data import cache
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.prepare import prepare
-from halfbyte.data.prepared import Prepared, pack, unpack
+from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import Renderer
+from halfbyte.data.sources import open_table
 from halfbyte.errors import DataError
 from halfbyte.run_dir import cache_dir
 
@@ -61,14 +64,16 @@ def test_second_start_gives_equal_rows_without_preparing_any(
     first = prepare(held(rows), renderer())
     assert capsys.readouterr().err == ""
     [path] = folder.iterdir()
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_mode & 0o777 == 0o700
     no_rows_are_prepared(monkeypatch)
     again = prepare(held(rows), renderer())
     assert again == first
     assert capsys.readouterr().err == (
         f"prepared rows: read from {path}; data.cache=false prepares them again\n"
     )
-    assert any(example.encoded.escaped for example in again.train + again.validation + again.test)
+    assert any(
+        example.encoded.escaped for example in [*again.train, *again.validation, *again.test]
+    )
     assert all(type(i) is int for example in again.train for i in example.encoded.ids)
 
 
@@ -85,13 +90,6 @@ def test_cached_raw_text_and_truncated_rows_are_equal(tmp_path: Path, folder: Pa
     assert first.ledger.truncated
     assert prepare(data, renderer()) == first
     assert len(list(folder.iterdir())) == 1
-
-
-def test_pack_keeps_what_is_prepared(rows: Path) -> None:
-    prepared = prepare(held(rows, cache=False), renderer())
-    kept: Prepared = unpack(pack(prepared))
-    assert kept == prepared
-    assert list(kept.ledger) == list(prepared.ledger)
 
 
 def test_cache_is_neither_read_nor_written_when_it_is_off(
@@ -157,24 +155,50 @@ def test_code_is_hashed_by_the_bytes_of_the_modules(monkeypatch: pytest.MonkeyPa
     assert cache._code_sha256() != before
 
 
-@pytest.mark.parametrize("harm", ["flipped", "cut", "empty"])
+FILES = ["meta.json", "numbers.npz", "rows.bin", "tokens.bin"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["flipped", "cut", "empty", "missing"])
 def test_damaged_file_is_reported_and_replaced(
-    rows: Path, folder: Path, capsys: pytest.CaptureFixture[str], harm: str
+    rows: Path, folder: Path, capsys: pytest.CaptureFixture[str], harm: str, name: str
 ) -> None:
-    first = prepare(held(rows), renderer())
+    prepare(held(rows), renderer())
+    first = prepare(held(rows, cache=False), renderer())  # holds none of the files
     [path] = folder.iterdir()
-    whole = path.read_bytes()
+    assert sorted(file.name for file in path.iterdir()) == FILES
+    file = path / name
+    whole = file.read_bytes()
     middle = len(whole) // 2
-    path.write_bytes(
+    file.write_bytes(
         {
             "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
             "cut": whole[:middle],
-            "empty": b"",
-        }[harm]
+        }.get(harm, b"")
     )
+    if harm == "missing":
+        file.unlink()
     assert prepare(held(rows), renderer()) == first
     assert capsys.readouterr().err == (f"warning: {path} is damaged: its rows are prepared again\n")
-    assert path.read_bytes() == whole
+    assert sorted(file.name for file in path.iterdir()) == FILES
+    assert (path / "tokens.bin").stat().st_size == 4 * sum(
+        tokens.total for tokens in first.ledger.tokens.values()
+    )
+
+
+def test_rows_outlive_the_cache_that_they_are_read_from(rows: Path, folder: Path) -> None:
+    first, second = (prepare(held(rows), renderer()) for _ in range(2))
+    shutil.rmtree(folder)
+    assert list(first.train) == list(second.train)
+    assert len(second.train[0].encoded.ids) > 5
+
+
+def test_folder_of_a_killed_process_is_deleted_after_days(rows: Path, folder: Path) -> None:
+    for name, age in ((".old", 3), (".new", 0)):
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (time.time() - age * 86_400,) * 2)
+    prepare(held(rows), renderer())
+    assert sorted(path.name[:4] for path in folder.iterdir() if path.suffix != ".rows") == [".new"]
 
 
 def test_oldest_files_make_room(rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +207,7 @@ def test_oldest_files_make_room(rows: Path, folder: Path, monkeypatch: pytest.Mo
         prepare(held(rows, max_length=length), renderer())
         [newest] = [path for path in folder.iterdir() if path.stat().st_mtime > 1000]
         os.utime(newest, (number, number))
-    size = max(path.stat().st_size for path in folder.iterdir())
+    size = max(cache._size(path) for path in folder.iterdir())
     oldest, second, third = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
     prepare(held(rows, max_length=100), renderer())  # used again: the oldest is the youngest now
     monkeypatch.setattr(cache, "MAX_BYTES", 3 * size)
@@ -232,7 +256,7 @@ def test_rows_that_change_while_they_are_prepared_are_not_kept(
 
     monkeypatch.setattr(module, "_prepare_anew", slow)
     assert len(module.prepare(held(rows), renderer()).full_lengths) > 10
-    assert not folder.exists()
+    assert not list(folder.iterdir())
 
 
 def test_faults_are_never_cached(tmp_path: Path, folder: Path) -> None:
@@ -240,7 +264,7 @@ def test_faults_are_never_cached(tmp_path: Path, folder: Path) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match="private-use"):
             prepare(data_of(path), renderer())
-    assert not folder.exists()
+    assert not list(folder.glob("*"))
 
 
 def test_only_one_process_of_a_machine_writes_and_speaks(
@@ -248,7 +272,7 @@ def test_only_one_process_of_a_machine_writes_and_speaks(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     first = prepare(held(rows), renderer())
-    assert not folder.exists()
+    assert not list(folder.glob("*"))
     monkeypatch.setenv("LOCAL_RANK", "0")
     prepare(held(rows), renderer())
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -274,18 +298,17 @@ def test_rows_of_the_hub_are_cached_by_their_fingerprint(
     rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from halfbyte.data import prepare as module
-    from halfbyte.data.sources import read_table
 
     reads = []
 
-    def from_hub(source: str, **_: Any) -> Any:
-        reads.append(source)
-        return read_table(str(rows))
+    def from_hub(source: DataSource) -> Any:
+        reads.append(source.path)
+        return open_table(source_at(rows))
 
-    monkeypatch.setattr(module, "read_table", from_hub)
+    monkeypatch.setattr(module, "open_table", from_hub)
     data = held(Path("org/rows"))
     first = prepare(data, renderer())
-    assert reads == ["org/rows"]
+    read_at_first = len(reads)
     no_rows_are_prepared(monkeypatch)
     assert prepare(data, renderer()) == first
-    assert reads == ["org/rows"] * 2
+    assert reads == ["org/rows"] * (read_at_first + 1)

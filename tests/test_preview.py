@@ -15,10 +15,10 @@ from halfbyte.config.dataset import Data
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.conversation import Message, Row
 from halfbyte.data.prepare import prepare
-from halfbyte.data.prepared import Example
 from halfbyte.data.preview import faults_of, show_ledger, show_lengths, show_preview, show_row
 from halfbyte.data.preview_page import preview_page
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import Example
 
 TURNS = (
     Message("system", "Be brief."),

@@ -14,7 +14,7 @@ from halfbyte.config import load_run
 from halfbyte.config.schema import Run
 from halfbyte.data.conversation import Row
 from halfbyte.data.encoded import Encoded
-from halfbyte.data.prepared import Example
+from halfbyte.data.samples import Example, Samples
 from halfbyte.errors import PlanError
 from halfbyte.plan.devices import find_device, this_machine
 from halfbyte.train.measure import live_tensor_bytes
@@ -44,7 +44,7 @@ def probed(run: Run) -> Probe:
 
 
 def test_longest_rows_come_first_with_the_labels_that_are_predicted() -> None:
-    rows = row_lengths([example(5, 2), example(9, 9), example(7, 1)])
+    rows = row_lengths(Samples.of([example(5, 2), example(9, 9), example(7, 1)]))
     assert rows.rows == ((9, 8), (7, 1), (5, 2))  # nothing predicts the first token
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import store
+from toys import Read, parse_rows, source_at, store, table_of
 
 from halfbyte.config.dataset import Data
 from halfbyte.data.conversation import Message, Row, row_from_json
 from halfbyte.data.drops import Drops
-from halfbyte.data.raw import RawRow, Table
-from halfbyte.data.rows import FORMATS, ParsedRows, detect_format, parse_rows
-from halfbyte.data.sources import read_table
+from halfbyte.data.rows import FORMATS, ParsedRows
+from halfbyte.data.sources import open_table
 from halfbyte.data.turns import ROLES
 from halfbyte.errors import DataError
 
@@ -27,10 +26,6 @@ POLICY = "Mend the data, or leave such rows out and count them with data.on_malf
 HALF_PAIR = "is half \ud83d a smile"
 
 
-def table_of(*values: dict[str, Any]) -> Table:
-    return Table("t.jsonl", [RawRow(f"t.jsonl:{n}", v) for n, v in enumerate(values, start=1)], "")
-
-
 def turns(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in pairs]
 
@@ -40,10 +35,13 @@ def parsed(values: dict[str, Any], format_name: str = "auto", system: str | None
     return row
 
 
-def usable(parsed_rows: ParsedRows) -> list[Row]:
+def usable(parsed: tuple[Read, ParsedRows]) -> list[Row]:
     """The rows, of which none may be malformed."""
-    Drops().malformed(parsed_rows.malformed, Data(train="t.jsonl"))
-    return parsed_rows.rows
+    drops = Drops()
+    for error in parsed[0].malformed:
+        drops.add_malformed(error, 0)
+    drops.check_malformed(Data(train="t.jsonl"))
+    return parsed[0].rows
 
 
 def pairs_of(row: Row) -> list[tuple[str, str]]:
@@ -150,9 +148,10 @@ def test_parse_rows_reads_each_format_from_each_file_kind(
     tmp_path: Path, suffix: str, name: str, values: dict[str, Any]
 ) -> None:
     path = store(tmp_path / f"rows{suffix}", [values, values])
-    table = read_table(str(path))
-    assert detect_format(table, {}) == name
-    rows = usable(parse_rows(table, "auto", {}, None))
+    table = open_table(source_at(path))
+    found = parse_rows(table)
+    assert found[1].format == name
+    rows = usable(found)
     place = f"{path}:2" if suffix == ".jsonl" else f"{path} row 2"
     expected = (
         Row(place, (), "q")
@@ -184,12 +183,13 @@ def test_row_from_json_reads_back_what_as_json_wrote(row: Row) -> None:
 def test_detect_format_finds_the_format_whose_columns_are_there(name: str) -> None:
     needed, optional = FORMATS[name]
     values = dict.fromkeys((*needed, *optional, "id"), "x")
-    assert detect_format(table_of(values), {}) == name
+    assert parse_rows(table_of(values))[1].format == name
 
 
 def test_detect_format_goes_by_renamed_columns() -> None:
     table = table_of({"question": "q", "text": "a"})
-    assert detect_format(table, {"prompt": "question", "completion": "text"}) == "prompt_completion"
+    columns = {"prompt": "question", "completion": "text"}
+    assert parse_rows(table, "auto", columns)[1].format == "prompt_completion"
 
 
 def test_detect_format_names_the_columns_when_none_fits() -> None:
@@ -365,7 +365,7 @@ def test_content_is_read_from_a_file_with_its_lone_surrogate(tmp_path: Path) -> 
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "fine"}\n{"text": "a \\ud83d b"}\n', encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        usable(parse_rows(read_table(str(path)), "auto", {}, None))
+        usable(parse_rows(open_table(source_at(path))))
     assert str(caught.value) == (
         f"{path}:2: text holds half a surrogate pair, which is not valid Unicode text\n{POLICY}"
     )

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import store, write_rows
+from toys import read_table, store, table_of, write_rows
 
 from halfbyte.config.paths import DATA_SUFFIXES
 from halfbyte.data.files import ALLOWED
-from halfbyte.data.raw import RawRow, Table
-from halfbyte.data.sources import read_table
+from halfbyte.data.raw import RawRow
 from halfbyte.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -121,7 +120,8 @@ def test_read_table_keeps_nested_values_of_parquet(tmp_path: Path) -> None:
 
 
 def test_columns_are_listed_once_in_order_of_first_appearance() -> None:
-    table = Table("t", [RawRow("t:1", {"b": 1, "a": 2}), RawRow("t:2", {"c": 3, "a": 4})], "")
+    table = table_of({"b": 1, "a": 2}, {"c": 3, "a": 4})
+    assert len(list(table)) == 2
     assert table.columns == ["b", "a", "c"]
 
 
@@ -295,9 +295,7 @@ def test_read_table_names_the_line_of_broken_json(tmp_path: Path) -> None:
 
 def test_read_table_names_a_file_of_broken_json(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.json", '[{"text": "a"},\n{"text" "b"}]')
-    assert error_of(path) == (
-        f"{path}: not valid JSON: Expecting ':' delimiter: line 2 column 9 (char 24)"
-    )
+    assert error_of(path) == (f"{path}: not valid JSON behind row 1: Expecting ':' delimiter")
 
 
 @pytest.mark.parametrize(("name", "place"), [("rows.jsonl", ":1"), ("rows.json", ":1")])
@@ -366,7 +364,7 @@ def test_read_table_names_the_encoding_to_set(tmp_path: Path, encoding: str) -> 
         ("rows.jsonl.xz", "no xz", "Input format not supported"),
         ("rows.jsonl.zst", "no zstd", "ZSTD"),
         ("rows.arrow", "no arrow", ""),
-        ("rows.parquet", "no parquet", "Could not open Parquet input source"),
+        ("rows.parquet", "no parquet", "Parquet magic bytes not found"),
     ],
 )
 def test_read_table_names_a_table_file_that_cannot_be_read(

@@ -6,6 +6,7 @@ import csv
 import json
 import runpy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.config.dataset import Data, DataSource
 from halfbyte.data.chat_template import load_template
+from halfbyte.data.fields import Account, RowError
+from halfbyte.data.raw import RawRow, Table
+from halfbyte.data.rows import ParsedRows
+from halfbyte.data.sources import open_table
 from halfbyte.model.merged import MergeReport
 from halfbyte.trained.manifest import Manifest
 
@@ -178,3 +184,53 @@ def make_merge_report(kept: str, trained: str, dtype: str = "fp16", **fields: An
         "sha256": {},
     }
     return MergeReport.model_validate(content | fields)
+
+
+# --- sources, read as a whole ---
+
+
+@dataclass(frozen=True)
+class Read:
+    """Everything that a source holds."""
+
+    name: str
+    columns: list[str]
+    fingerprint: str
+    rows: list[Any]
+    malformed: list[RowError]
+
+
+def source_at(path: Path | str, **keys: Any) -> DataSource:
+    """The source at a path, with every key that the section would give it."""
+    [(_, source)] = Data(train=[DataSource(path=str(path), **keys)]).sources()
+    return source
+
+
+def table_of(*values: dict[str, Any], name: str = "t.jsonl") -> Table:
+    rows = [RawRow(f"{name}:{n}", value) for n, value in enumerate(values, start=1)]
+    return Table(name, lambda: iter(rows))
+
+
+def read_table(path: Path | str, **keys: Any) -> Read:
+    """The rows of a source as they are stored."""
+    table = open_table(source_at(path, **keys))
+    return _read(table, list(table))
+
+
+def parse_rows(
+    table: Table,
+    format_name: str = "auto",
+    columns: dict[str, str] | None = None,
+    system: str | None = None,
+    repairs: tuple[str, ...] = (),
+) -> tuple[Read, ParsedRows]:
+    """The rows of a table, parsed."""
+    source = source_at(table.name, format=format_name, columns=columns or {}, system=system)
+    parsed = ParsedRows(table, source, Account(repairs))
+    return _read(table, list(parsed)), parsed
+
+
+def _read(table: Table, found: list[Any]) -> Read:
+    rows = [row for row in found if not isinstance(row, RowError)]
+    malformed = [row for row in found if isinstance(row, RowError)]
+    return Read(table.name, table.columns, table.fingerprint, rows, malformed)

@@ -58,7 +58,7 @@ def main() -> None:
     base = resolve_base(run.model.name, run.model.revision)
     check_base(session, base)
     renderer = renderer_of(run.data, load_tokenizer(base))
-    prepared = prepare(run.data, renderer)
+    prepared = prepare(run.data, renderer, run.seed)
     record_data(session, prepared)
     say(show_ledger(prepared), show_tokens(renderer))
 

@@ -14,8 +14,9 @@ from halfbyte.config import Run, model_run
 from halfbyte.data.conversation import Row
 from halfbyte.data.encoded import Encoded
 from halfbyte.data.ledger import Ledger
-from halfbyte.data.prepared import Example, Prepared
+from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import Example, Samples
 from halfbyte.libraries import quiet_libraries
 
 
@@ -31,14 +32,14 @@ def main(job: Job, *callbacks: TrainerCallback) -> None:
     from halfbyte.train.trainer import build_trainer
 
     run, out = _run(job), Path(job.out)
-    rows = [
+    rows = Samples.of(
         Example(Row(f"row {n}", text=" "), Encoded(f"row {n}", ids, labels))
         for n, (ids, labels) in enumerate(job.read_rows("drawn"))
-    ]
+    )
     base = resolve_base(run.model.name)
     renderer = Renderer(load_tokenizer(base))
     ledger = Ledger(rows_in={"train": len(rows)}, trained=len(rows), held_out={}, dropped={})
-    prepared = Prepared(rows, [], [], ledger)
+    prepared = Prepared(rows, rows[:0], rows[:0], ledger)
     setup = set_up(run, base, renderer, prepared, this_machine(), out)
     start_adapter(setup.model, job.seed)
     trainer = build_trainer(setup, out, None)

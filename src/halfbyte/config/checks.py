@@ -163,6 +163,11 @@ def _data_rules(run: Run, written: Written) -> list[Rule]:
             " nothing is left to train on",
         ),
         (
+            isinstance(data.test, list) and any(entry.weight != 1 for entry in data.test),
+            "data.test",
+            "has an entry with a weight: the comparison takes each of its rows once",
+        ),
+        (
             data.format == "text" and data.system is not None,
             "data.system",
             "has no effect on raw text",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from halfbyte.config.section import Fraction, Name, Section
+from halfbyte.config.section import BRANCH, Fraction, Name, Positive, Section
 
 
 def _read_day(value: Any) -> Any:
@@ -15,20 +16,57 @@ def _read_day(value: Any) -> Any:
     return datetime.date.fromisoformat(value) if isinstance(value, str) else value
 
 
+SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "data")
 Day = Annotated[datetime.date, BeforeValidator(_read_day)]
+
+
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+
+
+class DataSource(Section):
+    """One of several sources of rows; what it does not say is as in the section ``data``."""
+
+    path: Name = Field(description="As `data.train`.")
+    name: Name | None = Field(
+        None, description="Name in the ledger and of the losses; default: of the file or folder."
+    )
+    weight: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="How often each of its training rows is in an epoch: 2 is twice, 0.5 a half of them, drawn"
+        " by `seed`.",
+    )
+    rows: Positive | None = Field(
+        None, description="Number of its rows to use, drawn by `seed`; default: all."
+    )
+    format: Format | None = Field(None, description="As `data.format`.")
+    columns: dict[str, Name] | None = Field(None, description="As `data.columns`.")
+    system: Name | None = Field(None, description="As `data.system`.")
+    split: Name | None = Field(None, description="As `data.train_split`, or `data.test_split`.")
+    subset: Name | None = Field(None, description="As `data.subset`.")
+    revision: Name | None = Field(None, description="As `data.revision`.")
+    field: Name | None = Field(None, description="As `data.field`.")
+    encoding: Name | None = Field(None, description="As `data.encoding`.")
+
+
+# The branch is chosen by the value's type, so that an error is about one of them.
+Sources = Annotated[
+    Annotated[Name, Tag(f"{BRANCH}one")]
+    | Annotated[list[DataSource], Field(min_length=1), Tag(f"{BRANCH}several")],
+    Discriminator(lambda value: BRANCH + ("several" if isinstance(value, list) else "one")),
+]
 
 
 class Data(Section):
     """The rows, how they are rendered to tokens, and which of them are held out."""
 
-    train: Name = Field(
+    train: Sources = Field(
         description="Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow file (also as"
         " .gz, .xz or .zst), a pattern such as `rows/**/*.jsonl`, a folder of files, a folder that"
-        " `save_to_disk` wrote, or a Hub dataset id."
+        " `save_to_disk` wrote, or a Hub dataset id. Several are a list of mappings: see below."
     )
-    test: Name | None = Field(
+    test: Sources | None = Field(
         None,
-        description="Rows for the comparison, from a file, folder or Hub id. Else `test_frac`.",
+        description="Rows for the comparison, likewise. Else `test_frac`.",
     )
     train_split: Name = Field(
         "train", description="Split for training, of a Hub dataset or of a folder with several."
@@ -42,7 +80,7 @@ class Data(Section):
     )
     subset: Name | None = Field(None, description="Configuration name of a Hub dataset.")
     revision: Name | None = Field(None, description="Revision of a Hub dataset.")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = Field(
+    format: Format = Field(
         "auto", description="Shape of a row; `auto` reads it off the columns and prints it."
     )
     columns: dict[str, Name] = Field(
@@ -116,3 +154,37 @@ class Data(Section):
         " them while rows, settings, tokenizer, template and code are the same. Changes speed, not"
         " the result.",
     )
+
+    def sources(self) -> list[tuple[str, DataSource]]:
+        """Return each source with its part, ``train`` or ``test``; every key but ``rows`` has a value.
+
+        The names of the sources differ: of one path they are those of the parts, of a list those of the files
+        or folders, with a number where two are alike.
+        """
+        found: list[tuple[str, DataSource]] = []
+        names: set[str] = set()
+        for part, entries, split in (
+            ("train", self.train, self.train_split),
+            ("test", self.test or [], self.test_split),
+        ):
+            if isinstance(entries, str):
+                entries = [DataSource(path=entries, name=part)]
+            for entry in entries:
+                name = entry.name or _name_of(entry.path)
+                numbered = (f"{name}-{number}" for number in itertools.count(2))
+                name = next(n for n in itertools.chain([name], numbered) if n not in names)
+                names.add(name)
+                found.append((part, entry.model_copy(update=self._defaults(entry, name, split))))
+        return found
+
+    def _defaults(self, entry: DataSource, name: str, split: str) -> dict[str, Any]:
+        keys = ("format", "columns", "system", "subset", "revision", "field", "encoding")
+        own = {key: getattr(self, key) for key in keys if getattr(entry, key) is None}
+        return own | {"name": name, "split": entry.split or split}
+
+
+def _name_of(path: str) -> str:
+    """Return the name of a file without suffixes, or that of the nearest folder that says more than a split."""
+    names = [part.partition(".")[0] or part for part in path.split("/") if part]
+    telling = [name for name in names if name not in SPLIT_NAMES and not set(name) & set("*?[")]
+    return (telling or names)[-1]

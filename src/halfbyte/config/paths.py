@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.config.dataset import Data, DataSource
 from halfbyte.config.schema import Run
 from halfbyte.config.source import KeyPath, Source
 
@@ -33,14 +34,13 @@ def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool
         resolver.fault(
             ("model", "revision"), f"has no effect: {run.model.name!r} is not on the Hub"
         )
-    data = {"train": resolver.local(("data", "train"), run.data.train, DATA_SUFFIXES)}
-    if run.data.test is not None:
-        data["test"] = resolver.local(("data", "test"), run.data.test, DATA_SUFFIXES)
-    if not resolved and all(os.path.isabs(value) for value in data.values()):
-        folders = {f"{name}_split" for name, value in data.items() if os.path.isdir(value)}
-        for key in ("train_split", "test_split", "subset", "revision"):
-            if key not in folders and source.values["data"].get(key) is not None:
-                resolver.fault(("data", key), "has no effect: the rows come from local files")
+    data: dict[str, Any] = {
+        key: _resolve_sources(resolver, key, entries)
+        for key, entries in (("train", run.data.train), ("test", run.data.test))
+        if entries is not None
+    }
+    if not resolved:
+        _check_hub_keys(resolver, run.data.model_copy(update=data))
     if run.data.chat_template is not None:
         data["chat_template"] = resolver.template(("data", "chat_template"), run.data.chat_template)
     baselines = [
@@ -69,6 +69,39 @@ def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool
             "runs_dir": resolver.absolute(("runs_dir",), run.runs_dir),
         }
     )
+
+
+def _resolve_sources(
+    resolver: _Resolver, key: str, entries: str | list[DataSource]
+) -> str | list[DataSource]:
+    if isinstance(entries, str):
+        return resolver.local(("data", key), entries, DATA_SUFFIXES)
+    return [
+        entry.model_copy(
+            update={
+                "path": resolver.local(("data", key, number, "path"), entry.path, DATA_SUFFIXES)
+            }
+        )
+        for number, entry in enumerate(entries)
+    ]
+
+
+def _check_hub_keys(resolver: _Resolver, data: Data) -> None:
+    """Add a fault for each key of the section that says something of the Hub alone where nothing is from there."""
+    sources = data.sources()
+    for part in ("train", "test"):
+        entries = getattr(data, part)
+        for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+            for key in ("subset", "revision"):
+                if getattr(entry, key) is not None and os.path.isabs(entry.path):
+                    where = ("data", part, number, key)
+                    resolver.fault(where, "has no effect: the rows come from local files")
+    if not all(os.path.isabs(entry.path) for _, entry in sources):
+        return
+    folders = {f"{part}_split" for part, entry in sources if os.path.isdir(entry.path)}
+    for key in ("train_split", "test_split", "subset", "revision"):
+        if key not in folders and resolver.source.values["data"].get(key) is not None:
+            resolver.fault(("data", key), "has no effect: the rows come from local files")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from halfbyte.config.checks import cross_faults, environment_faults, secret_faults
 from halfbyte.config.paths import resolve_paths
 from halfbyte.config.schema import Run
-from halfbyte.config.section import Name, Positive
+from halfbyte.config.section import BRANCH, Name, Positive
 from halfbyte.config.source import SECRET, KeyPath, Source, read_source, source_of
 from halfbyte.errors import ConfigError, RunError
 
@@ -167,7 +167,7 @@ def _one_a_value(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _fault(error: dict[str, Any], source: Source) -> str:
     """Return one line with the place, the key, the value found, what is allowed, and the nearest key."""
     # pydantic adds the chosen branch of a union to ``loc``; only keys that were written count.
-    path: KeyPath = tuple(error["loc"])
+    path: KeyPath = tuple(part for part in error["loc"] if not str(part).startswith(BRANCH))
     while error["type"] != "missing" and len(path) > 1 and path not in source.places:
         path = path[:-1]
     dotted = ".".join(map(str, path))
@@ -185,6 +185,7 @@ def _fault(error: dict[str, Any], source: Source) -> str:
         allowed = ", or ".join([", ".join(options), *_besides(path)])
         return f"{place}: {dotted} is {_shown(came)}; allowed: {allowed}{hint}"
     message = error["msg"].replace("Input should", "should")
+    message = re.sub(r"dictionary( or instance of \w+)?$", "mapping", message)
     return f"{place}: {dotted} is {_shown(error['input'])}, which {message[0].lower()}{message[1:]}"
 
 

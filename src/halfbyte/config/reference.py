@@ -34,6 +34,9 @@ def reference() -> str:
                 f"{inspect.getdoc(section)}\n",
                 _table(section, sections=True),
             ]
+            for key, listed in _listed_sections(section):
+                parts += [f"### {name}.{key}[]\n", f"{inspect.getdoc(listed)}\n"]
+                parts.append(_table(listed, sections=True))
     return "\n".join(parts)
 
 
@@ -48,6 +51,19 @@ def _table(section: type[BaseModel], *, sections: bool) -> str:
         cells = [f"`{name}`", shown, _default(field), field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _listed_sections(section: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
+    """Return the sections that keys hold lists of, each with the first such key."""
+    found: dict[type[BaseModel], str] = {}
+    for name, field in section.model_fields.items():
+        pending = [field.annotation]
+        while pending:
+            kind = pending.pop()
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found.setdefault(kind, name)
+            pending += get_args(kind)
+    return [(name, kind) for kind, name in found.items()]
 
 
 def _kind(annotation: Any) -> str:

@@ -24,6 +24,7 @@ OwnVariant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "m
 Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of train/export.py
 Variant = OwnVariant | Artefact
 
+BRANCH = "|"  # begins the name of a union's branch, which pydantic puts into the places of errors
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from typing import Any
 
-from halfbyte.data.conversation import Row
+import numpy as np
+
 from halfbyte.data.drops import Drops
-from halfbyte.data.encoding import EncodedParts
+from halfbyte.data.encoding import EncodedRows
 from halfbyte.data.fields import Account
-from halfbyte.data.ledger import Ledger, NearDuplicate, PartTokens
-from halfbyte.data.normal import normalised
-from halfbyte.data.prepared import Example, rows_of
+from halfbyte.data.ledger import MAX_PLACES, Ledger, NearDuplicate, PartTokens, SourceLedger
 from halfbyte.data.raw import Table
+from halfbyte.data.samples import Samples
+from halfbyte.data.shares import Sources
+
+HELD_OUT = ("validation", "test")
 
 
 def ledger_of(
-    tables: dict[str, Table],
-    parts: dict[str, list[Row]],
-    encoded: EncodedParts,
+    tables: list[Table],
+    sources: Sources,
+    samples: dict[str, Samples],
+    encoded: EncodedRows,
     drops: Drops,
     account: Account,
     near: list[tuple[int, int, float]],
@@ -26,65 +30,100 @@ def ledger_of(
     """Account for every row that was read.
 
     Args:
-        tables: the sources.
-        parts: the rows of each part, before they were encoded.
-        encoded: the samples of each part.
+        tables: what was read of each source.
+        sources: the sources.
+        samples: the samples of each part.
+        encoded: what became of the rows.
         drops: the rows that were left out.
         account: what happened to keys and turns.
-        near: pairs of a training and a held-out row that are alike, with their similarity.
+        near: numbers of a training and a held-out row that are alike, with their similarity.
         split_by: as in ``Ledger``.
     """
-    held_out = parts["test"] + parts["validation"]
-    rows = {name: rows_of(examples) for name, examples in encoded.examples.items()}
-    samples = {name: len(examples) for name, examples in encoded.examples.items()}
+    names = [source.name or "" for _, source in sources]
+    by_source = {
+        name: _source_ledger(number, table, samples, drops, source.weight)
+        for number, (name, table, (_, source)) in enumerate(
+            zip(names, tables, sources, strict=True)
+        )
+    }
+    train = samples["train"].distinct_rows
+    prompts = np.array(samples["train"].file.row_digests)[train]
+    num_distinct = 1 if split_by == "answer" else len(np.unique(prompts))
+    weights = np.array(samples["train"].file.row_weights)[train]
+    held_out = {name: len(samples[name].distinct_rows) for name in HELD_OUT}
+    num_rows = held_out | {"train": len(train)}
     ledger = Ledger(
-        rows_in={name: table.num_rows for name, table in tables.items()},
-        trained=len(rows["train"]),
-        held_out={name: len(rows[name]) for name in ("validation", "test")},
-        dropped=dict(drops.counts),
-        fingerprints={name: table.fingerprint for name, table in tables.items()},
-        truncated=encoded.truncated,
-        changed_by_template=_places(encoded.examples["train"], "changed"),
-        control_tokens_as_text=[
-            place
-            for examples in encoded.examples.values()
-            for place in _places(examples, "escaped")
-        ],
-        duplicate_prompts_in_training=_count_duplicates(rows["train"]),
-        near_duplicates=[
-            NearDuplicate(
-                train=parts["train"][i].place,
-                held_out=held_out[j].place,
-                jaccard=round(similarity, 3),
-            )
-            for i, j, similarity in near
-        ],
-        tokens={name: _tokens(examples) for name, examples in encoded.examples.items()},
+        rows_in={name: table.num_rows for name, table in zip(names, tables, strict=True)},
+        trained=len(train),
+        held_out=held_out,
+        dropped=drops.by_reason(),
+        fingerprints={name: table.fingerprint for name, table in zip(names, tables, strict=True)},
+        duplicate_prompts_in_training=len(train) - num_distinct,
+        tokens={name: _tokens(part) for name, part in samples.items()},
         dropped_places=drops.places,
         ignored=dict(account.ignored),
         repaired={name: count for name, count in account.repaired.items() if count},
-        samples={name: count for name, count in samples.items() if count != len(rows[name])},
+        samples={name: len(part) for name, part in samples.items() if len(part) != num_rows[name]},
         dropped_samples=dict(drops.samples),
-        weighted=sum(row.weight != 1 for row in rows["train"]),
+        weighted=int(np.count_nonzero(weights != 1)),
         split_by=split_by,
+        sources=by_source if len(by_source) > len({part for part, _ in sources}) else {},
+        **_places(samples, encoded, near),
     )
     assert ledger.adds_up, ledger
     return ledger
 
 
-def _tokens(examples: list[Example]) -> PartTokens:
-    return PartTokens(
-        total=sum(len(e.encoded.ids) for e in examples),
-        supervised=sum(e.encoded.num_supervised for e in examples),
+def _places(
+    samples: dict[str, Samples], encoded: EncodedRows, near: list[tuple[int, int, float]]
+) -> dict[str, Any]:
+    """Return the lists of the ledger that name the first rows of a kind, and how many there are."""
+    rows = samples["train"].file.rows
+    escaped = np.concatenate([_flagged(part, 2) for part in samples.values()])
+    changed = _flagged(samples["train"], 1)
+    return {
+        "truncated": encoded.truncated,
+        "changed_by_template": [rows[n].place for n in changed[:MAX_PLACES].tolist()],
+        "special_token_text": [rows[n].place for n in escaped[:MAX_PLACES].tolist()],
+        "near_duplicates": [
+            NearDuplicate(train=rows[i].place, held_out=rows[j].place, jaccard=round(similarity, 3))
+            for i, j, similarity in near[:MAX_PLACES]
+        ],
+        "totals": {
+            "truncated": encoded.num_truncated,
+            "changed_by_template": len(changed),
+            "special_token_text": len(escaped),
+            "near_duplicates": len(near),
+        },
+    }
+
+
+def _source_ledger(
+    number: int, table: Table, samples: dict[str, Samples], drops: Drops, weight: float
+) -> SourceLedger:
+    own = {
+        name: Samples(part.file, part.numbers[part.sources == number])
+        for name, part in samples.items()
+    }
+    return SourceLedger(
+        path=table.name,
+        rows_in=table.num_rows,
+        trained=len(own["train"].distinct_rows),
+        held_out={name: len(own[name].distinct_rows) for name in HELD_OUT},
+        dropped=drops.by_reason([number]),
+        weight=weight,
+        samples=len(own["train"]),
+        tokens={name: _tokens(part) for name, part in own.items()},
     )
 
 
-def _places(examples: list[Example], flag: str) -> list[str]:
-    """Return the places of the rows with a sample of which ``flag`` is set, each once."""
-    return list(dict.fromkeys(e.row.place for e in examples if getattr(e.encoded, flag)))
+def _tokens(samples: Samples) -> PartTokens:
+    return PartTokens(
+        total=int(samples.sizes.sum(dtype=np.int64)),
+        supervised=int(samples.num_labels.sum(dtype=np.int64)),
+    )
 
 
-def _count_duplicates(rows: list[Row]) -> int:
-    """Return how many rows repeat the prompt of an earlier one."""
-    counts = Counter(normalised(row.prompt) for row in rows)
-    return sum(count - 1 for count in counts.values())
+def _flagged(samples: Samples, flag: int) -> Any:
+    """Return the numbers of the rows with a sample that has a flag, each once."""
+    return np.unique(samples.row_numbers[(samples.flags & flag) > 0])

@@ -1,7 +1,7 @@
-"""Owns the cache of prepared rows: its keys, the check of its files, and their total size.
+"""Owns the cache of prepared rows: its keys, the folders that rows are prepared in, and their total size.
 
-A file is named after the sha256 of everything that the rows depend on. It holds the sha256 of its
-content, followed by the content as safetensors.
+A folder is named after the sha256 of everything that the rows depend on. It holds the sha256 of each of its
+files.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
+import time
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from halfbyte import __version__, record
 from halfbyte.config.dataset import Data
+from halfbyte.data.prepared import Prepared, read_prepared, write_prepared
 from halfbyte.data.render import Renderer
-from halfbyte.run_dir import cache_dir, write_bytes
+from halfbyte.data.row_file import Scratch
+from halfbyte.run_dir import cache_dir
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-MAX_BYTES = 2 * 10**9  # of all files together; the least recently used are deleted first
-DIGEST_BYTES = hashlib.sha256().digest_size
+MAX_BYTES = 10**10  # of all rows together; the least recently used are deleted first
+LEFT_SECONDS = 2 * 24 * 3600  # after which a folder that nobody completed is deleted
 # Libraries that read, render, tokenise or compare rows.
 LIBRARIES = (
     "datasets",
@@ -44,12 +44,13 @@ def folder() -> Path:
     return cache_dir() / "prepared"
 
 
-def key_of(data: Data, renderer: Renderer, sources: dict[str, str]) -> str:
+def key_of(data: Data, renderer: Renderer, seed: int, sources: list[str]) -> str:
     """Return the sha256 of all that prepared rows depend on: rows, settings, tokenizer, template, code.
 
     Args:
         data: the config's section.
         renderer: provides the tokenizer and the template.
+        seed: draws rows of sources that are not used as a whole.
         sources: a digest of the rows of each source.
     """
     tokenizer: Any = renderer.tokenizer
@@ -58,6 +59,7 @@ def key_of(data: Data, renderer: Renderer, sources: dict[str, str]) -> str:
         "libraries": [platform.python_version(), *map(metadata.version, LIBRARIES)],
         "data": data.model_dump(mode="json", exclude={"cache", "date"}),
         "sources": sources,
+        "seed": seed if any(s.rows or s.weight != 1 for _, s in data.sources()) else None,
         "tokenizer": [
             type(tokenizer).__qualname__,
             hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -69,49 +71,49 @@ def key_of(data: Data, renderer: Renderer, sources: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def read(key: str) -> dict[str, NDArray[Any]] | None:
-    """Return the arrays that ``write`` stored under ``key``; None if there are none or they are damaged."""
-    from safetensors.numpy import load
+def is_writer() -> bool:
+    """Return whether this process writes and speaks: every process of a machine has the same rows."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
+
+def read(key: str) -> Prepared | None:
+    """Return the rows that ``write`` stored under ``key``; None if there are none or they are damaged."""
     path = _path(key)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        _log(f"warning: {path} cannot be read ({error.strerror}): its rows are prepared again")
-        return None
-    digest, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    if hashlib.sha256(payload).digest() != digest:
+    prepared = read_prepared(path)
+    if prepared is None:
         _log(f"warning: {path} is damaged: its rows are prepared again")
+        shutil.rmtree(path, ignore_errors=True)
         return None
     with contextlib.suppress(OSError):  # the cache may be read-only
         os.utime(path)
     _log(f"prepared rows: read from {path}; data.cache=false prepares them again")
-    arrays: dict[str, NDArray[Any]] = load(payload)
-    return arrays
+    return prepared
 
 
-def write(key: str, arrays: dict[str, NDArray[np.generic]]) -> None:
-    """Store arrays under ``key``, whole or not at all; delete the least recently used files for room."""
-    from safetensors.numpy import save
-
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # every process of this machine has the same rows
-    payload = save(arrays)
-    if len(payload) > MAX_BYTES:
-        _log(
-            f"prepared rows are not cached: {len(payload) / 1e9:.1f} GB is more than the cache may hold"
-        )
+def write(key: str, prepared: Prepared, scratch: Scratch) -> None:
+    """Store rows under ``key``, whole or not at all; delete the least recently used for room."""
+    if not is_writer():
         return
-    path = _path(key)
-    try:
-        # Rows may be confidential, so other users of a shared machine cannot read them.
-        write_bytes(path, hashlib.sha256(payload).digest() + payload, mode=0o600)
-        _make_room(path)
-    except OSError as error:
+    path, error = _path(key), scratch.fault
+    if not error:
+        try:
+            write_prepared(prepared, scratch.path)
+            size = _size(scratch.path)
+            if size > MAX_BYTES:
+                _log(
+                    f"prepared rows are not cached: {size / 1e9:.1f} GB is more than the cache may hold"
+                )
+                return
+            if not path.exists():
+                scratch.keep_as(path)
+            _make_room(path)
+        except OSError as fault:
+            error = fault.strerror or str(fault)
+    if error:
         _log(
-            f"warning: prepared rows cannot be cached in {path.parent} ({error.strerror}). Set"
+            f"warning: prepared rows cannot be cached in {path.parent} ({error}). Set"
             " HALFBYTE_CACHE to another folder, or data.cache=false"
         )
 
@@ -120,15 +122,27 @@ def _path(key: str) -> Path:
     return folder() / f"{key}.rows"
 
 
+def _size(path: Path) -> int:
+    """Return the bytes of a folder's files; 0 if another process deletes it meanwhile."""
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in path.iterdir())
+    return 0
+
+
 def _make_room(newest: Path) -> None:
-    """Delete the least recently used files other than ``newest`` until the rest fit."""
-    files = [(path.stat(), path) for path in newest.parent.iterdir() if path != newest]
-    total = newest.stat().st_size + sum(stat.st_size for stat, _ in files)
-    for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
+    """Delete the least recently used rows other than ``newest`` until the rest fit."""
+    for left in newest.parent.glob(".*"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    kept = [path for path in newest.parent.glob("*.rows") if path != newest and path.is_dir()]
+    sizes = {path: _size(path) for path in kept}
+    total = _size(newest) + sum(sizes.values())
+    for path in sorted(kept, key=lambda path: path.stat().st_mtime):
         if total <= MAX_BYTES:
             return
-        path.unlink(missing_ok=True)
-        total -= stat.st_size
+        shutil.rmtree(path, ignore_errors=True)
+        total -= sizes[path]
 
 
 def _code_sha256() -> str:
@@ -143,5 +157,5 @@ def _code_sha256() -> str:
 
 def _log(line: str) -> None:
     # To stderr, because what a script prints to stdout may be JSON.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_writer():
         print(line, file=sys.stderr)

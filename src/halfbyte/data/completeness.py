@@ -63,7 +63,8 @@ class Completeness:
         texts = [sample.text for sample in samples]
         changed = False
         for number, message in enumerate(messages):
-            if not any(message.content in text for text in texts):
+            content = message.content
+            if content not in texts[0] and not any(content in text for text in texts[1:]):
                 changed = True
                 self._check_content(messages, tools, number, texts, place)
             if message.is_plain:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from halfbyte.config.dataset import Data
 from halfbyte.data.fields import RowError
@@ -16,36 +16,51 @@ class Drops:
     """Rows that are left out.
 
     Attributes:
-        counts: rows by reason.
+        counts: rows by the number of their source and the reason.
         places: the first places for each reason.
         samples: samples by reason, of rows whose other samples stay.
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[tuple[int, str]] = Counter()
         self.places: dict[str, list[str]] = {}
         self.samples: Counter[str] = Counter()
+        self._errors: list[str] = []
+        self._num_errors = 0
 
-    def add(self, reason: str, place: str) -> None:
+    def add(self, reason: str, place: str, source: int) -> None:
         """Count a row."""
-        self.counts[reason] += 1
+        self.counts[source, reason] += 1
         places = self.places.setdefault(reason, [])
         if len(places) < MAX_NAMED_ROWS:
             places.append(place)
 
-    def malformed(self, errors: Sequence[RowError], data: Data) -> None:
-        """Count malformed rows.
+    def add_malformed(self, error: RowError, source: int) -> None:
+        """Count a row that cannot be read or rendered."""
+        self._num_errors += 1
+        if len(self._errors) < MAX_NAMED_ROWS:
+            self._errors.append(str(error))
+        self.add(f"malformed: {error.reason}", error.place, source)
+
+    def check_malformed(self, data: Data) -> None:
+        """Check that no row is malformed, unless such rows are to be left out.
 
         Raises:
             DataError: there are some and ``on_malformed`` is ``error``.
         """
-        if errors and data.on_malformed == "error":
-            named = "\n".join(map(str, errors[:MAX_NAMED_ROWS]))
-            more = len(errors) - MAX_NAMED_ROWS
+        if self._num_errors and data.on_malformed == "error":
+            named = "\n".join(self._errors)
+            more = self._num_errors - len(self._errors)
             raise DataError(
                 f"{named}\n"
                 + (f"… and {more} more rows\n" if more > 0 else "")
                 + "Mend the data, or leave such rows out and count them with data.on_malformed=drop"
             )
-        for error in errors:
-            self.add(f"malformed: {error.reason}", error.place)
+
+    def by_reason(self, sources: Iterable[int] | None = None) -> dict[str, int]:
+        """Return the counts by reason, of some sources or of all."""
+        found: Counter[str] = Counter()
+        for (source, reason), count in self.counts.items():
+            if sources is None or source in sources:
+                found[reason] += count
+        return dict(found)

@@ -2,46 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.config.dataset import Data
-from halfbyte.data.conversation import Row
 from halfbyte.data.drops import MAX_NAMED_ROWS, Drops
 from halfbyte.data.encoded import Encoded
 from halfbyte.data.fields import RowError
-from halfbyte.data.prepared import Example
+from halfbyte.data.ledger import MAX_PLACES
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import SampleFile
+from halfbyte.data.shares import TRAIN, UNUSED
 from halfbyte.errors import DataError
 
 TOO_LONG = "longer than max_length"
 NOTHING_LEFT = "no labelled token within max_length"
+# Rows whose texts are tokenised together, each distinct text once.
+BATCH_ROWS = 1 << 16
+BATCH_BYTES = 1 << 25
 
 
-@dataclass
-class EncodedParts:
-    """The samples of each part.
+class EncodedRows:
+    """What became of the rows of each part.
 
     Attributes:
-        examples: by the part's name.
-        truncated: places of rows that were cut.
+        parts: the part of each row, ``UNUSED`` where none of its samples can be used.
+        truncated: the first places of rows that were cut.
+        num_truncated: number of samples that were cut.
         full_lengths: tokens of each training sample before any is dropped or cut for its length.
-        overlong: places and lengths of samples that are too long, if they are not cut.
     """
 
-    examples: dict[str, list[Example]]
-    truncated: list[str] = field(default_factory=list)
-    full_lengths: list[int] = field(default_factory=list)
-    overlong: list[tuple[str, int]] = field(default_factory=list)
+    def __init__(self, parts: NDArray[np.uint8], data: Data, drops: Drops) -> None:
+        self.parts = parts.copy()
+        self.truncated: list[str] = []
+        self.num_truncated = 0
+        self._data, self._drops = data, drops
+        self._full_lengths = array("I")
+        self._overlong: list[str] = []
+        self._num_overlong = self._longest = 0
+
+    @property
+    def full_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each training sample before any is dropped or cut for its length."""
+        return np.array(self._full_lengths, dtype=np.int64)
+
+    def add(self, file: SampleFile, row: int, samples: list[Encoded]) -> None:
+        """Add those samples of a row that fit, and count the row or the samples that do not."""
+        faults: list[str] = []
+        fitting = 0
+        for sample in samples:
+            if self.parts[row] == TRAIN:
+                self._full_lengths.append(len(sample.ids))
+            fitted = self._fit(sample, faults.append)
+            if fitted is not None:
+                file.add_sample(row, fitted)
+                fitting += 1
+        if faults and not fitting:
+            self.drop(row)
+            self._drops.add(faults[0], samples[0].place, file.row_sources[row])
+        else:
+            self._drops.samples.update(faults)
+
+    def drop(self, row: int) -> None:
+        """Mark a row as unused."""
+        self.parts[row] = UNUSED
+
+    def _fit(self, sample: Encoded, count: Callable[[str], None]) -> Encoded | None:
+        """Return a sample as it fits into ``max_length``, or None if it does not."""
+        limit, size = self._data.max_length, len(sample.ids)
+        if size <= limit:
+            return sample
+        if self._data.on_overlength != "truncate":
+            self._num_overlong += 1
+            self._longest = max(self._longest, size)
+            if len(self._overlong) < MAX_NAMED_ROWS:
+                self._overlong.append(f"{sample.place} ({size})")
+            count(TOO_LONG)
+            return None
+        cut = replace(sample, ids=sample.ids[:limit], labels=sample.labels[:limit])
+        if cut.num_supervised:
+            self.num_truncated += 1
+            if len(self.truncated) < MAX_PLACES:
+                self.truncated.append(sample.place)
+            return cut
+        count(NOTHING_LEFT)
+        return None
+
+    def check_lengths(self) -> None:
+        """Check that no row is too long, unless such rows are to be left out.
+
+        Raises:
+            DataError: there are some and ``on_overlength`` is ``error``.
+        """
+        if self._num_overlong and self._data.on_overlength == "error":
+            raise DataError(
+                f"{self._num_overlong} rows are longer than data.max_length {self._data.max_length}:"
+                f" {', '.join(self._overlong)}. Set data.max_length={self._longest}, or data.on_overlength to"
+                " drop or truncate"
+            )
 
 
-def encode_parts(
-    parts: dict[str, list[Row]], data: Data, renderer: Renderer, drops: Drops
-) -> EncodedParts:
+def encode_rows(
+    file: SampleFile, parts: NDArray[np.uint8], data: Data, renderer: Renderer, drops: Drops
+) -> EncodedRows:
     """Encode the rows of every part and apply the policies for those that cannot be used.
 
     Args:
-        parts: the rows of each part.
+        file: the rows; their samples are added to it.
+        parts: the part of each row.
         data: the policies.
         renderer: encodes the rows.
         drops: counts the rows that are left out.
@@ -50,73 +122,31 @@ def encode_parts(
         DataError: rows cannot be rendered and ``on_malformed`` is ``error``, or are too long and
             ``on_overlength`` is ``error``.
     """
-    encoded = EncodedParts({name: [] for name in parts})
-    errors: list[RowError] = []
-    # One list, so that texts are tokenised in as few batches as possible.
-    all_rows = [(name, row) for name, rows in parts.items() for row in rows]
-    results = renderer.try_rows([row for _, row in all_rows])
-    for (name, row), samples in zip(all_rows, results, strict=True):
-        if isinstance(samples, RowError):
-            errors.append(samples)
-        elif isinstance(samples, DataError):
-            raise samples
-        else:
-            _add(encoded, name, row, samples, data, drops)
-    drops.malformed(errors, data)
-    if encoded.overlong and data.on_overlength == "error":
-        raise _overlong_error(encoded.overlong, data)
+    encoded = EncodedRows(parts, data, drops)
+    for numbers in _batches(file, np.flatnonzero(parts != UNUSED)):
+        results = renderer.try_rows([file.rows[number] for number in numbers])
+        for number, samples in zip(numbers, results, strict=True):
+            if isinstance(samples, RowError):
+                encoded.drop(number)
+                drops.add_malformed(samples, file.row_sources[number])
+            elif isinstance(samples, DataError):
+                raise samples
+            else:
+                encoded.add(file, number, samples)
+    drops.check_malformed(data)
+    encoded.check_lengths()
     return encoded
 
 
-def _add(
-    encoded: EncodedParts,
-    name: str,
-    row: Row,
-    samples: list[Encoded],
-    data: Data,
-    drops: Drops,
-) -> None:
-    """Add those samples of a row that fit, and count the row or the samples that do not."""
-    faults: list[str] = []
-    count: Callable[[str], None] = faults.append
-    fitting = 0
-    for sample in samples:
-        if name == "train":
-            encoded.full_lengths.append(len(sample.ids))
-        fitted = _fit(sample, data, encoded, count)
-        if fitted is not None:
-            encoded.examples[name].append(Example(row, fitted))
-            fitting += 1
-    if faults and not fitting:
-        drops.add(faults[0], row.place)
-    else:
-        drops.samples.update(faults)
-
-
-def _fit(
-    sample: Encoded, data: Data, encoded: EncodedParts, count: Callable[[str], None]
-) -> Encoded | None:
-    """Return a sample as it fits into ``max_length``, or None if it does not."""
-    if len(sample.ids) <= data.max_length:
-        return sample
-    if data.on_overlength != "truncate":
-        encoded.overlong.append((sample.place, len(sample.ids)))
-        count(TOO_LONG)
-        return None
-    cut = replace(
-        sample, ids=sample.ids[: data.max_length], labels=sample.labels[: data.max_length]
-    )
-    if cut.num_supervised:
-        encoded.truncated.append(sample.place)
-        return cut
-    count(NOTHING_LEFT)
-    return None
-
-
-def _overlong_error(overlong: list[tuple[str, int]], data: Data) -> DataError:
-    named = ", ".join(f"{place} ({size})" for place, size in overlong[:MAX_NAMED_ROWS])
-    longest = max(size for _, size in overlong)
-    return DataError(
-        f"{len(overlong)} rows are longer than data.max_length {data.max_length}: {named}. Set"
-        f" data.max_length={longest}, or data.on_overlength to drop or truncate"
-    )
+def _batches(file: SampleFile, numbers: NDArray[np.int64]) -> Iterator[list[int]]:
+    """Yield the numbers of rows that are encoded together."""
+    batch: list[int] = []
+    num_bytes = 0
+    for number in numbers.tolist():
+        num_bytes += file.rows.starts[number + 1] - file.rows.starts[number]
+        batch.append(number)
+        if num_bytes >= BATCH_BYTES or len(batch) == BATCH_ROWS:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch

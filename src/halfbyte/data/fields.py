@@ -116,6 +116,12 @@ def is_blank(text: Any) -> bool:
     return not has_value(text) or (isinstance(text, str) and text.strip().lower() in BLANK_WORDS)
 
 
+def may_say_nothing(text: str) -> bool:
+    """Return whether a text is one of the words that say nothing, with a repair or without."""
+    word = text.strip().lower()
+    return word in BLANK_WORDS or word in NOTHING_WORDS
+
+
 class Fields:
     """The keys of a row or of a turn, each to be taken before ``finish`` accounts for the rest.
 
@@ -185,6 +191,11 @@ def json_value(place: str, name: str, value: Any) -> Any:
         ) from None
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text is valid Unicode: it holds no half of a surrogate pair."""
+    return text.isascii() or not SURROGATES.search(text)
+
+
 def valid_text(place: str, column: str, value: Any) -> str:
     """Return ``value`` if it is text that can be trained on.
 
@@ -197,7 +208,7 @@ def valid_text(place: str, column: str, value: Any) -> str:
         )
     if not value.strip():
         raise RowError(place, f"{_kind(column)} is blank", f"{column} is blank; text is expected")
-    if SURROGATES.search(value):
+    if not is_unicode(value):
         raise RowError(
             place,
             "invalid Unicode",

@@ -1,10 +1,16 @@
-"""Owns which files a source names: a file, a pattern, or a folder with the files of one split."""
+"""Owns which files a source names: a file, a pattern, or a folder with the files of one split; and their text."""
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import lzma
 import re
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 from halfbyte.config.paths import DATA_SUFFIXES, is_data_file, is_pattern
 from halfbyte.errors import DataError
@@ -30,6 +36,8 @@ SPLIT_WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
+CHUNK_BYTES = 1 << 20
+READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 ALLOWED = f"{', '.join(DATA_SUFFIXES)}, each also with .gz, .xz or .zst"
 
 
@@ -117,3 +125,63 @@ def _how_to_build(path: Path) -> str:
             return f". Build it: python {script}"
     siblings = sorted(file.name for file in path.parent.glob("*") if is_data_file(file.name))
     return f"; {path.parent} holds {', '.join(siblings)}" if siblings else ""
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a file for reading, decompressed if its name says that it is compressed."""
+    match path.suffix.lower():
+        case ".gz":
+            return cast(IO[bytes], gzip.open(path, "rb"))
+        case ".xz":
+            return lzma.open(path, "rb")
+        case ".zst":
+            import pyarrow
+
+            return cast(IO[bytes], pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def text_of(path: Path, encoding: str) -> Iterator[str]:
+    """Yield the text of a file in pieces.
+
+    Raises:
+        DataError: it cannot be read, or is not text of this encoding.
+    """
+    try:
+        is_utf8 = codecs.lookup(encoding).name == "utf-8"
+    except LookupError:
+        raise DataError(f"data.encoding: {encoding!r} is unknown; such as cp1252") from None
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if is_utf8 else encoding)()
+    start, at_end = b"", False
+    num_bytes = 0
+    try:
+        with open_bytes(path) as stream:
+            while not at_end:
+                chunk = bytes(stream.read(CHUNK_BYTES))
+                start = start or chunk[:2]
+                num_bytes, at_end = num_bytes + len(chunk), not chunk
+                yield decoder.decode(chunk, final=at_end)
+    except UnicodeDecodeError as error:
+        guess = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        at = num_bytes - len(error.object) + error.start
+        raise DataError(
+            f"{path}: not {encoding} text: {error.reason} at byte {at}. Set"
+            f" data.encoding={guess} if it was written so, or save it as UTF-8"
+        ) from None
+    except READ_ERRORS as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def lines_of(chunks: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a text without their line ends."""
+    parts: list[str] = []
+    for chunk in chunks:
+        first, *others = chunk.split("\n")
+        parts.append(first)
+        if others:
+            yield "".join(parts).removesuffix("\r")
+            for line in others[:-1]:
+                yield line.removesuffix("\r")
+            parts = others[-1:]
+    if last := "".join(parts):
+        yield last.removesuffix("\r")

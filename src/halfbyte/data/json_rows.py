@@ -4,43 +4,110 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from halfbyte.data.fields import RowError, quoted, shorten
+from halfbyte.data.files import lines_of
 from halfbyte.data.raw import RawRow
 from halfbyte.errors import DataError
 
 MAX_ERROR_CHARS = 120
+BLANKS = " \t\r\n"
+Rows = Iterator[RawRow | RowError]
 
 
-def read_json(path: Path, text: str, field: str | None) -> tuple[list[RawRow], list[RowError]]:
-    """Read the rows of a JSON file, whatever its suffix says of its layout.
+def read_json(path: Path, chunks: Iterator[str], field: str | None) -> Rows:
+    """Yield the rows of a JSON file, whatever its suffix says of its layout, and an error for each that is none.
 
     Args:
         path: the file, for places.
-        text: its text.
+        chunks: its text in pieces. With ``field`` it is held in memory as a whole, else row by row.
         field: key under which an object holds the rows, None if the rows are the file.
-
-    Returns:
-        the rows, and an error for each line that is none.
 
     Raises:
         DataError: the file holds no rows.
     """
-    start = text.lstrip()[:1]
-    if field is not None or start == "[":
-        return _read_whole(path, text, field)
-    rows, errors = _read_lines(path, text)
-    if errors and start == "{":
-        values = list(_objects(text))
-        objects = [value for value in values if value is not None]
-        if len(objects) == len(values):
-            places = (f"{path} row {number}" for number in range(1, len(objects) + 1))
-            rows, errors = [RawRow(p, v) for p, v in zip(places, objects, strict=True)], []
-    if len(rows) == 1 and not errors:
-        _check_single(path, rows[0].values)
-    return rows, errors
+    if field is not None:
+        yield from _read_field(path, "".join(chunks), field)
+        return
+    head = next((chunk for chunk in chunks if chunk.strip(BLANKS)), "")
+    chunks = chain([head], chunks)
+    if head.lstrip(BLANKS)[:1] == "[":
+        yield from _read_array(path, chunks)
+    else:
+        yield from _read_lines(path, chunks)
+
+
+class _Lines:
+    """Lines that are not blank, with their numbers; lines can be put back."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        stripped = ((number, line.strip()) for number, line in enumerate(lines_of(chunks), start=1))
+        self._lines = filter(lambda numbered: numbered[1], stripped)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return self
+
+    def __next__(self) -> tuple[int, str]:
+        return next(self._lines)
+
+    def put_back(self, lines: list[tuple[int, str]]) -> None:
+        self._lines = chain(lines, self._lines)  # type: ignore[assignment]
+
+    def object_from(self, number: int, line: str) -> dict[str, Any] | None:
+        """Return the object that begins with a line and ends on a later one, or with others behind it.
+
+        None if there is none; then no line is used.
+        """
+        taken = [(number, line)]
+        while True:
+            text = "\n".join(line for _, line in taken)
+            try:
+                value, end = json.JSONDecoder().raw_decode(text)
+            except RecursionError:
+                break
+            except ValueError as error:
+                more = list(islice(self, len(taken)))
+                ends_early = isinstance(error, json.JSONDecodeError) and error.pos >= len(text)
+                if not ends_early or not more:
+                    self.put_back(more)
+                    break
+                taken += more
+                continue
+            at = text.count("\n", 0, end)
+            rest = text[end:].partition("\n")[0].strip(f"{BLANKS},")
+            self.put_back([(taken[at][0], rest)] * bool(rest) + taken[at + 1 :])
+            return dict(value)
+        self.put_back(taken[1:])
+        return None
+
+
+def _read_lines(path: Path, chunks: Iterator[str]) -> Rows:
+    count, first = 0, None
+    lines = _Lines(chunks)
+    for number, line in lines:
+        place = f"{path}:{number}"
+        try:
+            value = json.loads(line.removesuffix(","))
+        except (ValueError, RecursionError) as error:
+            value = lines.object_from(number, line) if line.startswith("{") else None
+            if value is None:
+                why = shorten(str(error), MAX_ERROR_CHARS)
+                yield RowError(place, "not valid JSON", f"not valid JSON: {why}")
+                continue
+        count += 1
+        first = value if count == 1 else None
+        yield _row(place, value)
+    if isinstance(first, dict):
+        _check_single(path, first)
+
+
+def _row(place: str, value: Any) -> RawRow | RowError:
+    if isinstance(value, dict):
+        return RawRow(place, value)
+    return RowError(place, "no object", f"holds {quoted(value)}; a row is an object with columns")
 
 
 def _check_single(path: Path, value: dict[str, Any]) -> None:
@@ -63,70 +130,88 @@ def _is_list_of_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
-def _read_lines(path: Path, text: str) -> tuple[list[RawRow], list[RowError]]:
-    rows: list[RawRow] = []
-    errors: list[RowError] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.strip()
-        if not line:
-            continue
-        place = f"{path}:{number}"
-        try:
-            value = json.loads(line.removesuffix(","))
-        except (ValueError, RecursionError) as error:
-            why = shorten(str(error), MAX_ERROR_CHARS)
-            errors.append(RowError(place, "not valid JSON", f"not valid JSON: {why}"))
-            continue
-        if isinstance(value, dict):
-            rows.append(RawRow(place, value))
+class _Window:
+    """The part of a text that is being read."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self._chunks = chunks
+        self._text, self._at = "", 0
+        self._decode = json.JSONDecoder().raw_decode
+
+    def peek(self) -> str:
+        """Skip blanks; return the character behind them, "" at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in BLANKS:
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            self._text, self._at = next(self._chunks, ""), 0
+            if not self._text:
+                return ""
+
+    def take(self, allowed: str) -> str:
+        """Take the next character that is not blank.
+
+        Raises:
+            ValueError: it is none of ``allowed``.
+        """
+        sign = self.peek()
+        if not sign or sign not in allowed:
+            raise ValueError(f"{sign!r} where one of {allowed!r} is expected")
+        self._at += 1
+        return sign
+
+    def value(self) -> Any:
+        """Take the value that begins here.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self.peek()
+        while True:
+            try:
+                value, self._at = self._decode(self._text, self._at)
+                return value
+            except ValueError:
+                more = next(self._chunks, "")
+                if not more:
+                    raise
+                self._text, self._at = self._text[self._at :] + more, 0
+
+
+def _read_array(path: Path, chunks: Iterator[str]) -> Rows:
+    """Yield the rows of a list, of which only what is being read is held in memory."""
+    window, number = _Window(chunks), 0
+    try:
+        window.take("[")
+        while window.peek() != "]" or number:
+            row = window.value()
+            number += 1
+            yield _row(f"{path} row {number}", row)
+            if window.take(",]") == "]":
+                break
         else:
-            errors.append(_no_object(place, value))
-    return rows, errors
+            window.take("]")
+        if window.peek():
+            raise ValueError("more text behind the list")
+    except (ValueError, RecursionError) as error:
+        # Its place would be one in the window.
+        why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        why = shorten(why, MAX_ERROR_CHARS)
+        raise DataError(f"{path}: not valid JSON behind row {number}: {why}") from None
 
 
-def _no_object(place: str, value: Any) -> RowError:
-    return RowError(place, "no object", f"holds {quoted(value)}; a row is an object with columns")
-
-
-def _read_whole(path: Path, text: str, field: str | None) -> tuple[list[RawRow], list[RowError]]:
+def _read_field(path: Path, text: str, field: str) -> Rows:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         why = shorten(str(error), MAX_ERROR_CHARS)
         raise DataError(f"{path}: not valid JSON: {why}") from None
-    if field is not None:
-        if not isinstance(value, dict) or field not in value:
-            keys = ", ".join(list(value)[:10]) if isinstance(value, dict) else type(value).__name__
-            raise DataError(f"{path}: has no key {field!r}, which data.field names; found: {keys}")
-        value = value[field]
+    if not isinstance(value, dict) or field not in value:
+        keys = ", ".join(list(value)[:10]) if isinstance(value, dict) else type(value).__name__
+        raise DataError(f"{path}: has no key {field!r}, which data.field names; found: {keys}")
+    value = value[field]
     if not isinstance(value, list):
         raise DataError(f"{path}: holds {type(value).__name__}; a list of rows is expected")
-    rows: list[RawRow] = []
-    errors: list[RowError] = []
     for number, row in enumerate(value, start=1):
-        place = f"{path} row {number}"
-        if isinstance(row, dict):
-            rows.append(RawRow(place, row))
-        else:
-            errors.append(_no_object(place, row))
-    return rows, errors
-
-
-def _objects(text: str) -> Iterator[dict[str, Any] | None]:
-    """Yield objects that stand one after another, on any number of lines; None at the first fault."""
-    decoder = json.JSONDecoder()
-    at = 0
-    while True:
-        while at < len(text) and text[at] in " \t\r\n,":
-            at += 1
-        if at == len(text):
-            return
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            yield None
-            return
-        if not isinstance(value, dict):
-            yield None
-            return
-        yield value
+        yield _row(f"{path} row {number}", row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,51 +14,95 @@ SHINGLE = 5  # characters
 NUM_BUCKETS = 1 << 20
 COMMON_FRAC = 0.5  # shingles in a larger share of prompts are boilerplate and are ignored
 BLOCK_ROWS = 2048
+MAX_SHINGLES = 1 << 25  # that are held in memory of either side
+SAMPLE = 1 << 16  # prompts of either side that are counted
 BLOCK_PAIRS = 1 << 15
 CRC32 = 0xEDB88320  # the reflected polynomial of zlib's crc32
 
 
 def near_duplicates(
-    train: list[str], held_out: list[str], threshold: float
+    train: Sequence[str], held_out: Sequence[str], threshold: float
 ) -> list[tuple[int, int, float]]:
     """Return pairs (train index, held-out index, similarity) that reach ``threshold``.
 
     Similarity is the Jaccard index of the sets of 5-character shingles of the lower-cased prompts,
-    without shingles that more than half of all prompts share. The most similar pairs come first.
+    without shingles that more than half of all prompts share; of many prompts, ``SAMPLE`` evenly spaced
+    ones are counted. The most similar pairs come first. Prompts are read in blocks.
     """
     if not train or not held_out:
         return []
     import numpy as np
 
-    both = _shingles(train + held_out)
-    counts = np.bincount(both.indices, minlength=NUM_BUCKETS)
-    if both.shape[0] >= 20:
-        both = both[:, counts / both.shape[0] <= COMMON_FRAC]
-        counts = np.bincount(both.indices, minlength=both.shape[1])
-    sizes = np.diff(both.indptr)
-    rare = _rarest(both, counts, sizes, threshold)
-    right = rare[len(train) :].T.tocsr()
+    common = _Common(train, held_out)
     pairs = []
-    for start in range(0, len(train), BLOCK_ROWS):
-        candidates = (rare[start : min(start + BLOCK_ROWS, len(train))] @ right).tocoo()
-        order = np.lexsort((candidates.col, candidates.row))
-        lefts, rights = candidates.row[order] + start, candidates.col[order] + len(train)
-        # The intersection is at most the smaller set, and the union at least the larger one.
-        smaller = np.minimum(sizes[lefts], sizes[rights])
-        possible = smaller >= threshold * np.maximum(sizes[lefts], sizes[rights]) - 1e-6
-        lefts, rights = lefts[possible], rights[possible]
-        for first in range(0, len(lefts), BLOCK_PAIRS):
-            i, j = lefts[first : first + BLOCK_PAIRS], rights[first : first + BLOCK_PAIRS]
-            shared = np.asarray(both[i].multiply(both[j]).sum(axis=1)).ravel()
-            similarity = shared / (sizes[i] + sizes[j] - shared)
-            for k in np.flatnonzero(similarity >= threshold):
-                pairs.append((int(i[k]), int(j[k]) - len(train), float(similarity[k])))
-    return sorted(pairs, key=lambda pair: -pair[2])
+    for first, right in common.blocks(held_out, common.rows_in_memory):
+        right_sizes = np.diff(right.indptr)
+        rare_right = common.rarest(right, threshold).T.tocsr()
+        for start, left in common.blocks(train, BLOCK_ROWS):
+            left_sizes = np.diff(left.indptr)
+            candidates = (common.rarest(left, threshold) @ rare_right).tocoo()
+            order = np.lexsort((candidates.col, candidates.row))
+            i, j = candidates.row[order], candidates.col[order]
+            # The intersection is at most the smaller set, and the union at least the larger one.
+            smaller = np.minimum(left_sizes[i], right_sizes[j])
+            larger = np.maximum(left_sizes[i], right_sizes[j])
+            possible = smaller >= threshold * larger - 1e-6
+            i, j = i[possible], j[possible]
+            for at in range(0, len(i), BLOCK_PAIRS):
+                a, b = i[at : at + BLOCK_PAIRS], j[at : at + BLOCK_PAIRS]
+                shared = np.asarray(left[a].multiply(right[b]).sum(axis=1)).ravel()
+                similarity = shared / (left_sizes[a] + right_sizes[b] - shared)
+                for k in np.flatnonzero(similarity >= threshold):
+                    pair = (start + int(a[k]), first + int(b[k]), float(similarity[k]))
+                    pairs.append(pair)
+    return sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))
 
 
-def _rarest(
-    both: csr_matrix, counts: NDArray[np.int64], sizes: NDArray[np.int32], threshold: float
-) -> csr_matrix:
+class _Common:
+    """How common each shingle is, and the shingles of prompts without the most common ones."""
+
+    def __init__(self, train: Sequence[str], held_out: Sequence[str]) -> None:
+        import numpy as np
+
+        counts = np.zeros(NUM_BUCKETS, dtype=np.int64)
+        num_counted = num_kept = 0
+        self._kept: dict[int, csr_matrix] = {}  # shingles of the blocks of few prompts
+        for texts in (train, held_out):
+            step = 1 + len(texts) // SAMPLE
+            for start in range(0, len(texts), BLOCK_ROWS):
+                shingles = _shingles(texts[start : start + BLOCK_ROWS : step])
+                counts += np.bincount(shingles.indices, minlength=NUM_BUCKETS)
+                num_counted += shingles.shape[0]
+                num_kept += shingles.nnz
+                if texts is train and step == 1 and num_kept <= MAX_SHINGLES:
+                    self._kept[start] = shingles
+        self._train = train
+        self.rows_in_memory = max(1, MAX_SHINGLES * num_counted // max(1, int(counts.sum())))
+        self._used = np.ones(NUM_BUCKETS, dtype=bool)
+        if num_counted >= 20:
+            self._used = counts / num_counted <= COMMON_FRAC
+        self._rank = np.empty(NUM_BUCKETS, dtype=np.int32)
+        self._rank[np.argsort(counts, kind="stable")] = np.arange(NUM_BUCKETS, dtype=np.int32)
+
+    def blocks(self, texts: Sequence[str], num_rows: int) -> Iterator[tuple[int, csr_matrix]]:
+        """Yield the number of the first prompt of each block, and the shingles of its prompts."""
+        import numpy as np
+        from scipy.sparse import csr_matrix
+
+        for start in range(0, len(texts), num_rows):
+            kept = self._kept.get(start) if texts is self._train else None
+            block = _shingles(texts[start : start + num_rows]) if kept is None else kept
+            used = self._used[block.indices]
+            starts = np.concatenate([[0], np.cumsum(used)])[block.indptr]
+            ones = np.ones(int(starts[-1]), dtype=np.int8)
+            yield start, csr_matrix((ones, block.indices[used], starts), shape=block.shape)
+
+    def rarest(self, block: csr_matrix, threshold: float) -> csr_matrix:
+        """Return the rarest shingles of each row, as ``_rarest`` does."""
+        return _rarest(block, self._rank, threshold)
+
+
+def _rarest(block: csr_matrix, rank: NDArray[np.int32], threshold: float) -> csr_matrix:
     """Return as many of each row's rarest shingles as make similar rows have one of them in common.
 
     Two sets of similarity t share at least t·n of the n shingles of either. So they share one of the
@@ -67,33 +112,34 @@ def _rarest(
     import numpy as np
     from scipy.sparse import csr_matrix
 
-    rank = np.empty(len(counts), dtype=np.int32)
-    rank[np.argsort(counts, kind="stable")] = np.arange(len(counts), dtype=np.int32)
-    ranked = csr_matrix((both.data, rank[both.indices], both.indptr), shape=both.shape)
+    sizes = np.diff(block.indptr)
+    ranked = csr_matrix((block.data, rank[block.indices], block.indptr), shape=block.shape)
     ranked.sort_indices()
     # The margin keeps rounding errors from requiring one shingle too many.
     min_shared = np.maximum(1, np.ceil(threshold * sizes - 1e-6)).astype(np.int64)
     num_kept = np.maximum(0, sizes - min_shared + 1)
-    index_in_row = np.arange(both.nnz) - np.repeat(both.indptr[:-1], sizes)
+    index_in_row = np.arange(block.nnz) - np.repeat(block.indptr[:-1], sizes)
     columns = ranked.indices[index_in_row < np.repeat(num_kept, sizes)]
     starts = np.concatenate([[0], np.cumsum(num_kept)])
-    return csr_matrix((np.ones(len(columns), np.int32), columns, starts), shape=both.shape)
+    return csr_matrix((np.ones(len(columns), np.int32), columns, starts), shape=block.shape)
 
 
-def _shingles(texts: list[str]) -> csr_matrix:
+def _shingles(texts: Sequence[str]) -> csr_matrix:
     """Return a matrix with a row for each text and a 1 for each bucket that holds one of its shingles."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
     columns, sizes = [], []
     for start in range(0, len(texts), BLOCK_ROWS):
-        block = [f" {' '.join(text.casefold().split())} " for text in texts[start:][:BLOCK_ROWS]]
+        block = [
+            f" {' '.join(text.casefold().split())} " for text in texts[start : start + BLOCK_ROWS]
+        ]
         buckets = np.sort(_buckets(block))
         buckets = buckets[np.diff(buckets, prepend=-1) > 0]
         columns.append((buckets % NUM_BUCKETS).astype(np.int32))
         sizes.append(np.bincount(buckets // NUM_BUCKETS, minlength=len(block)))
     starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    ones = np.ones(int(starts[-1]), dtype=np.int32)
+    ones = np.ones(int(starts[-1]), dtype=np.int8)
     return csr_matrix((ones, np.concatenate(columns), starts), shape=(len(texts), NUM_BUCKETS))
 
 

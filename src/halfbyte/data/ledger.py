@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from halfbyte.record import Field, Record, RecordPart
 
+MAX_PLACES = 1000  # that a list names
+
 
 class NearDuplicate(RecordPart):
     """A training row whose prompt is nearly that of a held-out row.
@@ -26,6 +28,30 @@ class PartTokens(RecordPart):
     supervised: int
 
 
+class SourceLedger(RecordPart):
+    """What became of the rows of one of several sources.
+
+    Attributes:
+        path: the source.
+        rows_in: rows that were read.
+        trained: rows that are trained on.
+        held_out: rows of each part.
+        dropped: rows by reason.
+        weight: how often each of its rows is in an epoch.
+        samples: its samples in an epoch.
+        tokens: tokens of each part.
+    """
+
+    path: str
+    rows_in: int
+    trained: int
+    held_out: dict[str, int]
+    dropped: dict[str, int]
+    weight: float
+    samples: int
+    tokens: dict[str, PartTokens]
+
+
 class Ledger(Record):
     """``ledger.json``: rows in = trained + held out + dropped.
 
@@ -34,8 +60,11 @@ class Ledger(Record):
         held_out: rows of each part.
         dropped: rows by reason.
         fingerprints: of each source's rows; a resumed run must find the same.
-        truncated: places of rows that were cut at ``max_length``.
-        special_token_text: places of rows whose text reads like a special token.
+        truncated: the first places of rows that were cut at ``max_length``.
+        changed_by_template: the first places of rows whose text the template altered.
+        special_token_text: the first places of rows whose text reads like a special token.
+        near_duplicates: the most similar pairs.
+        totals: for each of these lists, how many there are.
         dropped_places: the first places of the rows dropped for each reason.
         ignored: keys of rows and turns that are not used, with how often they occur.
         repaired: names of repairs, with how many rows they changed.
@@ -45,6 +74,7 @@ class Ledger(Record):
         weighted: number of training rows with a weight other than 1.
         split_by: what decides which rows are held out: the hash of their ``prompt``, or, where all have
             one prompt, of their prompt and ``answer``.
+        sources: what became of the rows of each source, where there are several.
     """
 
     rows_in: dict[str, int]
@@ -65,9 +95,20 @@ class Ledger(Record):
     dropped_samples: dict[str, int] = Field(default_factory=dict)
     weighted: int = 0
     split_by: str = "prompt"
+    totals: dict[str, int] = Field(default_factory=dict)
+    sources: dict[str, SourceLedger] = Field(default_factory=dict)
+
+    def total(self, name: str) -> int:
+        """Return how many there are of what a list of places names the first of."""
+        return self.totals.get(name, len(getattr(self, name)))
 
     @property
     def adds_up(self) -> bool:
         """Whether rows in = trained + held out + dropped; else halfbyte has a bug."""
-        rows_out = self.trained + sum(self.held_out.values()) + sum(self.dropped.values())
-        return sum(self.rows_in.values()) == rows_out
+        return _adds_up(sum(self.rows_in.values()), self) and all(
+            _adds_up(source.rows_in, source) for source in self.sources.values()
+        )
+
+
+def _adds_up(rows_in: int, part: Ledger | SourceLedger) -> bool:
+    return rows_in == part.trained + sum(part.held_out.values()) + sum(part.dropped.values())

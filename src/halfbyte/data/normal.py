@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from typing import Any
 
 
 def normalised(prompt: str) -> str:
@@ -18,7 +19,17 @@ def normalised(prompt: str) -> str:
     return text[:end] or text or prompt
 
 
+def digest_of(prompt: str) -> int:
+    """Return 64 bits of the sha256 of the normalised prompt: prompts that count as the same have the same."""
+    digest = hashlib.sha256(normalised(prompt).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def fraction_of(digest: Any) -> Any:
+    """Return digests, or arrays of them, as numbers in [0, 1)."""
+    return digest / 2.0**64
+
+
 def hash_fraction(prompt: str) -> float:
     """Return a number in [0, 1) that depends on the normalised prompt alone."""
-    digest = hashlib.sha256(normalised(prompt).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return float(fraction_of(digest_of(prompt)))

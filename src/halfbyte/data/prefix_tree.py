@@ -10,8 +10,9 @@ The loss of a step is a sum over labelled tokens, so rows may be grouped into pa
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from halfbyte.data.encoded import IGNORED
@@ -61,6 +62,8 @@ class Layout:
         counts: for each prediction, the number of rows in which its target is labelled, or the sum of
             their weights.
         predictions: for each row, the numbers of its predictions, in reading order.
+        weights: factor of each row's loss.
+        groups: number of the group that each row is counted in, () where there is one.
         padded: whether to compute the rows as a plain padded batch instead.
     """
 
@@ -73,12 +76,24 @@ class Layout:
     targets: list[int]
     counts: Sequence[float]
     predictions: list[list[int]]
+    weights: Sequence[float]
+    groups: Sequence[int] = ()
     padded: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens in the rows; shared ones count once for each row."""
         return sum(len(ids) for ids, _ in self.rows)
+
+    def counts_of_groups(self, num_groups: int) -> list[list[float]]:
+        """Return ``counts`` divided among the groups: for each, those of its rows."""
+        counts: list[list[float]] = [[0] * len(self.targets) for _ in range(num_groups)]
+        for group, weight, predictions in zip(
+            self.groups, self.weights, self.predictions, strict=True
+        ):
+            for prediction in predictions:
+                counts[group][prediction] += weight
+        return counts
 
 
 def ids_before_last_label(row: Tokens) -> list[int]:
@@ -94,10 +109,11 @@ def lay_out(
     share: bool,
     padded: bool = False,
     weights: Sequence[float] | None = None,
+    groups: Sequence[int] = (),
 ) -> Layout:
     """Lay out the pass over ``rows``; ``share`` computes common prefixes once.
 
-    ``weights`` are factors of the rows' losses, None for 1.
+    ``weights`` are factors of the rows' losses, None for 1; ``groups`` are as in ``Layout``.
     """
     inputs = [ids_before_last_label(row) for row in rows]
     order = sorted(range(len(rows)), key=inputs.__getitem__) if share else range(len(rows))
@@ -136,7 +152,7 @@ def lay_out(
         for row in order:
             add_node([row], 0, len(inputs[row]), -1)
     factors: Sequence[float] = weights or [1] * len(rows)
-    return _with_predictions(rows, factors, ids, positions, _nodes(spans), paths, padded)
+    return _with_predictions(rows, factors, groups, ids, positions, _nodes(spans), paths, padded)
 
 
 def shared_prefix_nodes(lengths: Sequence[int], shared: int) -> tuple[Node, ...]:
@@ -168,6 +184,7 @@ def _nodes(spans: list[tuple[int, int, int, int]]) -> tuple[Node, ...]:
 def _with_predictions(
     rows: Sequence[Tokens],
     weights: Sequence[float],
+    groups: Sequence[int],
     ids: list[int],
     positions: list[int],
     nodes: tuple[Node, ...],
@@ -191,12 +208,25 @@ def _with_predictions(
             row_predictions.append(number)
         predictions.append(row_predictions)
     sources, targets = [source for source, _ in numbers], [target for _, target in numbers]
-    return Layout(rows, ids, positions, nodes, paths, sources, targets, counts, predictions, padded)
+    return Layout(
+        rows,
+        ids,
+        positions,
+        nodes,
+        paths,
+        sources,
+        targets,
+        counts,
+        predictions,
+        weights,
+        groups,
+        padded,
+    )
 
 
-def _input_ids(rows: Sequence[Tokens], padded: bool) -> list[list[int]]:
-    """Return the ids that a pass reads of each row; a padded pass reads whole rows."""
-    return [row[0] if padded else ids_before_last_label(row) for row in rows]
+def _input_ids(rows: Sequence[Tokens], padded: bool) -> Iterator[list[int]]:
+    """Yield the ids that a pass reads of each row; a padded pass reads whole rows."""
+    return (row[0] if padded else ids_before_last_label(row) for row in rows)
 
 
 def _prefix_with_previous(inputs: list[list[int]], order: Sequence[int]) -> list[int]:
@@ -218,18 +248,22 @@ def _saved_tokens(num_rows: int, shared: int) -> int:
     return saved if saved >= MIN_SAVED_TOKENS else 0
 
 
-def common_prefix(rows: Sequence[list[int]]) -> int:
+def common_prefix(rows: Iterable[list[int]]) -> int:
     """Return the number of tokens that all rows begin with."""
-    return _common_length(min(rows), max(rows)) if rows else 0
+    prefix: list[int] | None = None
+    for row in rows:
+        prefix = row if prefix is None else prefix[: _common_length(prefix, row)]
+        if not prefix:
+            break
+    return len(prefix or ())
 
 
 def pass_tokens(rows: Sequence[Tokens], num_rows: int, *, share: bool, padded: bool = False) -> int:
     """Return the most tokens that a pass over any ``num_rows`` of these rows can have."""
-    inputs = _input_ids(rows, padded)
-    longest = sorted(map(len, inputs), reverse=True)[:num_rows]
+    longest = heapq.nlargest(num_rows, map(len, _input_ids(rows, padded)))
     if padded:
         return longest[0] * len(longest)
-    shared = common_prefix(inputs) if share else 0
+    shared = common_prefix(_input_ids(rows, padded)) if share else 0
     return sum(longest) - _saved_tokens(len(longest), shared)
 
 
@@ -243,7 +277,7 @@ def cut_step(
     Returns:
         The row numbers of each pass.
     """
-    inputs = _input_ids(rows, padded)
+    inputs = list(_input_ids(rows, padded))
     order = list(range(len(rows)))
     if padded or share:
         order.sort(key=lambda row: len(inputs[row]) if padded else inputs[row])

@@ -1,59 +1,84 @@
-"""Owns the way from a config to encoded rows: splits, leaks, lengths, and a ledger that adds up."""
+"""Owns the way from a config to encoded rows: splits, leaks, lengths, and a ledger that adds up.
+
+Rows pass through in batches, and what is known of them is kept in files: memory does not grow with a row's
+length, and with the number of rows only by some numbers about each.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.config.dataset import Data
 from halfbyte.data import cache
 from halfbyte.data.accounting import ledger_of
-from halfbyte.data.conversation import Row
-from halfbyte.data.drops import MAX_NAMED_ROWS, Drops
-from halfbyte.data.encoding import encode_parts
-from halfbyte.data.fields import Account
+from halfbyte.data.drops import Drops
+from halfbyte.data.encoding import encode_rows
+from halfbyte.data.fields import Account, RowError
 from halfbyte.data.leaks import near_duplicates
-from halfbyte.data.normal import hash_fraction, normalised
-from halfbyte.data.prepared import Prepared, pack, unpack
-from halfbyte.data.raw import Table
+from halfbyte.data.normal import digest_of
+from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import Renderer
-from halfbyte.data.rows import detect_format, parse_rows
-from halfbyte.data.sources import files_sha256, read_table
+from halfbyte.data.row_file import Scratch
+from halfbyte.data.rows import ParsedRows
+from halfbyte.data.samples import SampleFile, Samples
+from halfbyte.data.shares import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    LazyTexts,
+    RowIdentity,
+    Sources,
+    copies_of_rows,
+    divide,
+    draw_rows,
+    drop_leaks,
+)
+from halfbyte.data.sources import files_sha256, open_table
 from halfbyte.errors import DataError
 
 NEAR_DUPLICATE = 0.9
 
 
-def prepare(data: Data, renderer: Renderer) -> Prepared:
+def prepare(data: Data, renderer: Renderer, seed: int = 0) -> Prepared:
     """Read, parse, split, check and encode the rows of a config, or read them from the cache.
 
     A hash of the prompt decides which rows are held out: the split does not depend on the order of
-    the rows, and equal prompts land on the same side.
+    the rows, and equal prompts land on the same side, whichever sources they come from.
+
+    Args:
+        data: the section.
+        renderer: encodes the rows.
+        seed: draws rows of sources that are not used as a whole.
 
     Raises:
         DataError: rows are malformed, too long (``on_overlength: error``), leak from the held-out
             part into training (``on_leak: error``), or nothing is left to train on.
     """
     with _paused_collector():
+        sources = data.sources()
         if not data.cache:
-            return _prepare_anew(data, renderer, {})
-        tables: dict[str, Table] = {}
-        digests = _digests(data, tables)
-        key = cache.key_of(data, renderer, digests)
-        arrays = cache.read(key)
-        if arrays is not None:
-            return unpack(arrays)
-        prepared = _prepare_anew(data, renderer, tables)
+            return _prepare_anew(data, sources, renderer, seed, Scratch())
+        digests = _digests(sources)
+        key = cache.key_of(data, renderer, seed, digests)
+        kept = cache.read(key)
+        if kept is not None:
+            return kept
+        scratch = Scratch(cache.folder() if cache.is_writer() else None)
+        prepared = _prepare_anew(data, sources, renderer, seed, scratch)
         # If the files have changed in the meantime, the key does not describe these rows.
-        if digests == _digests(data, tables):
-            cache.write(key, pack(prepared))
+        if digests == _digests(sources):
+            cache.write(key, prepared, scratch)
         return prepared
 
 
 @contextmanager
 def _paused_collector() -> Iterator[None]:
-    """Pause the garbage collector: rows are many small objects that stay, and it would scan them often."""
+    """Pause the garbage collector: a batch is many small objects, and it would scan them often."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -63,133 +88,93 @@ def _paused_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _sources(data: Data) -> dict[str, tuple[str, str]]:
-    """Return each source by its name, with its split."""
-    sources = {"train": (data.train, data.train_split)}
-    return sources if data.test is None else {**sources, "test": (data.test, data.test_split)}
-
-
-def _read(data: Data, source: str, split: str) -> Table:
-    return read_table(
-        source,
-        split=split,
-        subset=data.subset,
-        revision=data.revision,
-        field=data.field,
-        encoding=data.encoding,
-    )
-
-
-def _digests(data: Data, tables: dict[str, Table]) -> dict[str, str]:
-    """Return a digest of each source's rows; tables that must be read for it are added to ``tables``."""
-    digests = {}
-    for name, (source, split) in _sources(data).items():
-        digest = files_sha256(source, split)
+def _digests(sources: Sources) -> list[str]:
+    """Return a digest of each source's rows."""
+    digests = []
+    for _, source in sources:
+        digest = files_sha256(source.path, source.split or "train")
         if digest is None:
-            if name not in tables:
-                tables[name] = _read(data, source, split)
-            digest = tables[name].fingerprint
-        digests[name] = digest
+            table = open_table(source)
+            for _ in table:
+                pass
+            digest = table.fingerprint
+        digests.append(digest)
     return digests
 
 
-def _prepare_anew(data: Data, renderer: Renderer, read: dict[str, Table]) -> Prepared:
-    """Prepare the rows without the cache; ``read`` holds the tables that are read already."""
-    tables = {
-        name: read[name] if name in read else _read(data, source, split)
-        for name, (source, split) in _sources(data).items()
-    }
-    formats = {
-        name: detect_format(table, data.columns) if data.format == "auto" else data.format
-        for name, table in tables.items()
-    }
-    drops = Drops()
-    rows, account = _parse(data, tables, formats, drops)
-    identity, split_by = _identity([row for part in rows.values() for row in part], data.system)
-    parts: dict[str, list[Row]] = {
-        "train": [],
-        "validation": [],
-        "test": list(rows.get("test", [])),
-    }
-    for row in rows["train"]:
-        parts[_part_of(identity(row), data)].append(row)
-    held_out = parts["test"] + parts["validation"]
-    parts["train"] = _without_leaks(parts["train"], held_out, identity, data, drops)
-    near = near_duplicates(
-        [identity(row) for row in parts["train"]],
-        [identity(row) for row in held_out],
-        NEAR_DUPLICATE,
-    )
-    encoded = encode_parts(parts, data, renderer, drops)
-    if not encoded.examples["train"]:
-        raise DataError(f"{data.train}: no row is left to train on; dropped: {dict(drops.counts)}")
-    ledger = ledger_of(tables, parts, encoded, drops, account, near, split_by)
-    train, validation, test = (encoded.examples[name] for name in ("train", "validation", "test"))
-    return Prepared(train, validation, test, ledger, formats, encoded.full_lengths)
-
-
-def _parse(
-    data: Data, tables: dict[str, Table], formats: dict[str, str], drops: Drops
-) -> tuple[dict[str, list[Row]], Account]:
-    """Return the rows of each source, and what happened to their keys and turns.
-
-    Raises:
-        DataError: a row is malformed and ``on_malformed`` is ``error``.
-    """
-    rows: dict[str, list[Row]] = {}
-    total = Account(data.repair)
-    errors = []
-    for name, table in tables.items():
-        parsed = parse_rows(table, formats[name], data.columns, data.system, data.repair)
-        rows[name] = [row for row in parsed.rows if row.weight != 0]
-        for row in parsed.rows:
-            if row.weight == 0:
-                drops.add("weight 0", row.place)
-        errors += parsed.malformed
-        total.ignored.update(parsed.account.ignored)
-        total.repaired.update(parsed.account.repaired)
-    drops.malformed(errors, data)
-    return rows, total
-
-
-def _identity(rows: list[Row], system: str | None) -> tuple[Callable[[Row], str], str]:
-    """Return what tells rows apart, and its name: their prompt, or where all have one, their answer too."""
-    if len(rows) > 1 and len({row.prompt for row in rows}) == 1 and rows[0].text is None:
-        return lambda row: f"{row.prompt}\n{row.answer}", "answer"
-    return lambda row: row.prompt_beside(system), "prompt"
-
-
-def _part_of(identity: str, data: Data) -> str:
-    """Return the name of the part that a row is assigned to by what tells it apart."""
-    fraction = hash_fraction(identity)
-    if fraction < data.test_frac:
-        return "test"
-    return "validation" if fraction < data.test_frac + data.validation_frac else "train"
-
-
-def _without_leaks(
-    train: list[Row],
-    held_out: list[Row],
-    identity: Callable[[Row], str],
-    data: Data,
-    drops: Drops,
-) -> list[Row]:
-    """Return the training rows that are not held out too, and count the others as dropped.
-
-    Raises:
-        DataError: there are such rows and ``on_leak`` is ``error``.
-    """
-    places = {normalised(identity(row)): row.place for row in held_out}
-    leaks = {id(row): row for row in train if normalised(identity(row)) in places}
-    if leaks and data.on_leak == "error":
-        named = [
-            f"{row.place} = {places[normalised(identity(row))]}"
-            for row in list(leaks.values())[:MAX_NAMED_ROWS]
-        ]
+def _prepare_anew(
+    data: Data, sources: Sources, renderer: Renderer, seed: int, scratch: Scratch
+) -> Prepared:
+    """Prepare the rows without the cache, in a folder that lasts as long as they do."""
+    drops, account = Drops(), Account(data.repair)
+    file = SampleFile(scratch)
+    parsed = [ParsedRows(open_table(source), source, account) for _, source in sources]
+    identity = _read_rows(file, parsed, sources, drops)
+    drops.check_malformed(data)
+    used = draw_rows(file, sources, seed, drops)
+    parts = divide(file, sources, data, used)
+    drop_leaks(file, parts, data, drops)
+    near = _near_duplicates(file, parts, identity)
+    copies = copies_of_rows(file, sources, parts, seed, drops)
+    encoded = encode_rows(file, parts, data, renderer, drops)
+    if not np.any(encoded.parts == TRAIN):
         raise DataError(
-            f"{len(leaks)} training rows have a prompt that is also held out: {'; '.join(named)}."
-            " Remove them, or set data.on_leak=drop to leave them out of training"
+            f"{', '.join(source.path for part, source in sources if part == 'train')}: no row is left to train"
+            f" on; dropped: {drops.by_reason()}"
         )
-    for row in leaks.values():
-        drops.add("prompt is held out", row.place)
-    return [row for row in train if id(row) not in leaks]
+    file.rows.release()
+    of_sample = np.array(file.sample_rows, dtype=np.int64)
+    in_part = encoded.parts[of_sample]
+    train = np.flatnonzero(in_part == TRAIN)
+    samples = {
+        "train": Samples(file, np.repeat(train, copies[of_sample[train]])),
+        "validation": Samples(file, np.flatnonzero(in_part == VALIDATION)),
+        "test": Samples(file, np.flatnonzero(in_part == TEST)),
+    }
+    tables = [rows.table for rows in parsed]
+    ledger = ledger_of(tables, sources, samples, encoded, drops, account, near, identity.name)
+    formats = {
+        source.name or "": rows.format for rows, (_, source) in zip(parsed, sources, strict=True)
+    }
+    return Prepared(**samples, ledger=ledger, formats=formats, full_lengths=encoded.full_lengths)
+
+
+def _read_rows(
+    file: SampleFile, parsed: list[ParsedRows], sources: Sources, drops: Drops
+) -> RowIdentity:
+    """Write the rows of all sources to the file; return what tells them apart."""
+    identity = RowIdentity(sources)
+    first: str | None = None
+    by_answer = True
+    for number, rows in enumerate(parsed):
+        for row in rows:
+            if isinstance(row, RowError):
+                drops.add_malformed(row, number)
+            elif row.weight == 0:
+                drops.add("weight 0", row.place, number)
+            else:
+                file.add_row(row, number, digest_of(identity(row, number)))
+                if by_answer:
+                    first = row.prompt if first is None else first
+                    by_answer = row.text is None and row.prompt == first
+    if not by_answer or len(file.rows) < 2:
+        return identity
+    identity = RowIdentity(sources, by_answer=True)
+    for number in range(len(file.rows)):
+        file.row_digests[number] = digest_of(identity(file.rows[number], file.row_sources[number]))
+    return identity
+
+
+def _near_duplicates(
+    file: SampleFile, parts: NDArray[np.uint8], identity: RowIdentity
+) -> list[tuple[int, int, float]]:
+    """Return the numbers of training and held-out rows that are nearly alike, with their similarity."""
+
+    def texts(rows: Iterable[int]) -> list[str]:
+        return [identity(file.rows[row], file.row_sources[row]) for row in rows]
+
+    train = np.flatnonzero(parts == TRAIN)
+    # Test rows come first, as in the ledger.
+    held_out = np.concatenate([np.flatnonzero(parts == part) for part in (TEST, VALIDATION)])
+    pairs = near_duplicates(LazyTexts(train, texts), LazyTexts(held_out, texts), NEAR_DUPLICATE)
+    return [(int(train[i]), int(held_out[j]), similarity) for i, j, similarity in pairs]

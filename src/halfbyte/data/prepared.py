@@ -1,33 +1,23 @@
-"""Owns prepared rows: ids and labels with their ledger, and the few arrays that the cache keeps them as."""
+"""Owns prepared rows: the samples of each part with their ledger."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from halfbyte.config.dataset import Data
-from halfbyte.data.conversation import Message, Row, message_from_json
-from halfbyte.data.encoded import IGNORED, Encoded
 from halfbyte.data.ledger import Ledger
+from halfbyte.data.samples import SampleFile, Samples
+from halfbyte.run_dir import file_sha256
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class Example:
-    """A sample of a row: its ids and labels.
-
-    Attributes:
-        row: the conversation or text; a row's samples share it.
-        encoded: ids and labels.
-    """
-
-    row: Row
-    encoded: Encoded
+PARTS = ("train", "validation", "test")
+NO_LENGTHS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -35,20 +25,29 @@ class Prepared:
     """Everything that a run is trained and measured on.
 
     Attributes:
-        train: rows to train on.
-        validation: rows held out for the loss during training.
-        test: rows held out for the comparison.
+        train: samples to train on, those of one epoch.
+        validation: samples held out for the loss during training.
+        test: samples held out for the comparison.
         ledger: what happened to every row that was read; see ``Ledger``.
         formats: the format of each source.
-        full_lengths: tokens of each training row before any row is dropped for its length or truncated.
+        full_lengths: tokens of each training sample before any is dropped for its length or truncated.
     """
 
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+    train: Samples
+    validation: Samples
+    test: Samples
     ledger: Ledger
     formats: dict[str, str] = field(default_factory=dict)
-    full_lengths: list[int] = field(default_factory=list)
+    full_lengths: NDArray[np.int64] = field(default_factory=lambda: NO_LENGTHS)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other has equal samples and an equal ledger."""
+        return isinstance(other, Prepared) and all(
+            np.array_equal(getattr(self, name), getattr(other, name))
+            if name == "full_lengths"
+            else getattr(self, name) == getattr(other, name)
+            for name in self.__dataclass_fields__
+        )
 
 
 def empty_shares(prepared: Prepared, data: Data) -> list[str]:
@@ -61,101 +60,41 @@ def empty_shares(prepared: Prepared, data: Data) -> list[str]:
     ]
 
 
-def tokens_of(examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-    """Return the ids and labels of each sample."""
-    return [(example.encoded.ids, example.encoded.labels) for example in examples]
+def write_prepared(prepared: Prepared, folder: Path) -> None:
+    """Complete the folder of the samples' file, so that ``read_prepared`` restores equal rows.
 
-
-def weights_of(examples: Sequence[Example]) -> list[float] | None:
-    """Return the weight of each sample's row; None if all are 1."""
-    weights = [example.row.weight for example in examples]
-    return None if all(weight == 1 for weight in weights) else weights
-
-
-def rows_of(examples: Sequence[Example]) -> list[Row]:
-    """Return the rows of samples, each once."""
-    return list({id(example.row): example.row for example in examples}.values())
-
-
-PARTS = ("train", "validation", "test")
-
-
-def pack(prepared: Prepared) -> dict[str, NDArray[Any]]:
-    """Turn prepared rows into a few arrays, from which ``unpack`` restores equal rows."""
-    import numpy as np
-
-    examples = [example for part in PARTS for example in getattr(prepared, part)]
-    distinct = rows_of(examples)
-    numbers = {id(row): number for number, row in enumerate(distinct)}
-    messages: dict[Message, int] = {}
-    rows = [
-        [row.place, row.text, [messages.setdefault(m, len(messages)) for m in row.messages]]
-        + ([row.tools, row.weight] if row.tools or row.weight != 1 else [])
-        for row in distinct
-    ]
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    file = prepared.train.file
+    arrays: dict[str, Any] = {name: getattr(prepared, name).numbers for name in PARTS}
+    arrays |= {"full_lengths": prepared.full_lengths, **file.arrays()}
+    with (folder / "numbers.npz").open("xb") as stream:
+        np.savez(stream, **arrays)
     meta = {
-        "counts": [len(getattr(prepared, part)) for part in PARTS],
         "ledger": prepared.ledger.as_json(),
         "formats": prepared.formats,
-        "messages": [
-            [message.role, message.content]
-            if message.is_plain and message.learnt
-            else message.as_json()
-            for message in messages
-        ],
-        "rows": rows,
+        "sha256": {**file.sha256(), "numbers.npz": file_sha256(folder / "numbers.npz")},
     }
-    encoded = [example.encoded for example in examples]
-    ids = np.array(list(chain.from_iterable(e.ids for e in encoded)), dtype=np.uint32)
-    labels = np.array(list(chain.from_iterable(e.labels for e in encoded)), dtype=np.int64)
-    assert np.array_equal(np.where(labels == IGNORED, ids, labels), ids)
-    return {
-        "meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
-        "ids": ids.astype(np.uint16) if ids.max(initial=0) < 1 << 16 else ids,
-        "learnt": np.packbits(labels != IGNORED),
-        "lengths": np.array([len(e.ids) for e in encoded], dtype=np.int64),
-        "rows": np.array([numbers[id(e.row)] for e in examples], dtype=np.int64),
-        "changed": np.array([e.changed for e in encoded], dtype=np.uint8),
-        "escaped": np.array([e.escaped for e in encoded], dtype=np.uint8),
-        "full_lengths": np.array(prepared.full_lengths, dtype=np.int64),
-    }
+    content = json.dumps(meta).encode()
+    digest = hashlib.sha256(content).hexdigest().encode()
+    (folder / "meta.json").write_bytes(digest + b"\n" + content)
 
 
-def unpack(arrays: dict[str, NDArray[Any]]) -> Prepared:
-    """Restore the prepared rows that ``pack`` was given."""
-    import numpy as np
-
-    meta = json.loads(arrays["meta"].tobytes())
-    messages = [
-        Message(*message) if isinstance(message, list) else message_from_json(message)
-        for message in meta["messages"]
-    ]
-    rows = [
-        Row(place, tuple([messages[number] for number in numbers]), text, *rest)
-        for place, text, numbers, *rest in meta["rows"]
-    ]
-    learnt = np.unpackbits(arrays["learnt"], count=len(arrays["ids"])).astype(bool)
-    # One int object for each id of the vocabulary: Python would make a new one for each id above 256.
-    ids = np.arange(int(arrays["ids"].max(initial=0)) + 1).astype(object)[arrays["ids"]]
-    labels = np.where(learnt, ids, IGNORED).tolist()
-    ids = ids.tolist()
-    ends = pairwise([0, *np.cumsum(arrays["lengths"]).tolist()])
-    flags = zip(arrays["changed"].astype(bool), arrays["escaped"].astype(bool), strict=True)
-    examples = []
-    for number, (start, end), (changed, escaped) in zip(
-        arrays["rows"].tolist(), ends, flags, strict=True
-    ):
-        row = rows[number]
-        encoded = Encoded(
-            row.place, ids[start:end], labels[start:end], bool(changed), bool(escaped)
-        )
-        examples.append(Example(row, encoded))
-    first, second, _ = np.cumsum(meta["counts"]).tolist()
-    return Prepared(
-        examples[:first],
-        examples[first:second],
-        examples[second:],
-        Ledger.model_validate(meta["ledger"]),
-        meta["formats"],
-        arrays["full_lengths"].tolist(),
-    )
+def read_prepared(folder: Path) -> Prepared | None:
+    """Restore the prepared rows of a folder; None if it is damaged."""
+    try:
+        digest, _, content = (folder / "meta.json").read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            return None
+        meta = json.loads(content)
+        if any(file_sha256(folder / name) != digest for name, digest in meta["sha256"].items()):
+            return None
+        with np.load(folder / "numbers.npz") as stored:
+            arrays = dict(stored)
+        file = SampleFile.read(folder, arrays)
+        train, validation, test = (Samples(file, arrays[name]) for name in PARTS)
+        ledger = Ledger.model_validate(meta["ledger"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return Prepared(train, validation, test, ledger, meta["formats"], arrays["full_lengths"])

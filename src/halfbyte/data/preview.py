@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from halfbyte.config.dataset import Data
 from halfbyte.data.encoded import IGNORED
-from halfbyte.data.ledger import Ledger
-from halfbyte.data.prepared import Example, Prepared, empty_shares
+from halfbyte.data.ledger import Ledger, SourceLedger
+from halfbyte.data.prepared import Prepared, empty_shares
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import Example
 
 GREEN, GREY, RESET = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 BAR_WIDTH = 40
@@ -45,7 +46,7 @@ def label_runs(ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[i
             start = end
 
 
-def show_lengths(lengths: list[int], max_length: int) -> str:
+def show_lengths(lengths: Sequence[int], max_length: int) -> str:
     """Return a histogram of row lengths in tokens, and what ``max_length`` would cut."""
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // NUM_BINS))
@@ -76,17 +77,31 @@ def show_ledger(prepared: Prepared) -> str:
     lines = [
         "format: " + ", ".join(f"{name} is {kind}" for name, kind in prepared.formats.items()),
         f"rows in: {rows_in} = {ledger.trained} trained + held out ({held_out}) + dropped ({dropped})",
-        f"truncated: {len(ledger.truncated)}; changed by the template:"
-        f" {len(ledger.changed_by_template)}; special tokens as text:"
-        f" {len(ledger.special_token_text)}",
+        f"truncated: {ledger.total('truncated')}; changed by the template:"
+        f" {ledger.total('changed_by_template')}; special tokens as text:"
+        f" {ledger.total('special_token_text')}",
         f"repeated prompts in training: {ledger.duplicate_prompts_in_training}; near duplicates of"
-        f" held-out prompts: {len(ledger.near_duplicates)}",
+        f" held-out prompts: {ledger.total('near_duplicates')}",
     ]
+    lines += [_source_line(name, source) for name, source in ledger.sources.items()]
     for name, tokens in ledger.tokens.items():
         if tokens.total:
             share = 100 * tokens.supervised / tokens.total
             lines.append(f"{name}: {tokens.total} tokens, {share:.1f} % supervised")
     return "\n".join(lines + _particulars(ledger))
+
+
+def _source_line(name: str, source: SourceLedger) -> str:
+    """Return what became of the rows of one of several sources."""
+    held_out = ", ".join(f"{count} {part}" for part, count in source.held_out.items())
+    dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()) or "0"
+    line = (
+        f"{name}: {source.rows_in} rows = {source.trained} trained + held out ({held_out}) + dropped"
+        f" ({dropped})"
+    )
+    if source.weight != 1:
+        line += f"; weight {source.weight:g}, {source.samples} samples"
+    return line
 
 
 def _particulars(ledger: Ledger) -> list[str]:
@@ -99,7 +114,7 @@ def _particulars(ledger: Ledger) -> list[str]:
     for title, counts in (
         ("ignored", ledger.ignored),
         ("repaired", ledger.repaired),
-        ("samples, since templates leave out earlier thoughts", ledger.samples),
+        ("samples, by weights of sources or answers without earlier thoughts", ledger.samples),
         ("dropped samples of rows that stay", ledger.dropped_samples),
     ):
         if counts:
@@ -121,8 +136,8 @@ def faults_of(prepared: Prepared, data: Data) -> list[str]:
         for reason, count in ledger.dropped.items()
         if reason != "weight 0"
     ]
-    held_out = [len(e.encoded.ids) for e in (*prepared.validation, *prepared.test)]
-    overlong = sum(length > data.max_length for length in (*prepared.full_lengths, *held_out))
+    lengths = (prepared.full_lengths, prepared.validation.sizes, prepared.test.sizes)
+    overlong = sum(int((sizes > data.max_length).sum()) for sizes in lengths)
     if overlong:
         faults.append(f"{overlong} rows: longer than data.max_length {data.max_length}")
     return faults + empty_shares(prepared, data)
@@ -141,7 +156,7 @@ def show_preview(
     return "\n\n".join(
         [
             *rows,
-            "LENGTHS (tokens)\n" + show_lengths(prepared.full_lengths, data.max_length),
+            "LENGTHS (tokens)\n" + show_lengths(prepared.full_lengths.tolist(), data.max_length),
             "LEDGER\n" + show_ledger(prepared) + "".join(f"\n{line}" for line in near) + shares,
             show_tokens(renderer),
         ]

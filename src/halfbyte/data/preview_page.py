@@ -5,9 +5,10 @@ from __future__ import annotations
 from html import escape
 
 from halfbyte.config.dataset import Data
-from halfbyte.data.prepared import Example, Prepared
+from halfbyte.data.prepared import Prepared
 from halfbyte.data.preview import faults_of, label_runs, row_title, show_ledger, show_lengths
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import Example
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
@@ -23,12 +24,13 @@ def preview_page(prepared: Prepared, renderer: Renderer, data: Data, num_rows: i
     """Return a page that needs no other file, with the first rows as they are learnt."""
     rows = [_row(example, renderer) for example in prepared.train[:num_rows]]
     faults = "".join(f"<li>{escape(fault)}</li>" for fault in faults_of(prepared, data))
-    lengths = escape(show_lengths(prepared.full_lengths, data.max_length))
+    title = escape(", ".join(source.path for part, source in data.sources() if part == "train"))
+    lengths = escape(show_lengths(prepared.full_lengths.tolist(), data.max_length))
     return (
         "<!doctype html>\n<html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>Rows of {escape(data.train)}</title><style>{STYLE}</style>\n"
-        f"<h1>Rows as they are learnt</h1><p>{escape(data.train)}; <mark>marked</mark> text is learnt.</p>\n"
+        f"<title>Rows of {title}</title><style>{STYLE}</style>\n"
+        f"<h1>Rows as they are learnt</h1><p>{title}; <mark>marked</mark> text is learnt.</p>\n"
         + (f"<h2>Faults</h2><ul>{faults}</ul>\n" if faults else "")
         + "\n".join(rows)
         + f"\n<h2>Lengths in tokens</h2><pre>{lengths}</pre>"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.data.fields import RowError
+from halfbyte.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +25,50 @@ class RawRow:
     values: dict[str, Any]
 
 
-@dataclass(frozen=True)
 class Table:
-    """Every row of one source.
+    """The rows of one source, read one after another; what they have in common is known at the end.
+
+    Args:
+        name: the source.
+        read: yields each row, or the error of a row that cannot be read; called once an iteration.
 
     Attributes:
         name: the source.
-        rows: its rows.
-        fingerprint: sha256 of the rows' canonical JSON.
-        malformed: an error for each row that cannot be read.
+        columns: names of all columns that were read, in order of first appearance.
+        num_rows: number of rows that were read, those that cannot be read included.
+        fingerprint: sha256 of the canonical JSON of the rows that were read.
     """
 
-    name: str
-    rows: list[RawRow]
-    fingerprint: str
-    malformed: Sequence[RowError] = ()
+    def __init__(self, name: str, read: Callable[[], Iterator[RawRow | RowError]]) -> None:
+        self.name = name
+        self._read = read
+        self.columns: list[str] = []
+        self.num_rows = 0
+        self.fingerprint = ""
 
-    @property
-    def num_rows(self) -> int:
-        """Number of rows, those that cannot be read included."""
-        return len(self.rows) + len(self.malformed)
+    def __iter__(self) -> Iterator[RawRow | RowError]:
+        """Yield each row, or its error.
 
-    @property
-    def columns(self) -> list[str]:
-        """Names of all columns, in order of first appearance."""
-        return list(dict.fromkeys(key for row in self.rows for key in row.values))
+        Raises:
+            DataError: the source cannot be read, or holds no row.
+        """
+        columns: dict[str, None] = {}
+        last: Any = None
+        digest = hashlib.sha256()
+        encode = json.JSONEncoder(sort_keys=True, default=str).encode
+        first_error: RowError | None = None
+        self.columns, self.num_rows = [], 0
+        for row in self._read():
+            self.num_rows += 1
+            if isinstance(row, RawRow):
+                if row.values.keys() != last:
+                    last = row.values.keys()
+                    columns.update(dict.fromkeys(last))
+                    self.columns = list(columns)
+                digest.update(encode(row.values).encode() + b"\n")
+            else:
+                first_error = first_error or row
+            yield row
+        if not self.columns:
+            raise first_error or DataError(f"{self.name}: holds no rows")
+        self.fingerprint = digest.hexdigest()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
+from halfbyte.config.dataset import DataSource
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row
 from halfbyte.data.fields import (
     REFUSED_IN_ROW,
@@ -23,6 +26,7 @@ from halfbyte.data.tool_calls import parse_tools
 from halfbyte.data.turns import parse_turns
 from halfbyte.errors import DataError
 
+HEAD_ROWS = 1000  # rows off whose columns the format is read
 # Columns that each format needs, and those that it may have besides.
 EVERY_ROW = ("weight",)
 EVERY_CONVERSATION = ("system", "tools", *EVERY_ROW)
@@ -35,78 +39,80 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-@dataclass
 class ParsedRows:
-    """What became of the rows of a table.
-
-    Attributes:
-        rows: those that can be used.
-        malformed: an error for each of the others.
-        account: what happened to their keys and turns.
-    """
-
-    rows: list[Row]
-    malformed: list[RowError]
-    account: Account
-
-
-def detect_format(table: Table, columns: dict[str, str]) -> str:
-    """Return the one format whose columns the table has, after renaming.
-
-    Raises:
-        DataError: no format fits, or several do.
-    """
-    present = set(_renamed_columns(table, columns))
-    fitting = [name for name, (needed, _) in FORMATS.items() if set(needed) <= present]
-    if len(fitting) == 1:
-        return fitting[0]
-    table_columns = f"{table.name}: found the columns {', '.join(table.columns)}"
-    formats = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
-    if not fitting:
-        raise DataError(
-            f"{table_columns}, which fit no known format. Allowed: {formats}. Name yours with"
-            " data.columns, such as {prompt: question, completion: answer}"
-        )
-    raise DataError(
-        f"{table_columns}, which fit several formats: {', '.join(fitting)}. Set data.format to one"
-    )
-
-
-def parse_rows(
-    table: Table,
-    format_name: str,
-    columns: dict[str, str],
-    system: str | None,
-    repairs: Sequence[str] = (),
-) -> ParsedRows:
-    """Parse every raw row of a table.
+    """The rows of a source, parsed one after another; those that cannot be used are their errors.
 
     Args:
         table: the rows as stored.
-        format_name: a key of ``FORMATS``, or ``auto``.
-        columns: names of the format's columns to names of the table's columns.
-        system: system message for conversations that have none.
-        repairs: names of the repairs to apply.
+        source: the source, each key with a value.
+        account: names the repairs to apply, and counts them and the keys that are not used.
 
-    Raises:
-        DataError: a column is missing, or no format fits.
+    Attributes:
+        format: the format, read off the first rows where it is ``auto``; "" before they are iterated.
     """
-    if format_name == "auto":
-        format_name = detect_format(table, columns)
-    needed, optional = FORMATS[format_name]
-    _check_columns(table, format_name, columns, needed, optional)
-    parsed = ParsedRows([], list(table.malformed), Account(repairs))
-    parser = _Parser(PARSERS[format_name], system, parsed.account)
-    sources = {name: columns.get(name, name) for name in (*needed, *optional)}
-    used = frozenset(sources.values())
-    for raw in table.rows:
-        values = {name: raw.values.get(source) for name, source in sources.items()}
-        others = {key: value for key, value in raw.values.items() if key not in used}
-        try:
-            parsed.rows.append(parser.parse(raw.place, values, others))
-        except RowError as error:
-            parsed.malformed.append(error)
-    return parsed
+
+    def __init__(self, table: Table, source: DataSource, account: Account) -> None:
+        self.table, self.account = table, account
+        self._wanted = source.format or "auto"
+        self._columns = source.columns or {}
+        self._system = source.system
+        self.format = ""
+
+    def __iter__(self) -> Iterator[Row | RowError]:
+        """Yield each row, or its error.
+
+        Raises:
+            DataError: the source cannot be read, a column is missing, or no format fits.
+        """
+        rows = iter(self.table)
+        head = list(islice(rows, HEAD_ROWS))
+        self.format = self._wanted
+        if self._wanted == "auto":
+            try:
+                self.format = self._detect()
+            except DataError:
+                deque(rows, maxlen=0)  # later rows may have further columns
+                self.format = self._detect()
+                head, rows = [], iter(self.table)
+        needed, optional = FORMATS[self.format]
+        parser = _Parser(PARSERS[self.format], self._system, self.account)
+        sources = {name: self._columns.get(name, name) for name in (*needed, *optional)}
+        used = frozenset(sources.values())
+        for raw in chain(head, rows):
+            if isinstance(raw, RowError):
+                yield raw
+                continue
+            values = {name: raw.values.get(source) for name, source in sources.items()}
+            others = {key: value for key, value in raw.values.items() if key not in used}
+            try:
+                yield parser.parse(raw.place, values, others)
+            except RowError as error:
+                yield error
+        if self._wanted == "auto":
+            self._detect()  # whether further columns make it ambiguous
+        _check_columns(self.table, self.format, self._columns, needed, optional)
+
+    def _detect(self) -> str:
+        """Return the one format whose columns the table has, after renaming.
+
+        Raises:
+            DataError: no format fits, or several do.
+        """
+        table = self.table
+        present = set(_renamed_columns(table, self._columns))
+        fitting = [name for name, (needed, _) in FORMATS.items() if set(needed) <= present]
+        if len(fitting) == 1:
+            return fitting[0]
+        table_columns = f"{table.name}: found the columns {', '.join(table.columns)}"
+        formats = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
+        if not fitting:
+            raise DataError(
+                f"{table_columns}, which fit no known format. Allowed: {formats}. Name yours with"
+                " data.columns, such as {prompt: question, completion: answer}"
+            )
+        raise DataError(
+            f"{table_columns}, which fit several formats: {', '.join(fitting)}. Set data.format to one"
+        )
 
 
 def _renamed_columns(table: Table, columns: dict[str, str]) -> list[str]:

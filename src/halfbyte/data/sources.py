@@ -2,71 +2,41 @@
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import csv
-import gzip
 import hashlib
-import io
-import json
-import lzma
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config.paths import bare_suffix
-from halfbyte.data.fields import RowError
-from halfbyte.data.files import data_files
-from halfbyte.data.json_rows import read_json
+from halfbyte.config.dataset import DataSource
+from halfbyte.config.paths import PACKED_SUFFIXES, bare_suffix
+from halfbyte.data.files import data_files, lines_of, open_bytes, text_of
+from halfbyte.data.json_rows import Rows, read_json
 from halfbyte.data.raw import RawRow, Table
 from halfbyte.errors import DataError
 
 DELIMITERS = (",", ";", "\t", "|")
 MAX_CELL_CHARS = 2**31 - 1
-Rows = tuple[list[RawRow], list[RowError]]
+MAX_HEADER_LINES = 64  # a quoted column name may hold line breaks
+BATCH_ROWS = 1024  # rows that are read at once of columnar files
 
 
-def read_table(
-    source: str,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    revision: str | None = None,
-    field: str | None = None,
-    encoding: str = "utf-8",
-) -> Table:
-    """Read every row of a file, a folder of files or a Hub dataset.
+def open_table(source: DataSource) -> Table:
+    """Return the rows of a source of local files or of the Hub; nothing is read before they are iterated."""
+    return Table(source.path, lambda: _read(source))
 
-    Args:
-        source: a Hub id, or an absolute path or pattern.
-        split: split of a Hub dataset, of a folder that ``save_to_disk`` wrote, or of a folder with files
-            of several splits.
-        subset: configuration of a Hub dataset.
-        revision: revision of a Hub dataset.
-        field: key under which a JSON file holds its rows.
-        encoding: of text files.
 
-    Raises:
-        DataError: the source does not exist, cannot be parsed, or holds no rows.
-    """
-    rows: list[RawRow] = []
-    malformed: list[RowError] = []
-    if not Path(source).is_absolute():
-        rows = _read_hub(source, split, subset, revision)
-    elif saved := _saved_dataset(Path(source), split):
-        rows = _read_saved(saved)
+def _read(source: DataSource) -> Rows:
+    path = Path(source.path)
+    if not path.is_absolute():
+        yield from _read_hub(source)
+    elif saved := _saved_dataset(path, source.split or "train"):
+        yield from _read_saved(saved)
     else:
-        for file in data_files(source, split):
-            read, errors = _read_file(file, field, encoding)
-            rows += read
-            malformed += errors
-    if not rows:
-        raise malformed[0] if malformed else DataError(f"{source}: holds no rows")
-    digest = hashlib.sha256()
-    encode = json.JSONEncoder(sort_keys=True, default=str).encode
-    for row in rows:
-        digest.update(encode(row.values).encode() + b"\n")
-    return Table(source, rows, digest.hexdigest(), malformed)
+        for file in data_files(source.path, source.split or "train"):
+            yield from _read_file(file, source.field, source.encoding or "utf-8")
 
 
 def files_sha256(source: str, split: str) -> str | None:
@@ -101,86 +71,55 @@ def _saved_dataset(path: Path, split: str) -> Path | None:
     return path / split
 
 
-def _read_saved(folder: Path) -> list[RawRow]:
+def _read_saved(folder: Path) -> Rows:
     from datasets import load_from_disk  # slow to import, and most data is JSONL
 
     try:
-        return _numbered(folder, load_from_disk(str(folder)).with_format("arrow")[:].to_pylist())
+        yield from _rows_of_dataset(folder, load_from_disk(str(folder)))
     except Exception as error:  # the library raises many types; each means an unreadable folder
         raise DataError(f"{folder}: cannot be read: {error}") from error
+
+
+def _rows_of_dataset(name: Any, data: Any) -> Iterator[RawRow]:
+    # As stored: decoded pictures would be other objects each time.
+    batches = data.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    return _numbered(name, (row for batch in batches for row in batch.to_pylist()))
 
 
 def _read_file(path: Path, field: str | None, encoding: str) -> Rows:
     suffix = bare_suffix(path.name)
     if suffix in (".parquet", ".arrow"):
-        return _read_arrow(path, suffix), []
-    text = _read_text(path, encoding)
-    if suffix in (".csv", ".tsv"):
-        return _read_csv(path, text, "\t" if suffix == ".tsv" else None), []
-    return read_json(path, text, field)
+        yield from _read_arrow(path, suffix)
+    elif suffix in (".csv", ".tsv"):
+        yield from _read_csv(path, text_of(path, encoding), "\t" if suffix == ".tsv" else None)
+    else:
+        yield from read_json(path, text_of(path, encoding), field)
 
 
-def _read_bytes(path: Path) -> bytes:
-    """Return the bytes of a file, decompressed if its name says that they are compressed.
-
-    Raises:
-        DataError: they are not.
-    """
-    try:
-        match path.suffix.lower():
-            case ".gz":
-                return gzip.decompress(path.read_bytes())
-            case ".xz":
-                return lzma.decompress(path.read_bytes())
-            case ".zst":
-                import pyarrow
-
-                with pyarrow.input_stream(str(path), compression="zstd") as stream:
-                    return bytes(stream.read())
-        return path.read_bytes()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _read_text(path: Path, encoding: str) -> str:
-    content = _read_bytes(path)
-    try:
-        is_utf8 = codecs.lookup(encoding).name == "utf-8"
-        text = content.decode("utf-8-sig" if is_utf8 else encoding)
-    except (UnicodeDecodeError, LookupError) as error:
-        if isinstance(error, LookupError):
-            raise DataError(f"data.encoding: {encoding!r} is unknown; such as cp1252") from None
-        guess = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
-        raise DataError(
-            f"{path}: not {encoding} text: {error.reason} at byte {error.start}. Set"
-            f" data.encoding={guess} if it was written so, or save it as UTF-8"
-        ) from None
-    return text.replace("\r\n", "\n")
-
-
-def _read_csv(path: Path, text: str, delimiter: str | None) -> list[RawRow]:
-    """Read a table of text; nothing is inferred, so that "007" and "NA" stay what they are.
+def _read_csv(path: Path, chunks: Iterator[str], delimiter: str | None) -> Iterator[RawRow]:
+    """Yield the rows of a table of text; nothing is inferred, so that "007" and "NA" stay what they are.
 
     Raises:
         DataError: a row has more cells than the header.
     """
     csv.field_size_limit(MAX_CELL_CHARS)
+    lines = (f"{line}\n" for line in lines_of(chunks))
+    head = list(islice(lines, MAX_HEADER_LINES))
 
     def num_columns(sign: str) -> int:
-        return len(next(csv.reader(io.StringIO(text), delimiter=sign), []))
+        return len(next(csv.reader(head, delimiter=sign), []))
 
     delimiter = delimiter or max(DELIMITERS, key=num_columns)
     # "prompt, completion" has a space behind each comma.
-    spaced = ", " in text.partition("\n")[0]
+    spaced = bool(head) and ", " in head[0]
     reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced, strict=True
+        chain(head, lines), delimiter=delimiter, skipinitialspace=spaced, strict=True
     )
-    names = reader.fieldnames or []
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: has several columns named {twice[0]!r}; rename all but one")
-    rows = []
     try:
+        names = reader.fieldnames or []
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(f"{path}: has several columns named {twice[0]!r}; rename all but one")
         for number, record in enumerate(reader, start=1):
             if None in record:
                 raise csv.Error(
@@ -188,38 +127,53 @@ def _read_csv(path: Path, text: str, delimiter: str | None) -> list[RawRow]:
                     f" {delimiter!r}"
                 )
             if any(value for value in record.values()):
-                rows.append(RawRow(f"{path} row {number}", dict(record)))
+                yield RawRow(f"{path} row {number}", dict(record))
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    return rows
 
 
-def _read_arrow(path: Path, suffix: str) -> list[RawRow]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _read_arrow(path: Path, suffix: str) -> Iterator[RawRow]:
     try:
-        source = pyarrow.BufferReader(_read_bytes(path))
-        if suffix == ".parquet":
-            table = pyarrow.parquet.read_table(source)
-        else:
-            try:
-                table = pyarrow.ipc.open_stream(source).read_all()
-            except pyarrow.ArrowInvalid:
-                table = pyarrow.ipc.open_file(source).read_all()
-        return _numbered(path, table.to_pylist())
+        with contextlib.closing(_open_arrow(path)) as source:
+            batches = _parquet_batches(source) if suffix == ".parquet" else _arrow_batches(source)
+            yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
     except DataError:
         raise
     except Exception as error:  # the readers raise many types; each means an unreadable file
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _numbered(source: Any, records: Iterable[Any]) -> list[RawRow]:
-    """Return the records of an Arrow table as rows with numbers."""
-    return [
-        RawRow(f"{source} row {number}", _without_nulls(dict(record)))
-        for number, record in enumerate(records, start=1)
-    ]
+def _open_arrow(path: Path) -> Any:
+    """Return a file that pyarrow can seek in; a compressed one is held in memory."""
+    import pyarrow
+
+    if path.suffix.lower() in PACKED_SUFFIXES:
+        with open_bytes(path) as stream:
+            return pyarrow.BufferReader(stream.read())
+    return pyarrow.OSFile(str(path))
+
+
+def _parquet_batches(source: Any) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(source).iter_batches(BATCH_ROWS)  # type: ignore[no-any-return]
+
+
+def _arrow_batches(source: Any) -> Iterator[Any]:
+    import pyarrow
+
+    try:
+        yield from pyarrow.ipc.open_stream(source)
+    except pyarrow.ArrowInvalid:
+        source.seek(0)
+        file = pyarrow.ipc.open_file(source)
+        yield from map(file.get_batch, range(file.num_record_batches))
+
+
+def _numbered(source: Any, records: Iterable[Any]) -> Iterator[RawRow]:
+    """Yield the records of an Arrow table as rows with numbers."""
+    for number, record in enumerate(records, start=1):
+        yield RawRow(f"{source} row {number}", _without_nulls(record))
 
 
 def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
@@ -242,25 +196,26 @@ def _nested(value: Any) -> Any:
     return value
 
 
-def _read_hub(source: str, split: str, subset: str | None, revision: str | None) -> list[RawRow]:
-    if Path(source).exists():
+def _read_hub(source: DataSource) -> Rows:
+    name = source.path
+    if Path(name).exists():
         raise DataError(
-            f"{source}: was read as a Hub id, but the working folder also holds something of that name."
+            f"{name}: was read as a Hub id, but the working folder also holds something of that name."
             " Run from another folder, or write the full path if you mean the local one"
         )
     from datasets import get_dataset_split_names, load_dataset
 
     try:
-        data = load_dataset(source, subset, split=split, revision=revision)
+        data = load_dataset(name, source.subset, split=source.split, revision=source.revision)
     except ValueError as error:
         if "split" not in str(error).lower():
-            raise DataError(f"{source}: cannot be loaded from the Hub: {error}") from error
-        names = get_dataset_split_names(source, subset, revision=revision)
-        raise DataError(f"{source}: has no split {split!r}; found: {', '.join(names)}") from error
+            raise DataError(f"{name}: cannot be loaded from the Hub: {error}") from error
+        names = get_dataset_split_names(name, source.subset, revision=source.revision)
+        found = ", ".join(names)
+        raise DataError(f"{name}: has no split {source.split!r}; found: {found}") from error
     except Exception as error:
         raise DataError(
-            f"{source}: cannot be loaded from the Hub: {error}. If it is a file, write its path with"
+            f"{name}: cannot be loaded from the Hub: {error}. If it is a file, write its path with"
             " a leading ./ or with its suffix; if it is gated, run `hf auth login` first"
         ) from error
-    # As stored: decoded pictures would be other objects each time.
-    return _numbered(f"{source}[{split}]", data.with_format("arrow")[:].to_pylist())
+    yield from _rows_of_dataset(f"{name}[{source.split}]", data)

@@ -66,6 +66,7 @@ class SpecialTokens:
         self._suffixes = {token[size:] for token in self.strings for size in range(1, len(token))}
         self._last_of_prefixes = {prefix[-1] for prefix in self._prefixes}
         self._first_of_suffixes = {suffix[0] for suffix in self._suffixes}
+        self._first_chars = {token[0] for token in self.strings}
         self._max_length = max(map(len, self.strings), default=0)
 
     def split(self, text: str) -> list[str]:
@@ -89,6 +90,21 @@ class SpecialTokens:
         escaper = _Escaper(self, place)
         escaped = tuple([escaper.message(message) for message in messages])
         return escaped, escaper.json(tools, "tools") if tools else tools, escaper.originals
+
+    def leaves(self, text: str) -> bool:
+        """Return whether it is plain at a glance that ``escape`` replaces nothing in a text."""
+        if not text.isascii():  # it may hold a sentinel
+            return False
+        for char in self._first_chars:
+            if char in text:
+                return False
+        first, last = text[:1], text[-1:]
+        return not (
+            first.isspace()
+            or last.isspace()
+            or first in self._first_of_suffixes
+            or last in self._last_of_prefixes
+        )
 
     def of_role(self, role: str) -> re.Pattern[str]:
         """Return the pattern of special-token text that stays text in what this role writes."""
@@ -128,6 +144,8 @@ class _Escaper:
 
     def message(self, message: Message) -> Message:
         """Return the message with sentinels, or itself if there is nothing to replace."""
+        if message.is_plain and self.tokens.leaves(message.content):
+            return message
         pattern = self.tokens.of_role(message.role)
         content = self._text(message.content, pattern, message.role)
         if message.is_plain:

@@ -30,6 +30,7 @@ class Splitter:
     ) -> None:
         self.tokenizer, self.special_tokens, self.anchor = tokenizer, special_tokens, anchor
         bos_id = tokenizer.bos_token_id
+        self._bos = str(tokenizer.bos_token)
         self.adds_bos = bos_id is not None and tokenizer("x").input_ids[:1] == [bos_id]
 
     def sample(self, sample: Sample, originals: dict[str, str], segments: Segments) -> Parts:
@@ -58,9 +59,8 @@ class Splitter:
         BOS belongs at the beginning of a text if the tokenizer adds one.
         """
         part = text[start:end]
-        bos = str(self.tokenizer.bos_token)
-        if start == 0 and self.adds_bos and not part.startswith(bos):
-            part = bos + part
+        if start == 0 and self.adds_bos and not part.startswith(self._bos):
+            part = self._bos + part
         return segments.split(part, originals, self.anchor if start else None)
 
     def raw_text(self, row: Row, segments: Segments) -> list[int]:

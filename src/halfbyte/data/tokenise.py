@@ -48,12 +48,15 @@ class Segments:
             The numbers of the segments.
         """
         numbers: list[int] = []
+        known = self._numbers
         parts = self._special_tokens.split(text)
         for plain, token in zip(parts[::2], [*parts[1::2], None], strict=True):
-            if plain:
+            if plain and originals:
                 self._split_plain(plain, originals, anchor, numbers)
+            elif plain:
+                numbers.append(known.setdefault((anchor, plain), len(known)))
             if token is not None:
-                numbers.append(self.add_special_token(token))
+                numbers.append(known.setdefault((token, None), len(known)))
                 anchor = token
         return numbers
 
@@ -62,7 +65,7 @@ class Segments:
     ) -> None:
         """Append the numbers of plain text, with what its sentinels stand for put back."""
         start = 0
-        if originals and SENTINELS.search(text):
+        if SENTINELS.search(text):
             text = SENTINELS.sub(lambda match: originals[match.group()], text)
             # Split special-token text after its first character: no segment holds a whole one then.
             for match in self._special_tokens.pattern.finditer(text):

@@ -11,11 +11,12 @@ from halfbyte.data.conversation import OPENING_ROLES, Message
 from halfbyte.data.fields import (
     NO_MEDIA,
     REFUSED_IN_TURN,
-    SURROGATES,
     Account,
     Fields,
     RowError,
     is_blank,
+    is_unicode,
+    may_say_nothing,
     quoted,
     shorten,
     valid_text,
@@ -38,6 +39,7 @@ ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
+PLAIN_ROLES = ("system", "user", "human", "assistant", "gpt")
 CALL_ROLES = ("function_call", "tool_call")  # their content is a call, or a list of calls
 NO, YES = (0, "0", "false"), (1, "1", "true")
 
@@ -59,8 +61,13 @@ def parse_turns(
     counts: Counter[str] = Counter()
     after_call = False
     for column, written in turns:
-        turn = _Turn.of(place, f"{column}[{counts[column]}]", written)
-        counts[column] += 1
+        number, counts[column] = counts[column], counts[column] + 1
+        plain = _plain_message(written)
+        if plain is not None:
+            messages.append(plain)
+            after_call = False
+            continue
+        turn = _Turn.of(place, f"{column}[{number}]", written)
         message = turn.message(account)
         if message is None:
             continue
@@ -72,6 +79,22 @@ def parse_turns(
     messages = repair(messages, account)
     check_order(place, " and ".join(counts), messages)
     return tuple(messages)
+
+
+def _plain_message(turn: Any) -> Message | None:
+    """Return the message of a turn with a role and valid text and no more, as most are; else None."""
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return None
+    if "role" in turn:
+        role, content = turn["role"], turn.get("content")
+    else:
+        role, content = turn.get("from"), turn.get("value")
+    if role not in PLAIN_ROLES or not isinstance(content, str) or not content.strip():
+        return None
+    role = ROLES[role]
+    if not is_unicode(content) or (role in OPENING_ROLES and may_say_nothing(content)):
+        return None
+    return Message(role, content)
 
 
 @dataclass(frozen=True)
@@ -130,18 +153,6 @@ class _Turn:
         """What stands for its content, of any type."""
         return self.values.get(self.content_key)
 
-    @property
-    def _is_simple(self) -> bool:
-        """Whether the turn is no more than a user's or an assistant's valid text, as most are."""
-        return (
-            len(self.values) == 2
-            and self.role in ("user", "assistant")
-            and not self.is_call
-            and isinstance(self.content, str)
-            and bool(self.content.strip())
-            and not SURROGATES.search(self.content)
-        )
-
     def role_error(self) -> RowError:
         """Return what is wrong with the role: it is missing or unknown."""
         if self.role_key not in self.values:
@@ -158,9 +169,6 @@ class _Turn:
         Raises:
             RowError: it is malformed, or has a key that would change what is learnt.
         """
-        content = self.content
-        if self._is_simple:
-            return Message(self.role, content)
         fields = Fields(self.place, self.where + ".", self.values)
         for key in (self.role_key, self.content_key):
             fields.take(key)

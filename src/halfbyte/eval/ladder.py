@@ -100,11 +100,11 @@ def ladder_of_config(run: Run) -> Ladder:
     """
     base = resolve_base(run.model.name, run.model.revision)
     renderer = renderer_of(run.data, load_tokenizer(base))
-    prepared = prepare(run.data, renderer)
-    rows = [example.row for example in prepared.test or prepared.validation]
+    prepared = prepare(run.data, renderer, run.seed)
+    rows = list((prepared.test or prepared.validation).rows())
     if not rows:
         raise DataError(
-            f"{run.data.train}: no rows are held out; set data.test, data.test_frac or"
+            "data.train: no rows are held out; set data.test, data.test_frac or"
             " data.validation_frac"
         )
     chosen = random.Random(run.seed).sample(rows, min(run.eval.rows, len(rows)))

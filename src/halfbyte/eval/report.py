@@ -235,7 +235,7 @@ def _notes(
     near = ledger.near_duplicates
     if near:
         notes.append(
-            f"{len(near)} pairs of training and held-out prompts are near duplicates (Jaccard similarity of"
+            f"{ledger.total('near_duplicates')} pairs of training and held-out prompts are near duplicates (Jaccard similarity of"
             f" 5-character shingles at least {near[-1].jaccard}); see ledger.json. There are no exact"
             " duplicates."
         )

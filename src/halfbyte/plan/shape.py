@@ -72,7 +72,7 @@ class Lengths:
         sizes = [(len(ids), sum(label >= 0 for label in labels[1:])) for ids, labels in rows]
         return cls(
             tuple(sorted(sizes, reverse=True)),
-            common_prefix([ids_before_last_label(row) for row in rows]),
+            common_prefix(map(ids_before_last_label, rows)),
         )
 
     @classmethod

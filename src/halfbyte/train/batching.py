@@ -39,17 +39,28 @@ class Cutting:
         tokens = pass_tokens(rows, micro_batch_size, share=share, padded=padded)
         return cls(micro_batch_size, share, padded, tokens)
 
-    def layout(self, rows: Sequence[Tokens], weights: Sequence[float] | None = None) -> Layout:
-        """Lay these rows out as one pass; ``weights`` are factors of their losses, None for 1."""
-        return lay_out(rows, share=self.share, padded=self.padded, weights=weights)
+    def layout(
+        self,
+        rows: Sequence[Tokens],
+        weights: Sequence[float] | None = None,
+        groups: Sequence[int] = (),
+    ) -> Layout:
+        """Lay these rows out as one pass, as ``lay_out`` does."""
+        return lay_out(rows, share=self.share, padded=self.padded, weights=weights, groups=groups)
 
-    def step(self, rows: Sequence[Tokens], weights: Sequence[float] | None = None) -> list[Layout]:
+    def step(
+        self,
+        rows: Sequence[Tokens],
+        weights: Sequence[float] | None = None,
+        groups: Sequence[int] = (),
+    ) -> list[Layout]:
         """Split the rows of an optimizer step into passes."""
         cut = cut_step(rows, self.max_tokens, share=self.share, padded=self.padded)
         return [
             self.layout(
                 [rows[number] for number in numbers],
                 weights and [weights[number] for number in numbers],
+                groups and [groups[number] for number in numbers],
             )
             for numbers in cut
         ]

@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from halfbyte.data.prepared import Example
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import Samples
 from halfbyte.errors import RunError
 from halfbyte.generate.batched import generate
 from halfbyte.model.adapter import trainable_parameters
@@ -159,11 +159,11 @@ class EpochOrder(TrainerCallback):
         self.training.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
-class Samples(TrainerCallback):
+class SampleAnswers(TrainerCallback):
     """Answers a few held-out prompts at each evaluation."""
 
     def __init__(
-        self, training: Training, examples: list[Example], renderer: Renderer, max_new_tokens: int
+        self, training: Training, examples: Samples, renderer: Renderer, max_new_tokens: int
     ) -> None:
         self.training = training
         # Raw text has no prompt to answer.

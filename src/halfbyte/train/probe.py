@@ -154,7 +154,7 @@ def probe_run(run: Run, device: Device) -> Probe:
     """
     base = resolve_base(run.model.name, run.model.revision)
     renderer = renderer_of(run.data, load_tokenizer(base))
-    prepared = prepare(run.data, renderer)
+    prepared = prepare(run.data, renderer, run.seed)
     # A single step needs no evaluation, so missing held-out rows must not be an error.
     quiet = run.model_copy(update={"train": run.train.model_copy(update={"eval_steps": 0})})
     with tempfile.TemporaryDirectory(prefix="halfbyte-probe-") as scratch:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.config import Run, read_run_folder, run_as_yaml
 from halfbyte.config.read import UNNAMED
 from halfbyte.data.ledger import Ledger
-from halfbyte.data.normal import hash_fraction
-from halfbyte.data.prepared import Prepared, rows_of
+from halfbyte.data.prepared import Prepared
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import save_adapter
 from halfbyte.model.identity import check_same_base
@@ -186,10 +185,9 @@ def record_data(session: Session, prepared: Prepared) -> None:
     prepared.ledger.write(folder.ledger)
     for name in ("validation", "test"):
         rows = getattr(prepared, name)
-        write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in rows_of(rows)))
-    system = session.run.data.system
-    pool = sorted(rows_of(prepared.train), key=lambda row: hash_fraction(row.prompt_beside(system)))
-    write_jsonl(folder.data / "fewshot.jsonl", (row.as_json() for row in pool[:NUM_FEWSHOT_POOL]))
+        write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in rows.rows()))
+    pool = prepared.train.rows_by_digest(NUM_FEWSHOT_POOL)
+    write_jsonl(folder.data / "fewshot.jsonl", (row.as_json() for row in pool))
 
 
 def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import Run
-from halfbyte.data.prepared import Example, Prepared, empty_shares, tokens_of
+from halfbyte.data.prepared import Prepared, empty_shares
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import Samples
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.load import Loaded, load_config, load_for_training
@@ -47,8 +48,8 @@ class Setup:
 
     run: Run
     renderer: Renderer
-    train: list[Example]
-    held_out: list[Example]
+    train: Samples
+    held_out: Samples
     loaded: Loaded
     model: PeftModel
     passes: Passes
@@ -105,7 +106,7 @@ def set_up(
         )
     lengths, held_out_lengths = row_lengths(prepared.train), row_lengths(held_out)
     config = load_config(base)
-    check_vocabulary(base.name, config, renderer, [*prepared.train, *held_out])
+    check_vocabulary(base.name, config, renderer, [prepared.train, held_out])
     planner, plan = gate(run, config, device, lengths, held_out_lengths)
     loaded = load_for_training(base, run.model)
     model = attach_adapter(loaded, run.adapter, run.seed, scratch, is_main=is_main)
@@ -116,11 +117,11 @@ def set_up(
     return Setup(settled, renderer, prepared.train, held_out, loaded, model, passes, planner, plan)
 
 
-def loss_rows(prepared: Prepared) -> list[Example]:
+def loss_rows(prepared: Prepared) -> Samples:
     """Return the rows for the held-out loss during training: validation rows, else some test rows."""
     return prepared.validation or prepared.test[:MAX_STAND_INS]
 
 
-def row_lengths(examples: list[Example]) -> Lengths:
+def row_lengths(samples: Samples) -> Lengths:
     """Return the numbers of tokens and labelled tokens of each row, longest first."""
-    return Lengths.of(tokens_of(examples))
+    return Lengths.of(samples.tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from trl import SFTConfig, SFTTrainer
 
 from halfbyte.config.schema import Run
 from halfbyte.data.prefix_tree import Tokens
-from halfbyte.data.prepared import tokens_of, weights_of
 from halfbyte.forward.fused_layers import fuse
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.recompute import recompute_first
@@ -24,9 +24,10 @@ from halfbyte.forward.restore import forward_kept
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.train.arguments import num_steps, trainer_arguments
 from halfbyte.train.batching import Cutting, StepwiseSampler
-from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, Samples
+from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, SampleAnswers
 from halfbyte.train.measure import resident_bytes
 from halfbyte.train.setup import Setup
+from halfbyte.train.source_losses import SourceLosses
 from halfbyte.train.tracking import Tracker
 
 
@@ -48,8 +49,9 @@ class TokenTrainer(SFTTrainer):
     ) -> None:
         self.control: TrainerControl
         self.tracker, self.cutting = tracker, cutting
-        self.rows, self.held_out = tokens_of(setup.train), tokens_of(setup.held_out)
-        self.weights, self.held_out_weights = weights_of(setup.train), weights_of(setup.held_out)
+        self.rows, self.held_out = setup.train.tokens, setup.held_out.tokens
+        self.weights, self.held_out_weights = setup.train.weights, setup.held_out.weights
+        self.losses = SourceLosses.of(setup)
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
         self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
         self.saved_step = -1
@@ -77,7 +79,7 @@ class TokenTrainer(SFTTrainer):
                     Progress(),
                     FiniteGuard(self),
                     EpochOrder(self),
-                    Samples(self, samples, setup.renderer, train.sample_tokens),
+                    SampleAnswers(self, samples, setup.renderer, train.sample_tokens),
                 ],
             )
         self.remove_callback(PrinterCallback)
@@ -86,7 +88,8 @@ class TokenTrainer(SFTTrainer):
         """Split the rows of an optimizer step into passes."""
         step = [self.rows[number["row"]] for number in numbers]
         weights = self.weights and [self.weights[number["row"]] for number in numbers]
-        layouts = self.cutting.step(step, weights)
+        groups = self.losses and [self.losses.train[number["row"]] for number in numbers]
+        layouts = self.cutting.step(step, weights, groups or ())
         return {
             "divisor": weights and sum(sum(layout.counts) for layout in layouts),
             "layouts": layouts,
@@ -95,13 +98,13 @@ class TokenTrainer(SFTTrainer):
         }
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        lengths = [len(ids) for ids, _ in self.rows]
+        lengths = self.rows.samples.sizes.tolist()
         world = self.accelerator.num_processes
         step_rows = self.args.per_device_train_batch_size * world
         self.sampler = StepwiseSampler(lengths, step_rows, self.args.seed, world)
         return self.sampler
 
-    def longest(self, rows: list[Tokens]) -> list[Tokens]:
+    def longest(self, rows: Sequence[Tokens]) -> list[Tokens]:
         """Return the longest of these rows, up to ``micro_batch_size`` of them."""
         return sorted(rows, key=lambda row: -len(row[0]))[: self.cutting.micro_batch_size]
 
@@ -143,7 +146,11 @@ class TokenTrainer(SFTTrainer):
             alone = contextlib.nullcontext() if number == last else self.accelerator.no_sync(model)
             with alone:
                 with self.compute_loss_context_manager():
-                    loss = model(layout=layout) / divisor
+                    if self.losses is None:
+                        loss = model(layout=layout) / divisor
+                    else:
+                        each = model(layout=layout, token_loss="each")
+                        loss = self.losses.add(layout, each) / divisor
                 # DDP averages gradients over processes, but the divisor already counts all their tokens.
                 loss = loss * self.accelerator.num_processes
                 self.accelerator.backward(loss)
@@ -192,6 +199,12 @@ class TokenTrainer(SFTTrainer):
         loss = float(sums[0] / sums[1])
         self.evaluated_step, self.held_out_loss = self.state.global_step, loss
         metrics = {f"{metric_key_prefix}_loss": loss}
+        if self.losses is not None:
+            groups = self.losses.held_out[state.process_index :: state.num_processes]
+            by_source = self.losses.of_rows(losses, mine_weights, groups, state)
+            metrics |= {
+                f"{metric_key_prefix}_loss/{name}": mean for name, mean in by_source.items()
+            }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -220,6 +233,9 @@ class TokenTrainer(SFTTrainer):
             logs["tokens_per_s"] = (self.num_tokens - tokens) / (now - since)
             logs["num_tokens"] = self.num_tokens
             logs["memory_bytes"] = memory_bytes(self.args.device)
+            if self.losses is not None:
+                by_source = self.losses.take(self.accelerator)
+                logs |= {f"loss/{name}": mean for name, mean in by_source.items()}
             self._since = (self.num_tokens, now)
             if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
                 # The scaler found an overflow and skipped the step; FiniteGuard counts such steps.
@@ -281,8 +297,7 @@ def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> T
         recompute_first(causal, setup.passes.recompute)
     refusal = add_token_loss(causal, labelled_head=speed.labelled_head)
     fuse(setup.model, speed)
-    rows = tokens_of(setup.train)
-    cutting = Cutting.of(rows, setup.passes.micro_batch_size, speed, refusal)
+    cutting = Cutting.of(setup.train.tokens, setup.passes.micro_batch_size, speed, refusal)
     if tracker is not None:
         _warn_of_padding(setup.run, cutting, refusal)
     return TokenTrainer(setup, cutting, checkpoints, tracker)

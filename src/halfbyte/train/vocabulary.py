@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from halfbyte.data.prepared import Example
 from halfbyte.data.render import Renderer
+from halfbyte.data.samples import Samples
 from halfbyte.errors import ModelError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_vocabulary(
-    name: str, config: PretrainedConfig, renderer: Renderer, examples: Sequence[Example]
+    name: str, config: PretrainedConfig, renderer: Renderer, parts: Sequence[Samples]
 ) -> None:
     """Check the tokens of rows against a base, before it is loaded.
 
@@ -22,7 +22,7 @@ def check_vocabulary(
         name: the base, for errors.
         config: its configuration.
         renderer: the renderer of the rows.
-        examples: the rows.
+        parts: the rows.
 
     Raises:
         ModelError: the tokenizer has no EOS token, or a token of a row or a stop token has no row in the
@@ -42,9 +42,9 @@ def check_vocabulary(
                 f" embedding {num_rows} rows, so no answer could end; name a data.chat_template with a stop"
                 " token of this model, or set data.stop=eos"
             )
-    highest = max((max(e.encoded.ids, default=0) for e in examples), default=0)
+    highest = max((max(ids) for part in parts for ids, _ in part.tokens), default=0)
     if highest >= num_rows and highest not in renderer.stop_ids:
-        place = next(e.encoded.place for e in examples if highest in e.encoded.ids)
+        place = next(e.row.place for part in parts for e in part if highest in e.encoded.ids)
         faults.append(
             f"{place} has the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id {highest}, and"
             f" the embedding {num_rows} rows; use the tokenizer that belongs to the weights"

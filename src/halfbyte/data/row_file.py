@@ -1,0 +1,173 @@
+"""Owns files of rows: appended one after another, read back by their number; and the folders they are in."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, overload
+
+from halfbyte.data.conversation import Message, Row, message_from_json
+
+BUFFER_BYTES = 1 << 20
+MAX_KEPT_BYTES = 1 << 26  # of rows that are also held in memory while they are prepared
+
+
+class Blob:
+    """Bytes in a file: appended to the end, and read back from any place.
+
+    Nothing is mapped into memory, so that what was read once does not stay there.
+
+    Args:
+        path: the file; one that exists is only read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("rb" if path.exists() else "xb+", buffering=0)
+        self._pending: list[bytes] = []
+        self._num_pending = 0
+
+    def append(self, content: bytes) -> None:
+        """Add bytes to the end."""
+        self._pending.append(content)
+        self._num_pending += len(content)
+        if self._num_pending > BUFFER_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was appended."""
+        left = memoryview(b"".join(self._pending))
+        while left:
+            left = left[self._file.write(left) :]
+        self._pending, self._num_pending = [], 0
+
+    def read(self, start: int, end: int) -> bytes:
+        """Return the bytes from ``start`` to ``end``."""
+        if self._pending:
+            self.flush()
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def sha256(self) -> str:
+        """Return the sha256 of the whole file."""
+        self.flush()
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+class Scratch:
+    """A folder for rows that are being prepared, deleted when it is no longer used, or kept.
+
+    Args:
+        parent: where to make it; None, or a folder that cannot be written, for that of temporary files.
+
+    Attributes:
+        path: the folder.
+        fault: why it is not in ``parent``, "" if it is or if there is none.
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        self.fault, made = "", None
+        if parent is not None:
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                made = tempfile.mkdtemp(prefix=".", dir=parent)
+            except OSError as error:
+                self.fault = error.strerror or str(error)
+        self.path = Path(made or tempfile.mkdtemp(prefix="halfbyte-rows-"))
+        self._finalizer = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def keep_as(self, path: Path) -> None:
+        """Move the folder, which is no longer deleted then.
+
+        Raises:
+            OSError: it cannot be moved.
+        """
+        self.path = self.path.rename(path)
+        self._finalizer.detach()
+
+
+class RowFile(Sequence[Row]):
+    """Rows in a file.
+
+    Args:
+        path: the file.
+        starts: the offset of each row and of the end, of a file that is written already.
+    """
+
+    def __init__(self, path: Path, starts: Sequence[int] = (0,)) -> None:
+        self._blob = Blob(path)
+        self.starts = array("Q", starts)
+        self._kept: list[Row] | None = [] if len(self) == 0 else None
+
+    def append(self, row: Row) -> None:
+        """Add a row."""
+        messages = [
+            [message.role, message.content]
+            if message.learnt and message.is_plain
+            else message.as_json()
+            for message in row.messages
+        ]
+        record: list[Any] = [row.place, messages, row.text]
+        if row.tools or row.weight != 1:
+            record += [row.tools, row.weight]
+        content = _encode(record).encode()
+        self._blob.append(content)
+        self.starts.append(self.starts[-1] + len(content))
+        if self._kept is not None:
+            self._kept.append(row)
+            if self.starts[-1] > MAX_KEPT_BYTES:
+                self.release()
+
+    def release(self) -> None:
+        """Hold no rows in memory any longer, as few rows are until then."""
+        self._kept = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Row]: ...
+
+    def __getitem__(self, number: int | slice) -> Row | list[Row]:
+        """Return a row, or a list of neighbours."""
+        if isinstance(number, int):
+            if self._kept is not None:
+                return self._kept[number]
+            return self[number : number + 1][0]
+        if self._kept is not None:
+            return self._kept[number]
+        start, end, step = number.indices(len(self))
+        assert step == 1
+        if start >= end:
+            return []
+        begin = self.starts[start]
+        content = self._blob.read(begin, self.starts[end])
+        ends = [offset - begin for offset in self.starts[start : end + 1]]
+        return [_decode(content[a:b]) for a, b in itertools.pairwise(ends)]
+
+    def sha256(self) -> str:
+        """Return the sha256 of the file."""
+        return self._blob.sha256()
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _decode(content: bytes) -> Row:
+    place, messages, text, *rest = json.loads(content)
+    turns = [
+        Message(*message) if isinstance(message, list) else message_from_json(message)
+        for message in messages
+    ]
+    return Row(place, tuple(turns), text, *rest)
