@@ -238,7 +238,7 @@ def test_run_logs_the_loss_of_each_source_and_resumes_the_same(
         data={"train": train, "test": None, "validation_frac": 0.2, "on_leak": "drop"},
         train={
             "max_steps": 6,
-            "log_steps": 2,
+            "log_steps": 1,
             "eval_steps": 3,
             "save_steps": 3,
             "keep_checkpoints": 9,

@@ -36,7 +36,8 @@ def draw_rows(file: SampleFile, sources: Sources, seed: int, drops: Drops) -> ND
                 f" set rows to at most {len(rows)}, or a weight of {source.rows / max(1, len(rows)):.3g}"
             )
         left_out = np.random.default_rng([seed, number]).permutation(rows)[source.rows :]
-        _drop(file, np.sort(left_out), "not drawn: rows of its source", used, drops)
+        used[left_out] = False
+        drops.counts[number, "not drawn: rows of its source"] = len(left_out)
     return used
 
 
@@ -72,9 +73,9 @@ def drop_leaks(file: SampleFile, parts: NDArray[np.uint8], data: Data, drops: Dr
             f"{len(leaks)} training rows have a prompt that is also held out: {'; '.join(named)}."
             " Remove them, or set data.on_leak=drop to leave them out of training"
         )
-    used = np.ones(len(parts), dtype=bool)
-    _drop(file, leaks, "prompt is held out", used, drops)
-    parts[~used] = UNUSED
+    parts[leaks] = UNUSED
+    for row in leaks.tolist():
+        drops.add("prompt is held out", file.rows[row].place, file.row_sources[row])
 
 
 def copies_of_rows(
@@ -82,7 +83,6 @@ def copies_of_rows(
 ) -> NDArray[np.int64]:
     """Return how often each row is in an epoch, by the weights of the sources; mark rows that never are."""
     copies = np.ones(len(parts), dtype=np.int64)
-    used = np.ones(len(parts), dtype=bool)
     of_source = np.array(file.row_sources)
     for number, (_, source) in enumerate(sources):
         if source.weight == 1:
@@ -94,22 +94,10 @@ def copies_of_rows(
         copies[rows] = whole
         copies[order[:once_more]] += 1
         if not whole:
-            _drop(file, np.sort(order[once_more:]), "not drawn: weight of its source", used, drops)
-    parts[~used] = UNUSED
+            parts[order[once_more:]] = UNUSED
+            left_out = len(rows) - once_more
+            drops.counts[number, "not drawn: weight of its source"] = left_out
     return copies
-
-
-def _drop(
-    file: SampleFile,
-    rows: NDArray[np.int64],
-    reason: str,
-    used: NDArray[np.bool_],
-    drops: Drops,
-) -> None:
-    used[rows] = False
-    for number in rows.tolist():
-        named = len(drops.places.get(reason, ())) < MAX_NAMED_ROWS
-        drops.add(reason, file.rows[number].place if named else "", file.row_sources[number])
 
 
 class RowIdentity:

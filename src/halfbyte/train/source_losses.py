@@ -43,7 +43,8 @@ class SourceLosses:
     def add(self, layout: Layout, losses: torch.Tensor) -> torch.Tensor:
         """Add the losses (N,) of a pass to those of its rows' sources; return their weighted sum."""
         # (S, N): the counts of each prediction, divided among the sources.
-        counts = torch.tensor(layout.counts_of_groups(len(self.names)), device=losses.device)
+        shares = layout.counts_of_groups(len(self.names))
+        counts = torch.tensor(shares, dtype=torch.float32, device=losses.device)
         found = torch.stack([counts @ losses.detach().float(), counts.sum(dim=1)])  # (2, S)
         self.sums = found if self.sums is None else self.sums + found
         return (losses * torch.tensor(layout.counts, device=losses.device)).sum()
