@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_prepare import data_of
 from test_template_kinds import CASES, renderer_of_kind, shown
@@ -555,3 +556,32 @@ def test_any_conversation_is_accounted_for_and_learnt_as_written(raw: list[dict[
         for message in learnt:
             texts = [message.content.strip(), (message.reasoning or "").strip()]
             assert any(all(text in span for text in texts) for span in spans)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(raw=st.lists(conversations(), min_size=2, max_size=6), size=st.integers(1, 3))
+def test_rows_that_stream_through_files_give_what_one_batch_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: list[dict[str, Any]], size: int
+) -> None:
+    rows = [*raw, {"messages": [ASK, ANSWER]}]
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(rows, indent=size, ensure_ascii=size % 2 == 0))
+    lines = write_rows(tmp_path / "rows.jsonl", rows)
+    found = []
+    for path, limits in ((lines, (1 << 16, 1 << 26, 1 << 20)), (array, (size, 200, 7 * size))):
+        monkeypatch.setattr("halfbyte.data.encoding.BATCH_ROWS", limits[0])
+        monkeypatch.setattr("halfbyte.data.row_file.MAX_KEPT_BYTES", limits[1])
+        monkeypatch.setattr("halfbyte.data.files.CHUNK_BYTES", limits[2])
+        data = data_of(path, cache=False, on_malformed="drop", validation_frac=0.3)
+        prepared = prepare(data, renderer_of_kind("qwen3"))
+        parts = [prepared.train, prepared.validation]
+        ledger = prepared.ledger.as_json()
+        for key in ("fingerprints", "dropped_places", "changed_by_template", "special_token_text"):
+            ledger.pop(key, None)
+        ledger.pop("control_tokens_as_text")
+        encoded = [[(e.encoded.ids, e.encoded.labels) for e in part] for part in parts]
+        turns = [[replace(e.row, place="") for e in part] for part in parts]
+        found.append((encoded, turns, prepared.train.weights, ledger))
+    assert found[0] == found[1]

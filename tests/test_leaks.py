@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 
+from halfbyte.data import leaks
 from halfbyte.data.leaks import COMMON_FRAC, NUM_BUCKETS, SHINGLE, near_duplicates
 
 WORDS = ["chest", "pain", "exertion", "fever", "night", "left", "right", "since", "no", "arm", "of"]
@@ -50,6 +51,31 @@ def test_near_duplicates_are_the_pairs_of_the_definition_in_its_order(
     wanted = every_pair(train, held_out, threshold)
     assert wanted
     assert near_duplicates(train, held_out, threshold) == wanted
+
+
+@pytest.mark.parametrize("limit", [1, 200, 3000])
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_blocks_that_do_not_fit_in_memory_give_the_same_pairs(
+    monkeypatch: pytest.MonkeyPatch, limit: int, block: int
+) -> None:
+    source = random.Random(block)
+    texts = ["".join(source.choices(CHARS, k=source.randint(0, 30))) for _ in range(50)]
+    texts += [text + source.choice(CHARS) for text in texts]
+    source.shuffle(texts)
+    wanted = near_duplicates(texts[:70], texts[70:], 0.7)
+    assert wanted
+    monkeypatch.setattr(leaks, "MAX_SHINGLES", limit)
+    monkeypatch.setattr(leaks, "BLOCK_ROWS", block)
+    assert near_duplicates(texts[:70], texts[70:], 0.7) == wanted
+
+
+def test_few_prompts_are_counted_of_very_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which shingles are boilerplate is estimated then; pairs that are alike are still found."""
+    source = random.Random(1)
+    texts = ["Please code: " + " ".join(source.choices(WORDS, k=12)) for _ in range(300)]
+    monkeypatch.setattr(leaks, "SAMPLE", 40)
+    found = near_duplicates([*texts, "Please code: fox"], [texts[17].upper(), texts[299]], 0.9)
+    assert {(i, j) for i, j, similarity in found if similarity == 1} == {(17, 0), (299, 1)}
 
 
 def test_near_duplicates_are_found_among_many_that_share_most_of_their_text() -> None:

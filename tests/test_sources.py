@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import read_table, store, table_of, write_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toys import parse_rows, read_table, source_at, store, table_of, write_rows
 
 from halfbyte.config.paths import DATA_SUFFIXES
 from halfbyte.data.files import ALLOWED
 from halfbyte.data.raw import RawRow
+from halfbyte.data.sources import open_table
 from halfbyte.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -466,3 +469,93 @@ def test_read_table_names_a_hub_dataset_that_cannot_be_had() -> None:
         ". If it is a file, write its path with a leading ./ or with its suffix; if it is gated, run"
         " `hf auth login` first"
     )
+
+
+# --- files that are read in pieces ---
+
+OBJECTS = st.dictionaries(
+    st.text(max_size=6), st.recursive(st.text() | st.integers(), st.lists, max_leaves=4), max_size=3
+)
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.lists(OBJECTS.filter(bool), min_size=2, max_size=5),
+    layout=st.sampled_from(["lines", "array", "spread", "commas", "behind"]),
+    indent=st.integers(0, 3),
+    size=st.integers(1, 40),
+    ascii_only=st.booleans(),
+)
+def test_any_layout_of_json_gives_its_rows_whatever_is_read_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[dict[str, Any]],
+    layout: str,
+    indent: int,
+    size: int,
+    ascii_only: bool,
+) -> None:
+    monkeypatch.setattr("halfbyte.data.files.CHUNK_BYTES", size)
+    texts = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    spread = [json.dumps(row, ensure_ascii=ascii_only, indent=indent) for row in rows]
+    text = {
+        "lines": "\n\n".join(texts),
+        "array": f" \n[{' , '.join(spread)} ]\n",
+        "spread": "\r\n".join(spread),
+        "commas": ",\n".join(spread) + ",\n",
+        "behind": " ".join(texts),
+    }[layout]
+    path = written(tmp_path / "rows.json", text.encode("utf-8", "surrogatepass"))
+    if any(0xD800 <= ord(char) < 0xE000 for char in text):
+        assert "not utf-8 text" in error_of(path)
+        return
+    assert [row.values for row in read_table(path).rows] == rows
+
+
+def test_line_that_is_no_json_costs_no_other_line(tmp_path: Path) -> None:
+    lines = ['{"a": 1}', '{"a": ', '{"a": 2}', '{"a": "x', '{"a":', "3}", '{"a": 4}', "{", "}"]
+    table = read_table(written(tmp_path / "rows.jsonl", "\n".join(lines)))
+    assert [row.values for row in table.rows] == [{"a": 1}, {"a": 2}, {"a": 3}, {"a": 4}, {}]
+    assert [error.place.rpartition(":")[2] for error in table.malformed] == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('[{"a": 1} {"a": 2}]', "behind row 1: '{' where one of ',]' is expected"),
+        ('[{"a": 1}, ]', "behind row 1: Expecting value"),
+        ('[{"a": 1}', "behind row 1: '' where one of ',]' is expected"),
+        ('[{"a": 1}, {"a"', "behind row 1: Expecting ':' delimiter"),
+        ('[{"a": 1}] {"a": 2}', "behind row 1: more text behind the list"),
+    ],
+)
+def test_fault_of_a_list_names_the_last_row_before_it(
+    tmp_path: Path, text: str, fault: str
+) -> None:
+    assert error_of(written(tmp_path / "rows.json", text)).endswith(f"not valid JSON {fault}")
+
+
+def test_bad_byte_is_named_by_its_place_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b'{"a": "' + "é".encode() * 50 + b'"}\n{"a": "\xff"}\n'
+    for size in (1, 7, 1 << 20):
+        monkeypatch.setattr("halfbyte.data.files.CHUNK_BYTES", size)
+        found = error_of(written(tmp_path / "rows.jsonl", content))
+        assert f"invalid start byte at byte {content.index(0xFF)}." in found
+
+
+def test_columns_that_only_later_rows_have_decide_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.data.rows.HEAD_ROWS", 2)
+    rows: list[dict[str, Any]] = [{"id": 1}, {"id": 2}, {"prompt": "a", "completion": "b"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    found, parsed = parse_rows(open_table(source_at(path)))
+    assert parsed.format == "prompt_completion"
+    assert (len(found.rows), len(found.malformed)) == (1, 2)
+    write_rows(path, [{"prompt": "a", "completion": "b"}] * 3 + [{"text": "t"}])
+    with pytest.raises(DataError, match="fit several formats: prompt_completion, text"):
+        parse_rows(open_table(source_at(path)))

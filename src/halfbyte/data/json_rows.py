@@ -32,6 +32,7 @@ def read_json(path: Path, chunks: Iterator[str], field: str | None) -> Rows:
     if field is not None:
         yield from _read_field(path, "".join(chunks), field)
         return
+    chunks = filter(None, chunks)  # a piece may hold less than a character
     head = next((chunk for chunk in chunks if chunk.strip(BLANKS)), "")
     chunks = chain([head], chunks)
     if head.lstrip(BLANKS)[:1] == "[":
