@@ -15,6 +15,7 @@ from test_prepare import data_of
 from test_template_kinds import CASES, renderer_of_kind, shown
 from toys import Read, chatml_tokenizer, parse_rows, table_of, write_rows
 
+from halfbyte.data.chat_template import load_template
 from halfbyte.data.conversation import Message, Row, ToolCall, row_from_json
 from halfbyte.data.encoded import IGNORED, Encoded
 from halfbyte.data.fields import Account
@@ -472,6 +473,71 @@ def test_a_row_becomes_several_samples_and_is_counted_once(tmp_path: Path) -> No
     again = prepare(data_of(path), renderer_of_kind("qwen3"))  # from the cache
     assert [e.encoded for e in again.train] == [e.encoded for e in prepared.train]
     assert again.train[0].row == again.train[1].row
+
+
+# --- LLaMA-Factory's parts ---
+
+
+def test_parts_with_values_hold_thoughts_and_calls() -> None:
+    def part(kind: str, value: str) -> dict[str, Any]:
+        return {"type": kind, "value": value}
+
+    call = json.dumps({"name": "tide", "arguments": PORT})
+    turns = [
+        turn("user", [part("text", "Tide in Brest?")], loss_weight=0.0),
+        turn("assistant", [part("reasoning", "Ask."), part("tool_call", call)], loss_weight=1.0),
+        turn("tool", [part("text", "5")]),
+        turn("assistant", [part("reasoning", "So."), part("text", "5 m.")], loss_weight=0.0),
+        turn("user", "And now?"),
+        turn("assistant", [part("tool_call", f"[{call}, {call}]")]),
+        turn("tool", "5"),
+        turn("tool", "5"),
+        turn("assistant", "5 m."),
+    ]
+    messages = one({"messages": turns}).messages
+    assert [message.learnt for message in messages] == [False, True, True, False, *[True] * 5]
+    assert [message.reasoning for message in messages[1:4:2]] == ["Ask.", "So."]
+    calls = [[(c.name, json.loads(c.arguments)) for c in m.tool_calls] for m in messages]
+    assert [len(found) for found in calls] == [0, 1, 0, 0, 0, 2, 0, 0, 0]
+    assert calls[1] == [("tide", PORT)]
+    assert "loss_weight" in fault({"messages": [ASK, turn("assistant", "5 m.", loss_weight=0.3)]})
+    both = turn("assistant", [part("tool_call", call)], tool_calls=[json.loads(call)])
+    assert "tool calls in its content and beside it" in fault(
+        {"messages": [ASK, both, turn("tool", "5"), ANSWER]}
+    )
+    assert "which is not JSON" in fault(
+        {"messages": [ASK, turn("assistant", [part("tool_call", "tide(Brest)")])]}
+    )
+
+
+def test_hermes_writes_tools_calls_and_thoughts_for_any_tokenizer() -> None:
+    renderer = Renderer(chatml_tokenizer(), load_template("hermes"))
+    call = {"id": "c", "function": {"name": "tide", "arguments": PORT}}
+    turns = [
+        turn("system", "Be brief."),
+        ASK,
+        turn("assistant", "", reasoning_content="Ask.", tool_calls=[call]),
+        turn("tool", "5", tool_call_id="c"),
+        ANSWER,
+    ]
+    row = one({"messages": turns, "tools": [TOOL]})
+    encoded = renderer.encode_row(row)
+    text = str(renderer.tokenizer.decode(encoded.ids))
+    labels = [label for label in encoded.labels if label >= 0]
+    assert str(renderer.tokenizer.decode(labels)) == (
+        '<think>\nAsk.\n</think>\n\n<tool_call>\n{"name": "tide", "arguments": {"port": "Brest"}}\n'
+        "</tool_call><|im_end|>5 m.<|im_end|>"
+    )
+    assert (
+        text.count("Be brief.") == text.count("<tools>\n{") == text.count("<|im_start|>system") == 1
+    )
+    assert "<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>" in text
+    prompt = renderer.encode_prompt(row.messages[:-1], "p", row.tools)
+    assert encoded.ids[: len(prompt)] == prompt
+    # Without tools and thoughts it is ChatML.
+    plain = one({"messages": [ASK, ANSWER]})
+    chatml = Renderer(chatml_tokenizer(), load_template("chatml"))
+    assert renderer.encode_row(plain) == chatml.encode_row(plain)
 
 
 # --- any conversation ---

@@ -53,7 +53,7 @@ def go(template: str, messages: tuple[Message, ...]) -> str:
     return out
 
 
-@pytest.mark.parametrize("name", ["chatml", "gemma", "plain"])
+@pytest.mark.parametrize("name", ["chatml", "gemma", "hermes", "plain"])
 def test_go_says_what_jinja_says(
     name: str, chatml: PreTrainedTokenizerFast, gemma: PreTrainedTokenizerFast
 ) -> None:

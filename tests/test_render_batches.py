@@ -179,12 +179,12 @@ def test_encode_rows_equals_encode_row_in_batches_of_any_size(
         min_size=1,
         max_size=5,
     ),
-    st.sampled_from(["gemma", "plain", "chatml"]),
+    st.sampled_from(["gemma", "plain", "chatml", "hermes"]),
 )
 def test_encode_rows_equals_the_rules_for_any_content(
     pairs: list[list[str]], template: str
 ) -> None:
-    tokenizer = chatml_tokenizer() if template == "chatml" else gemma_tokenizer()
+    tokenizer = chatml_tokenizer() if template in ("chatml", "hermes") else gemma_tokenizer()
     renderer = Renderer(tokenizer, load_template(template))
     rows = [row_of([("user", prompt), ("assistant", answer)]) for prompt, answer in pairs]
     for row, encoded in zip(rows, renderer.encode_rows(rows), strict=True):

@@ -20,7 +20,7 @@ from halfbyte.errors import DataError
 S, U, A = "system", "user", "assistant"
 ALLOWED_FORMATS = (
     "messages: messages; sharegpt: conversations; prompt_completion: prompt, completion;"
-    " alpaca: instruction, output; text: text"
+    " alpaca: instruction, output; multiple_choice: question, choices, answer; text: text"
 )
 POLICY = "Mend the data, or leave such rows out and count them with data.on_malformed=drop"
 HALF_PAIR = "is half \ud83d a smile"
@@ -127,6 +127,7 @@ NESTED: dict[str, dict[str, Any]] = {
         "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
         "system": "s",
     },
+    "multiple_choice": {"question": "q", "choices": ["a", "b"], "answer": "B", "system": "s"},
 }
 FLAT: dict[str, dict[str, Any]] = {
     "prompt_completion": {"prompt": "q", "completion": "a", "system": "s"},
@@ -153,12 +154,9 @@ def test_parse_rows_reads_each_format_from_each_file_kind(
     assert found[1].format == name
     rows = usable(found)
     place = f"{path}:2" if suffix == ".jsonl" else f"{path} row 2"
-    expected = (
-        Row(place, (), "q")
-        if name == "text"
-        else Row(place, (Message(S, "s"), Message(U, "q"), Message(A, "a")))
-    )
-    assert rows[1] == expected
+    question, answer = ("q\nA. a\nB. b", "B") if name == "multiple_choice" else ("q", "a")
+    messages = (Message(S, "s"), Message(U, question), Message(A, answer))
+    assert rows[1] == (Row(place, (), "q") if name == "text" else Row(place, messages))
     assert len(rows) == 2
 
 
@@ -463,3 +461,97 @@ def test_parse_rows_names_ten_rows_and_counts_the_rest() -> None:
     assert lines[:10] == [f"t.jsonl:{n}: text is blank; text is expected" for n in range(1, 11)]
     assert lines[10:] == ["… and 3 more rows"]
     assert "more" not in error_of(*[{"text": ""}] * 10)
+
+
+# --- questions with choices, nested columns ---
+
+CHOICES = ["Brest", "Vigo", "7"]
+ASKED = (U, "Where?\nA. Brest\nB. Vigo\nC. 7")
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "letter"),
+    [
+        (CHOICES, 1, "B"),
+        (CHOICES, "1", "B"),
+        (CHOICES, "b".upper(), "B"),
+        (CHOICES, "Vigo", "B"),
+        (["Brest", "Vigo", 7], 0, "A"),
+        (["Brest", "Vigo", 7], "7", "C"),
+        (json.dumps(CHOICES), "C", "C"),
+        ({"text": CHOICES, "label": ["1", "2", "3"]}, "1", "A"),
+        ({"text": CHOICES, "label": ["A", "B", "C"]}, "C", "C"),
+    ],
+)
+def test_choices_are_lettered_and_the_letter_is_learnt(
+    choices: Any, answer: Any, letter: str
+) -> None:
+    row = parsed({"question": "Where?", "choices": choices, "answer": answer})
+    assert pairs_of(row) == [ASKED, (A, letter)]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "fault"),
+    [
+        (CHOICES, 3, "answer is int 3; one of A to C, 0 to 2, or the text of a choice is expected"),
+        (CHOICES, "Rome", "answer is 'Rome'; one of A to C, 0 to 2"),
+        (["x", "x"], "x", "answer is 'x'; one of A to B, 0 to 1"),
+        (["one"], 0, "a list of 2 to 26 texts is expected"),
+        ("Brest or Vigo", 0, "choices is 'Brest or Vigo', which is not JSON"),
+        (["a", " "], 0, "choices[1] is blank"),
+        (CHOICES, None, "answer is null"),
+    ],
+)
+def test_choices_that_cannot_be_told_apart_are_refused(
+    choices: Any, answer: Any, fault: str
+) -> None:
+    values = {"question": "Where?", "choices": choices, "answer": answer}
+    assert fault in error_of(values, format_name="multiple_choice")
+
+
+def test_dots_lead_into_nested_columns_and_the_rest_is_counted() -> None:
+    rows: list[dict[str, Any]] = [
+        {"q": {"text": "Where?", "id": 7}, "answers": {"text": ["Brest", "Vigo"], "start": [3, 9]}},
+        {"q": {"text": "When?"}, "answers": {"text": ["Now"]}},
+    ]
+    columns = {"prompt": "q.text", "completion": "answers.text.0"}
+    found, rows_parsed = parse_rows(table_of(*rows), "auto", columns)
+    assert rows_parsed.format == "prompt_completion"
+    assert [pairs_of(row) for row in found.rows] == [
+        [(U, "Where?"), (A, "Brest")],
+        [(U, "When?"), (A, "Now")],
+    ]
+    ignored = {"q.id": 1, "answers.text.1": 1, "answers.start": 1}
+    assert dict(rows_parsed.account.ignored) == ignored
+    missing = error_of(rows[0], format_name="prompt_completion", columns={"prompt": "q.txt"})
+    assert "the column 'completion' is missing" in missing
+    none = error_of(rows[1], columns={"prompt": "q.text", "completion": "answers.text.1"})
+    assert none == "t.jsonl:1: completion is null; text is expected"
+
+
+# --- answers that are judged ---
+
+
+def test_answers_that_are_judged_are_not_learnt_as_if_all_were_good() -> None:
+    row = {"messages": turns((U, "q"), (A, "a"))}
+    assert "'label': bool false; it says which answers are good" in error_of(
+        {**row, "label": False}
+    )
+    found, accounted = parse_rows(table_of({**row, "label": 3}))
+    assert (len(found.rows), dict(accounted.account.ignored)) == (1, {"label": 1})
+
+
+def test_the_chosen_answer_is_learnt_only_when_it_is_named() -> None:
+    row = {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    }
+    assert "preferences are not trained on; name the answer" in error_of(row)
+    columns = {"prompt": "conversations", "completion": "chosen"}
+    found, accounted = parse_rows(table_of(row), "auto", columns)
+    assert pairs_of(found.rows[0]) == [(U, "q"), (A, "good")]
+    assert dict(accounted.account.ignored) == {"rejected": 1}
+    texts = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    found, _ = parse_rows(table_of(texts), "auto", {"completion": "chosen"})
+    assert pairs_of(found.rows[0]) == [(U, "q"), (A, "good")]

@@ -128,7 +128,7 @@ def test_texts_put_together_are_those_that_the_template_writes(
 ) -> None:
     roles = ("system", "user", "assistant", "user", "assistant")[0 if with_system else 1 :]
     messages = tuple(Message(r, c) for r, c in zip(roles, contents, strict=False))
-    ours = {name: load_template(name) for name in ("gemma", "chatml", "plain")}
+    ours = {name: load_template(name) for name in ("gemma", "chatml", "hermes", "plain")}
     compared = 0
     for name, template in {**COPIES, **ours, **published()}.items():
         sample = TemplateCache(template, partial(samples, template)).sample(messages)

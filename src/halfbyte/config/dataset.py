@@ -20,7 +20,9 @@ SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "data")
 Day = Annotated[datetime.date, BeforeValidator(_read_day)]
 
 
-Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+Format = Literal[
+    "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "multiple_choice", "text"
+]
 
 
 class DataSource(Section):
@@ -86,14 +88,14 @@ class Data(Section):
     columns: dict[str, Name] = Field(
         default_factory=dict,
         description="Column names that differ from the format's: `{prompt: question, completion:"
-        " answer}`.",
+        " answers.text.0}`; dots lead into nested columns.",
     )
     system: Name | None = Field(
         None, description="System message for rows without one of their own."
     )
     chat_template: Name | None = Field(
         None,
-        description="`gemma`, `chatml`, `plain`, or a Jinja file; required for a base model without"
+        description="`gemma`, `chatml`, `hermes` (ChatML with tools and thoughts), `plain`, or a Jinja file; required for a base model without"
         " its own chat template.",
     )
     loss_on: Literal["completion", "last", "all"] = Field(

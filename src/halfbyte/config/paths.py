@@ -18,7 +18,7 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arr
 PACKED_SUFFIXES = (".gz", ".xz", ".zst")
 PATTERN_CHARS = re.compile(r"[*?\[]")
 TEMPLATE_SUFFIXES = (".jinja", ".j2")
-TEMPLATE_NAMES = ("gemma", "chatml", "plain")
+TEMPLATE_NAMES = ("gemma", "chatml", "hermes", "plain")
 
 
 def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool = False) -> Run:

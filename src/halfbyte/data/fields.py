@@ -23,6 +23,13 @@ NOTHING_WORDS = frozenset(["none", "null", "nan", "n/a", "nil"])
 NO_MEDIA = "only text is trained on; remove it, or these rows"
 LEARN_BY_WEIGHT = "say what is learnt by a weight of 0 or 1 on each assistant turn"
 IN_TURN = "write it into the assistant's turn that it belongs to"
+GOOD_ANSWERS = (
+    "it says which answers are good, as in KTO: keep the rows that are true, and remove the column"
+)
+PREFERENCE = (
+    "preferences are not trained on; name the answer to learn with data.columns, as {prompt: prompt,"
+    " completion: chosen}"
+)
 MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
 # Keys that would change what is learnt, but mean nothing here: a row that has them is refused.
 REFUSED_IN_TURN = {
@@ -43,7 +50,7 @@ REFUSED_IN_ROW = {
     ),
     "functions": "name it as tools with data.columns",
     "history": "write the earlier turns as messages",
-    "rejected": "preferences are not trained on; name the answer to learn with data.columns",
+    **dict.fromkeys(("chosen", "rejected"), PREFERENCE),
     **dict.fromkeys(MEDIA, NO_MEDIA),
 }
 
@@ -153,18 +160,30 @@ class Fields:
         part = self.where.rstrip(".")
         return RowError(self.place, reason, f"{part} {detail}" if part else detail)
 
+    def refuse(self, refused: dict[str, str]) -> None:
+        """Refuse the row if a key that was not taken would change what is learnt.
+
+        Raises:
+            RowError: one does.
+        """
+        for key, value in self.values.items():
+            # Other labels are classes, which tell nothing of what is to be learnt.
+            remedy = (
+                GOOD_ANSWERS if key == "label" and isinstance(value, bool) else refused.get(key)
+            )
+            if remedy:
+                raise self.error(
+                    f"{key!r} is not supported", f"has {key!r}: {quoted(value)}; {remedy}"
+                )
+
     def finish(self, refused: dict[str, str], account: Account) -> None:
         """Account for the keys that were not taken: count them, or refuse the row.
 
         Raises:
             RowError: one of them would change what is learnt.
         """
+        self.refuse(refused)
         for key in self.values:
-            if key in refused:
-                value = quoted(self.values[key])
-                raise self.error(
-                    f"{key!r} is not supported", f"has {key!r}: {value}; {refused[key]}"
-                )
             account.ignored[f"{_kind(self.where)}{key}"] += 1
 
 

@@ -94,7 +94,10 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     chosen = [file for file in files if (splits[file] or "train") == wanted]
     others = ", ".join(file.name for file in files if file not in chosen)
     if not chosen:
-        raise DataError(f"{folder}: no file of the split {split!r}; found: {others}")
+        raise DataError(
+            f"{folder}: no file of the split {split!r}; found: {others}. Name one with data.train_split or"
+            " data.test_split, or as the split of an entry of data.train"
+        )
     print(
         f"{folder}: read {', '.join(file.name for file in chosen)} as {split}, and not {others}",
         file=sys.stderr,

@@ -10,6 +10,8 @@ from itertools import chain, islice
 from typing import Any
 
 from halfbyte.config.dataset import DataSource
+from halfbyte.data.choices import question_with_choices
+from halfbyte.data.columns import check_columns, flat_columns, is_nested, renamed_columns
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row
 from halfbyte.data.fields import (
     REFUSED_IN_ROW,
@@ -21,7 +23,7 @@ from halfbyte.data.fields import (
     quoted,
     valid_text,
 )
-from halfbyte.data.raw import Table
+from halfbyte.data.raw import RawRow, Table
 from halfbyte.data.tool_calls import parse_tools
 from halfbyte.data.turns import parse_turns
 from halfbyte.errors import DataError
@@ -35,6 +37,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sharegpt": (("conversations",), EVERY_CONVERSATION),
     "prompt_completion": (("prompt", "completion"), ("reasoning_content", *EVERY_CONVERSATION)),
     "alpaca": (("instruction", "output"), ("input", "reasoning_content", *EVERY_CONVERSATION)),
+    "multiple_choice": (("question", "choices", "answer"), EVERY_CONVERSATION),
     "text": (("text",), EVERY_ROW),
 }
 
@@ -75,13 +78,19 @@ class ParsedRows:
                 self.format = self._detect()
                 head, rows = [], iter(self.table)
         needed, optional = FORMATS[self.format]
-        parser = _Parser(PARSERS[self.format], self._system, self.account)
+        refused = REFUSED_IN_ROW
+        if "chosen" in self._columns.values():  # the other answer is left out by choice
+            refused = {key: why for key, why in refused.items() if key != "rejected"}
+        parser = _Parser(PARSERS[self.format], self._system, self.account, refused)
         sources = {name: self._columns.get(name, name) for name in (*needed, *optional)}
         used = frozenset(sources.values())
+        nested = any(is_nested(source, self.table.columns) for source in used)
         for raw in chain(head, rows):
             if isinstance(raw, RowError):
                 yield raw
                 continue
+            if nested:
+                raw = RawRow(raw.place, flat_columns(raw.values, used))
             values = {name: raw.values.get(source) for name, source in sources.items()}
             others = {key: value for key, value in raw.values.items() if key not in used}
             try:
@@ -90,7 +99,7 @@ class ParsedRows:
                 yield error
         if self._wanted == "auto":
             self._detect()  # whether further columns make it ambiguous
-        _check_columns(self.table, self.format, self._columns, needed, optional)
+        check_columns(self.table, self.format, self._columns, needed, optional)
 
     def _detect(self) -> str:
         """Return the one format whose columns the table has, after renaming.
@@ -99,7 +108,7 @@ class ParsedRows:
             DataError: no format fits, or several do.
         """
         table = self.table
-        present = set(_renamed_columns(table, self._columns))
+        present = set(renamed_columns(table, self._columns))
         fitting = [name for name, (needed, _) in FORMATS.items() if set(needed) <= present]
         if len(fitting) == 1:
             return fitting[0]
@@ -115,44 +124,6 @@ class ParsedRows:
         )
 
 
-def _renamed_columns(table: Table, columns: dict[str, str]) -> list[str]:
-    """Return the table's column names after renaming them to the format's names."""
-    present = set(table.columns)
-    renamed = [name for name, source in columns.items() if source in present]
-    return renamed + [name for name in table.columns if name not in columns.values()]
-
-
-def _check_columns(
-    table: Table,
-    format_name: str,
-    columns: dict[str, str],
-    needed: tuple[str, ...],
-    optional: tuple[str, ...],
-) -> None:
-    """Check that the table has every column that the format needs or ``columns`` names.
-
-    Raises:
-        DataError: a column is missing, or ``columns`` names one that the format does not have.
-    """
-    present = table.columns
-    unknown = [name for name in columns if name not in needed + optional]
-    if unknown:
-        raise DataError(
-            f"data.columns: {unknown[0]!r} is not a column of the format {format_name}; allowed: "
-            + ", ".join(needed + optional)
-        )
-    missing = [columns.get(name, name) for name in needed if columns.get(name, name) not in present]
-    missing += [
-        source for source in columns.values() if source not in present and source not in missing
-    ]
-    if missing:
-        raise DataError(
-            f"{table.name}: the column {missing[0]!r} is missing; found: {', '.join(present)}. The format"
-            f" {format_name} needs {', '.join(needed)}; name yours with data.columns,"
-            " such as {" + f"{needed[0]}: {present[0]}" + "}"
-        )
-
-
 @dataclass(frozen=True)
 class _Parser:
     """Parses the rows of one table.
@@ -161,11 +132,13 @@ class _Parser:
         parse_format: makes a row of the values of its format's columns.
         system: system message for conversations that have none.
         account: names the repairs to apply, and counts them and the keys that are not used.
+        refused: other columns that a row must not have, with what to do about them.
     """
 
     parse_format: Callable[[_Parser, str, dict[str, Any]], Row]
     system: str | None
     account: Account
+    refused: dict[str, str]
 
     def parse(self, place: str, values: dict[str, Any], others: dict[str, Any]) -> Row:
         """Return the row with these values of the format's columns and of ``others``.
@@ -173,9 +146,10 @@ class _Parser:
         Raises:
             RowError: the row is malformed, or another column would change what is learnt.
         """
+        fields = Fields(place, "", others)
+        fields.refuse(self.refused)
         row = self.parse_format(self, place, values)
-        if others:
-            Fields(place, "", others).finish(REFUSED_IN_ROW, self.account)
+        fields.finish({}, self.account)
         if row.text is None:
             row = self._with_system(row, values["system"])
             if has_value(values["tools"]):
@@ -277,6 +251,7 @@ def _parse_sharegpt(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
 
 def _parse_prompt_completion(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
     prompt, completion = values["prompt"], values["completion"]
+    completion = [completion] if isinstance(completion, dict) else completion
     if isinstance(prompt, list) and isinstance(completion, list):
         if has_value(values["reasoning_content"]):
             raise RowError(
@@ -297,6 +272,10 @@ def _parse_alpaca(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
     return parser.pair(place, values, "instruction", "output")
 
 
+def _parse_multiple_choice(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
+    return Row(place, question_with_choices(place, values))
+
+
 def _parse_text(parser: _Parser, place: str, values: dict[str, Any]) -> Row:
     return Row(place, text=valid_text(place, "text", values["text"]))
 
@@ -306,5 +285,6 @@ PARSERS: dict[str, Callable[[_Parser, str, dict[str, Any]], Row]] = {
     "sharegpt": _parse_sharegpt,
     "prompt_completion": _parse_prompt_completion,
     "alpaca": _parse_alpaca,
+    "multiple_choice": _parse_multiple_choice,
     "text": _parse_text,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.data.conversation import OPENING_ROLES, Message
@@ -16,6 +16,7 @@ from halfbyte.data.fields import (
     RowError,
     is_blank,
     is_unicode,
+    json_value,
     may_say_nothing,
     quoted,
     shorten,
@@ -41,6 +42,7 @@ ROLES = {
 }
 PLAIN_ROLES = ("system", "user", "human", "assistant", "gpt")
 CALL_ROLES = ("function_call", "tool_call")  # their content is a call, or a list of calls
+PART_KINDS = ("text", "thinking", "reasoning", "tool_call")
 NO, YES = (0, "0", "false"), (1, "1", "true")
 
 
@@ -196,7 +198,13 @@ class _Turn:
             calls, content = content, None
         tool_calls = parse_calls(self.place, f"{self.where}.tool_calls", calls)
         if isinstance(content, list):
-            content, thoughts = _join_parts(self.place, content_place, content, account)
+            parts = _Parts.of(self.place, content_place, content, account)
+            content, thoughts = "".join(parts.texts), "\n".join(parts.thoughts) or None
+            if parts.calls and tool_calls:
+                raise fields.error(
+                    "tool calls twice", "has tool calls in its content and beside it"
+                )
+            tool_calls = tool_calls or parse_calls(self.place, content_place, parts.calls or None)
             if reasoning and thoughts and reasoning != thoughts:
                 raise fields.error("thoughts twice", "has different thoughts; keep one of them")
             reasoning = reasoning or thoughts
@@ -226,12 +234,12 @@ def _optional_text(fields: Fields, key: str) -> str | None:
 
 
 def _is_learnt(fields: Fields, role: str) -> bool:
-    """Return whether a turn is learnt, from its ``weight``, ``train`` or ``loss``.
+    """Return whether a turn is learnt, from its ``weight``, ``loss_weight``, ``train`` or ``loss``.
 
     Raises:
         RowError: a value is neither 0 nor 1, they differ, or it asks to learn what is no answer.
     """
-    said = {key: fields.take(key) for key in ("weight", "train", "loss")}
+    said = {key: fields.take(key) for key in ("weight", "train", "loss", "loss_weight")}
     said = {key: value for key, value in said.items() if value is not None}
     for key, value in said.items():
         if value not in (*NO, *YES):
@@ -250,34 +258,44 @@ def _is_learnt(fields: Fields, role: str) -> bool:
     return False not in answers
 
 
-def _join_parts(
-    place: str, where: str, parts: list[Any], account: Account
-) -> tuple[str, str | None]:
-    """Return the text of a list of content parts, and the thoughts among them.
+@dataclass
+class _Parts:
+    """What the parts of a content hold."""
 
-    Raises:
-        RowError: a part is neither text nor thoughts.
-    """
-    texts: list[str] = []
-    thoughts: list[str] = []
-    for number, part in enumerate(parts):
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind not in ("text", "thinking", "reasoning"):
-            raise RowError(
-                place,
-                f"a content part of type {shorten(str(kind), 30)}",
-                f"{where}[{number}] is {quoted(part)}; only parts of type text are allowed: {NO_MEDIA}",
-            )
-        fields = Fields(place, f"{where}[{number}].", part)
-        for key in ("type", "text", kind):
-            fields.take(key)
-        fields.finish(REFUSED_IN_TURN, account)
-        text = part.get(kind, part.get("text"))
-        if not isinstance(text, str):
-            detail = f"{where}[{number}] is {quoted(part)}; its text is missing"
-            raise RowError(place, "a content part without text", detail)
-        (texts if kind == "text" else thoughts).append(text)
-    return "".join(texts), "\n".join(thoughts) or None
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, place: str, where: str, parts: list[Any], account: Account) -> _Parts:
+        """Read a list of parts.
+
+        Raises:
+            RowError: a part is neither text nor thoughts nor a tool call.
+        """
+        found = cls()
+        for number, part in enumerate(parts):
+            if isinstance(part, str):
+                found.texts.append(part)
+                continue
+            kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+            if kind not in PART_KINDS:
+                raise RowError(
+                    place,
+                    f"a content part of type {shorten(str(kind), 30)}",
+                    f"{where}[{number}] is {quoted(part)}; only parts of type text are allowed: {NO_MEDIA}",
+                )
+            fields = Fields(place, f"{where}[{number}].", part)
+            fields.take("type")
+            value = fields.take(*dict.fromkeys((kind, "text", "value")))
+            fields.finish(REFUSED_IN_TURN, account)
+            if kind == "tool_call":
+                calls = json_value(place, f"{where}[{number}]", value)
+                found.calls += calls if isinstance(calls, list) else [calls]
+                continue
+            value = part.get(kind, part.get("text", part.get("value")))
+            if not isinstance(value, str):
+                detail = f"{where}[{number}] is {quoted(part)}; its text is missing"
+                raise RowError(place, "a content part without text", detail)
+            (found.texts if kind == "text" else found.thoughts).append(value)
+        return found
