@@ -206,7 +206,7 @@ def test_text_parts_are_joined_as_in_the_server() -> None:
 # --- what is learnt ---
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss", "loss_weight", "trainable"])
 @pytest.mark.parametrize("no", [0, False, "0", 0.0])
 def test_an_answer_of_weight_0_is_context(key: str, no: Any) -> None:
     turns = [

@@ -33,16 +33,14 @@ PREFERENCE = (
 MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
 # Keys that would change what is learnt, but mean nothing here: a row that has them is refused.
 REFUSED_IN_TURN = {
-    "mask": LEARN_BY_WEIGHT,
-    "loss_mask": LEARN_BY_WEIGHT,
-    "train_detail": LEARN_BY_WEIGHT,
+    **dict.fromkeys(("mask", "masked", "loss_mask", "train_detail"), LEARN_BY_WEIGHT),
     "tools": "name them in a column of the row",
     "functions": "name them as tools in a column of the row",
     "refusal": "write a refusal as content",
     **dict.fromkeys(MEDIA, NO_MEDIA),
 }
 REFUSED_IN_ROW = {
-    **dict.fromkeys(("train", "loss", "mask", "loss_mask", "labels"), LEARN_BY_WEIGHT),
+    **dict.fromkeys(("train", "loss", "mask", "masked", "loss_mask", "labels"), LEARN_BY_WEIGHT),
     **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), IN_TURN),
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"),

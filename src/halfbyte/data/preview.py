@@ -134,7 +134,7 @@ def faults_of(prepared: Prepared, data: Data) -> list[str]:
     faults = [
         f"{count} rows: {reason}"
         for reason, count in ledger.dropped.items()
-        if reason != "weight 0"
+        if reason != "weight 0" and not reason.startswith("not drawn")
     ]
     lengths = (prepared.full_lengths, prepared.validation.sizes, prepared.test.sizes)
     overlong = sum(int((sizes > data.max_length).sum()) for sizes in lengths)

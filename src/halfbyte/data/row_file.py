@@ -52,7 +52,10 @@ class Blob:
         """Return the bytes from ``start`` to ``end``."""
         if self._pending:
             self.flush()
-        return os.pread(self._file.fileno(), end - start, start)
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), end - start, start)
+        self._file.seek(start)  # on Windows, where processes do not share the offset
+        return self._file.read(end - start)
 
     def sha256(self) -> str:
         """Return the sha256 of the whole file."""
@@ -98,12 +101,12 @@ class RowFile(Sequence[Row]):
 
     Args:
         path: the file.
-        starts: the offset of each row and of the end, of a file that is written already.
+        starts: the offset of each row and of the end as 64-bit integers, of a file that is written already.
     """
 
-    def __init__(self, path: Path, starts: Sequence[int] = (0,)) -> None:
+    def __init__(self, path: Path, starts: bytes = b"") -> None:
         self._blob = Blob(path)
-        self.starts = array("Q", starts)
+        self.starts = array("Q", starts or [0])
         self._kept: list[Row] | None = [] if len(self) == 0 else None
 
     def append(self, row: Row) -> None:

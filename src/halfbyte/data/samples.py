@@ -122,7 +122,7 @@ class SampleFile:
     def read(cls, folder: Path, arrays: dict[str, NDArray[Any]]) -> SampleFile:
         """Read what was written to a folder, with what ``arrays`` returned."""
         file = cls(folder)
-        file.rows = RowFile(folder / "rows.bin", arrays["row_starts"].tolist())
+        file.rows = RowFile(folder / "rows.bin", arrays["row_starts"].tobytes())
         for name in NUMBERS:
             getattr(file, name).frombytes(arrays[name].tobytes())
         starts = arrays["sizes"].astype("uint64").cumsum()

@@ -43,6 +43,7 @@ ROLES = {
 PLAIN_ROLES = ("system", "user", "human", "assistant", "gpt")
 CALL_ROLES = ("function_call", "tool_call")  # their content is a call, or a list of calls
 PART_KINDS = ("text", "thinking", "reasoning", "tool_call")
+LEARNT_KEYS = ("weight", "train", "loss", "loss_weight", "trainable")
 NO, YES = (0, "0", "false"), (1, "1", "true")
 
 
@@ -234,12 +235,12 @@ def _optional_text(fields: Fields, key: str) -> str | None:
 
 
 def _is_learnt(fields: Fields, role: str) -> bool:
-    """Return whether a turn is learnt, from its ``weight``, ``loss_weight``, ``train`` or ``loss``.
+    """Return whether a turn is learnt, from its ``weight`` or another of ``LEARNT_KEYS``.
 
     Raises:
         RowError: a value is neither 0 nor 1, they differ, or it asks to learn what is no answer.
     """
-    said = {key: fields.take(key) for key in ("weight", "train", "loss", "loss_weight")}
+    said = {key: fields.take(key) for key in LEARNT_KEYS}
     said = {key: value for key, value in said.items() if value is not None}
     for key, value in said.items():
         if value not in (*NO, *YES):
