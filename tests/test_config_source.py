@@ -395,7 +395,7 @@ def test_chat_template_names_the_shipped_ones_when_it_is_neither_one_nor_a_file(
     path = write(tmp_path, BASE.replace("train: org", "chat_template: gema\n  train: org"))
 
     assert faults_of(path) == [
-        f"{path}:4: data.chat_template is 'gema'; allowed: gemma, chatml, plain, or a .jinja file"
+        f"{path}:4: data.chat_template is 'gema'; allowed: gemma, chatml, hermes, plain, or a .jinja file"
     ]
 
 
