@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def _prepare_with_ours(model: str, folder: Path, kind: str) -> dict[str, float]:
     spent = {"encode_s": 0.0, "encode_cpu_s": 0.0}
 
     class Timed(Renderer):
-        def try_rows(self, rows: list[Row]) -> Iterator[list[Encoded] | DataError]:
+        def try_rows(self, rows: Iterable[Row]) -> Iterator[list[Encoded] | DataError]:
             start, cpu = time.perf_counter(), time.process_time()
             found = list(super().try_rows(rows))
             spent["encode_s"] += time.perf_counter() - start

@@ -647,7 +647,7 @@ def test_rows_that_stream_through_files_give_what_one_batch_gives(
     lines = write_rows(tmp_path / "rows.jsonl", rows)
     found = []
     for path, limits in ((lines, (1 << 16, 1 << 26, 1 << 20)), (array, (size, 200, 7 * size))):
-        monkeypatch.setattr("halfbyte.data.encoding.BATCH_ROWS", limits[0])
+        monkeypatch.setattr("halfbyte.data.tokenise.BATCH_ROWS", limits[0])
         monkeypatch.setattr("halfbyte.data.row_file.MAX_KEPT_BYTES", limits[1])
         monkeypatch.setattr("halfbyte.data.files.CHUNK_BYTES", limits[2])
         data = data_of(path, cache=False, on_malformed="drop", validation_frac=0.3)

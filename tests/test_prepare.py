@@ -17,7 +17,7 @@ from halfbyte.data.conversation import Message, Row
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.leaks import near_duplicates
 from halfbyte.data.ledger import Ledger, PartTokens
-from halfbyte.data.normal import hash_fraction, normalised
+from halfbyte.data.normal import digest_of, fraction_of, normalised
 from halfbyte.data.prepare import prepare
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import Renderer
@@ -31,6 +31,10 @@ POLICY = "Mend the data, or leave such rows out and count them with data.on_malf
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
     return Renderer(chatml_tokenizer())
+
+
+def hash_fraction(prompt: str) -> float:
+    return float(fraction_of(digest_of(prompt)))
 
 
 def pair(prompt: str, completion: str = "yes") -> dict[str, Any]:

@@ -193,6 +193,16 @@ def test_rows_outlive_the_cache_that_they_are_read_from(rows: Path, folder: Path
     assert len(second.train[0].encoded.ids) > 5
 
 
+def test_rows_are_read_back_where_the_system_has_no_pread(
+    rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(held(rows), renderer())
+    examples = list(first.train)
+    monkeypatch.delattr(os, "pread")
+    assert list(first.train)[::-1] == examples[::-1]
+    assert prepare(held(rows), renderer()) == first
+
+
 def test_folder_of_a_killed_process_is_deleted_after_days(rows: Path, folder: Path) -> None:
     for name, age in ((".old", 3), (".new", 0)):
         (folder / name).mkdir(parents=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_render import CONVERSATIONS, renderers, row_of
 from toys import chatml_tokenizer, gemma_tokenizer
 
-from halfbyte.data import render, tokenise
+from halfbyte.data import tokenise
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.conversation import Message, Row
 from halfbyte.data.encoded import IGNORED, Encoded
@@ -160,7 +160,7 @@ def test_encode_rows_equals_encode_row_in_batches_of_any_size(
     assert [place for place in alone if isinstance(place, str)]
     assert results_of(renderer, rows) == alone
     for size, min_texts in ((1, 1), (13, 1), (64, 10**6)):
-        monkeypatch.setattr(render, "BATCH_ROWS", size)
+        monkeypatch.setattr(tokenise, "BATCH_ROWS", size)
         monkeypatch.setattr(tokenise, "MIN_PARALLEL_TEXTS", min_texts)
         assert results_of(renderer, rows) == alone
     assert renderer.encode_rows([]) == []

@@ -95,8 +95,8 @@ class Data(Section):
     )
     chat_template: Name | None = Field(
         None,
-        description="`gemma`, `chatml`, `hermes` (ChatML with tools and thoughts), `plain`, or a Jinja file; required for a base model without"
-        " its own chat template.",
+        description="`gemma`, `chatml`, `hermes` (ChatML with tools and thoughts), `plain`, or a Jinja file;"
+        " required for a base model without its own chat template.",
     )
     loss_on: Literal["completion", "last", "all"] = Field(
         "completion",

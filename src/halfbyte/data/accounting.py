@@ -110,7 +110,7 @@ def _source_ledger(
         rows_in=table.num_rows,
         trained=len(own["train"].distinct_rows),
         held_out={name: len(own[name].distinct_rows) for name in HELD_OUT},
-        dropped=drops.by_reason([number]),
+        dropped=drops.by_reason(number),
         weight=weight,
         samples=len(own["train"]),
         tokens={name: _tokens(part) for name, part in own.items()},

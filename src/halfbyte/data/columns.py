@@ -9,9 +9,9 @@ from halfbyte.data.raw import Table
 from halfbyte.errors import DataError
 
 
-def is_nested(column: str, columns: Sequence[str]) -> bool:
-    """Return whether a name such as ``answers.text.0`` means a part of a column."""
-    return column not in columns and column.partition(".")[0] in columns
+def is_there(column: str, columns: Sequence[str]) -> bool:
+    """Return whether a name is that of a column, or of a part of one such as ``answers.text.0``."""
+    return column in columns or column.partition(".")[0] in columns
 
 
 def flat_columns(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -37,12 +37,7 @@ def flat_columns(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]
 
 def renamed_columns(table: Table, columns: dict[str, str]) -> list[str]:
     """Return the table's column names after renaming them to the format's names."""
-    present = set(table.columns)
-    renamed = [
-        name
-        for name, source in columns.items()
-        if source in present or is_nested(source, table.columns)
-    ]
+    renamed = [name for name, source in columns.items() if is_there(source, table.columns)]
     return renamed + [name for name in table.columns if name not in columns.values()]
 
 
@@ -65,9 +60,8 @@ def check_columns(
             f"data.columns: {unknown[0]!r} is not a column of the format {format_name}; allowed: "
             + ", ".join(needed + optional)
         )
-    missing = [columns.get(name, name) for name in needed if columns.get(name, name) not in present]
-    missing += [source for source in columns.values() if source not in missing]
-    missing = [name for name in missing if name not in present and not is_nested(name, present)]
+    wanted = [*(columns.get(name, name) for name in needed), *columns.values()]
+    missing = [name for name in wanted if not is_there(name, present)]
     if missing:
         raise DataError(
             f"{table.name}: the column {missing[0]!r} is missing; found: {', '.join(present)}. The format"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
 from halfbyte.config.dataset import Data
 from halfbyte.data.fields import RowError
@@ -57,10 +56,10 @@ class Drops:
                 + "Mend the data, or leave such rows out and count them with data.on_malformed=drop"
             )
 
-    def by_reason(self, sources: Iterable[int] | None = None) -> dict[str, int]:
-        """Return the counts by reason, of some sources or of all."""
+    def by_reason(self, source: int | None = None) -> dict[str, int]:
+        """Return the counts by reason, of one source or of all."""
         found: Counter[str] = Counter()
-        for (source, reason), count in self.counts.items():
-            if sources is None or source in sources:
+        for (number, reason), count in self.counts.items():
+            if source in (None, number):
                 found[reason] += count
         return dict(found)

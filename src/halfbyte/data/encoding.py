@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -21,9 +21,6 @@ from halfbyte.errors import DataError
 
 TOO_LONG = "longer than max_length"
 NOTHING_LEFT = "no labelled token within max_length"
-# Rows whose texts are tokenised together, each distinct text once.
-BATCH_ROWS = 1 << 16
-BATCH_BYTES = 1 << 25
 
 
 class EncodedRows:
@@ -33,7 +30,6 @@ class EncodedRows:
         parts: the part of each row, ``UNUSED`` where none of its samples can be used.
         truncated: the first places of rows that were cut.
         num_truncated: number of samples that were cut.
-        full_lengths: tokens of each training sample before any is dropped or cut for its length.
     """
 
     def __init__(self, parts: NDArray[np.uint8], data: Data, drops: Drops) -> None:
@@ -62,14 +58,10 @@ class EncodedRows:
                 file.add_sample(row, fitted)
                 fitting += 1
         if faults and not fitting:
-            self.drop(row)
+            self.parts[row] = UNUSED
             self._drops.add(faults[0], samples[0].place, file.row_sources[row])
         else:
             self._drops.samples.update(faults)
-
-    def drop(self, row: int) -> None:
-        """Mark a row as unused."""
-        self.parts[row] = UNUSED
 
     def _fit(self, sample: Encoded, count: Callable[[str], None]) -> Encoded | None:
         """Return a sample as it fits into ``max_length``, or None if it does not."""
@@ -123,30 +115,16 @@ def encode_rows(
             ``on_overlength`` is ``error``.
     """
     encoded = EncodedRows(parts, data, drops)
-    for numbers in _batches(file, np.flatnonzero(parts != UNUSED)):
-        results = renderer.try_rows([file.rows[number] for number in numbers])
-        for number, samples in zip(numbers, results, strict=True):
-            if isinstance(samples, RowError):
-                encoded.drop(number)
-                drops.add_malformed(samples, file.row_sources[number])
-            elif isinstance(samples, DataError):
-                raise samples
-            else:
-                encoded.add(file, number, samples)
+    numbers = np.flatnonzero(parts != UNUSED).tolist()
+    results = renderer.try_rows(file.rows[number] for number in numbers)
+    for number, samples in zip(numbers, results, strict=True):
+        if isinstance(samples, RowError):
+            encoded.parts[number] = UNUSED
+            drops.add_malformed(samples, file.row_sources[number])
+        elif isinstance(samples, DataError):
+            raise samples
+        else:
+            encoded.add(file, number, samples)
     drops.check_malformed(data)
     encoded.check_lengths()
     return encoded
-
-
-def _batches(file: SampleFile, numbers: NDArray[np.int64]) -> Iterator[list[int]]:
-    """Yield the numbers of rows that are encoded together."""
-    batch: list[int] = []
-    num_bytes = 0
-    for number in numbers.tolist():
-        num_bytes += file.rows.starts[number + 1] - file.rows.starts[number]
-        batch.append(number)
-        if num_bytes >= BATCH_BYTES or len(batch) == BATCH_ROWS:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch

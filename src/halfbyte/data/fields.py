@@ -73,7 +73,7 @@ class Account:
             return True
         if "blank_system" not in self.repairs or not isinstance(text, str):
             return False
-        is_word = text.strip().lower() in NOTHING_WORDS
+        is_word = is_nothing_word(text)
         self.repaired["blank_system"] += is_word
         return is_word
 
@@ -121,10 +121,9 @@ def is_blank(text: Any) -> bool:
     return not has_value(text) or (isinstance(text, str) and text.strip().lower() in BLANK_WORDS)
 
 
-def may_say_nothing(text: str) -> bool:
-    """Return whether a text is one of the words that say nothing, with a repair or without."""
-    word = text.strip().lower()
-    return word in BLANK_WORDS or word in NOTHING_WORDS
+def is_nothing_word(text: str) -> bool:
+    """Return whether a text is a word that says nothing where the repair of such words is asked for."""
+    return text.strip().lower() in NOTHING_WORDS
 
 
 class Fields:

@@ -28,8 +28,3 @@ def digest_of(prompt: str) -> int:
 def fraction_of(digest: Any) -> Any:
     """Return digests, or arrays of them, as numbers in [0, 1)."""
     return digest / 2.0**64
-
-
-def hash_fraction(prompt: str) -> float:
-    """Return a number in [0, 1) that depends on the normalised prompt alone."""
-    return float(fraction_of(digest_of(prompt)))

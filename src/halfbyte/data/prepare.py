@@ -71,7 +71,7 @@ def prepare(data: Data, renderer: Renderer, seed: int = 0) -> Prepared:
         scratch = Scratch(cache.folder() if cache.is_writer() else None)
         prepared = _prepare_anew(data, sources, renderer, seed, scratch)
         # If the files have changed in the meantime, the key does not describe these rows.
-        if digests == _digests(sources):
+        if digests == _digests(sources, prepared.ledger.fingerprints):
             cache.write(key, prepared, scratch)
         return prepared
 
@@ -88,12 +88,14 @@ def _paused_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _digests(sources: Sources) -> list[str]:
-    """Return a digest of each source's rows."""
+def _digests(sources: Sources, known: dict[str, str] | None = None) -> list[str]:
+    """Return a digest of each source's rows; ``known`` has those of rows that were read, by name."""
     digests = []
     for _, source in sources:
         digest = files_sha256(source.path, source.split or "train")
-        if digest is None:
+        if digest is None and known is not None:
+            digest = known[source.name or ""]
+        elif digest is None:
             table = open_table(source)
             for _ in table:
                 pass

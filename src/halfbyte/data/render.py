@@ -9,7 +9,7 @@ transformers issue 29279).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,11 @@ from halfbyte.data.fields import RowError
 from halfbyte.data.special_tokens import SpecialTokens
 from halfbyte.data.splitting import Splitter
 from halfbyte.data.template_cache import TemplateCache
-from halfbyte.data.tokenise import Segments, plain_ids
+from halfbyte.data.tokenise import Segments, batches, plain_ids
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BATCH_ROWS = 1 << 16  # rows whose texts are tokenised together, each distinct text once
 
 
 def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -160,10 +158,13 @@ class Renderer:
             encoded.append(result[0])
         return encoded
 
-    def try_rows(self, rows: list[Row]) -> Iterator[list[Encoded] | DataError]:
-        """Yield the samples of each row, that with the last answer first, or the error that it raises."""
-        for start in range(0, len(rows), BATCH_ROWS):
-            segmented, segments = self._segment_rows(rows[start : start + BATCH_ROWS])
+    def try_rows(self, rows: Iterable[Row]) -> Iterator[list[Encoded] | DataError]:
+        """Yield the samples of each row, that with the last answer first, or the error that it raises.
+
+        Rows are taken as they are needed: of an iterator, no more than a batch is held.
+        """
+        for batch in batches(rows):
+            segmented, segments = self._segment_rows(batch)
             yield from self._assemble(segmented, segments.ids(self.tokenizer))
 
     def encode_prompt(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import tempfile
 import weakref
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any
 
 from halfbyte.data.conversation import Message, Row, message_from_json
 
@@ -96,7 +94,7 @@ class Scratch:
         self._finalizer.detach()
 
 
-class RowFile(Sequence[Row]):
+class RowFile:
     """Rows in a file.
 
     Args:
@@ -136,28 +134,11 @@ class RowFile(Sequence[Row]):
         """Return the number of rows."""
         return len(self.starts) - 1
 
-    @overload
-    def __getitem__(self, number: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[Row]: ...
-
-    def __getitem__(self, number: int | slice) -> Row | list[Row]:
-        """Return a row, or a list of neighbours."""
-        if isinstance(number, int):
-            if self._kept is not None:
-                return self._kept[number]
-            return self[number : number + 1][0]
+    def __getitem__(self, number: int) -> Row:
+        """Return a row."""
         if self._kept is not None:
             return self._kept[number]
-        start, end, step = number.indices(len(self))
-        assert step == 1
-        if start >= end:
-            return []
-        begin = self.starts[start]
-        content = self._blob.read(begin, self.starts[end])
-        ends = [offset - begin for offset in self.starts[start : end + 1]]
-        return [_decode(content[a:b]) for a, b in itertools.pairwise(ends)]
+        return _decode(self._blob.read(self.starts[number], self.starts[number + 1]))
 
     def sha256(self) -> str:
         """Return the sha256 of the file."""

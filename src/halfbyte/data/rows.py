@@ -11,7 +11,7 @@ from typing import Any
 
 from halfbyte.config.dataset import DataSource
 from halfbyte.data.choices import question_with_choices
-from halfbyte.data.columns import check_columns, flat_columns, is_nested, renamed_columns
+from halfbyte.data.columns import check_columns, flat_columns, is_there, renamed_columns
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row
 from halfbyte.data.fields import (
     REFUSED_IN_ROW,
@@ -84,7 +84,8 @@ class ParsedRows:
         parser = _Parser(PARSERS[self.format], self._system, self.account, refused)
         sources = {name: self._columns.get(name, name) for name in (*needed, *optional)}
         used = frozenset(sources.values())
-        nested = any(is_nested(source, self.table.columns) for source in used)
+        columns = self.table.columns
+        nested = any(name not in columns and is_there(name, columns) for name in used)
         for raw in chain(head, rows):
             if isinstance(raw, RowError):
                 yield raw

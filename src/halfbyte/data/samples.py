@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import numpy as np
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LEARNT = np.uint32(1 << 31)  # the bit of a stored token that says that it is a label
 TOKEN_BYTES = 4
 PENDING_TOKENS = 1 << 18
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ NUMBERS = (
 )
 
 
-class Samples(Sequence[Example]):
+class _View(Sequence[Item]):
     """Some samples of a file, in an order; nothing of them is held in memory.
 
     Args:
@@ -151,6 +152,52 @@ class Samples(Sequence[Example]):
 
     def __init__(self, file: SampleFile, numbers: NDArray[np.int64]) -> None:
         self.file, self.numbers = file, numbers
+
+    def _read(self, number: int) -> Item:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> Item | Self:
+        """Return what is read of a sample, or a view of some of them."""
+        if isinstance(index, slice):
+            return type(self)(self.file, self.numbers[index])
+        return self._read(int(self.numbers[index]))
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield what is read of each sample."""
+        return map(self._read, self.numbers.tolist())
+
+    @property
+    def sizes(self) -> NDArray[np.uint32]:
+        """The number of tokens of each sample."""
+        return self._of_samples(self.file.sizes)
+
+    def _of_samples(self, values: array[Any]) -> NDArray[Any]:
+        found: NDArray[Any] = np.frombuffer(values, dtype=values.typecode)[self.numbers]
+        return found
+
+
+class TokenRows(_View[Tokens]):
+    """The ids and labels of some samples."""
+
+    def _read(self, number: int) -> Tokens:
+        return self.file.tokens(number)
+
+
+class Samples(_View[Example]):
+    """Some samples with their rows."""
+
+    def _read(self, number: int) -> Example:
+        return self.file.example(number)
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Samples:
@@ -165,26 +212,6 @@ class Samples(Sequence[Example]):
             file.add_sample(numbers[id(example.row)], example.encoded)
         return cls(file, np.arange(len(kept)))
 
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Samples: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Samples:
-        """Return a sample, or some of them."""
-        if isinstance(index, slice):
-            return Samples(self.file, self.numbers[index])
-        return self.file.example(int(self.numbers[index]))
-
-    def __iter__(self) -> Iterator[Example]:
-        """Yield each sample."""
-        return (self.file.example(number) for number in self.numbers.tolist())
-
     def __eq__(self, other: object) -> bool:
         """Return whether the other has equal samples in the same order."""
         return isinstance(other, Samples) and list(self) == list(other)
@@ -194,12 +221,7 @@ class Samples(Sequence[Example]):
     @property
     def tokens(self) -> TokenRows:
         """The ids and labels of each sample."""
-        return TokenRows(self)
-
-    @property
-    def sizes(self) -> NDArray[np.uint32]:
-        """The number of tokens of each sample."""
-        return self._of_samples(self.file.sizes)
+        return TokenRows(self.file, self.numbers)
 
     @property
     def num_labels(self) -> NDArray[np.uint32]:
@@ -242,37 +264,6 @@ class Samples(Sequence[Example]):
         order = np.argsort(np.array(self.file.row_digests)[rows], kind="stable")
         return [self.file.rows[number] for number in rows[order[:num_rows]].tolist()]
 
-    def _of_samples(self, values: array[Any]) -> NDArray[Any]:
-        found: NDArray[Any] = np.frombuffer(values, dtype=values.typecode)[self.numbers]
-        return found
-
     def _of_rows(self, values: array[Any]) -> NDArray[Any]:
         found: NDArray[Any] = np.frombuffer(values, dtype=values.typecode)[self.row_numbers]
         return found
-
-
-class TokenRows(Sequence[Tokens]):
-    """The ids and labels of some samples, read when they are asked for."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.samples)
-
-    @overload
-    def __getitem__(self, index: int) -> Tokens: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> TokenRows: ...
-
-    def __getitem__(self, index: int | slice) -> Tokens | TokenRows:
-        """Return the ids and labels of a sample, or of some."""
-        if isinstance(index, slice):
-            return TokenRows(self.samples[index])
-        return self.samples.file.tokens(int(self.samples.numbers[index]))
-
-    def __iter__(self) -> Iterator[Tokens]:
-        """Yield the ids and labels of each sample."""
-        return map(self.samples.file.tokens, self.samples.numbers.tolist())

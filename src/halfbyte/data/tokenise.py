@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from halfbyte.data.conversation import Row
 from halfbyte.data.special_tokens import SENTINELS, SpecialTokens
 from halfbyte.libraries import parallel_tokenisers
 
@@ -13,7 +15,24 @@ if TYPE_CHECKING:
 
 # With fewer texts than this, waking threads does not pay.
 MIN_PARALLEL_TEXTS = 512
+# Rows whose texts are tokenised together, each distinct text once, and about how many characters they have.
+BATCH_ROWS = 1 << 16
+BATCH_CHARS = 1 << 25
 TEXTS_PER_CALL = 1024  # what a call returns is many times larger than its ids
+
+
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield the rows that are tokenised together."""
+    batch: list[Row] = []
+    num_chars = 0
+    for row in rows:
+        num_chars += len(row.text or "") + sum([len(message.content) for message in row.messages])
+        batch.append(row)
+        if num_chars >= BATCH_CHARS or len(batch) == BATCH_ROWS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
 
 
 class Segments:

@@ -15,9 +15,9 @@ from halfbyte.data.fields import (
     Fields,
     RowError,
     is_blank,
+    is_nothing_word,
     is_unicode,
     json_value,
-    may_say_nothing,
     quoted,
     shorten,
     valid_text,
@@ -95,7 +95,8 @@ def _plain_message(turn: Any) -> Message | None:
     if role not in PLAIN_ROLES or not isinstance(content, str) or not content.strip():
         return None
     role = ROLES[role]
-    if not is_unicode(content) or (role in OPENING_ROLES and may_say_nothing(content)):
+    may_be_none = role in OPENING_ROLES and (is_blank(content) or is_nothing_word(content))
+    if may_be_none or not is_unicode(content):
         return None
     return Message(role, content)
 

@@ -98,7 +98,7 @@ class TokenTrainer(SFTTrainer):
         }
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        lengths = self.rows.samples.sizes.tolist()
+        lengths = self.rows.sizes.tolist()
         world = self.accelerator.num_processes
         step_rows = self.args.per_device_train_batch_size * world
         self.sampler = StepwiseSampler(lengths, step_rows, self.args.seed, world)
