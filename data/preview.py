@@ -42,7 +42,7 @@ def main() -> None:
     from halfbyte.model.resolve import resolve_base
     from halfbyte.run_dir import write_text
 
-    base = resolve_base(run.model.name, run.model.revision)
+    base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
     renderer = renderer_of(run.data, load_tokenizer(base))
     # Show every row at its full length; the histogram says what max_length would cut.
     unlimited = run.data.model_copy(update={"max_length": sys.maxsize})

@@ -52,7 +52,7 @@ LIBRARIES = {
     "llmcompressor": {"ship/awq_worker.py"},
     "lm_eval": {"eval/benchmarks.py", "eval/harness.py", "eval/harness_model.py", "libraries.py"},
     "matplotlib": {"eval/plots.py", "plan/plots.py"},
-    "peft": {"model/adapter.py", "train/setup.py"},
+    "peft": {"model/adapter.py", "model/new_tokens.py", "train/setup.py"},
     "prometheus_client": {"serve/metrics.py"},
     "psutil": {"host.py", "plan/devices.py"},
     "pyarrow": {"data/files.py", "data/sources.py"},

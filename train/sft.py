@@ -55,7 +55,7 @@ def main() -> None:
         say(session.next_commands)
         return
 
-    base = resolve_base(run.model.name, run.model.revision)
+    base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
     check_base(session, base)
     renderer = renderer_of(run.data, load_tokenizer(base))
     prepared = prepare(run.data, renderer, run.seed)

@@ -168,6 +168,16 @@ def _data_rules(run: Run, written: Written) -> list[Rule]:
             "has an entry with a weight: the comparison takes each of its rows once",
         ),
         (
+            len(set(data.new_tokens)) < len(data.new_tokens),
+            "data.new_tokens",
+            "names a token twice",
+        ),
+        (
+            bool(data.new_tokens) and run.adapter.init in ("pissa", "olora"),
+            "data.new_tokens",
+            f"does not go with adapter.init {run.adapter.init}; use default",
+        ),
+        (
             data.format == "text" and data.system is not None,
             "data.system",
             "has no effect on raw text",

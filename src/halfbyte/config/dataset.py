@@ -113,6 +113,12 @@ class Data(Section):
         description="`user` puts a system message into the first user turn, for a chat template that has no"
         " such role.",
     )
+    new_tokens: list[Annotated[str, Field(pattern=r"^\S(.*\S)?$")]] = Field(
+        default_factory=list,
+        description="Tokens to add to the tokenizer, such as `[<gene>]` or the marks of `chat_template`. Their"
+        " rows in embedding and head begin as the mean of those of the tokens that they replace, are trained"
+        " with the adapter, and are in what is merged, exported and served.",
+    )
     date: Day | None = Field(
         None,
         description="Day that a chat template is told for today, as `2026-11-28`; default: the day on which"

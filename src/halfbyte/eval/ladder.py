@@ -98,7 +98,7 @@ def ladder_of_config(run: Run) -> Ladder:
     Raises:
         DataError: the config holds out no rows.
     """
-    base = resolve_base(run.model.name, run.model.revision)
+    base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
     renderer = renderer_of(run.data, load_tokenizer(base))
     prepared = prepare(run.data, renderer, run.seed)
     rows = list((prepared.test or prepared.validation).rows())

@@ -128,7 +128,7 @@ def build_report(
             compute_dtype=manifest.compute_dtype.name,
         ),
         rows=TrainingRows.model_validate(ledger.as_json() | {"in": ledger.rows_in}),
-        notes=_notes(ledger, entries, manifest.base, variants),
+        notes=_notes(ledger, entries, manifest.base, variants, run.data.new_tokens),
         command=command,
     )
 
@@ -228,9 +228,16 @@ def _notes(
     entries: list[dict[str, Any]],
     base: BaseIdentity,
     variants: list[Variant],
+    new_tokens: list[str],
 ) -> list[str]:
     """Return the notes of the report, a sentence each."""
     notes = [f"Base: {base.origin}."]
+    if new_tokens:
+        notes.append(
+            f"The base reads the new tokens ({', '.join(new_tokens)}) as text. Where they are marks of the chat"
+            " template, it never learnt to end an answer with them; compare it in a format of its own too, with"
+            " eval.baselines."
+        )
     has_benchmarks = any(variant.benchmarks for variant in variants)
     near = ledger.near_duplicates
     if near:

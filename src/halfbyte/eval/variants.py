@@ -117,14 +117,33 @@ def contenders(comparison: Comparison) -> Iterator[Contender]:
         release()
 
 
+def _base_side(comparison: Comparison) -> tuple[Base, Renderer, list[Question]]:
+    """Return the base as it was published, which reads new tokens as text, its renderer and its questions."""
+    run, trained = comparison.run, comparison.trained
+    if not trained.base.new_tokens:
+        return trained.base, trained.renderer, comparison.questions
+    template = trained.renderer.tokenizer.chat_template
+    has_marks = any(token in (template or "") for token in trained.base.new_tokens)
+    renderer = Renderer(
+        load_tokenizer(trained.base.plain),
+        template,
+        run.data.loss_on,
+        stop="eos" if has_marks else run.data.stop,
+        system_as=run.data.system_as,
+        day=run.data.date,
+    )
+    rows = [question.row for question in comparison.questions]
+    return trained.base.plain, renderer, questions(rows, renderer)
+
+
 def _full_size(comparison: Comparison) -> Iterator[Contender]:
     """Yield the base without quantisation, without and with examples in the prompt."""
-    run, base, renderer = comparison.run, comparison.trained.base, comparison.trained.renderer
+    run = comparison.run
+    base, renderer, plain = _base_side(comparison)
     loaded = _load_full(base, run, comparison.compute)
     size, stored = weights_bytes(loaded.model), (Path(base.path),)
     what = f"{base.name} in {loaded.precision}"
     if BASE_FULL in run.eval.variants:
-        plain = comparison.questions
         yield Contender(BASE_FULL, what, loaded.model, size, plain, renderer, stored)
     if FEWSHOT in run.eval.variants:
         examples = fewshot_examples(comparison.trained.folder, run.eval.fewshot, run.seed)
@@ -137,7 +156,8 @@ def _quantised(comparison: Comparison) -> Iterator[Contender]:
     """Yield the adapter on its base, and the 4-bit base: the same weights with the adapter disabled."""
     trained, run, compute = comparison.trained, comparison.run, comparison.compute
     base, renderer, plain = trained.base, trained.renderer, comparison.questions
-    same_weights, stored = run.model.precision == "nf4", (Path(base.path),)
+    same_weights = run.model.precision == "nf4" and not base.new_tokens
+    stored = (Path(base.path),)
     if ADAPTER in run.eval.variants or same_weights:
         loaded = load_scored(base, run.model.precision, compute, run)
         base_bytes = weights_bytes(loaded.model)
@@ -154,6 +174,7 @@ def _quantised(comparison: Comparison) -> Iterator[Contender]:
         del model, loaded
         release()
     if BASE_NF4 in run.eval.variants and not same_weights:
+        base, renderer, plain = _base_side(comparison)
         loaded = load_scored(base, "nf4", compute, run)
         what = f"{base.name} in nf4{taken_back(base, 'nf4')}"
         size = weights_bytes(loaded.model)

@@ -15,15 +15,23 @@ At the end logsumexp = m + log ℓ and softmax(W h) W = a / ℓ. Gradients are c
 block of W is read once, its logits live in the cache, and the backward pass is a multiplication by a scalar.
 A cap c on the logits (Gemma 2, arXiv 2408.00118 §2) makes them c·tanh(z/c), with slope 1 - tanh²(z/c).
 
-Shapes: N predictions, R of them in a tile, E hidden size, V vocabulary, K rows of W in a block.
+New tokens v of a run have rows of W that are trained (``data.new_tokens``), with the gradient
+
+    dW[v] = Σ_i (softmax(W h_i)[v] - [y_i = v]) h_i
+
+Shapes: N predictions, R of them in a tile, E hidden size, V vocabulary, K rows of W in a block, M trained rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from halfbyte.model.new_tokens import slots_of, trained_rows
 
 # Larger temporaries are mapped and unmapped on every use by glibc, which costs more than the sums.
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
@@ -32,14 +40,84 @@ TRACED_BLOCKS = 3  # blocks of the vocabulary after which the live bytes of a ti
 SCORED_ROWS = 64  # predictions whose logits are held at once when they are scored
 
 
+@dataclass(frozen=True)
+class Head:
+    """The weight of a language-model head: frozen, but for rows that are trained.
+
+    Attributes:
+        weight: (V, E).
+        rows: (M, E) in place of those of ``weight`` from ``start`` on; None where all are frozen.
+        start: the first of them.
+    """
+
+    weight: torch.Tensor
+    rows: torch.Tensor | None = None
+    start: int = 0
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        """Return the head of a causal model."""
+        layer = model.get_output_embeddings()
+        return cls(layer.weight, *(trained_rows(layer) or ()))
+
+    def blocks(self, size: int) -> Iterator[torch.Tensor]:
+        """Yield all rows in blocks (K, E) of at most ``size``, those that are trained as the last one."""
+        end = self.start if self.rows is None else self.start + len(self.rows)
+        for part in (self.weight[: self.start], self.weight[end:]):
+            yield from torch.split(part, size) if len(part) else ()
+        if self.rows is not None:
+            yield self.rows.to(self.weight.dtype)
+
+    def whole(self) -> torch.Tensor:
+        """Return all rows (V, E) in order."""
+        if self.rows is None:
+            return self.weight
+        end = self.start + len(self.rows)
+        new = self.rows.to(self.weight.dtype)
+        return torch.cat([self.weight[: self.start], new, self.weight[end:]])
+
+    def of_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the rows (R, E) of labels (R,)."""
+        w = self.weight[labels]
+        if self.rows is None:
+            return w
+        is_new, slots = slots_of(labels, self.start, len(self.rows))
+        return torch.where(is_new[:, None], self.rows[slots].to(w.dtype), w)
+
+    def slopes(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        normaliser: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Return the derivatives (R, M) of losses by the logits of the trained rows.
+
+        Args:
+            hidden: (R, E) states that predict the labels.
+            labels: (R,) token ids.
+            normaliser: (R, 1) logsumexp of all logits.
+            softcap: the cap on logits, if the model has one.
+        """
+        assert self.rows is not None
+        z = (hidden @ self.rows.to(hidden.dtype).T).float()  # (R, M)
+        capped = None if softcap is None else torch.tanh(z / softcap)
+        if softcap is not None and capped is not None:
+            z = softcap * capped
+        ids = torch.arange(self.start, self.start + len(self.rows), device=labels.device)
+        slopes = (z - normaliser).exp() - (labels[:, None] == ids).float()
+        return slopes if capped is None else slopes * (1 - capped * capped)
+
+
 class TokenLoss(torch.autograd.Function):
-    """Cross-entropy of each hidden state against its label, with a frozen head."""
+    """Cross-entropy of each hidden state against its label."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        head: torch.Tensor,
+        rows: torch.Tensor | None,
+        head: Head,
         labels: torch.Tensor,
         softcap: float | None,
         starts: range,
@@ -50,7 +128,8 @@ class TokenLoss(torch.autograd.Function):
         Args:
             ctx: autograd's context.
             hidden: (N, E) states that predict the labels.
-            head: (V, E) weight of the language-model head.
+            rows: (M, E) rows of the head that are trained, those of ``head``, or None.
+            head: the language-model head.
             labels: (N,) token ids.
             softcap: the cap on logits, if the model has one.
             starts: first row of each tile; the step of the range is the rows of one tile.
@@ -59,38 +138,45 @@ class TokenLoss(torch.autograd.Function):
         needs_gradient = hidden.requires_grad
         dh = torch.empty_like(hidden) if needs_gradient else None  # (N, E)
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)  # (N,)
+        slopes: list[torch.Tensor] = []  # (R, M) each
         for start in starts:
             tile = slice(start, start + starts.step)
             h = hidden[tile].detach()  # (R, E)
             block = max(1, block_bytes // (4 * len(h)))
-            losses[tile], dh_tile = _tile(h, head, labels[tile], softcap, needs_gradient, block)
+            losses[tile], dh_tile, normaliser = _tile(
+                h, head, labels[tile], softcap, needs_gradient, block
+            )
             if dh is not None and dh_tile is not None:
                 dh[tile] = dh_tile
+            if rows is not None and needs_gradient:
+                slopes.append(head.slopes(h, labels[tile], normaliser, softcap))
         if dh is not None:
-            ctx.save_for_backward(dh)
+            ctx.save_for_backward(dh, *([hidden, torch.cat(slopes)] if slopes else []))
         return losses
 
     @staticmethod
-    def backward(
-        ctx: Any, *gradients: torch.Tensor
-    ) -> tuple[torch.Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradient that ``forward`` computed, by one factor for each row."""
-        (dh,) = ctx.saved_tensors
+        dh, *new = ctx.saved_tensors
         # In fp32: a factor such as 1/N or a loss scale must not be rounded to 16 bit, or overflow it.
-        scaled = dh.float() * gradients[0].float()[:, None]  # (N, E) · (N, 1)
-        return scaled.to(dh.dtype), None, None, None, None, None
+        factors = gradients[0].float()[:, None]  # (N, 1)
+        rows = None
+        if new:
+            hidden, slopes = new
+            rows = (slopes * factors).T @ hidden.float()  # (M, E)
+        return (dh.float() * factors).to(dh.dtype), rows, None, None, None, None, None
 
 
 def _tile(
     hidden: torch.Tensor,
-    head: torch.Tensor,
+    head: Head,
     labels: torch.Tensor,
     softcap: float | None,
     needs_gradient: bool,
     block: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the losses (R,) of a tile of hidden states (R, E), and their gradient (R, E)."""
-    label_rows = head[labels]  # (R, E): W[y]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Compute the losses (R,) of a tile of hidden states (R, E), their gradient (R, E), and logsumexp (R, 1)."""
+    label_rows = head.of_labels(labels)  # (R, E): W[y]
     z_label = (hidden.float() * label_rows.float()).sum(1, keepdim=True)  # (R, 1): W[y]·h
     label_slope = None
     if softcap is not None:
@@ -99,8 +185,7 @@ def _tile(
     m = torch.full_like(z_label, -torch.inf)  # (R, 1)
     ell = torch.zeros_like(z_label)  # (R, 1)
     a = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None  # (R, E)
-    for first in range(0, head.shape[0], block):
-        w = head[first : first + block]  # (K, E)
+    for w in head.blocks(block):  # (K, E)
         z = (hidden @ w.T).float()  # (R, K)
         slope = None
         if softcap is not None:
@@ -115,16 +200,17 @@ def _tile(
         if a is not None:
             if slope is not None:
                 p.mul_(slope)
-            if head.dtype == torch.float32:
+            if w.dtype == torch.float32:
                 a.mul_(decay).addmm_(p, w)
             else:
-                a.mul_(decay).add_(p.to(head.dtype) @ w)
+                a.mul_(decay).add_(p.to(w.dtype) @ w)
         del z, p  # before the next block's are allocated
-    losses = (ell.log() + m - z_label)[:, 0]  # (R,)
+    normaliser = ell.log() + m  # (R, 1)
+    losses = (normaliser - z_label)[:, 0]  # (R,)
     if a is None:
-        return losses, None
+        return losses, None, normaliser
     d_label = label_rows.float() if label_slope is None else label_rows * label_slope  # (R, E)
-    return losses, a.div_(ell).sub_(d_label)
+    return losses, a.div_(ell).sub_(d_label), normaliser
 
 
 def tile_starts(num_predictions: int) -> range:
@@ -138,7 +224,7 @@ def block_bytes(device_type: str) -> int:
 
 
 def head_losses(
-    head: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    head: Head, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
     """Return the losses (N,) of the hidden states (N, E) that predict ``labels`` (N,)."""
     return _head_losses(
@@ -147,7 +233,7 @@ def head_losses(
 
 
 def traced_head_losses(
-    head: torch.Tensor,
+    head: Head,
     hidden: torch.Tensor,
     labels: torch.Tensor,
     softcap: float | None,
@@ -161,12 +247,12 @@ def traced_head_losses(
     size = block_bytes(device_type)
     tiles = tile_starts(len(labels))[:2]
     rows = min(TILE_ROWS, len(labels))
-    few = head[: TRACED_BLOCKS * max(1, size // (4 * rows))]
+    few = replace(head, weight=head.weight[: TRACED_BLOCKS * max(1, size // (4 * rows))])
     return _head_losses(few, hidden, labels, softcap, tiles, size)
 
 
 def _head_losses(
-    head: torch.Tensor,
+    head: Head,
     hidden: torch.Tensor,
     labels: torch.Tensor,
     softcap: float | None,
@@ -175,8 +261,10 @@ def _head_losses(
 ) -> torch.Tensor:
     # Outside autocast: the head's products stay in the dtype it is stored in.
     with torch.autocast(hidden.device.type, enabled=False):
-        hidden = hidden.to(head.dtype)
-        losses: torch.Tensor = TokenLoss.apply(hidden, head, labels, softcap, starts, size)  # type: ignore[no-untyped-call]
+        hidden = hidden.to(head.weight.dtype)
+        losses: torch.Tensor = TokenLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, head.rows, head, labels, softcap, starts, size
+        )
     return losses
 
 
@@ -189,13 +277,14 @@ def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def head_scores(
-    head: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    head: Head, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
     """Return ``score_logits`` (2, N) of hidden states (N, E), without ever holding all of their logits."""
     scores = []
+    weight = head.whole()  # (V, E)
     for start in range(0, len(labels), SCORED_ROWS):
         part = slice(start, start + SCORED_ROWS)
-        logits = (hidden[part].to(head.dtype) @ head.T).float()  # (R, V)
+        logits = (hidden[part].to(weight.dtype) @ weight.T).float()  # (R, V)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         scores.append(score_logits(logits, labels[part]))

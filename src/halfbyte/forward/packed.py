@@ -17,7 +17,7 @@ from torch import nn
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.forward import prefix_attention
-from halfbyte.forward.loss import head_losses, head_scores, score_logits
+from halfbyte.forward.loss import Head, head_losses, head_scores, score_logits
 from halfbyte.forward.probes import (
     Tolerance,
     eval_mode,
@@ -79,7 +79,7 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
         if in_blocks:
             hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, E)
             states = gather_rows(hidden, sources)  # (N, E)
-            head = self.get_output_embeddings().weight  # (V, E)
+            head = Head.of(self)
             if token_loss == "scores":
                 return head_scores(head, states, targets, softcap)
             losses = head_losses(head, states, targets, softcap)
@@ -195,7 +195,7 @@ def pad_right(
 def _head_is_plain(model: Any, softcap: float | None) -> bool:
     """Whether the head's product of the hidden states, capped, equals the model's own logits."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
+    if not is_linear_head(head):
         return False
     with eval_mode(model):
         ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]  # (1, T)
@@ -206,6 +206,12 @@ def _head_is_plain(model: Any, softcap: float | None) -> bool:
             logits = softcap * torch.tanh(logits / softcap)
     error = (logits - expected).abs().max()
     return bool(error <= PROBE_TOLERANCE * expected.abs().max().clamp(min=1))
+
+
+def is_linear_head(head: Any) -> bool:
+    """Whether a head is a matrix without a bias, of which PEFT may train rows."""
+    layer = getattr(head, "original_module", head)
+    return isinstance(layer, nn.Linear) and layer.bias is None
 
 
 def tree_refusal(model: Any, attention: str) -> str:

@@ -15,13 +15,15 @@ from halfbyte.config.schema import Adapter
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.footprint import num_parameters, weights_bytes
 from halfbyte.model.identity import AdapterBase, check_same_base
-from halfbyte.model.load import Loaded, vision_modules
+from halfbyte.model.load import Loaded, load_tokenizer, vision_modules
+from halfbyte.model.new_tokens import new_ids, row_layers, row_targets, set_rows, train_rows_apart
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 BASE_FILE = "base.json"  # beside the adapter: the base that it belongs to
+NO_IDS = range(0)
 INITIAL_FOLDER = "initial"  # holds the initial adapter where the initialisation changes the base
 
 
@@ -42,7 +44,13 @@ def attach_adapter(
         raise ModelError(
             "adapter.init is loftq, which PEFT computes only on CUDA; use default here"
         )
-    adapted = place_adapter(loaded.model, settings, seed, Path(loaded.base.path))
+    base, added = loaded.base, NO_IDS
+    if base.new_tokens:
+        added = new_ids(load_tokenizer(base), base)
+    adapted = place_adapter(loaded.model, settings, seed, Path(base.path), added)
+    if added:
+        # With a name, PEFT's checkpoints would hold the whole embedding, since it has grown.
+        adapted.peft_config["default"].base_model_name_or_path = None
     if settings.init in ("pissa", "olora") and is_main:
         init = adapted.peft_config["default"].init_lora_weights
         adapted.peft_config["default"].init_lora_weights = True
@@ -52,7 +60,11 @@ def attach_adapter(
 
 
 def place_adapter(
-    model: PreTrainedModel, settings: Adapter, seed: int, weights: Path | None = None
+    model: PreTrainedModel,
+    settings: Adapter,
+    seed: int,
+    weights: Path | None = None,
+    added: range = NO_IDS,
 ) -> PeftModel:
     """Put a new LoRA adapter with trainable fp32 weights on a model, and check where it sits.
 
@@ -61,6 +73,7 @@ def place_adapter(
         settings: where the adapter sits and how it is initialised.
         seed: the seed of its random values.
         weights: the base's folder, from which LoftQ reads the unquantised weights.
+        added: ids of new tokens, whose rows of embedding and head are trained.
 
     Raises:
         ModelError: as ``attach_adapter``.
@@ -79,6 +92,7 @@ def place_adapter(
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         init_lora_weights=init,
+        trainable_token_indices=row_targets(model, added),
     )
     torch.manual_seed(seed)
     try:
@@ -90,6 +104,7 @@ def place_adapter(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    train_rows_apart(adapted)
     _check_placement(adapted, settings)
     return adapted
 
@@ -154,7 +169,7 @@ def save_adapter(model: PeftModel, loaded: Loaded, folder: Path, scratch: Path) 
     # Record the published name, not the path on this disk.
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = loaded.base.name, loaded.base.revision
-    model.save_pretrained(str(folder), **options)
+    model.save_pretrained(str(folder), save_embedding_layers=False, **options)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
     AdapterBase(
         **loaded.base.identity.as_json(),
@@ -186,7 +201,9 @@ def load_adapter(loaded: Loaded, folder: Path, name: str = "default") -> PeftMod
             model = PeftModel.from_pretrained(loaded.model, str(folder), name)
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
         raise RunError(f"{folder}: cannot be read: {error}") from error
-    model_keys = set(get_peft_model_state_dict(model, adapter_name=name))
+    model_keys = set(
+        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    )
     if saved_keys != model_keys:
         mismatched = sorted(saved_keys ^ model_keys)
         raise RunError(
@@ -195,6 +212,7 @@ def load_adapter(loaded: Loaded, folder: Path, name: str = "default") -> PeftMod
     b_matrices = [p for n, p in model.named_parameters() if "lora_B" in n and f".{name}" in n]
     if not any(bool(p.abs().max() > 0) for p in b_matrices):
         raise RunError(f"{folder}: the adapter changes nothing: every B matrix is zero")
+    set_rows(model)
     model.eval()
     return model
 
@@ -230,6 +248,8 @@ def _check_placement(model: PeftModel, settings: Adapter) -> None:
         rank = settings.r if num_experts == 1 else int(layer.r["default"])  # type: ignore[index]
         expected += num_experts * rank * (int(features_in) + int(features_out))  # type: ignore[arg-type]
         expected += int(features_out) if settings.dora else 0  # type: ignore[arg-type]
+    rows = {id(p): p for layer in row_layers(model) for p in layer.trainable_tokens_delta.values()}
+    expected += sum(row.numel() for row in rows.values())
     num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
     if not layers or num_trainable != expected:
         raise ModelError(
@@ -242,7 +262,7 @@ def _check_saved(model: PeftModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict, load_peft_weights
 
     saved = load_peft_weights(str(folder), device="cpu")
-    weights = get_peft_model_state_dict(model)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = [k for k in weights if k not in saved or not torch.equal(saved[k], weights[k].cpu())]
     if wrong or len(saved) != len(weights):
         raise RunError(f"{folder}: the saved adapter differs from memory in {wrong[:3]}")

@@ -14,6 +14,7 @@ from halfbyte.errors import ModelError, is_out_of_memory
 from halfbyte.heap import mapped_blocks, release_pages
 from halfbyte.libraries import disable_cudnn_attention
 from halfbyte.model.merged import check_keeps_training, read_merge_report
+from halfbyte.model.new_tokens import add_rows, add_tokens, new_ids
 from halfbyte.model.precision import (
     DTYPES,
     Compute,
@@ -47,8 +48,11 @@ class Loaded:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """Load the base's fast tokenizer, as ``read_tokenizer``."""
-    return read_tokenizer(Path(base.path), base.name)
+    """Load the base's fast tokenizer with its new tokens, as ``read_tokenizer`` and ``add_tokens``."""
+    tokenizer = read_tokenizer(Path(base.path), base.name)
+    if base.new_tokens:
+        add_tokens(tokenizer, base)
+    return tokenizer
 
 
 def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
@@ -75,8 +79,12 @@ def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 
 
 def load_config(base: Base) -> PretrainedConfig:
-    """Load the base's configuration, as ``read_config``."""
-    return read_config(Path(base.path), base.name)
+    """Load the base's configuration, as ``read_config``; its vocabulary has room for the new tokens."""
+    config = read_config(Path(base.path), base.name)
+    if base.new_tokens:
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, new_ids(load_tokenizer(base), base).stop)
+    return config
 
 
 def read_config(folder: Path, name: str) -> PretrainedConfig:
@@ -113,7 +121,7 @@ def load_model(
     """
     if compute is None:
         compute = choose_compute(precision if precision in DTYPES else compute_dtype)  # type: ignore[arg-type]
-    config = load_config(base)
+    config = read_config(Path(base.path), base.name)
     _check_stored_precision(config, base, precision)
     model_class, text_config = language_part(config)
     text_only = text_config is not config
@@ -136,6 +144,8 @@ def load_model(
         )
     if precision is None:
         _unpack_compressed(model)
+    if base.new_tokens:
+        add_rows(model, load_tokenizer(base.plain), load_tokenizer(base), base)
     if compute.dtype == torch.float16 and precision not in DTYPES:
         keep_residual_in_fp32(model)
     return Loaded(model, base, precision, compute, text_only)

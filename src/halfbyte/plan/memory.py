@@ -179,6 +179,7 @@ class Planner:
             self.dtype,
             self.device.kind,
             flash=self.device.has_flash,
+            num_new_tokens=len(self.run.data.new_tokens),
         )
 
     @property

@@ -21,9 +21,10 @@ from halfbyte.config.schema import Adapter, Model, Speed
 from halfbyte.data.prefix_tree import shared_prefix_nodes
 from halfbyte.errors import UntraceableError
 from halfbyte.forward.fused_layers import fuse
-from halfbyte.forward.loss import traced_head_losses
+from halfbyte.forward.loss import Head, traced_head_losses
 from halfbyte.forward.packed import gather_rows, tree_inputs, tree_refusal
 from halfbyte.model.adapter import place_adapter, trainable_parameters
+from halfbyte.model.new_tokens import row_layers
 from halfbyte.model.precision import DTYPES, keep_residual_in_fp32
 from halfbyte.model.skeleton import (
     build_for_step,
@@ -63,6 +64,7 @@ class TracedStep:
         dtype: dtype of the matrix products.
         device_type: ``cuda`` or ``cpu``.
         flash: whether the device has attention kernels that never hold all attention scores.
+        num_new_tokens: tokens whose rows of embedding and head are trained.
 
     Raises:
         ModelError: the model or its adapter cannot be built, or its step cannot be traced.
@@ -77,6 +79,7 @@ class TracedStep:
         dtype: torch.dtype,
         device_type: str,
         flash: bool,
+        num_new_tokens: int = 0,
     ) -> None:
         register_attention()
         text = config.get_text_config()
@@ -105,7 +108,9 @@ class TracedStep:
         # PiSSA, OLoRA and LoftQ only start from other values; the tensors have the same shapes.
         with torch.device("meta"):
             default_init = adapter.model_copy(update={"init": "default"})
-            self.adapted = place_adapter(self.model, default_init, seed=0)
+            # Which tokens are new makes no difference, but the first rows of the head are those traced.
+            added = range(num_new_tokens)
+            self.adapted = place_adapter(self.model, default_init, seed=0, added=added)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             self.fixed = materialise(self.adapted)
@@ -266,7 +271,8 @@ class TracedStep:
 
     def _step(self, live: LiveBytes, shape: StepShape) -> None:
         parameters = list(trainable_parameters(self.adapted).values())
-        hooks = gradient_hooks(live, parameters, list(self.layers[0].parameters()))
+        rows = [p for layer in row_layers(self.model) for p in layer.parameters()]
+        hooks = gradient_hooks(live, parameters, [*self.layers[0].parameters(), *rows])
         self.adapted.train()
         if shape.accumulates:
             live.enter(phases.FORWARD, phases.GRADIENTS)
@@ -317,7 +323,7 @@ class TracedStep:
         live.enter(phase, term)
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         states = gather_rows(hidden, sources)
-        head = self.model.get_output_embeddings().weight
+        head = Head.of(self.model)
         return traced_head_losses(head, states, targets, cap, self.device_type).sum()
 
     @functools.cached_property

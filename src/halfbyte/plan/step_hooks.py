@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.forward.packed import is_linear_head
 from halfbyte.plan.live import LiveBytes
 from halfbyte.plan.phases import BACKWARD_END, GRADIENTS, WORKING
 
@@ -36,7 +37,7 @@ def logits_are_the_heads(model: Any, run: Callable[[], torch.Tensor]) -> bool:
         run: gives its logits for a few tokens.
     """
     head: Any = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
+    if not is_linear_head(head):
         return False
     captured: dict[str, Any] = {}
 

@@ -152,11 +152,11 @@ def _open_runs(
     name = base_name(first.base)
     if options.precision is not None:
         raise UserError("--precision has no effect on a run, which has its own; leave it out")
+    first.check_stands_alone()
     loaded = first.load_base(_compute(options, first))
     for one in group:
         if not NAME.fullmatch(one.name):
-            path = one.trained.folder.path
-            raise UserError(f"{one.name}: no request can name it; give NAME={path}")
+            raise UserError(f"{one.name}: no request can name it; NAME={one.trained.folder.path}")
         adapted = load_adapter(loaded, one.trained.folder.adapter, _inner(one.name))
         loaded.model = adapted
     loaded.model = adapted.get_base_model()

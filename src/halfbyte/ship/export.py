@@ -33,6 +33,7 @@ from halfbyte.trained.fidelity import fidelity, reference, torch_predict
 from halfbyte.trained.run import read_trained_run
 
 SPARE = 1.1  # factor on the disk space that an export needs
+ADAPTERS = ("adapter", "gguf-lora")  # of what is exported, what has no base in it
 SIZES = {"f32": 1.0, "f16": 0.5, "bf16": 0.5, "q8_0": 0.28}  # vs fp32; others at most q8_0's
 
 
@@ -77,6 +78,8 @@ def export(
     """
     trained = read_trained_run(path, run)
     folder = trained.folder
+    if any(target.kind in ADAPTERS for target in targets):
+        trained.check_stands_alone()
     measured = MeasuredRun.of(trained, run.export.rows)
     check_adapter(trained)
     check_merged(trained)

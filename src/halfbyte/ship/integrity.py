@@ -34,7 +34,7 @@ def check_adapter(trained: TrainedRun) -> None:
     """
     path = trained.folder.adapter / "adapter_model.safetensors"
     names = _tensor_names(path)
-    layers = {part for name in names for part in name.split(".")}
+    layers = {part for name in names if "lora_" in name for part in name.split(".")}
     touched = sorted(layers & set(EMBEDDINGS))
     if touched and load_config(trained.base).get_text_config().tie_word_embeddings:
         raise RunError(

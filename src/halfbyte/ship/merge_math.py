@@ -21,6 +21,22 @@ INDEX = "model.safetensors.index.json"
 PREFIX = "base_model.model."
 
 
+ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """The trained rows (K, E) of new tokens in an embedding or a head, and their ids."""
+
+    rows: torch.Tensor
+    ids: list[int]
+
+    def fold(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the merged weight (V, E)."""
+        ids = torch.tensor(self.ids, device=weight.device)
+        return weight.index_copy(0, ids, self.rows.to(weight))
+
+
 @dataclass(frozen=True)
 class Update:
     """A layer's LoRA matrices in fp32: ``a`` (r, in), ``b`` (out, r), DoRA's magnitude (out,) or None."""
@@ -36,15 +52,16 @@ class Update:
         LoRA: W + s·BA (arXiv 2106.09685 §4.1). DoRA: m·(W + s·BA)/‖W + s·BA‖, the norm over each
         row of (out, in) (arXiv 2402.09353 eq. 5).
         """
-        merged: torch.Tensor = torch.addmm(weight, self.b, self.a, alpha=self.scale)
+        a, b = self.a.to(weight.device), self.b.to(weight.device)
+        merged: torch.Tensor = torch.addmm(weight, b, a, alpha=self.scale)
         if self.magnitude is None:
             return merged
         norms = torch.linalg.vector_norm(merged, dim=1)
-        scaled: torch.Tensor = merged * (self.magnitude / norms)[:, None]
+        scaled: torch.Tensor = merged * (self.magnitude.to(weight.device) / norms)[:, None]
         return scaled
 
 
-def read_updates(adapter: Path) -> dict[str, Update]:
+def read_updates(adapter: Path) -> dict[str, Update | NewRows]:
     """Return a saved adapter's updates by layer name, such as ``model.layers.0.self_attn.q_proj``.
 
     Raises:
@@ -63,7 +80,9 @@ def read_updates(adapter: Path) -> dict[str, Update]:
             name.removeprefix(PREFIX): file.get_tensor(name).float()
             for name in file.keys()  # noqa: SIM118 - safe_open is not a mapping
         }
-    updates = {}
+    updates: dict[str, Update | NewRows] = {}
+    for name, ids in (config.get("trainable_token_indices") or {}).items():
+        updates[name] = NewRows(tensors.pop(f"{name}{ROWS}"), ids)
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
         updates[layer] = Update(
@@ -72,13 +91,13 @@ def read_updates(adapter: Path) -> dict[str, Update]:
             scale,
             tensors.pop(f"{layer}.lora_magnitude_vector", None),
         )
-    if tensors or not updates:
+    if tensors or not any(isinstance(update, Update) for update in updates.values()):
         raise RunError(f"{adapter}: tensors without a place in the merge: {sorted(tensors)[:3]}")
     return updates
 
 
 def merged_tensors(
-    model: nn.Module, updates: dict[str, Update], dtype: torch.dtype
+    model: nn.Module, updates: dict[str, Update | NewRows], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of the merged checkpoint one by one, folded in fp32 and stored in ``dtype``.
 
@@ -91,24 +110,16 @@ def merged_tensors(
     folded: set[str] = set()
     modules = dict(model.named_modules())
     for full_name, parameter in model.named_parameters():
-        if "lora_" in full_name:
+        if "lora_" in full_name or "trainable_tokens_delta" in full_name:
             continue
         owner, _, leaf = full_name.rpartition(".")
-        layer = owner.removesuffix(".base_layer")
+        layer = owner.removesuffix(".base_layer").removesuffix(".token_adapter")
         tensor = parameter.detach()
         if leaf == "weight" and isinstance(modules[owner], nn.Linear):
             tensor = dequantised_weight(modules[owner])
-            if layer in updates:
-                update = updates[layer]
-                device = tensor.device
-                on_device = Update(
-                    update.a.to(device),
-                    update.b.to(device),
-                    update.scale,
-                    None if update.magnitude is None else update.magnitude.to(device),
-                )
-                tensor = on_device.fold(tensor)
-                folded.add(layer)
+        if leaf == "weight" and layer in updates:
+            tensor = updates[layer].fold(tensor)
+            folded.add(layer)
         stored = tensor.to(dtype)
         if not torch.isfinite(stored).all():
             raise RunError(

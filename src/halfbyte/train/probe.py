@@ -152,7 +152,7 @@ def probe_run(run: Run, device: Device) -> Probe:
     Raises:
         UserError: ``train/sft.py`` would raise it for the same config.
     """
-    base = resolve_base(run.model.name, run.model.revision)
+    base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
     renderer = renderer_of(run.data, load_tokenizer(base))
     prepared = prepare(run.data, renderer, run.seed)
     # A single step needs no evaluation, so missing held-out rows must not be an error.

@@ -13,6 +13,7 @@ from halfbyte.data.samples import Samples
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter
 from halfbyte.model.load import Loaded, load_config, load_for_training
+from halfbyte.model.new_tokens import new_ids
 from halfbyte.model.resolve import Base
 from halfbyte.plan.gate import gate
 from halfbyte.plan.memory import Planner, TrainPlan
@@ -106,7 +107,8 @@ def set_up(
         )
     lengths, held_out_lengths = row_lengths(prepared.train), row_lengths(held_out)
     config = load_config(base)
-    check_vocabulary(base.name, config, renderer, [prepared.train, held_out])
+    parts = [prepared.train, held_out]
+    check_vocabulary(base.name, config, renderer, parts, new_ids(renderer.tokenizer, base))
     planner, plan = gate(run, config, device, lengths, held_out_lengths)
     loaded = load_for_training(base, run.model)
     model = attach_adapter(loaded, run.adapter, run.seed, scratch, is_main=is_main)

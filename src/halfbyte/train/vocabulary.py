@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def check_vocabulary(
-    name: str, config: PretrainedConfig, renderer: Renderer, parts: Sequence[Samples]
+    name: str,
+    config: PretrainedConfig,
+    renderer: Renderer,
+    parts: Sequence[Samples],
+    new_ids: range,
 ) -> None:
     """Check the tokens of rows against a base, before it is loaded.
 
@@ -22,11 +26,12 @@ def check_vocabulary(
         name: the base, for errors.
         config: its configuration.
         renderer: the renderer of the rows.
-        parts: the rows.
+        parts: the rows, those of training first.
+        new_ids: the ids of tokens that are added to the base.
 
     Raises:
-        ModelError: the tokenizer has no EOS token, or a token of a row or a stop token has no row in the
-            embedding; every fault is named at once.
+        ModelError: the tokenizer has no EOS token, a token of a row or a stop token has no row in the
+            embedding, or a new token is in no training row; every fault is named at once.
     """
     num_rows = int(config.get_text_config().vocab_size)
     tokenizer, faults = renderer.tokenizer, []
@@ -48,6 +53,14 @@ def check_vocabulary(
         faults.append(
             f"{place} has the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id {highest}, and"
             f" the embedding {num_rows} rows; use the tokenizer that belongs to the weights"
+        )
+    missing = set(new_ids)
+    for ids, _ in parts[0].tokens if new_ids else ():
+        missing.difference_update(ids)
+    for index in sorted(missing):
+        faults.append(
+            f"the new token {tokenizer.convert_ids_to_tokens(index)!r} is in no training row, so that it could"
+            " not be learnt; leave it out of data.new_tokens"
         )
     if faults:
         raise ModelError("\n".join(f"{name}: {fault}" for fault in faults))

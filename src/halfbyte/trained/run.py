@@ -62,6 +62,19 @@ class TrainedRun:
         exact = Compute(default_device(), dtype, "as trained")
         return load_base(self.base, self.run.model, compute or exact)
 
+    def check_stands_alone(self) -> None:
+        """Check that the adapter works on a base that is also used without it.
+
+        Raises:
+            RunError: it has rows of new tokens, for which that base has no place.
+        """
+        if self.base.new_tokens:
+            raise RunError(
+                f"{self.folder.path}: data.new_tokens gave it rows of its own in the embedding, which have no"
+                " place in a base that others use. Merge the run (train/merge.py) and serve or export what"
+                f" is in {self.folder.merged}"
+            )
+
     def load(self) -> Loaded:
         """Load the base with the run's adapter on it, as it was trained."""
         loaded = self.load_base(self.trained_compute())
@@ -82,7 +95,7 @@ def read_trained_run(path: Path, run: Run | None = None) -> TrainedRun:
     folder, run = RunDir(path.resolve()), run or read_run_folder(path)
     manifest = finished_manifest(folder)
     # The commit used in training, even if the config names a branch that has moved since.
-    base = resolve_base(run.model.name, manifest.base.revision)
+    base = resolve_base(run.model.name, manifest.base.revision, run.data.new_tokens)
     check_same_base(manifest.base, base.identity, f"{folder.path}: was trained on")
     tokenizer = read_tokenizer(folder.adapter, str(folder.adapter))
     # The tokenizer beside the adapter has the template that it was trained with.
