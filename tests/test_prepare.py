@@ -240,6 +240,23 @@ def test_split_does_not_depend_on_the_order_or_number_of_rows(
     assert all(sides(fewer)[name] <= side for name, side in sides(first).items())
 
 
+@pytest.mark.parametrize("num_rows", [8, 16, 17, 40])
+@pytest.mark.parametrize(
+    ("validation", "test"), [(0.25, 0.0), (0.0, 0.25), (0.13, 0.25), (0.5, 0.4)]
+)
+def test_few_rows_are_held_out_as_the_shares_say(
+    tmp_path: Path, renderer: Renderer, num_rows: int, validation: float, test: float
+) -> None:
+    """By hash alone a quarter of 16 rows is anything from none to eight."""
+    for attempt in range(8):
+        rows = [pair(f"{attempt} case {n} of the heart") for n in range(num_rows)]
+        path = write_rows(tmp_path / "a.jsonl", rows)
+        prepared = prepare(data_of(path, validation_frac=validation, test_frac=test), renderer)
+        for part, share in ((prepared.validation, validation), (prepared.test, test)):
+            assert abs(len(part) - share * num_rows) <= max(1, 0.5 * share * num_rows)
+        check_ledger(prepared, num_rows)
+
+
 def test_split_puts_equal_prompts_on_one_side(tmp_path: Path, renderer: Renderer) -> None:
     rows = [
         pair(text, f"answer {k}")

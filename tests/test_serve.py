@@ -19,7 +19,7 @@ import openai
 import pytest
 from safetensors.torch import load_file, save_file
 from serving import Process, serving
-from toys import run_script, write_config
+from toys import run_script
 from waiting import wait_until
 
 from halfbyte.data.conversation import Message
@@ -30,15 +30,6 @@ pytestmark = pytest.mark.real
 KEY = "a-key-for-tests"
 QUESTIONS = [f"diagnosis {n} of the heart" for n in range(8)]
 FP32 = ("--compute-dtype", "fp32")
-
-
-@pytest.fixture(scope="module")
-def other_run(tmp_path_factory: pytest.TempPathFactory, small_base: Path) -> Path:
-    """A second adapter on the base of ``merged_run``."""
-    folder = tmp_path_factory.mktemp("other")
-    config = write_config(folder, small_base, adapter={"r": 8}, seed=5, name="other")
-    run_script("train/sft.py", config)
-    return folder / "runs" / "other"
 
 
 @pytest.fixture(scope="module")

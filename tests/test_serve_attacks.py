@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from serving import Process, serving
-from toys import run_script, write_config
 from waiting import wait_until
 
 pytestmark = pytest.mark.real
@@ -38,11 +37,10 @@ MAX_HEALTH_S = 1.0
 
 @pytest.fixture(scope="module")
 def server(
-    tmp_path_factory: pytest.TempPathFactory, merged_run: Path, small_base: Path
+    tmp_path_factory: pytest.TempPathFactory, merged_run: Path, other_run: Path
 ) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("attacked")
-    run_script("train/sft.py", write_config(folder, small_base, seed=5, name="other"))
-    runs = (f"first={merged_run}", folder / "runs" / "other")
+    runs = (f"first={merged_run}", other_run)
     options = ("--compute-dtype", "fp32", "--max-context", 512)
     with serving(folder / "log", *runs, *options) as process:
         yield process

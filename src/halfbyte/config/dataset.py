@@ -150,11 +150,13 @@ class Data(Section):
     )
     validation_frac: Fraction = Field(
         0.0,
-        description="Share of training rows held out for the loss during training, chosen by hash of"
-        " the prompt, which is all that the model sees before the answer.",
+        description="Share of prompts whose rows are held out for the loss during training, chosen by the"
+        " hash of the prompt, which is all that the model sees before the answer. A prompt stays on its side"
+        " when others come or go, but where the hashes of a few would miss a share by more than a half.",
     )
     test_frac: Fraction = Field(
-        0.0, description="Share of rows held out for the comparison where `test` names none."
+        0.0,
+        description="Share of prompts whose rows are held out for the comparison where `test` names none.",
     )
     cache: bool = Field(
         True,

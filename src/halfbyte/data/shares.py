@@ -15,6 +15,7 @@ from halfbyte.data.samples import SampleFile
 from halfbyte.errors import DataError
 
 TRAIN, VALIDATION, TEST, UNUSED = range(4)
+MAX_MISS = 0.5  # of a share: the most that the hashes of few rows may miss it by
 Sources = Sequence[tuple[str, DataSource]]
 
 
@@ -46,13 +47,34 @@ def divide(
 ) -> NDArray[np.uint8]:
     """Return the part of each row: test sources are held out, others by the hash of what identifies the row."""
     fractions = fraction_of(np.array(file.row_digests))
-    parts = np.full(len(fractions), TRAIN, dtype=np.uint8)
-    parts[fractions < data.test_frac + data.validation_frac] = VALIDATION
-    parts[fractions < data.test_frac] = TEST
     tests = [number for number, (part, _) in enumerate(sources) if part == "test"]
-    parts[np.isin(np.array(file.row_sources), tests)] = TEST
+    is_test = np.isin(np.array(file.row_sources), tests)
+    distinct = np.unique(fractions[used & ~is_test])
+    test_cut, validation_cut = _cuts(distinct, data.test_frac, data.validation_frac)
+    parts = np.full(len(fractions), TRAIN, dtype=np.uint8)
+    parts[fractions < validation_cut] = VALIDATION
+    parts[(fractions < test_cut) | is_test] = TEST
     parts[~used] = UNUSED
     return parts
+
+
+def _cuts(distinct: NDArray[np.float64], test: float, validation: float) -> tuple[float, float]:
+    """Return the hashes below which rows are held out for the test, and for the test or for validation.
+
+    They are the shares themselves, so that a row stays on its side when others come or go. Where that misses a
+    share, that of training included, by more than ``MAX_MISS``, as it may with few rows, they are the hashes that meet all.
+
+    Args:
+        distinct: the hashes of what identifies rows, ascending, in [0, 1).
+        test: the share to be held out for the test.
+        validation: the share to be held out for validation.
+    """
+    shares, num_rows = np.array([test, test + validation, 1.0]), len(distinct)
+    wanted = np.diff(shares, prepend=0.0) * num_rows
+    found = np.diff(np.searchsorted(distinct, shares), prepend=0)
+    if np.any(np.abs(found - wanted) > MAX_MISS * wanted):
+        shares = np.append(distinct, 1.0)[np.round(shares * num_rows).astype(int)]
+    return float(shares[0]), float(shares[1])
 
 
 def drop_leaks(file: SampleFile, parts: NDArray[np.uint8], data: Data, drops: Drops) -> None:
