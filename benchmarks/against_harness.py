@@ -111,9 +111,10 @@ def _model(name: str) -> tuple[Any, Any]:
     import torch
 
     from halfbyte.forward.packed import add_token_loss
-    from halfbyte.model.load import load_model, load_tokenizer
+    from halfbyte.model.load import load_model
     from halfbyte.model.precision import Compute
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     base = resolve_base(name)
     compute = Compute(torch.device("cpu"), torch.float32, "asked")

@@ -68,8 +68,8 @@ def main() -> None:
 
 
 def _prepare(model: str, path: str, policy: str) -> None:
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     data = Data.model_validate(
         {"train": path, "on_overlength": policy, "cache": False, "validation_frac": 0.1}

@@ -41,8 +41,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
     quiet_libraries()
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="halfbyte-many-rows-") as scratch:
         entries = _write(Path(scratch), arguments.rows)

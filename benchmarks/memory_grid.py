@@ -61,8 +61,9 @@ def _cell(
     name: str, compute: str, batch: int, length: int, checkpointing: bool, scratch: Path
 ) -> dict[str, Any]:
     from halfbyte.model.adapter import attach_adapter, trainable_parameters
-    from halfbyte.model.load import load_config, load_model, load_tokenizer
+    from halfbyte.model.load import load_config, load_model
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
     from halfbyte.plan.devices import this_machine
     from halfbyte.plan.memory import Planner
     from halfbyte.train.arguments import Passes

@@ -121,8 +121,8 @@ def _prepare_with_trl(model: str, folder: Path, kind: str) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     spent: dict[str, float] = {}
 
@@ -156,8 +156,8 @@ def _prepare_with_trl(model: str, folder: Path, kind: str) -> dict[str, float]:
 def _prepare_with_ours(model: str, folder: Path, kind: str) -> dict[str, float]:
     """``prepare``, with what it spends on tokenising and labelling."""
     from halfbyte.data.prepare import prepare
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     spent = {"encode_s": 0.0, "encode_cpu_s": 0.0}
 
@@ -208,8 +208,8 @@ def _rows_of(folder: Path, kind: str) -> list[tuple[list[int], list[int]]]:
 
 def _compared(folder: Path, model: str) -> str:
     """Raise unless ids are equal, and labels are where both give them; say how the rest differs."""
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     tokenizer: Any = load_tokenizer(resolve_base(model))
     theirs, ours = _rows_of(folder, "trl"), _rows_of(folder, "first")

@@ -90,8 +90,8 @@ def _shown(keys: dict[str, Any]) -> str:
 
 
 def _cells(path: Path, keys: dict[str, Any]) -> list[str]:
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     data = Data.model_validate({"train": str(path), "max_length": 1 << 20, "cache": False, **keys})
     try:

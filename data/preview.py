@@ -38,8 +38,8 @@ def main() -> None:
     from halfbyte.data.preview import faults_of, show_preview
     from halfbyte.data.preview_page import preview_page
     from halfbyte.data.render import renderer_of
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
     from halfbyte.run_dir import write_text
 
     base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)

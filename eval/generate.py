@@ -64,8 +64,9 @@ def main() -> None:
         reply_to_image,
     )
     from halfbyte.model.adapter import adapter_off
-    from halfbyte.model.load import load_at_precision, load_multimodal, load_tokenizer
+    from halfbyte.model.load import load_at_precision, load_multimodal
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
     from halfbyte.trained.run import read_trained_run
 
     name = absolute_if_local(arguments.model)

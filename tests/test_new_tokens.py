@@ -25,9 +25,10 @@ from halfbyte.eval.variants import Comparison, contenders
 from halfbyte.forward.loss import Head, TokenLoss
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import attach_adapter, load_adapter, save_adapter
-from halfbyte.model.load import load_config, load_model, load_tokenizer
+from halfbyte.model.load import load_config, load_model
 from halfbyte.model.new_tokens import new_ids, row_layers
 from halfbyte.model.resolve import resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.plan.step import TracedStep
 from halfbyte.ship.merge_math import merged_tensors, read_updates
 from halfbyte.trained.run import read_trained_run

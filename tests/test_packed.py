@@ -20,9 +20,10 @@ from halfbyte.forward.packed import add_token_loss, has_tree_attention, pad_righ
 from halfbyte.forward.scoring import row_losses
 from halfbyte.generate.continuous import slots_refusal
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
-from halfbyte.model.load import Loaded, load_model, load_tokenizer
+from halfbyte.model.load import Loaded, load_model
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.train.measure import measure
 
 CPU = Compute(torch.device("cpu"), torch.float32, "test")
@@ -281,6 +282,7 @@ def test_model_whose_rows_see_each_other_in_a_tree_is_padded(tiny_llama: Path) -
         pytest.param("int8", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_rounding_of_16_bits_is_not_mistaken_for_rows_that_see_each_other(
     precision: Any, dtype: torch.dtype
 ) -> None:

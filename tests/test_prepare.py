@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import chatml_tokenizer, write_rows
+from toys import chatml_tokenizer, near_pairs, write_rows
 
 from halfbyte.config.dataset import Data
 from halfbyte.data.conversation import Message, Row
 from halfbyte.data.encoded import IGNORED
-from halfbyte.data.leaks import near_duplicates
 from halfbyte.data.ledger import Ledger, PartTokens
 from halfbyte.data.normal import digest_of, fraction_of, normalised
 from halfbyte.data.prepare import prepare
@@ -389,7 +388,7 @@ def test_near_duplicates_are_those_of_a_plain_jaccard_index() -> None:
             a, b = shingles(one), shingles(other)
             expected[i, j] = len(a & b) / len(a | b)
     threshold = sorted(expected.values())[-12]
-    pairs = near_duplicates(train, held_out, threshold)
+    pairs = near_pairs(train, held_out, threshold)
     wanted = {key: pytest.approx(value) for key, value in expected.items() if value >= threshold}
     assert {(i, j): similarity for i, j, similarity in pairs} == wanted
     assert len(pairs) >= 12
@@ -404,28 +403,28 @@ def test_near_duplicates_handles_short_and_folded_text(
     one: str, other: str, similarity: float | None
 ) -> None:
     expected = [] if similarity is None else [(0, 0, similarity)]
-    assert near_duplicates([one], [other], 0.9) == expected
+    assert near_pairs([one], [other], 0.9) == expected
 
 
 @pytest.mark.parametrize(("train", "held_out"), [([], ["a"]), (["a"], []), ([], [])])
 def test_near_duplicates_finds_none_where_a_side_is_empty(
     train: list[str], held_out: list[str]
 ) -> None:
-    assert near_duplicates(train, held_out, 0.9) == []
+    assert near_pairs(train, held_out, 0.9) == []
 
 
 def test_near_duplicates_passes_over_boilerplate_that_most_prompts_share() -> None:
     instruction = "Name the category of this diagnosis as title and code, and give no reasons: " * 3
     tails = [f"{WORDS[n % 10]} {WORDS[n // 10]}" for n in range(30)]
     prompts = [instruction + tail for tail in tails]
-    assert near_duplicates(prompts[:25], prompts[25:], 0.9) == []
+    assert near_pairs(prompts[:25], prompts[25:], 0.9) == []
     repeated = [*prompts[:25], instruction + tails[27].upper()]
-    assert [(i, j) for i, j, _ in near_duplicates(repeated, prompts[25:], 0.9)] == [(25, 2)]
+    assert [(i, j) for i, j, _ in near_pairs(repeated, prompts[25:], 0.9)] == [(25, 2)]
 
 
 def test_near_duplicates_counts_rows_over_all_blocks() -> None:
     train = [f"{n:05d}" for n in range(2100)]
-    assert near_duplicates(train, ["none here", "02099"], 0.9) == [(2099, 1, 1.0)]
+    assert near_pairs(train, ["none here", "02099"], 0.9) == [(2099, 1, 1.0)]
 
 
 # --- what else the ledger holds ---

@@ -322,3 +322,51 @@ def test_rows_of_the_hub_are_cached_by_their_fingerprint(
     no_rows_are_prepared(monkeypatch)
     assert prepare(data, renderer()) == first
     assert reads == ["org/rows"] * (read_at_first + 1)
+
+
+def test_a_full_disk_of_the_cache_stops_nothing(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfbyte.data import row_file
+
+    def write_to(full: Any) -> None:
+        real = row_file.Blob.flush
+
+        def flush(blob: row_file.Blob) -> None:
+            if full(blob._path):
+                raise OSError(28, "No space left on device", str(blob._path))
+            real(blob)
+
+        monkeypatch.setattr(row_file.Blob, "flush", flush)
+
+    write_to(lambda path: folder in path.parents)
+    assert len(prepare(held(rows), renderer()).train)
+    assert "No space left on device" in capsys.readouterr().err
+    write_to(lambda path: True)
+    with pytest.raises(DataError, match="No space left on device"):
+        prepare(held(rows), renderer())
+
+
+def test_another_process_that_is_first_is_no_fault(
+    rows: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halfbyte.data import cache
+
+    prepare(held(rows), renderer())
+    monkeypatch.setattr(cache, "read", lambda key: None)
+    again = prepare(held(rows), renderer())
+    assert len(again.train)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_opened_is_named(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path == rows:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match="Permission denied"):
+        prepare(held(rows), renderer())

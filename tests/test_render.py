@@ -49,8 +49,8 @@ def renderers() -> list[Any]:
 
 
 def real(name: str, template: str | None) -> Renderer:
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     return Renderer(
         load_tokenizer(resolve_base(name)), load_template(template) if template else None

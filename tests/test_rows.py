@@ -555,3 +555,31 @@ def test_the_chosen_answer_is_learnt_only_when_it_is_named() -> None:
     texts = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     found, _ = parse_rows(table_of(texts), "auto", {"completion": "chosen"})
     assert pairs_of(found.rows[0]) == [(U, "q"), (A, "good")]
+
+
+def test_nested_columns_are_found_in_late_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfbyte.data.rows.HEAD_ROWS", 2)
+    rows: list[dict[str, Any]] = [{"prompt": f"q{n}", "completion": "a"} for n in range(5)]
+    rows.append({"prompt": "late", "completion": "x", "meta": {"w": 5}})
+    found, _ = parse_rows(table_of(*rows), "auto", {"weight": "meta.w"})
+    assert [row.weight for row in found.rows] == [1, 1, 1, 1, 1, 5]
+    assert "names 'meta.wieght', which no row has" in error_of(
+        rows[-1], columns={"weight": "meta.wieght"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"), [("2", None), (2, "C"), ("4", "D"), ("B", "B"), ("0", "A")]
+)
+def test_an_answer_that_names_two_choices_is_refused(answer: Any, letter: str | None) -> None:
+    row = {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": answer}
+    if letter is None:
+        assert "the name of one choice and the text of another" in error_of(row)
+    else:
+        assert parsed(row).messages[1].content == letter
+
+
+@pytest.mark.parametrize("label", [True, False, "True", "false"])
+def test_a_verdict_on_an_answer_is_refused_however_it_is_written(label: Any) -> None:
+    assert "as in KTO" in error_of({"prompt": "q", "completion": "a", "label": label})
+    assert parsed({"prompt": "q", "completion": "a", "label": "card_arrival"})

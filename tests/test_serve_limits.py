@@ -19,7 +19,7 @@ from halfbyte.serve.limits import Limits, PatientProtocol
 from halfbyte.serve.loading import Options, _slots
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.schema import ChatRequest, CompletionRequest
-from halfbyte.serve.server import serve
+from halfbyte.serve.server import bind, serve
 from halfbyte.serve.service import Service
 
 
@@ -100,7 +100,7 @@ def test_a_lost_model_ends_the_server_with_an_error() -> None:
     service = Service([], Limits())
     service.engines = [Failed()]  # type: ignore[list-item]
     with pytest.raises(ModelError, match="it has failed"):
-        serve(service, "127.0.0.1", 0, 1.0)
+        serve(service, bind("127.0.0.1", 0), 1.0)
 
 
 def test_log_probabilities_of_a_request_are_bounded() -> None:

@@ -559,3 +559,63 @@ def test_columns_that_only_later_rows_have_decide_the_format(
     write_rows(path, [{"prompt": "a", "completion": "b"}] * 3 + [{"text": "t"}])
     with pytest.raises(DataError, match="fit several formats: prompt_completion, text"):
         parse_rows(open_table(source_at(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("r.jsonl", '{"prompt": "a", "prompt": "b", "completion": "x"}\n', "'prompt' stands twice"),
+        ("r.json", '[{"prompt": "a", "x": {"y": 1, "y": 2}}]', "'y' stands twice"),
+        ("r.jsonl", '{"prompt": "a",\n"prompt": "b"}\n', "'prompt' stands twice"),
+        ("r.csv", 'prompt,completion\na,"b" c\n', "behind line"),
+        ("r.csv", 'prompt,completion\na,"b\n', "behind line"),
+        ("r.csv", "prompt,completion\ra,b\r", "lines end with a line feed"),
+    ],
+)
+def test_what_would_vanish_or_cannot_be_read_says_where(
+    tmp_path: Path, name: str, content: str, text: str
+) -> None:
+    assert text in error_of(written(tmp_path / name, content))
+
+
+def test_an_arrow_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(table, tmp_path / "r.parquet")
+    assert "several columns named 'completion'" in error_of(tmp_path / "r.parquet")
+
+
+def test_a_blank_row_of_a_csv_is_a_row(tmp_path: Path) -> None:
+    path = written(tmp_path / "r.csv", "prompt,completion\na,b\n,\n\nc,d\n")
+    assert len(read_table(str(path)).rows) == 3
+
+
+def test_many_objects_over_many_lines_take_time_in_proportion(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(3000)]
+    text = "\n".join(json.dumps(row, indent=1) for row in rows)
+    table = read_table(str(written(tmp_path / "r.jsonl", text)))
+    assert [row.values for row in table.rows] == rows
+
+
+@pytest.mark.parametrize("encoding", ["hex", "rot13", "nonsense"])
+def test_an_encoding_that_is_none_of_text_is_unknown(tmp_path: Path, encoding: str) -> None:
+    path = written(tmp_path / "r.csv", "prompt,completion\na,b\n")
+    with pytest.raises(DataError, match="is unknown"):
+        read_table(str(path), encoding=encoding)
+
+
+def test_a_pattern_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pattern"):
+        read_table(f"{tmp_path}/**x.jsonl")
+
+
+def test_files_of_a_folder_that_are_passed_over_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.jsonl", "_c.jsonl", "d.jsonl.bz2", "sub/b.jsonl", "README.md"):
+        written(tmp_path / name, '{"prompt": "a", "completion": "b"}\n')
+    assert len(read_table(str(tmp_path)).rows) == 1
+    assert "passed over _c.jsonl, d.jsonl.bz2, sub" in capsys.readouterr().err

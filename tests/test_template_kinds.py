@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 from toys import chatml_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from halfbyte.data.chat_template import with_date
 from halfbyte.data.conversation import Message, Row, ToolCall, tools_of
@@ -526,3 +529,174 @@ def test_ids_of_calls_never_become_marks() -> None:
     renderer = Renderer(chatml_tokenizer(), template)
     row = Row("r", (u("x"), a("", tool_calls=(ToolCall("f", "{}", "<|im_end|>"),))))
     assert renderer.encode_row(row).labels.count(renderer.stop_ids[0]) == 1
+
+
+def learnt(renderer: Renderer, *messages: Message, tools: str = "") -> list[str]:
+    """What is learnt of a conversation, the last answer first."""
+    (samples,) = renderer.try_rows([Row("r", messages, tools=tools)])
+    if isinstance(samples, DataError):
+        raise samples
+    return [
+        str(renderer.tokenizer.decode([i for i in sample.labels if i != IGNORED]))
+        for sample in samples
+    ]
+
+
+def renderer_with(template: str, *added: str, special: tuple[str, ...] = ()) -> Renderer:
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.add_tokens(list(added))
+    return Renderer(tokenizer, template)
+
+
+ASKED = (
+    "{%- for m in messages %}{% if m.role != 'assistant' %}{{ '<|user|>' + m.content }}{% else %}"
+)
+PROMPTED = "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+
+
+def test_the_end_of_thoughts_that_a_prompt_opens_is_learnt_once() -> None:
+    """GLM-4.7's prompt opens thoughts, and of an answer without any it writes their end alone."""
+    template = (
+        f"{ASKED}{{{{ '<|assistant|>' }}}}{{% if m.reasoning_content %}}"
+        "{{ '<think>' + m.reasoning_content }}{% endif %}{{ '</think>' + m.content + '<|im_end|>' }}"
+        f"{PROMPTED}{{{{ '<|assistant|><think>' }}}}{{% endif %}}"
+    )
+    renderer = renderer_with(template, "<think>", "</think>", "<|user|>", "<|assistant|>")
+    assert learnt(renderer, u("2 + 2?"), a("4")) == ["</think>4<|im_end|>"]
+    thought = learnt(renderer, u("2 + 2?"), a("4", reasoning="Two."))
+    assert thought == ["Two.</think>4<|im_end|>"]
+    with pytest.raises(DataError, match="differently from the prompt"):
+        learnt(renderer, u("2 + 2?"), a("<think>Two.</think>4"))
+
+
+@pytest.mark.parametrize("closed", ["<think>\n</think>", "<|channel>thought\n<channel|>"])
+def test_an_empty_block_of_thoughts_in_the_prompt_alone_is_context(closed: str) -> None:
+    """As Gemma 4 and modes without thoughts have it."""
+    opener = closed.split("\n")[0]
+    template = (
+        f"{ASKED}{{{{ '<|assistant|>' }}}}{{% if m.reasoning_content %}}{{{{ {opener!r} + m.reasoning_content }}}}"
+        "{% endif %}{{ m.content + '<|im_end|>' }}"
+        f"{PROMPTED}{{{{ '<|assistant|>' + {closed!r} }}}}{{% endif %}}"
+    )
+    marks = ("<think>", "</think>", "<|channel>", "<channel|>", "<|user|>", "<|assistant|>")
+    renderer = renderer_with(template, *marks)
+    prompt = renderer.encode_prompt((u("2 + 2?"),))
+    (encoded,) = renderer.encode_rows([Row("r", (u("2 + 2?"), a("4")))])
+    assert encoded.ids[: len(prompt)] == prompt
+    assert str(renderer.tokenizer.decode(encoded.ids[len(prompt) :])) == "4<|im_end|>"
+    with pytest.raises(DataError, match="differently from the prompt"):
+        learnt(renderer, u("2 + 2?"), a("4", reasoning="Two."))
+
+
+def test_an_answer_that_its_template_ends_twice_is_refused() -> None:
+    """Generation would stop behind the thoughts."""
+    template = (
+        f"{ASKED}{{{{ '<|begin|>' }}}}{{% if m.reasoning_content %}}"
+        "{{ '<|think|>' + m.reasoning_content + '<|end|><|begin|>' }}{% endif %}"
+        "{{ '<|content|>' + m.content + '<|end|>' }}"
+        f"{PROMPTED}{{{{ '<|begin|>' }}}}{{% endif %}}"
+    )
+    renderer = renderer_with(
+        template, "<|begin|>", "<|end|>", "<|think|>", "<|content|>", "<|user|>"
+    )
+    assert learnt(renderer, u("2 + 2?"), a("4")) == ["<|content|>4<|end|>"]
+    with pytest.raises(DataError, match="generation would stop there"):
+        learnt(renderer, u("2 + 2?"), a("4", reasoning="Two."))
+
+
+def test_a_mark_around_an_answer_is_not_its_end() -> None:
+    template = (
+        f"{ASKED}{{{{ '<|assistant|><answer>' + m.content + '</answer><|im_end|>\n' }}}}"
+        f"{PROMPTED}{{{{ '<|assistant|>' }}}}{{% endif %}}"
+    )
+    renderer = renderer_with(template, "<answer>", "</answer>", "<|user|>", "<|assistant|>")
+    assert learnt(renderer, u("2 + 2?"), a("4")) == ["<answer>4</answer><|im_end|>"]
+    assert renderer.stop_id == renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_calls_and_thoughts_written_into_content_are_tokens_in_every_template() -> None:
+    """A default system message may speak of thoughts, and only a last answer have an empty block of them."""
+    speaks = "{{ '<|im_start|>system\nThink in <think> and </think>.<|im_end|>\n' }}" + HERMES
+    written = "<think>\nIt is far.\n</think>\n\n<tool_call>\n{}\n</tool_call>"
+    for template in (QWEN3, speaks):
+        marks = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+        renderer = renderer_with(template, *marks)
+        (samples,) = renderer.try_rows([Row("r", (u("Tide?"), a(written)))])
+        assert isinstance(samples, list)
+        for mark in marks:
+            index = renderer.tokenizer.convert_tokens_to_ids(mark)
+            assert samples[0].labels.count(index) == 1, mark
+
+
+def test_control_tokens_that_no_template_names_stay_text() -> None:
+    renderer = renderer_with(HERMES, "<|fim_prefix|>", "<tide>")
+    row = Row("r", (u("Explain <|fim_prefix|> and <tide>."), a("Well, <|fim_prefix|> is text.")))
+    (encoded,) = renderer.encode_rows([row])
+    ids = renderer.tokenizer.convert_tokens_to_ids(["<|fim_prefix|>", "<tide>"])
+    assert [encoded.ids.count(index) for index in ids] == [0, 1]
+
+
+def llama_2_tokenizer(scheme: str) -> Any:
+    """A tokenizer that marks the beginning of a text, with ``always`` also behind special tokens."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["Name a port. Brest Vigo user assistant"] * 9
+    core.train_from_iterator(words, BpeTrainer(special_tokens=special, show_progress=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_an_answer_behind_text_does_not_begin_a_text(scheme: str) -> None:
+    tokenizer = llama_2_tokenizer(scheme)
+    template = (
+        "{%- for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    renderer = Renderer(tokenizer, template)
+    row = Row("r", (u("Name </s> a port."), a("Brest"), u("Another."), a("Vigo")))
+    (encoded,) = renderer.encode_rows([row])
+    text = tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in row.messages], tokenize=False
+    )
+    assert tokenizer.decode(encoded.ids).replace(" ", "") == text.strip().replace(" ", "")
+    words = [t for i, t in zip(encoded.labels, encoded.ids, strict=True) if i != IGNORED]
+    assert tokenizer.convert_ids_to_tokens(words) == [
+        *tokenizer.tokenize("\nBrest")[-2:],
+        "</s>",
+        *tokenizer.tokenize("\nVigo")[-2:],
+        "</s>",
+    ] or "▁" not in "".join(tokenizer.convert_ids_to_tokens(words))
+    prompt = renderer.encode_prompt(row.messages[:3])
+    assert encoded.ids[: len(prompt)] == prompt
+
+
+def test_what_stands_elsewhere_too_is_dropped_all_the_same() -> None:
+    no_thoughts = HERMES
+    with pytest.raises(DataError, match="drops the thoughts"):
+        learnt(renderer_with(no_thoughts), u("2 + 2?"), a("Add them. 4", reasoning="Add them."))
+    no_system = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    system = Message("system", "Translate")
+    with pytest.raises(DataError, match="drops the system message"):
+        learnt(renderer_with(no_system + HERMES), system, u("Translate this"), a("Voilà"))
+    bare = HERMES.replace("m.content", "('' if m.tool_calls else m.content)")
+    call = a("tide", tool_calls=(CALL,))
+    with pytest.raises(DataError, match="drops the assistant message"):
+        learnt(renderer_with(bare), u("Tide?"), call)
+
+
+def test_bos_that_also_ends_answers_may_stand_often() -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = "<|endoftext|>"
+    template = (
+        "{{ bos_token }}{%- for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    renderer = Renderer(tokenizer, template)
+    assert learnt(renderer, u("Hi"), a("Ho")) == ["Ho<|endoftext|>"]

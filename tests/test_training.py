@@ -21,8 +21,9 @@ from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import Renderer
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
-from halfbyte.model.load import load_config, load_model, load_tokenizer
+from halfbyte.model.load import load_config, load_model
 from halfbyte.model.resolve import resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.plan.devices import this_machine
 from halfbyte.run_dir import read_jsonl
 from halfbyte.tracking import choose_mode

@@ -6,6 +6,7 @@ import csv
 import json
 import runpy
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from halfbyte.config.dataset import Data, DataSource
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.fields import Account, RowError
+from halfbyte.data.leaks import near_duplicates
 from halfbyte.data.raw import RawRow, Table
 from halfbyte.data.rows import ParsedRows
 from halfbyte.data.sources import open_table
@@ -234,3 +236,13 @@ def _read(table: Table, found: list[Any]) -> Read:
     rows = [row for row in found if not isinstance(row, RowError)]
     malformed = [row for row in found if isinstance(row, RowError)]
     return Read(table.name, table.columns, table.fingerprint, rows, malformed)
+
+
+def near_pairs(
+    train: Sequence[str], held_out: Sequence[str], threshold: float
+) -> list[tuple[int, int, float]]:
+    """All nearly equal pairs, the most similar first."""
+    pairs, total = near_duplicates(train, held_out, threshold, limit=10**6)
+    assert len(pairs) == total
+    assert near_duplicates(train, held_out, threshold, limit=2) == (pairs[:2], total)
+    return pairs

@@ -30,8 +30,8 @@ def main() -> None:
     from halfbyte.data.preview import show_ledger, show_tokens
     from halfbyte.data.render import renderer_of
     from halfbyte.model.adapter import describe_model
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
     from halfbyte.plan.devices import this_machine
     from halfbyte.plan.gate import check_weights
     from halfbyte.train.probe import first_look

@@ -150,8 +150,8 @@ def _real(model: Model, folder: Path, chat: Path | None) -> tuple[list[Row], lis
     from halfbyte.data.icd10 import build_icd10
     from halfbyte.data.prepare import prepare
     from halfbyte.data.render import Renderer
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
 
     if model.config is None:
         raise ValueError(

@@ -24,8 +24,8 @@ def main(job: Job, *callbacks: TrainerCallback) -> None:
     """Base → plan → trainer → adapter and result."""
     quiet_libraries()
     from halfbyte.model.adapter import save_adapter
-    from halfbyte.model.load import load_tokenizer
     from halfbyte.model.resolve import resolve_base
+    from halfbyte.model.tokenizer import load_tokenizer
     from halfbyte.plan.devices import this_machine
     from halfbyte.train.probe import first_look
     from halfbyte.train.setup import set_up

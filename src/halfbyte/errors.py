@@ -14,6 +14,7 @@ Every message says where the fault is, what was found, what is allowed and what 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -87,6 +88,9 @@ def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -
 
     The exit code is the error's, unless the script passes its own.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of a file or of a key may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

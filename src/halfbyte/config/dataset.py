@@ -32,7 +32,7 @@ class DataSource(Section):
     name: Name | None = Field(
         None, description="Name in the ledger and of the losses; default: of the file or folder."
     )
-    weight: Annotated[float, Field(gt=0)] = Field(
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
         1.0,
         description="How often each of its training rows is in an epoch: 2 is twice, 0.5 a half of them, drawn"
         " by `seed`.",
@@ -197,4 +197,4 @@ def _name_of(path: str) -> str:
     """Return the name of a file without suffixes, or that of the nearest folder that says more than a split."""
     names = [part.partition(".")[0] or part for part in path.split("/") if part]
     telling = [name for name in names if name not in SPLIT_NAMES and not set(name) & set("*?[")]
-    return (telling or names)[-1]
+    return (telling or names or ["rows"])[-1]

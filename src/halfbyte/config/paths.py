@@ -92,10 +92,14 @@ def _check_hub_keys(resolver: _Resolver, data: Data) -> None:
     for part in ("train", "test"):
         entries = getattr(data, part)
         for number, entry in enumerate(entries if isinstance(entries, list) else ()):
-            for key in ("subset", "revision"):
+            idle = dict.fromkeys(("subset", "revision"), "the rows come from local files")
+            if not os.path.isdir(entry.path):
+                idle["split"] = "a file or a pattern has no splits"
+            if bare_suffix(entry.path) in (".parquet", ".arrow"):
+                idle |= dict.fromkeys(("field", "encoding"), "the file is no text")
+            for key, why in idle.items():
                 if getattr(entry, key) is not None and os.path.isabs(entry.path):
-                    where = ("data", part, number, key)
-                    resolver.fault(where, "has no effect: the rows come from local files")
+                    resolver.fault(("data", part, number, key), f"has no effect: {why}")
     if not all(os.path.isabs(entry.path) for _, entry in sources):
         return
     folders = {f"{part}_split" for part, entry in sources if os.path.isdir(entry.path)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,19 @@ from halfbyte.data.shares import Sources
 HELD_OUT = ("validation", "test")
 
 
+@dataclass(frozen=True)
+class NearPairs:
+    """Training and held-out rows that are nearly alike.
+
+    Attributes:
+        pairs: the most similar ones: numbers of a training and a held-out row, and their similarity.
+        total: how many there are.
+    """
+
+    pairs: list[tuple[int, int, float]]
+    total: int
+
+
 def ledger_of(
     tables: list[Table],
     sources: Sources,
@@ -24,7 +38,7 @@ def ledger_of(
     encoded: EncodedRows,
     drops: Drops,
     account: Account,
-    near: list[tuple[int, int, float]],
+    near: NearPairs,
     split_by: str,
 ) -> Ledger:
     """Account for every row that was read.
@@ -36,7 +50,7 @@ def ledger_of(
         encoded: what became of the rows.
         drops: the rows that were left out.
         account: what happened to keys and turns.
-        near: numbers of a training and a held-out row that are alike, with their similarity.
+        near: training and held-out rows that are alike.
         split_by: as in ``Ledger``.
     """
     names = [source.name or "" for _, source in sources]
@@ -74,9 +88,7 @@ def ledger_of(
     return ledger
 
 
-def _places(
-    samples: dict[str, Samples], encoded: EncodedRows, near: list[tuple[int, int, float]]
-) -> dict[str, Any]:
+def _places(samples: dict[str, Samples], encoded: EncodedRows, near: NearPairs) -> dict[str, Any]:
     """Return the lists of the ledger that name the first rows of a kind, and how many there are."""
     rows = samples["train"].file.rows
     escaped = np.concatenate([_flagged(part, 2) for part in samples.values()])
@@ -87,13 +99,13 @@ def _places(
         "special_token_text": [rows[n].place for n in escaped[:MAX_PLACES].tolist()],
         "near_duplicates": [
             NearDuplicate(train=rows[i].place, held_out=rows[j].place, jaccard=round(similarity, 3))
-            for i, j, similarity in near[:MAX_PLACES]
+            for i, j, similarity in near.pairs
         ],
         "totals": {
             "truncated": encoded.num_truncated,
             "changed_by_template": len(changed),
             "special_token_text": len(escaped),
-            "near_duplicates": len(near),
+            "near_duplicates": near.total,
         },
     }
 

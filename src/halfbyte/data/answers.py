@@ -13,6 +13,7 @@ from halfbyte.data.fields import RowError
 
 # What opens thoughts at the end of a prompt, and what closes them.
 THINK_MARKS = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]": "[/THINK]"}
+MARK = re.compile(r"<[^<>\s]+>|\[/?THINK\]")
 THINK_OPENER = re.compile(f"({'|'.join(map(re.escape, THINK_MARKS))})\\s*$")
 
 
@@ -127,7 +128,7 @@ def _answer(
         RowError: the answer does not follow its generation prompt, or has no stop token.
     """
     if not text.startswith(prompt):
-        continued = _think_after(text, prompt, message)
+        continued = _after_block(form, text, prompt, message) or _think_after(text, prompt, message)
         if continued is None:
             raise RowError(
                 place,
@@ -145,7 +146,40 @@ def _answer(
             "an answer without a stop token",
             f"the chat template writes no {form.stops[0]} after answer {number}",
         )
+    if not form.is_over(text, end):
+        raise RowError(
+            place,
+            "an answer that goes on behind its stop token",
+            f"the chat template writes {text[len(prompt) : end][-20:]!r} within answer {number}, and generation"
+            f" would stop there, before {text[end:][:40]!r}; set data.chat_template to one that ends an answer"
+            " once",
+        )
     return text, len(prompt), end
+
+
+def _after_block(form: ChatFormat, text: str, prompt: str, message: Message) -> str | None:
+    """Return the text of an answer whose prompt ends with an empty block of thoughts that the answer lacks.
+
+    Gemma 4's prompt ends with ``<|channel>thought<channel|>`` where it is not to think, and its template writes
+    no such block into the answer. What the model generates behind the block is the rest of the answer.
+
+    Returns:
+        the prompt and what follows it, or None if this is not what the template does.
+    """
+    shorter = min(len(text), len(prompt))
+    same = next((n for n in range(shorter) if text[n] != prompt[n]), shorter)
+    for match in form.special_tokens.pattern.finditer(prompt):
+        if match.start() < same < match.end():
+            same = match.start()  # both begin with a part of this token
+    block, body = prompt[same:], text[same:]
+    marks = MARK.findall(block)
+    if message.reasoning or len(marks) != 2 or not block.rstrip().endswith(marks[1]):
+        return None
+    if body.startswith(marks[0]):
+        return None  # the answer has thoughts
+    if body.startswith(marks[1]):  # DeepSeek-V3.2 repeats the end of the block
+        body = body[len(marks[1]) :]
+    return prompt + body
 
 
 def _think_after(text: str, prompt: str, message: Message) -> str | None:
@@ -162,6 +196,10 @@ def _think_after(text: str, prompt: str, message: Message) -> str | None:
         return None
     mark, close = opener.group(1), THINK_MARKS[opener.group(1)]
     body = text[opener.start() :]
+    if body.lstrip().startswith(
+        close
+    ):  # GLM-4.7 writes no more than the end of what the prompt opens
+        return None if mark in message.content else prompt + body
     if body.startswith(mark):  # an empty block, with other space in it than the prompt leaves
         return prompt + body[len(mark) :].lstrip()
     found = re.match(

@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from halfbyte import __version__, record
 from halfbyte.config.dataset import Data
 from halfbyte.data.prepared import Prepared, read_prepared, write_prepared
 from halfbyte.data.render import Renderer
-from halfbyte.data.row_file import Scratch
+from halfbyte.data.row_file import Scratch, delete_left
 from halfbyte.run_dir import cache_dir
 
 MAX_BYTES = 10**10  # of all rows together; the least recently used are deleted first
-LEFT_SECONDS = 2 * 24 * 3600  # after which a folder that nobody completed is deleted
 # Libraries that read, render, tokenise or compare rows.
 LIBRARIES = (
     "datasets",
@@ -106,8 +104,11 @@ def write(key: str, prepared: Prepared, scratch: Scratch) -> None:
                     f"prepared rows are not cached: {size / 1e9:.1f} GB is more than the cache may hold"
                 )
                 return
-            if not path.exists():
+            try:
                 scratch.keep_as(path)
+            except OSError:
+                if not path.exists():  # else another process was first
+                    raise
             _make_room(path)
         except OSError as fault:
             error = fault.strerror or str(fault)
@@ -131,10 +132,7 @@ def _size(path: Path) -> int:
 
 def _make_room(newest: Path) -> None:
     """Delete the least recently used rows other than ``newest`` until the rest fit."""
-    for left in newest.parent.glob(".*"):  # of a process that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+    delete_left(newest.parent, ".*")
     kept = [path for path in newest.parent.glob("*.rows") if path != newest and path.is_dir()]
     sizes = {path: _size(path) for path in kept}
     total = _size(newest) + sum(sizes.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from halfbyte.config.paths import TEMPLATE_NAMES
@@ -38,7 +39,9 @@ MARK_NAMES = re.compile(
     r"turn|im_(start|end)|header|(start|begin|end).?of|endoftext|eo[tms]|user|assistant|system|0x[0-9A-F]{2}",
     re.IGNORECASE,
 )
-# An added token is markup if it looks like this; others are words that the vocabulary was given.
+# An added token is a control token if it looks like the first, and markup of a template that writes it if it
+# looks like the second; others are words that the vocabulary was given.
+PIPED = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 MARKUP = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)
 
 
@@ -48,6 +51,7 @@ class ChatFormat:
     Args:
         template: the template.
         stop: ``template`` if the template ends answers, ``eos`` if the EOS token is to be added.
+        vocabulary: added tokens that are words of texts, whatever they look like.
 
     Attributes:
         special_tokens: the tokens that text of a conversation must not turn into.
@@ -57,16 +61,20 @@ class ChatFormat:
         DataError: an answer ends without a token that a model could stop at.
     """
 
-    def __init__(self, template: ChatTemplate, stop: str = "template") -> None:
+    def __init__(
+        self, template: ChatTemplate, stop: str = "template", vocabulary: Sequence[str] = ()
+    ) -> None:
         self.template, self.tokenizer = template, template.tokenizer
-        tokens = always_special(self.tokenizer)
+        piped = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        piped = {token for token in piped - {*vocabulary} if PIPED.fullmatch(token)}
+        tokens = {*always_special(self.tokenizer), *piped}
         text = self._probe()
         known = _written(self.tokenizer, template.source, text)
         strings = {*tokens, *known}
         self.special_tokens = SpecialTokens(strings, self.tokenizer)
         named = {token for token in strings if MARK_NAMES.search(token)}
         # A special token that the template does not know is no markup of its answers: SmolLM2's <filename>.
-        unknown = set(tokens) - known
+        unknown = tokens - known
         marks = {*named, *unknown, *_framing(self.tokenizer), *self._turn_marks()}
         # Added to the last answer where the template writes no stop: after a text, and after a tool call.
         self._missing: tuple[str, str] | None = None
@@ -80,6 +88,10 @@ class ChatFormat:
         """Return where the answer that begins at ``start`` ends, after its stop token; None if it has none."""
         stop = self._stop_pattern.search(text, start)
         return stop.end() if stop else None
+
+    def is_over(self, text: str, end: int) -> bool:
+        """Return whether nothing but space and special tokens stands in a text from ``end`` on."""
+        return not self.special_tokens.pattern.sub("", text[end:]).strip()
 
     def with_stop(self, text: str, answer: Message) -> str:
         """Return a text that ends with an answer, with the stop token added that the template leaves out."""
@@ -108,9 +120,19 @@ class ChatFormat:
         prompt = self.template.prompt(PROBE[:1], PLACE)
         try:
             question = self.template.render(PROBE[:1], PLACE)
+            # A template's own system message may speak of the marks of thoughts; later turns do not.
+            follows = _after(self.template.render(PROBE[:3], PLACE), PROBE[1].content)
         except DataError:  # a template may want an answer
             return set(find(prompt))
-        return {*find(question), *find(_rest(prompt, question))[:1]}
+        return {*self._run(question), *find(follows), *find(_rest(prompt, question))[:1]}
+
+    def _run(self, text: str) -> list[str]:
+        """Return the special tokens that a text begins with, with nothing between them."""
+        found = []
+        while match := self.special_tokens.pattern.match(text):
+            found.append(match.group())
+            text = text[match.end() :]
+        return found
 
     def _usual_stop(self, text: str, stop: str) -> str:
         """Return the special token that ends an answer in ``text``, the probe's.
@@ -119,15 +141,19 @@ class ChatFormat:
             DataError: none does, or ``eos`` would add one to another.
         """
         after = _after(text, PROBE[-1].content)
-        match = self.special_tokens.pattern.match(after.lstrip())
-        if match:
+        eos: str | None = self.tokenizer.eos_token
+        ends = self._run(after.lstrip())
+        if ends:
+            # What ends every answer, and not only the last of a conversation.
+            always = self._run(text.partition(PROBE[1].content)[2].lstrip())
+            ends = [one for one, other in zip(ends, always, strict=False) if one == other] or ends
+            usual = eos if eos in ends else ends[-1]
             if stop == "eos":
                 raise DataError(
-                    f"data.stop: eos has no effect, since the chat template ends answers with"
-                    f" {match.group()}; leave it out"
+                    f"data.stop: eos has no effect, since the chat template ends answers with {usual};"
+                    " leave it out"
                 )
-            return match.group()
-        eos: str | None = self.tokenizer.eos_token
+            return usual
         if stop == "eos" and eos is not None:
             self._missing = (eos, eos)
             return eos
@@ -153,7 +179,7 @@ class ChatFormat:
             self.template.calls_as_text = as_text
             try:
                 call = self.template.render(TOOL_PROBE[:2], PLACE, TOOLS)
-                output = _rest(self.template.render(TOOL_PROBE[:3], PLACE, TOOLS), call)
+                output = self.template.render(TOOL_PROBE[:3], PLACE, TOOLS)
             except DataError:
                 continue
             if "kappa" not in call:
@@ -166,9 +192,16 @@ class ChatFormat:
         return set()
 
     def _note_call(self, call: str, output: str) -> set[str]:
-        """Note the token that ends a call; return the mark that begins the tool's turn."""
+        """Note the token that ends a call; return the mark that begins the tool's turn.
+
+        Args:
+            call: a conversation that ends with a call.
+            output: the same with the tool's turn. Where a template leaves earlier thoughts out, it does not
+                begin with ``call``.
+        """
         find = self.special_tokens.pattern.findall
-        begins = find(output)[:1]
+        ends_call = find(_after(call, "kappa"))
+        begins = find(_after(output, "kappa"))[len(ends_call) :][:1] if "kappa" in output else []
         if self._missing is None:
             last = find(call)[-1:]
             if last and call.rstrip().endswith(last[0]) and not last[0].startswith(("</", "[/")):

@@ -42,9 +42,16 @@ def _number_of_choice(place: str, answer: Any, texts: list[str], labels: Any, le
     """
     written = str(_as_text(answer)).strip()
     named = [str(label) for label in labels] if isinstance(labels, list) else []
-    for names in (named, list(letters), [str(n) for n in range(len(texts))], texts):
-        if names.count(written) == 1 and len(names) == len(texts):
-            return names.index(written)
+    numbers = [
+        names.index(written)
+        for names in (named, list(letters), [str(n) for n in range(len(texts))], texts)
+        if names.count(written) == 1 and len(names) == len(texts)
+    ]
+    if isinstance(answer, str) and not named and len(set(numbers)) > 1:
+        detail = f"answer is {quoted(answer)}, the name of one choice and the text of another; give its letter"
+        raise RowError(place, "an answer that names two choices", detail)
+    if numbers:
+        return numbers[0]
     detail = f"answer is {quoted(answer)}; one of {letters[0]} to {letters[-1]}, 0 to {len(texts) - 1}, or"
     raise RowError(place, "answer is no choice", f"{detail} the text of a choice is expected")
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from halfbyte.data.answers import Sample
+from halfbyte.data.answers import THINK_OPENER, Sample
 from halfbyte.data.chat_template import SYSTEM_REMEDY, ChatTemplate
-from halfbyte.data.conversation import Message
+from halfbyte.data.conversation import OPENING_ROLES, Message
 from halfbyte.data.fields import RowError
 
 OTHER_TEXT = "halfbyte"
@@ -21,19 +21,20 @@ REMEDIES = {
     "thoughts": ". Write them into content, or set data.chat_template to one that writes thoughts",
     "name": ". Remove it, or write it into content",
 }
-# What a turn is without a field.
+# What a turn is without a field, or with another content.
 WITHOUT: dict[str, Callable[[Message, int], Message]] = {
     "thoughts": lambda message, _: replace(message, reasoning=None),
     "tool calls": lambda message, call: replace(
         message, tool_calls=message.tool_calls[:call] + message.tool_calls[call + 1 :]
     ),
     "name": lambda message, _: replace(message, name=None),
+    "content": lambda message, _: replace(message, content=OTHER_TEXT),
 }
 USE_ANOTHER = ". Set data.chat_template to one that writes them"
 
 
 class Completeness:
-    """Checks rows against one template, and remembers by the roles of a row what it writes.
+    """Checks rows against one template, and remembers by the roles and fields of a row what it writes.
 
     Args:
         template: the template.
@@ -67,11 +68,16 @@ class Completeness:
             if content not in texts[0] and not any(content in text for text in texts[1:]):
                 changed = True
                 self._check_content(messages, tools, number, texts, place)
+            elif content and (message.role in OPENING_ROLES or message.tool_calls):
+                # Its text may stand elsewhere, as that of a system message in the question.
+                self._check_field(messages[: number + 2], tools, number, "content", place)
             if message.is_plain:
                 continue
-            reasoning = message.reasoning
-            if reasoning and message.learnt and not _is_in(reasoning, texts):
-                self._check_field(messages, tools, number, "thoughts", place)
+            reasoning, turns = message.reasoning, messages[: number + 1]
+            if reasoning and message.learnt:
+                opened = self._opens_thoughts(turns[:-1], tools, place)
+                if not (opened and _is_in(reasoning, texts)):
+                    self._check_field(turns, tools, number, "thoughts", place)
             for call in range(len(message.tool_calls)):
                 self._check_field(messages, tools, number, "tool calls", place, call)
             if message.name and not _repeats_call(messages[:number], message):
@@ -101,6 +107,14 @@ class Completeness:
         if self._same(other, tools, messages, tools, place):
             raise _dropped(place, f"{message.role} message")
 
+    def _opens_thoughts(self, messages: tuple[Message, ...], tools: str, place: str) -> bool:
+        """Return whether the prompt opens thoughts, which then do not come from the template's answer."""
+        key = ("opens", *_signature(messages, tools))
+        if key not in self._drops:
+            prompt = self.template.prompt(messages, place, tools)
+            self._drops[key] = THINK_OPENER.search(prompt) is not None
+        return self._drops[key]
+
     def _check_field(
         self,
         messages: tuple[Message, ...],
@@ -128,7 +142,7 @@ class Completeness:
                 )
             self._drops[key] = self._same(other, other_tools, messages, tools, place)
         if self._drops[key]:
-            raise _dropped(place, kind)
+            raise _dropped(place, f"{messages[number].role} message" if kind == "content" else kind)
 
     def _same(
         self,

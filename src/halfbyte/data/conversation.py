@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,12 +103,13 @@ class Row:
         texts = [message.text for message in self.messages[:-1]]
         return "\n".join([self.tools, *texts] if self.tools else texts)
 
-    def prompt_beside(self, system: str | None) -> str:
-        """Return the prompt without a system message that reads ``system``.
+    def prompt_beside(self, systems: Container[str]) -> str:
+        """Return the prompt without a system message that is one of ``systems``.
 
         The message of a config stands in every row that has none of its own: it tells no rows apart.
         """
-        if self.messages and system is not None and self.messages[0] == Message("system", system):
+        first = self.messages[0] if self.messages else None
+        if first is not None and first.role == "system" and first.content in systems:
             return replace(self, messages=self.messages[1:]).prompt
         return self.prompt
 

@@ -165,9 +165,8 @@ class Fields:
         """
         for key, value in self.values.items():
             # Other labels are classes, which tell nothing of what is to be learnt.
-            remedy = (
-                GOOD_ANSWERS if key == "label" and isinstance(value, bool) else refused.get(key)
-            )
+            is_verdict = key == "label" and str(value).strip().lower() in ("true", "false")
+            remedy = GOOD_ANSWERS if is_verdict else refused.get(key)
             if remedy:
                 raise self.error(
                     f"{key!r} is not supported", f"has {key!r}: {quoted(value)}; {remedy}"
@@ -181,7 +180,24 @@ class Fields:
         """
         self.refuse(refused)
         for key in self.values:
-            account.ignored[f"{_kind(self.where)}{key}"] += 1
+            name = f"{_kind(self.where)}{key}"
+            account.ignored[name.encode("utf-8", "backslashreplace").decode()] += 1
+
+
+class RepeatedKeyError(ValueError):
+    """A key that stands twice in an object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {shorten(repr(twice), MAX_VALUE_CHARS)} stands twice")
+    return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_unique)  # raises where a value would vanish
 
 
 def json_value(place: str, name: str, value: Any) -> Any:
@@ -193,7 +209,7 @@ def json_value(place: str, name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return JSON.decode(value)
     except (ValueError, RecursionError) as error:
         hint = (
             "; it reads like Python's repr: write it with json.dumps"

@@ -37,6 +37,7 @@ SPLIT_WORDS = {
     "evaluation": "test",
 }
 CHUNK_BYTES = 1 << 20
+MAX_NAMED = 10
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 ALLOWED = f"{', '.join(DATA_SUFFIXES)}, each also with .gz, .xz or .zst"
 
@@ -73,7 +74,10 @@ def data_files(source: str, split: str) -> list[Path]:
 def _matches(pattern: str) -> list[Path]:
     parts = Path(pattern).parts
     first = next(number for number, part in enumerate(parts) if is_pattern(part))
-    return sorted(Path(*parts[:first]).glob(str(Path(*parts[first:]))))
+    try:
+        return sorted(Path(*parts[:first]).glob(str(Path(*parts[first:]))))
+    except ValueError as error:
+        raise DataError(f"{pattern}: no pattern: {error}; such as rows/**/*.jsonl") from None
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
@@ -83,6 +87,10 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         DataError: the folder holds no data file, or none of this split.
     """
     files = sorted(file for file in folder.iterdir() if _holds_rows(file))
+    passed_over = sorted(file.name for file in folder.iterdir() if _may_hold_rows(file))
+    if files and passed_over:
+        names = ", ".join(passed_over[:MAX_NAMED])
+        print(f"{folder}: passed over {names}", file=sys.stderr)
     if not files:
         nested = next((f for f in sorted(folder.rglob("*")) if is_data_file(f.name)), None)
         hint = f"; for {nested} write {folder}/**/*{nested.suffix}" if nested else ""
@@ -109,6 +117,15 @@ def _holds_rows(file: Path) -> bool:
     """Return whether a file holds rows, by its name."""
     hidden = file.name in INDEX_FILES or file.name.startswith((".", "_"))
     return not hidden and is_data_file(file.name) and file.is_file()
+
+
+def _may_hold_rows(file: Path) -> bool:
+    """Return whether a file or folder is passed over although its name, or one in it, is like that of rows."""
+    if file.name in INDEX_FILES or file.name.startswith(".") or _holds_rows(file):
+        return False
+    if file.is_dir():
+        return any(is_data_file(inner.name) for inner in file.iterdir())
+    return any(suffix in file.name.lower() for suffix in DATA_SUFFIXES)
 
 
 def _split_of(file: Path) -> str | None:
@@ -152,6 +169,7 @@ def text_of(path: Path, encoding: str) -> Iterator[str]:
     """
     try:
         is_utf8 = codecs.lookup(encoding).name == "utf-8"
+        "".encode(encoding)  # not of one such as hex, which is none of text
     except LookupError:
         raise DataError(f"data.encoding: {encoding!r} is unknown; such as cp1252") from None
     decoder = codecs.getincrementaldecoder("utf-8-sig" if is_utf8 else encoding)()

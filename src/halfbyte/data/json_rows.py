@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.fields import RowError, quoted, shorten
+from halfbyte.data.fields import JSON, RepeatedKeyError, RowError, quoted, shorten
 from halfbyte.data.files import lines_of
 from halfbyte.data.raw import RawRow
 from halfbyte.errors import DataError
@@ -47,15 +48,16 @@ class _Lines:
     def __init__(self, chunks: Iterator[str]) -> None:
         stripped = ((number, line.strip()) for number, line in enumerate(lines_of(chunks), start=1))
         self._lines = filter(lambda numbered: numbered[1], stripped)
+        self._returned: deque[tuple[int, str]] = deque()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return self
 
     def __next__(self) -> tuple[int, str]:
-        return next(self._lines)
+        return self._returned.popleft() if self._returned else next(self._lines)
 
     def put_back(self, lines: list[tuple[int, str]]) -> None:
-        self._lines = chain(lines, self._lines)  # type: ignore[assignment]
+        self._returned.extendleft(reversed(lines))
 
     def object_from(self, number: int, line: str) -> dict[str, Any] | None:
         """Return the object that begins with a line and ends on a later one, or with others behind it.
@@ -66,9 +68,12 @@ class _Lines:
         while True:
             text = "\n".join(line for _, line in taken)
             try:
-                value, end = json.JSONDecoder().raw_decode(text)
+                value, end = JSON.raw_decode(text)
             except RecursionError:
                 break
+            except RepeatedKeyError:
+                self.put_back(taken[1:])
+                raise
             except ValueError as error:
                 more = list(islice(self, len(taken)))
                 ends_early = isinstance(error, json.JSONDecodeError) and error.pos >= len(text)
@@ -91,11 +96,16 @@ def _read_lines(path: Path, chunks: Iterator[str]) -> Rows:
     for number, line in lines:
         place = f"{path}:{number}"
         try:
-            value = json.loads(line.removesuffix(","))
+            value = JSON.decode(line.removesuffix(","))
         except (ValueError, RecursionError) as error:
-            value = lines.object_from(number, line) if line.startswith("{") else None
+            value, why = None, str(error)
+            try:
+                if line.startswith("{") and not isinstance(error, RepeatedKeyError):
+                    value = lines.object_from(number, line)
+            except RepeatedKeyError as repeated:
+                why = str(repeated)
             if value is None:
-                why = shorten(str(error), MAX_ERROR_CHARS)
+                why = shorten(why, MAX_ERROR_CHARS)
                 yield RowError(place, "not valid JSON", f"not valid JSON: {why}")
                 continue
         count += 1
@@ -137,7 +147,7 @@ class _Window:
     def __init__(self, chunks: Iterator[str]) -> None:
         self._chunks = chunks
         self._text, self._at = "", 0
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = JSON.raw_decode
 
     def peek(self) -> str:
         """Skip blanks; return the character behind them, "" at the end."""
@@ -173,6 +183,8 @@ class _Window:
             try:
                 value, self._at = self._decode(self._text, self._at)
                 return value
+            except RepeatedKeyError:
+                raise
             except ValueError:
                 more = next(self._chunks, "")
                 if not more:
@@ -204,7 +216,7 @@ def _read_array(path: Path, chunks: Iterator[str]) -> Rows:
 
 def _read_field(path: Path, text: str, field: str) -> Rows:
     try:
-        value = json.loads(text)
+        value = JSON.decode(text)
     except (ValueError, RecursionError) as error:
         why = shorten(str(error), MAX_ERROR_CHARS)
         raise DataError(f"{path}: not valid JSON: {why}") from None

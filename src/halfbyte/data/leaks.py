@@ -21,20 +21,21 @@ CRC32 = 0xEDB88320  # the reflected polynomial of zlib's crc32
 
 
 def near_duplicates(
-    train: Sequence[str], held_out: Sequence[str], threshold: float
-) -> list[tuple[int, int, float]]:
-    """Return pairs (train index, held-out index, similarity) that reach ``threshold``.
+    train: Sequence[str], held_out: Sequence[str], threshold: float, limit: int
+) -> tuple[list[tuple[int, int, float]], int]:
+    """Return pairs (train index, held-out index, similarity) that reach ``threshold``, and their number.
 
     Similarity is the Jaccard index of the sets of 5-character shingles of the lower-cased prompts,
     without shingles that more than half of all prompts share; of many prompts, ``SAMPLE`` evenly spaced
-    ones are counted. The most similar pairs come first. Prompts are read in blocks.
+    ones are counted. The most similar ``limit`` pairs are returned, those first. Prompts are read in blocks.
     """
     if not train or not held_out:
-        return []
+        return [], 0
     import numpy as np
 
     common = _Common(train, held_out)
-    pairs = []
+    pairs: list[tuple[int, int, float]] = []
+    total = 0
     for first, right in common.blocks(held_out, common.rows_in_memory):
         right_sizes = np.diff(right.indptr)
         rare_right = common.rarest(right, threshold).T.tocsr()
@@ -52,10 +53,14 @@ def near_duplicates(
                 a, b = i[at : at + BLOCK_PAIRS], j[at : at + BLOCK_PAIRS]
                 shared = np.asarray(left[a].multiply(right[b]).sum(axis=1)).ravel()
                 similarity = shared / (left_sizes[a] + right_sizes[b] - shared)
-                for k in np.flatnonzero(similarity >= threshold):
-                    pair = (start + int(a[k]), first + int(b[k]), float(similarity[k]))
-                    pairs.append(pair)
-    return sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))
+                near = np.flatnonzero(similarity >= threshold)
+                total += len(near)
+                near = near[np.lexsort((b[near], a[near], -similarity[near]))][:limit]
+                pairs += [
+                    (start + int(a[k]), first + int(b[k]), float(similarity[k])) for k in near
+                ]
+            pairs = sorted(pairs, key=lambda pair: (-pair[2], pair[:2]))[:limit]
+    return pairs, total
 
 
 class _Common:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from halfbyte.record import Field, Record, RecordPart
 
 MAX_PLACES = 1000  # that a list names
+NEAR_DUPLICATE = 0.9  # Jaccard similarity of prompts from which they are nearly alike
 
 
 class NearDuplicate(RecordPart):

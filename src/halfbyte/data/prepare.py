@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from halfbyte.config.dataset import Data
 from halfbyte.data import cache
-from halfbyte.data.accounting import ledger_of
+from halfbyte.data.accounting import NearPairs, ledger_of
 from halfbyte.data.drops import Drops
 from halfbyte.data.encoding import encode_rows
 from halfbyte.data.fields import Account, RowError
 from halfbyte.data.leaks import near_duplicates
+from halfbyte.data.ledger import MAX_PLACES, NEAR_DUPLICATE
 from halfbyte.data.normal import digest_of
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.render import Renderer
@@ -41,8 +42,6 @@ from halfbyte.data.shares import (
 from halfbyte.data.sources import files_sha256, open_table
 from halfbyte.errors import DataError
 
-NEAR_DUPLICATE = 0.9
-
 
 def prepare(data: Data, renderer: Renderer, seed: int = 0) -> Prepared:
     """Read, parse, split, check and encode the rows of a config, or read them from the cache.
@@ -59,6 +58,13 @@ def prepare(data: Data, renderer: Renderer, seed: int = 0) -> Prepared:
         DataError: rows are malformed, too long (``on_overlength: error``), leak from the held-out
             part into training (``on_leak: error``), or nothing is left to train on.
     """
+    try:
+        return _prepare(data, renderer, seed)
+    except OSError as error:
+        raise DataError(f"{error.filename or 'rows'}: {error.strerror or error}") from error
+
+
+def _prepare(data: Data, renderer: Renderer, seed: int) -> Prepared:
     with _paused_collector():
         sources = data.sources()
         if not data.cache:
@@ -69,7 +75,11 @@ def prepare(data: Data, renderer: Renderer, seed: int = 0) -> Prepared:
         if kept is not None:
             return kept
         scratch = Scratch(cache.folder() if cache.is_writer() else None)
-        prepared = _prepare_anew(data, sources, renderer, seed, scratch)
+        try:
+            prepared = _prepare_anew(data, sources, renderer, seed, scratch)
+        except OSError as error:
+            scratch.fault = error.strerror or str(error)
+            prepared = _prepare_anew(data, sources, renderer, seed, Scratch())
         # If the files have changed in the meantime, the key does not describe these rows.
         if digests == _digests(sources, prepared.ledger.fingerprints):
             cache.write(key, prepared, scratch)
@@ -155,28 +165,31 @@ def _read_rows(
             elif row.weight == 0:
                 drops.add("weight 0", row.place, number)
             else:
-                file.add_row(row, number, digest_of(identity(row, number)))
+                file.add_row(row, number, digest_of(identity(row)))
                 if by_answer:
-                    first = row.prompt if first is None else first
-                    by_answer = row.text is None and row.prompt == first
+                    prompt = identity(row)
+                    first = prompt if first is None else first
+                    by_answer = row.text is None and prompt == first
     if not by_answer or len(file.rows) < 2:
         return identity
     identity = RowIdentity(sources, by_answer=True)
     for number in range(len(file.rows)):
-        file.row_digests[number] = digest_of(identity(file.rows[number], file.row_sources[number]))
+        file.row_digests[number] = digest_of(identity(file.rows[number]))
     return identity
 
 
 def _near_duplicates(
     file: SampleFile, parts: NDArray[np.uint8], identity: RowIdentity
-) -> list[tuple[int, int, float]]:
+) -> NearPairs:
     """Return the numbers of training and held-out rows that are nearly alike, with their similarity."""
 
     def texts(rows: Iterable[int]) -> list[str]:
-        return [identity(file.rows[row], file.row_sources[row]) for row in rows]
+        return [identity(file.rows[row]) for row in rows]
 
     train = np.flatnonzero(parts == TRAIN)
     # Test rows come first, as in the ledger.
     held_out = np.concatenate([np.flatnonzero(parts == part) for part in (TEST, VALIDATION)])
-    pairs = near_duplicates(LazyTexts(train, texts), LazyTexts(held_out, texts), NEAR_DUPLICATE)
-    return [(int(train[i]), int(held_out[j]), similarity) for i, j, similarity in pairs]
+    both = LazyTexts(train, texts), LazyTexts(held_out, texts)
+    pairs, total = near_duplicates(*both, NEAR_DUPLICATE, MAX_PLACES)
+    named = [(int(train[i]), int(held_out[j]), similarity) for i, j, similarity in pairs]
+    return NearPairs(named, total)

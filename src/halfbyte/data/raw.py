@@ -52,7 +52,7 @@ class Table:
         Raises:
             DataError: the source cannot be read, or holds no row.
         """
-        columns: dict[str, None] = {}
+        known: set[str] = set()
         last: Any = None
         digest = hashlib.sha256()
         encode = json.JSONEncoder(sort_keys=True, default=str).encode
@@ -63,8 +63,8 @@ class Table:
             if isinstance(row, RawRow):
                 if row.values.keys() != last:
                     last = row.values.keys()
-                    columns.update(dict.fromkeys(last))
-                    self.columns = list(columns)
+                    self.columns += [name for name in last if name not in known]
+                    known.update(last)
                 digest.update(encode(row.values).encode() + b"\n")
             else:
                 first_error = first_error or row

@@ -9,13 +9,13 @@ transformers issue 29279).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.dataset import Data
-from halfbyte.data.answers import Sample, context_spans, samples_of
+from halfbyte.data.answers import THINK_OPENER, Sample, context_spans, samples_of
 from halfbyte.data.chat_format import PLACE, PROBE, ChatFormat, always_special
 from halfbyte.data.chat_template import (
     ChatTemplate,
@@ -32,7 +32,7 @@ from halfbyte.data.fields import RowError
 from halfbyte.data.special_tokens import SpecialTokens
 from halfbyte.data.splitting import Splitter
 from halfbyte.data.template_cache import TemplateCache
-from halfbyte.data.tokenise import Segments, batches, plain_ids
+from halfbyte.data.tokenise import Segments, batches
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def renderer_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> Renderer:
         stop=data.stop,
         system_as=data.system_as,
         day=data.date,
+        vocabulary=data.new_tokens,
     )
 
 
@@ -70,6 +71,7 @@ class Renderer:
         stop: ``eos`` ends answers with the EOS token, which the template does not do.
         system_as: ``user`` puts a system message into the first user turn.
         day: the day that a template is told for today; None for today.
+        vocabulary: added tokens that are words of texts, whatever they look like.
 
     Raises:
         DataError: the template cannot be used for training (no stop token, an answer that does not
@@ -85,6 +87,7 @@ class Renderer:
         stop: str = "template",
         system_as: str = "system",
         day: date | None = None,
+        vocabulary: Sequence[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
@@ -99,13 +102,16 @@ class Renderer:
         self._template = ChatTemplate(tokenizer)
         self._completeness = Completeness(self._template)
         self._form: ChatFormat | None = None
+        self._opens_thoughts = False
         self._special_tokens = SpecialTokens(always_special(tokenizer), tokenizer)
         self._splitter = Splitter(tokenizer, self._special_tokens, None)
         if template is not None:
-            self._form = ChatFormat(self._template, stop)
+            self._form = ChatFormat(self._template, stop, vocabulary)
             self._special_tokens = self._form.special_tokens
             self._splitter = Splitter(tokenizer, self._special_tokens, self._form.stops[0])
             self._check_parts()
+            prompt = self._template.prompt(PROBE[:1], PLACE)
+            self._opens_thoughts = THINK_OPENER.search(prompt) is not None
         self._template_cache = TemplateCache(
             tokenizer.chat_template, lambda messages: self._samples(messages, "", PLACE)
         )
@@ -177,7 +183,7 @@ class Renderer:
         )
         text = self._template.prompt(messages, place, tools)
         spans = context_spans(form, text, messages, place, tools)
-        segments = Segments(self._special_tokens)
+        segments = self._splitter.segments()
         parts = self._splitter.sample(Sample(text, spans), originals, segments)
         ids = segments.ids(self.tokenizer)
         return [index for numbers, _ in parts for number in numbers for index in ids[number]]
@@ -214,7 +220,7 @@ class Renderer:
         self, rows: list[Row]
     ) -> tuple[list[list[SegmentedRow] | DataError], Segments]:
         """Split the samples of each row into segments, or keep the error that it raises."""
-        segments = Segments(self._special_tokens)
+        segments = self._splitter.segments()
         segmented: list[list[SegmentedRow] | DataError] = []
         for row in rows:
             try:
@@ -224,7 +230,8 @@ class Renderer:
                 else:
                     segmented.append(self._segment_conversation(row, segments))
             except DataError as error:
-                segmented.append(error)
+                # Its traceback would keep the whole batch in memory.
+                segmented.append(error.with_traceback(None))
         return segmented, segments
 
     def _segment_conversation(self, row: Row, segments: Segments) -> list[SegmentedRow]:
@@ -239,7 +246,7 @@ class Renderer:
         messages, tools, originals = self._special_tokens.escape(messages, row.place, row.tools)
         sample = None
         is_plain = not tools and all(message.is_plain for message in messages)
-        if is_plain and not self._template.content_as_parts:
+        if is_plain and not (self._template.content_as_parts or self._opens_thoughts):
             sample = self._template_cache.sample(messages)
         samples = [sample] if sample else self._samples(messages, tools, row.place)
         changed = self._completeness.check(messages, tools, samples, row.place)
@@ -296,12 +303,14 @@ class Renderer:
     def _check(self, encoded: Encoded) -> DataError | None:
         """Return what is wrong with the ids and labels of a row, if anything is."""
         ids, place = encoded.ids, encoded.place
-        if self.has_bos and (ids[0] != self.tokenizer.bos_token_id or ids.count(ids[0]) != 1):
+        bos_id = self.tokenizer.bos_token_id
+        # Where BOS ends answers too, as GPT-2's does, later ones are right.
+        most = len(ids) if bos_id in self.stop_ids else 1
+        if self.has_bos and (ids[0] != bos_id or ids[1:2] == [bos_id] or ids.count(bos_id) > most):
             return RowError(
                 place,
                 "BOS tokens",
-                f"has {ids.count(self.tokenizer.bos_token_id)} BOS tokens; it needs exactly one, at the"
-                " start",
+                f"has {ids.count(bos_id)} BOS tokens; it needs exactly one, at the start",
             )
         if encoded.num_supervised == 0:
             return RowError(
@@ -322,9 +331,8 @@ class Renderer:
         Raises:
             DataError: they cannot.
         """
-        self._samples(PROBE, "", PLACE)
-        text = self._template.render(PROBE, PLACE)
-        if self._splitter.ids(text)[-8:] != plain_ids(self.tokenizer, [text])[0][-8:]:
+        (sample, *_) = self._samples(PROBE, "", PLACE)
+        if not self._splitter.joins(sample, self._template.render(PROBE, PLACE)):
             raise DataError(
                 "chat template: this tokenizer splits text differently beside special tokens, so rows"
                 " cannot be put together from parts; it is not supported"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from array import array
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import IO, Any
 
 from halfbyte.data.conversation import Message, Row, message_from_json
 
+PREFIX = "halfbyte-rows-"  # of folders that are not in the cache
+LEFT_SECONDS = 2 * 24 * 3600  # after which a folder that nobody completed is deleted
 BUFFER_BYTES = 1 << 20
 MAX_KEPT_BYTES = 1 << 26  # of rows that are also held in memory while they are prepared
 
@@ -24,11 +28,13 @@ class Blob:
     Nothing is mapped into memory, so that what was read once does not stay there.
 
     Args:
-        path: the file; one that exists is only read.
+        path: the file.
+        new: whether it is written, and does not exist; else it is only read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file: IO[bytes] = path.open("rb" if path.exists() else "xb+", buffering=0)
+    def __init__(self, path: Path, *, new: bool) -> None:
+        self._path = path
+        self._file: IO[bytes] = path.open("xb+" if new else "rb", buffering=0)
         self._pending: list[bytes] = []
         self._num_pending = 0
 
@@ -42,8 +48,11 @@ class Blob:
     def flush(self) -> None:
         """Write what was appended."""
         left = memoryview(b"".join(self._pending))
-        while left:
-            left = left[self._file.write(left) :]
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:  # of a file that is open, the system names none
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._pending, self._num_pending = [], 0
 
     def read(self, start: int, end: int) -> bytes:
@@ -81,7 +90,9 @@ class Scratch:
                 made = tempfile.mkdtemp(prefix=".", dir=parent)
             except OSError as error:
                 self.fault = error.strerror or str(error)
-        self.path = Path(made or tempfile.mkdtemp(prefix="halfbyte-rows-"))
+        if made is None:
+            delete_left(Path(tempfile.gettempdir()), f"{PREFIX}*")
+        self.path = Path(made or tempfile.mkdtemp(prefix=PREFIX))
         self._finalizer = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def keep_as(self, path: Path) -> None:
@@ -94,6 +105,14 @@ class Scratch:
         self._finalizer.detach()
 
 
+def delete_left(parent: Path, pattern: str) -> None:
+    """Delete folders that a process that was killed has left there."""
+    for left in parent.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 class RowFile:
     """Rows in a file.
 
@@ -102,10 +121,10 @@ class RowFile:
         starts: the offset of each row and of the end as 64-bit integers, of a file that is written already.
     """
 
-    def __init__(self, path: Path, starts: bytes = b"") -> None:
-        self._blob = Blob(path)
-        self.starts = array("Q", starts or [0])
-        self._kept: list[Row] | None = [] if len(self) == 0 else None
+    def __init__(self, path: Path, starts: bytes | None = None) -> None:
+        self._blob = Blob(path, new=starts is None)
+        self.starts = array("Q", [0] if starts is None else starts)
+        self._kept: list[Row] | None = [] if starts is None else None
 
     def append(self, row: Row) -> None:
         """Add a row."""
@@ -118,7 +137,7 @@ class RowFile:
         record: list[Any] = [row.place, messages, row.text]
         if row.tools or row.weight != 1:
             record += [row.tools, row.weight]
-        content = _encode(record).encode()
+        content = _encode(record).encode("utf-8", "surrogatepass")  # of a file's name
         self._blob.append(content)
         self.starts.append(self.starts[-1] + len(content))
         if self._kept is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from halfbyte.config.dataset import DataSource
 from halfbyte.data.choices import question_with_choices
-from halfbyte.data.columns import check_columns, flat_columns, is_there, renamed_columns
+from halfbyte.data.columns import check_columns, flat_columns, renamed_columns
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row
 from halfbyte.data.fields import (
     REFUSED_IN_ROW,
@@ -84,14 +84,15 @@ class ParsedRows:
         parser = _Parser(PARSERS[self.format], self._system, self.account, refused)
         sources = {name: self._columns.get(name, name) for name in (*needed, *optional)}
         used = frozenset(sources.values())
-        columns = self.table.columns
-        nested = any(name not in columns and is_there(name, columns) for name in used)
+        nested = {name for name in used if "." in name}
+        missing = nested.intersection(sources[name] for name in optional)
         for raw in chain(head, rows):
             if isinstance(raw, RowError):
                 yield raw
                 continue
             if nested:
                 raw = RawRow(raw.place, flat_columns(raw.values, used))
+                missing -= raw.values.keys()
             values = {name: raw.values.get(source) for name, source in sources.items()}
             others = {key: value for key, value in raw.values.items() if key not in used}
             try:
@@ -101,6 +102,11 @@ class ParsedRows:
         if self._wanted == "auto":
             self._detect()  # whether further columns make it ambiguous
         check_columns(self.table, self.format, self._columns, needed, optional)
+        if missing:
+            raise DataError(
+                f"{self.table.name}: data.columns names {sorted(missing)[0]!r}, which no row has; found the columns"
+                f" {', '.join(self.table.columns)}"
+            )
 
     def _detect(self) -> str:
         """Return the one format whose columns the table has, after renaming.

@@ -41,7 +41,7 @@ class SampleFile:
     """Rows and their samples in a folder.
 
     Args:
-        folder: holds ``rows.bin`` and ``tokens.bin``.
+        folder: holds ``rows.bin`` and ``tokens.bin``; those of a scratch are new.
 
     Attributes:
         rows: the rows; some may have no sample.
@@ -56,9 +56,10 @@ class SampleFile:
 
     def __init__(self, folder: Path | Scratch) -> None:
         self._scratch = folder  # it is deleted when nothing holds it
-        folder = folder if isinstance(folder, Path) else folder.path
-        self.rows = RowFile(folder / "rows.bin")
-        self._tokens = Blob(folder / "tokens.bin")
+        new = isinstance(folder, Scratch)
+        folder = folder.path if isinstance(folder, Scratch) else folder
+        self.rows = RowFile(folder / "rows.bin", None if new else b"")
+        self._tokens = Blob(folder / "tokens.bin", new=new)
         self.row_sources, self.row_weights, self.row_digests = array("H"), array("d"), array("Q")
         self.sample_rows, self.sizes, self.num_labels = array("Q"), array("I"), array("I")
         self.flags = array("B")

@@ -38,7 +38,8 @@ def draw_rows(file: SampleFile, sources: Sources, seed: int, drops: Drops) -> ND
             )
         left_out = np.random.default_rng([seed, number]).permutation(rows)[source.rows :]
         used[left_out] = False
-        drops.counts[number, "not drawn: rows of its source"] = len(left_out)
+        if len(left_out):
+            drops.counts[number, "not drawn: rows of its source"] = len(left_out)
     return used
 
 
@@ -123,7 +124,7 @@ def copies_of_rows(
 
 
 class RowIdentity:
-    """What tells rows apart: their prompt beside the config's system message, or their answer too.
+    """What tells rows apart: their prompt beside the config's system messages, or their answer too.
 
     Args:
         sources: the sources, whose system messages tell no rows apart.
@@ -131,7 +132,7 @@ class RowIdentity:
     """
 
     def __init__(self, sources: Sources, by_answer: bool = False) -> None:
-        self._systems = [source.system for _, source in sources]
+        self._systems = {source.system for _, source in sources if source.system is not None}
         self.by_answer = by_answer
 
     @property
@@ -139,11 +140,11 @@ class RowIdentity:
         """What rows are split by."""
         return "answer" if self.by_answer else "prompt"
 
-    def __call__(self, row: Row, source: int) -> str:
+    def __call__(self, row: Row) -> str:
         """Return the text that tells a row apart."""
         if self.by_answer:
             return f"{row.prompt}\n{row.answer}"
-        return row.prompt_beside(self._systems[source])
+        return row.prompt_beside(self._systems)
 
 
 class LazyTexts(Sequence[str]):

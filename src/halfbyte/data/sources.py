@@ -109,38 +109,51 @@ def _read_csv(path: Path, chunks: Iterator[str], delimiter: str | None) -> Itera
     def num_columns(sign: str) -> int:
         return len(next(csv.reader(head, delimiter=sign), []))
 
-    delimiter = delimiter or max(DELIMITERS, key=num_columns)
     # "prompt, completion" has a space behind each comma.
     spaced = bool(head) and ", " in head[0]
-    reader = csv.DictReader(
-        chain(head, lines), delimiter=delimiter, skipinitialspace=spaced, strict=True
-    )
+    line = 0
     try:
+        delimiter = delimiter or max(DELIMITERS, key=num_columns)
+        reader = csv.DictReader(
+            chain(head, lines), delimiter=delimiter, skipinitialspace=spaced, strict=True
+        )
         names = reader.fieldnames or []
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise DataError(f"{path}: has several columns named {twice[0]!r}; rename all but one")
         for number, record in enumerate(reader, start=1):
+            line = reader.line_num
             if None in record:
                 raise csv.Error(
                     f"row {number} has more cells than the header; quote cells that contain"
                     f" {delimiter!r}"
                 )
-            if any(value for value in record.values()):
-                yield RawRow(f"{path} row {number}", dict(record))
+            yield RawRow(f"{path} row {number}", dict(record))
     except csv.Error as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        raise DataError(
+            f"{path}: cannot be read: {error}, behind line {line}. Cells with quotes or line breaks are written"
+            ' as "a ""b"" c"; lines end with a line feed'
+        ) from None
 
 
 def _read_arrow(path: Path, suffix: str) -> Iterator[RawRow]:
     try:
         with contextlib.closing(_open_arrow(path)) as source:
             batches = _parquet_batches(source) if suffix == ".parquet" else _arrow_batches(source)
-            yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+            yield from _numbered(path, (row for batch in batches for row in _records(path, batch)))
     except DataError:
         raise
     except Exception as error:  # the readers raise many types; each means an unreadable file
         raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _records(path: Path, batch: Any) -> list[dict[str, Any]]:
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}: has several columns named {twice!r}; rename all but one")
+    records: list[dict[str, Any]] = batch.to_pylist()
+    return records
 
 
 def _open_arrow(path: Path) -> Any:

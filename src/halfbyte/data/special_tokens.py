@@ -106,6 +106,10 @@ class SpecialTokens:
             or last in self._last_of_prefixes
         )
 
+    def ends(self, text: str) -> bool:
+        """Return whether a text ends with a special token."""
+        return text.endswith(tuple(self.ids))
+
     def of_role(self, role: str) -> re.Pattern[str]:
         """Return the pattern of special-token text that stays text in what this role writes."""
         return self._mark_pattern if role == "assistant" else self.pattern

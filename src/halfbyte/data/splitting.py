@@ -8,7 +8,7 @@ from halfbyte.data.answers import Sample
 from halfbyte.data.conversation import Row
 from halfbyte.data.fields import RowError
 from halfbyte.data.special_tokens import SpecialTokens
-from halfbyte.data.tokenise import Segments
+from halfbyte.data.tokenise import Segments, gap_of, plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,12 @@ class Splitter:
         self.tokenizer, self.special_tokens, self.anchor = tokenizer, special_tokens, anchor
         bos_id = tokenizer.bos_token_id
         self._bos = str(tokenizer.bos_token)
+        self._gap = "" if anchor is None else gap_of(tokenizer, anchor)
         self.adds_bos = bos_id is not None and tokenizer("x").input_ids[:1] == [bos_id]
+
+    def segments(self) -> Segments:
+        """Return new segments to split into."""
+        return Segments(self.special_tokens, self._gap)
 
     def sample(self, sample: Sample, originals: dict[str, str], segments: Segments) -> Parts:
         """Split a text into stretches, each with whether it is learnt, up to the last that is.
@@ -51,6 +56,17 @@ class Splitter:
             parts.pop()
         return parts
 
+    def joins(self, sample: Sample, text: str) -> bool:
+        """Return whether parts of a sample, tokenised by themselves, read as the whole, as ``text`` does too."""
+        segments = self.segments()
+        parts = self.sample(sample, {}, segments)
+        ids = segments.ids(self.tokenizer)
+        in_parts = [index for numbers, _ in parts for number in numbers for index in ids[number]]
+        is_same: bool = self.tokenizer.decode(in_parts) == self.tokenizer.decode(
+            self.ids(sample.text)
+        )
+        return is_same and self.ids(text)[-8:] == plain_ids(self.tokenizer, [text])[0][-8:]
+
     def text(
         self, text: str, start: int, end: int, originals: dict[str, str], segments: Segments
     ) -> list[int]:
@@ -61,7 +77,10 @@ class Splitter:
         part = text[start:end]
         if start == 0 and self.adds_bos and not part.startswith(self._bos):
             part = self._bos + part
-        return segments.split(part, originals, self.anchor if start else None)
+        anchor = self.anchor if start else None
+        if start and self._gap and not self.special_tokens.ends(text[:start]):
+            anchor = segments.within(anchor)
+        return segments.split(part, originals, anchor)
 
     def raw_text(self, row: Row, segments: Segments) -> list[int]:
         """Return the numbers of the segments of a raw text with BOS and EOS.
@@ -85,7 +104,7 @@ class Splitter:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a whole text that a template wrote."""
-        segments = Segments(self.special_tokens)
+        segments = self.segments()
         numbers = self.text(text, 0, len(text), {}, segments)
         ids = segments.ids(self.tokenizer)
         return [index for number in numbers for index in ids[number]]

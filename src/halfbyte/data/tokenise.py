@@ -26,7 +26,8 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     batch: list[Row] = []
     num_chars = 0
     for row in rows:
-        num_chars += len(row.text or "") + sum([len(message.content) for message in row.messages])
+        num_chars += len(row.text or "") + len(row.tools)
+        num_chars += sum([len(m.content if m.is_plain else m.text) for m in row.messages])
         batch.append(row)
         if num_chars >= BATCH_CHARS or len(batch) == BATCH_ROWS:
             yield batch
@@ -40,10 +41,14 @@ class Segments:
 
     A segment of plain text belongs to the special token before it, its anchor: tokenizers that mark
     the beginning of a text do not mark one that follows a special token.
+
+    Args:
+        special_tokens: the tokens to split at.
+        gap: as ``gap_of`` them.
     """
 
-    def __init__(self, special_tokens: SpecialTokens) -> None:
-        self._special_tokens = special_tokens
+    def __init__(self, special_tokens: SpecialTokens, gap: str = "") -> None:
+        self._special_tokens, self._gap = special_tokens, gap
         # (anchor, text), or (special token, None).
         self._numbers: dict[tuple[str | None, str | None], int] = {}
 
@@ -55,13 +60,19 @@ class Segments:
         """Return the number of plain ``text`` behind the special token ``anchor``."""
         return self._numbers.setdefault((anchor, text), len(self._numbers))
 
+    def within(self, anchor: str | None) -> str | None:
+        """Return the anchor of a text that goes on behind other text."""
+        if not self._gap or (anchor or "").endswith(self._gap):
+            return anchor
+        return (anchor or next(iter(self._special_tokens.ids))) + self._gap
+
     def split(self, text: str, originals: dict[str, str], anchor: str | None) -> list[int]:
         """Split template text into segments: its special tokens, and everything else as plain text.
 
         Args:
             text: what a template wrote of escaped messages.
             originals: the text that each sentinel in it stands for.
-            anchor: the special token before the text, None at the beginning of a row.
+            anchor: the special token before the text, ``within`` it, or None at the beginning of a row.
 
         Returns:
             The numbers of the segments.
@@ -89,21 +100,36 @@ class Segments:
             # Split special-token text after its first character: no segment holds a whole one then.
             for match in self._special_tokens.pattern.finditer(text):
                 numbers.append(self.add_text(anchor, text[start : match.start() + 1]))
-                start = match.start() + 1
+                start, anchor = match.start() + 1, self.within(anchor)
         numbers.append(self.add_text(anchor, text[start:]))
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Return the token ids of each segment, by its number."""
         texts = [(anchor or "") + text for anchor, text in self._numbers if text is not None]
         text_ids = iter(plain_ids(tokenizer, texts))
+        within = self.within(None)
+        num_gap_ids = len(plain_ids(tokenizer, [within])[0]) if within else 1
         ids = []
         for anchor, text in self._numbers:
             if text is None:
                 assert anchor is not None
                 ids.append([self._special_tokens.ids[anchor]])
+            elif anchor:
+                is_within = self._gap and anchor.endswith(self._gap)
+                ids.append(next(text_ids)[num_gap_ids if is_within else 1 :])
             else:
-                ids.append(next(text_ids)[1:] if anchor else next(text_ids))
+                ids.append(next(text_ids))
         return ids
+
+
+def gap_of(tokenizer: PreTrainedTokenizerBase, special: str) -> str:
+    """Return what, behind a special token, lets a tokenizer read further text as within a text.
+
+    It is "" but for tokenizers that mark the beginning of every text, also behind a special token (Llama-2's).
+    """
+    behind, gap, whole = plain_ids(tokenizer, [f"{special}a", f"{special}\n", f"{special}\na"])
+    is_split = whole[: len(gap)] == gap
+    return "\n" if is_split and whole[len(gap) :] != behind[1:] else ""
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -6,17 +6,19 @@ import json
 from typing import Any
 
 from halfbyte.data.conversation import ToolCall
-from halfbyte.data.fields import RowError, json_value, quoted, valid_text
+from halfbyte.data.fields import Account, Fields, RowError, json_value, quoted, valid_text
+
+IN_FUNCTION = "write it into the function alone"
 
 
-def parse_calls(place: str, where: str, value: Any) -> tuple[ToolCall, ...]:
+def parse_calls(place: str, where: str, value: Any, account: Account) -> tuple[ToolCall, ...]:
     """Parse tool calls: a call or a list of calls, as objects or as their JSON text.
 
     A call is ``{id, type, function: {name, arguments}}`` or ``{name, arguments}``, its arguments an object
-    or the JSON text of one.
+    or the JSON text of one. Other keys of a call are counted as ignored.
 
     Raises:
-        RowError: a call has another shape.
+        RowError: a call has another shape, or says something twice.
     """
     if value is None:
         return ()
@@ -38,9 +40,17 @@ def parse_calls(place: str, where: str, value: Any) -> tuple[ToolCall, ...]:
                 f"{where} has {quoted(call)}; a call is"
                 " {id, type: function, function: {name, arguments}} or {name, arguments}",
             )
-        arguments = function.get("arguments", function.get("parameters"))
-        if arguments is None or arguments == "":
+        outer = Fields(place, f"{where}.", written)
+        inner = outer
+        if outer.take("function") is not None:
+            inner = Fields(place, f"{where}.function.", function)
+        identity, _, _ = outer.take("id"), outer.take("type"), outer.take("index")
+        inner.take("name")
+        arguments = inner.take("arguments", "parameters")
+        if arguments is None:
             arguments = {}
+        inner.finish({}, account)
+        outer.finish(dict.fromkeys(("name", "arguments", "parameters"), IN_FUNCTION), account)
         arguments = json_value(place, f"{where} arguments", arguments)
         if not isinstance(arguments, dict):
             raise RowError(
@@ -49,7 +59,6 @@ def parse_calls(place: str, where: str, value: Any) -> tuple[ToolCall, ...]:
                 f"{where} has arguments {quoted(arguments)};"
                 " an object, or the JSON text of one, is expected",
             )
-        identity = written.get("id")
         calls.append(
             ToolCall(
                 valid_text(place, f"{where}.name", name),

@@ -75,13 +75,32 @@ def parse_turns(
         if message is None:
             continue
         if turn.is_call and after_call:  # parallel calls in turns of their own
-            calls = (*messages[-1].tool_calls, *message.tool_calls)
-            message = replace(messages.pop(), tool_calls=calls)
+            message = _joined(messages.pop(), message, turn)
         messages.append(message)
         after_call = turn.is_call
     messages = repair(messages, account)
     check_order(place, " and ".join(counts), messages)
     return tuple(messages)
+
+
+def _joined(first: Message, second: Message, turn: _Turn) -> Message:
+    """Return one message of two turns that each hold a call.
+
+    Raises:
+        RowError: one is to be learnt, and the other not.
+    """
+    if first.learnt != second.learnt:
+        raise RowError(
+            turn.place,
+            "parallel calls of different weights",
+            f"{turn.where} and the call before it have different weights; give both the same",
+        )
+    thoughts = [message.reasoning for message in (first, second) if message.reasoning]
+    return replace(
+        first,
+        tool_calls=(*first.tool_calls, *second.tool_calls),
+        reasoning="\n\n".join(thoughts) or None,
+    )
 
 
 def _plain_message(turn: Any) -> Message | None:
@@ -187,8 +206,7 @@ class _Turn:
         """Whether a system message is none, however that is written."""
         content = self.content
         if isinstance(content, list):
-            texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            return all(is_blank(text) for text in texts)
+            return all(map(_is_blank_part, content))
         return account.says_nothing(content)
 
     def _message(self, fields: Fields, account: Account) -> Message:
@@ -197,8 +215,10 @@ class _Turn:
         reasoning = fields.take("reasoning_content", "thinking", "reasoning")
         calls = fields.take("tool_calls", "function_call")
         if self.is_call:
+            if calls is not None:
+                raise fields.error("tool calls twice", "is a tool call and has others beside it")
             calls, content = content, None
-        tool_calls = parse_calls(self.place, f"{self.where}.tool_calls", calls)
+        tool_calls = parse_calls(self.place, f"{self.where}.tool_calls", calls, account)
         if isinstance(content, list):
             parts = _Parts.of(self.place, content_place, content, account)
             content, thoughts = "".join(parts.texts), "\n".join(parts.thoughts) or None
@@ -206,7 +226,9 @@ class _Turn:
                 raise fields.error(
                     "tool calls twice", "has tool calls in its content and beside it"
                 )
-            tool_calls = tool_calls or parse_calls(self.place, content_place, parts.calls or None)
+            tool_calls = tool_calls or parse_calls(
+                self.place, content_place, parts.calls or None, account
+            )
             if reasoning and thoughts and reasoning != thoughts:
                 raise fields.error("thoughts twice", "has different thoughts; keep one of them")
             reasoning = reasoning or thoughts
@@ -228,6 +250,12 @@ class _Turn:
         name, call_id = _optional_text(fields, "name"), _optional_text(fields, "tool_call_id")
         learnt = _is_learnt(fields, self.role)
         return Message(self.role, content, reasoning, tool_calls, call_id, name, learnt)
+
+
+def _is_blank_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return is_blank(part)
+    return all(is_blank(value) for key, value in part.items() if key != "type")
 
 
 def _optional_text(fields: Fields, key: str) -> str | None:

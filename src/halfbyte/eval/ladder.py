@@ -25,10 +25,11 @@ from halfbyte.eval.pages import interval, rate
 from halfbyte.eval.variants import Contender, in_llama_cpp, is_artefact, load_scored, release
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.footprint import num_parameters, weights_bytes
-from halfbyte.model.load import load_tokenizer, stored_method
+from halfbyte.model.load import stored_method
 from halfbyte.model.merged import merged_report
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.fidelity import (
     Fidelity,

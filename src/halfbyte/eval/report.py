@@ -10,7 +10,7 @@ from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
-from halfbyte.data.ledger import Ledger
+from halfbyte.data.ledger import NEAR_DUPLICATE, Ledger
 from halfbyte.eval.benchmarks import LoadedBenchmark
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
 from halfbyte.eval.intervals import (
@@ -243,7 +243,7 @@ def _notes(
     if near:
         notes.append(
             f"{ledger.total('near_duplicates')} pairs of training and held-out prompts are near duplicates (Jaccard similarity of"
-            f" 5-character shingles at least {near[-1].jaccard}); see ledger.json. There are no exact"
+            f" 5-character shingles at least {NEAR_DUPLICATE}); see ledger.json. There are no exact"
             " duplicates."
         )
     else:

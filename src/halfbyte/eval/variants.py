@@ -23,10 +23,11 @@ from halfbyte.host import USABLE_FRAC, free_bytes
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import weights_bytes
-from halfbyte.model.load import Loaded, load_config, load_model, load_tokenizer, stored_method
+from halfbyte.model.load import Loaded, load_config, load_model, stored_method
 from halfbyte.model.merged import MERGE_REPORT, MergeReport, keeps_training
 from halfbyte.model.precision import DTYPES, Compute
 from halfbyte.model.resolve import Base, fp32_bytes, resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.run import TrainedRun
 
@@ -123,12 +124,13 @@ def _base_side(comparison: Comparison) -> tuple[Base, Renderer, list[Question]]:
     if not trained.base.new_tokens:
         return trained.base, trained.renderer, comparison.questions
     template = trained.renderer.tokenizer.chat_template
-    has_marks = any(token in (template or "") for token in trained.base.new_tokens)
+    tokenizer = trained.renderer.tokenizer
+    stop = tokenizer.convert_ids_to_tokens(trained.renderer.stop_id or 0)
     renderer = Renderer(
         load_tokenizer(trained.base.plain),
         template,
         run.data.loss_on,
-        stop="eos" if has_marks else run.data.stop,
+        stop="eos" if stop in trained.base.new_tokens else run.data.stop,
         system_as=run.data.system_as,
         day=run.data.date,
     )

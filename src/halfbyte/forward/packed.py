@@ -201,7 +201,8 @@ def _head_is_plain(model: Any, softcap: float | None) -> bool:
         ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]  # (1, T)
         expected = type(model).forward(model, ids, use_cache=False).logits.float()  # (1, T, V)
         hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (1, T, E)
-        logits = (hidden.to(head.weight.dtype) @ head.weight.T).float()  # (1, T, V)
+        weight = Head.of(model).whole()  # (V, E)
+        logits = (hidden.to(weight.dtype) @ weight.T).float()  # (1, T, V)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
     error = (logits - expected).abs().max()

@@ -15,8 +15,9 @@ from halfbyte.config.schema import Adapter
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.footprint import num_parameters, weights_bytes
 from halfbyte.model.identity import AdapterBase, check_same_base
-from halfbyte.model.load import Loaded, load_tokenizer, vision_modules
+from halfbyte.model.load import Loaded, vision_modules
 from halfbyte.model.new_tokens import new_ids, row_layers, row_targets, set_rows, train_rows_apart
+from halfbyte.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -14,7 +14,7 @@ from halfbyte.errors import ModelError, is_out_of_memory
 from halfbyte.heap import mapped_blocks, release_pages
 from halfbyte.libraries import disable_cudnn_attention
 from halfbyte.model.merged import check_keeps_training, read_merge_report
-from halfbyte.model.new_tokens import add_rows, add_tokens, new_ids
+from halfbyte.model.new_tokens import add_rows, new_ids
 from halfbyte.model.precision import (
     DTYPES,
     Compute,
@@ -24,9 +24,10 @@ from halfbyte.model.precision import (
     may_train_in_half,
 )
 from halfbyte.model.resolve import Base
+from halfbyte.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Where multimodal checkpoints keep the language model (Gemma-3 and similar ones).
 TEXT_KEYS = {
@@ -45,37 +46,6 @@ class Loaded:
     precision: Precision | None  # None: as the checkpoint stores it
     compute: Compute
     text_only: bool = False
-
-
-def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """Load the base's fast tokenizer with its new tokens, as ``read_tokenizer`` and ``add_tokens``."""
-    tokenizer = read_tokenizer(Path(base.path), base.name)
-    if base.new_tokens:
-        add_tokens(tokenizer, base)
-    return tokenizer
-
-
-def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """Read a folder's fast tokenizer; a missing pad token becomes the EOS token.
-
-    Padding is recognised by position, never by id, so sharing an id with EOS is safe.
-
-    Raises:
-        ModelError: the folder holds no tokenizer, or only a slow one.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name}: no tokenizer can be loaded from {folder}: {error}") from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{name}: has no fast tokenizer (tokenizer.json), which rendering needs")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_config(base: Base) -> PretrainedConfig:

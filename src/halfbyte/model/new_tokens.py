@@ -27,7 +27,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, base: Base) -> None:
     They are control tokens only where a chat template writes them.
 
     Raises:
-        ModelError: the tokenizer has one of them already.
+        ModelError: the tokenizer has one of them already, reads nothing of one, or cannot number them.
     """
     from transformers import AddedToken
 
@@ -38,7 +38,18 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, base: Base) -> None:
                 f"data.new_tokens: {base.name} has the token {token!r} already, with the id {known[token]}; leave"
                 " it out"
             )
+        if not tokenizer(token, add_special_tokens=False)["input_ids"]:
+            raise ModelError(
+                f"data.new_tokens: {token!r} is no text to the tokenizer of {base.name}"
+            )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in base.new_tokens])
+
+    taken = sorted(set(new_ids(tokenizer, base)) & set(known.values()))
+    if taken:
+        raise ModelError(
+            f"data.new_tokens: the ids of {base.name}'s tokenizer have gaps, and the next ones, such as"
+            f" {taken[0]}, are those of other tokens; no token can be added"
+        )
 
 
 def new_ids(tokenizer: PreTrainedTokenizerBase, base: Base) -> range:
@@ -62,12 +73,17 @@ def add_rows(
     """
     ids = new_ids(grown, base)
     if ids.stop > model.get_input_embeddings().weight.shape[0]:
-        # In place of the random rows of transformers, which differ from load to load.
+        num_rows = model.get_input_embeddings().weight.shape[0]
         model.resize_token_embeddings(ids.stop, mean_resizing=False)
+        # The random rows of transformers differ from load to load.
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            layer.weight.data[num_rows:] = layer.weight.data[:num_rows].float().mean(0)
     for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
         for token, index in zip(base.new_tokens, ids, strict=True):
             pieces = plain(token, add_special_tokens=False)["input_ids"]
             layer.weight.data[index] = layer.weight.data[pieces].float().mean(0)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.data[index] = layer.bias.data[pieces].float().mean()
 
 
 def row_targets(model: Any, ids: range) -> dict[str, list[int]] | None:
@@ -128,10 +144,12 @@ def _forward(layer: Any, plain: Any, x: torch.Tensor, active: list[str], *args: 
     out = base(x)
     if isinstance(base, nn.Embedding):
         is_new, slots = slots_of(x, start, len(rows))
-        new = nn.functional.embedding(slots, rows.to(base.weight.dtype))  # (…, E)
+        # Looked up in fp32: the gradients of a token that stands often would not add up in 16 bits.
+        new = nn.functional.embedding(slots, rows).to(base.weight.dtype)  # (…, E)
         scale: Any = getattr(base, "embed_scale", None)
         if scale is not None:  # Gemma scales what it looks up
-            new = new * scale.to(new.dtype)
+            new = new * (scale.to(new.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(is_new[..., None], new.to(out.dtype), out)
-    logits = x @ rows.to(x.dtype).T  # (…, K)
+    bias = None if base.bias is None else base.bias[start : start + len(rows)]
+    logits = nn.functional.linear(x, rows.to(x.dtype), bias)  # (…, K)
     return torch.cat([out[..., :start], logits, out[..., start + len(rows) :]], dim=-1)

@@ -25,10 +25,11 @@ from halfbyte.llamacpp.model import GgufModel
 from halfbyte.llamacpp.slot_model import LlamaSlotModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.cpu_speed import ComputeMode, apply_mode, modes_that_fit, time_modes
-from halfbyte.model.load import Loaded, load_at_precision, load_tokenizer
+from halfbyte.model.load import Loaded, load_at_precision
 from halfbyte.model.merged import check_merged_files, read_merge_report
 from halfbyte.model.precision import DTYPES, Compute, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.run_dir import RunDir
 from halfbyte.serve.chat_codec import ChatCodec
 from halfbyte.serve.engine import PREFILL_TOKENS, Engine
@@ -140,8 +141,7 @@ def _by_base(targets: list[ServeTarget]) -> list[list[_NamedRun]]:
         trained = read_trained_run(Path(target.target))
         settings = trained.run.model
         key = (trained.base.fingerprint, settings.precision, settings.double_quant)
-        name = target.name or str(trained.run.name)
-        groups.setdefault(key, []).append(_NamedRun(name, trained))
+        groups.setdefault(key, []).append(_NamedRun(target.name or str(trained.run.name), trained))
     return list(groups.values())
 
 

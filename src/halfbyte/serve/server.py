@@ -79,23 +79,21 @@ class DrainingServer(uvicorn.Server):
         return self._service.is_idle and not self.server_state.tasks
 
 
-def serve(service: Service, host: str, port: int, grace_s: float) -> None:
+def serve(service: Service, sock: socket.socket, grace_s: float) -> None:
     """Answer requests until a signal arrives.
 
     Args:
         service: the models and limits.
-        host: address to listen on.
-        port: port to listen on; 0 picks a free one.
+        sock: of ``bind``.
         grace_s: seconds that running answers have left after SIGTERM.
 
     Raises:
-        ConfigError: the server cannot listen on the address.
         ModelError: a model has stopped answering, and the server must be restarted.
     """
     limits = service.limits
-    sock = _listen(host, port)
-    url_host = f"[{host}]" if ":" in host else host
-    url = f"http://{url_host}:{sock.getsockname()[1]}"
+    sock.listen(BACKLOG)
+    host, port, *_ = sock.getsockname()
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     app = Guard(make_app(service), limits, service.metrics.observe_request, _log)
     config = uvicorn.Config(
         app,
@@ -126,13 +124,17 @@ def serve(service: Service, host: str, port: int, grace_s: float) -> None:
         raise ModelError(f"a model has stopped answering: {server.failure}. Restart the server")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address before models are loaded; port 0 picks a free one.
+
+    Raises:
+        ConfigError: the server cannot listen there.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
-        sock.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             [

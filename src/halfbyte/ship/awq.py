@@ -20,7 +20,7 @@ from halfbyte.data.questions import training_examples
 from halfbyte.errors import ModelError, RunError, last_line
 from halfbyte.generate.batched import Answer, generate
 from halfbyte.llamacpp.tools import cached_tool
-from halfbyte.model.load import read_tokenizer
+from halfbyte.model.tokenizer import read_tokenizer, save_tokenizer
 from halfbyte.ship.integrity import linear_widths
 from halfbyte.ship.measured_run import MeasuredRun
 from halfbyte.trained.fidelity import torch_predict
@@ -71,7 +71,7 @@ def make_awq(trained: TrainedRun, folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{trained.folder.merged}: llm-compressor failed: {last_line(done.stderr)}"
         )
-    trained.renderer.tokenizer.save_pretrained(folder)
+    save_tokenizer(trained.renderer.tokenizer, folder)
     return {
         "library": PACKAGES[0],
         "calibration_rows": len(ids),

@@ -26,6 +26,7 @@ from halfbyte.model.merged import (
 )
 from halfbyte.model.precision import DTYPES, NAMES, Compute
 from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.model.tokenizer import save_tokenizer
 from halfbyte.run_dir import RunDir, file_sha256, provenance, replace_folder, write_text
 from halfbyte.ship.card import model_card
 from halfbyte.ship.measured_run import MeasuredRun, measuring_compute
@@ -141,7 +142,7 @@ def _candidate(
         pad_token_id=renderer.pad_id,
     )
     settings.save_pretrained(folder)
-    renderer.tokenizer.save_pretrained(folder)
+    save_tokenizer(renderer.tokenizer, folder)
     arithmetic = trained.arithmetic
     reloaded = load_model(resolve_base(str(folder)), arithmetic.name, compute=arithmetic)
     predict = torch_predict(reloaded.model, measured.pad_id)

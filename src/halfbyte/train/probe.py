@@ -13,8 +13,8 @@ from halfbyte.data.prepare import prepare
 from halfbyte.data.render import renderer_of
 from halfbyte.errors import PlanError
 from halfbyte.heap import release_pages
-from halfbyte.model.load import load_tokenizer
 from halfbyte.model.resolve import resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 from halfbyte.plan.memory import Planner, TrainPlan
 from halfbyte.plan.phases import BACKWARD, BACKWARD_END, FORWARD, HEAD
 from halfbyte.plan.recompute import kept, peaks

@@ -21,6 +21,7 @@ from halfbyte.model.adapter import save_adapter
 from halfbyte.model.identity import check_same_base
 from halfbyte.model.load import vision_modules
 from halfbyte.model.resolve import Base
+from halfbyte.model.tokenizer import save_tokenizer
 from halfbyte.run_dir import (
     RunDir,
     move_aside,
@@ -236,8 +237,8 @@ def save_trained(
         return
     folder = session.folder
     save_adapter(setup.model, setup.loaded, folder.adapter, folder.path)
-    setup.renderer.tokenizer.save_pretrained(folder.adapter)
-    rows = [example.row for example in setup.held_out or setup.train]
+    save_tokenizer(setup.renderer.tokenizer, folder.adapter)
+    rows = (example.row for example in setup.held_out or setup.train)
     record_reference_logprobs(last_logits, setup.renderer, rows, folder.adapter)
 
 

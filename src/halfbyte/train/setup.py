@@ -12,7 +12,7 @@ from halfbyte.data.render import Renderer
 from halfbyte.data.samples import Samples
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import attach_adapter
-from halfbyte.model.load import Loaded, load_config, load_for_training
+from halfbyte.model.load import Loaded, load_config, load_for_training, read_config
 from halfbyte.model.new_tokens import new_ids
 from halfbyte.model.resolve import Base
 from halfbyte.plan.gate import gate
@@ -108,7 +108,8 @@ def set_up(
     lengths, held_out_lengths = row_lengths(prepared.train), row_lengths(held_out)
     config = load_config(base)
     parts = [prepared.train, held_out]
-    check_vocabulary(base.name, config, renderer, parts, new_ids(renderer.tokenizer, base))
+    published = read_config(Path(base.path), base.name)
+    check_vocabulary(base.name, published, renderer, parts, new_ids(renderer.tokenizer, base))
     planner, plan = gate(run, config, device, lengths, held_out_lengths)
     loaded = load_for_training(base, run.model)
     model = attach_adapter(loaded, run.adapter, run.seed, scratch, is_main=is_main)

@@ -175,6 +175,11 @@ class TokenTrainer(SFTTrainer):
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Return the parameters that decay: LoRA matrices, which begin near 0, but no rows of new tokens."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if "trainable_tokens_delta" not in name]
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0, since transformers would walk all parameters for a figure that is never shown."""
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from halfbyte.data.render import Renderer
@@ -24,7 +25,7 @@ def check_vocabulary(
 
     Args:
         name: the base, for errors.
-        config: its configuration.
+        config: its configuration as published.
         renderer: the renderer of the rows.
         parts: the rows, those of training first.
         new_ids: the ids of tokens that are added to the base.
@@ -41,23 +42,21 @@ def check_vocabulary(
             " tokenizer_config.json"
         )
     for stop in renderer.stop_ids:
-        if stop >= num_rows:
+        if stop >= num_rows and stop not in new_ids:
             faults.append(
                 f"the stop token {tokenizer.convert_ids_to_tokens(stop)!r} has the id {stop}, and the"
                 f" embedding {num_rows} rows, so no answer could end; name a data.chat_template with a stop"
                 " token of this model, or set data.stop=eos"
             )
-    highest = max((max(ids) for part in parts for ids, _ in part.tokens), default=0)
+    seen = [set(chain.from_iterable(ids for ids, _ in part.tokens)) for part in parts]
+    highest = max(set.union(*seen).difference(new_ids), default=0)
     if highest >= num_rows and highest not in renderer.stop_ids:
         place = next(e.row.place for part in parts for e in part if highest in e.encoded.ids)
         faults.append(
             f"{place} has the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id {highest}, and"
             f" the embedding {num_rows} rows; use the tokenizer that belongs to the weights"
         )
-    missing = set(new_ids)
-    for ids, _ in parts[0].tokens if new_ids else ():
-        missing.difference_update(ids)
-    for index in sorted(missing):
+    for index in sorted(set(new_ids) - seen[0]):
         faults.append(
             f"the new token {tokenizer.convert_ids_to_tokens(index)!r} is in no training row, so that it could"
             " not be learnt; leave it out of data.new_tokens"

@@ -6,7 +6,9 @@ training records a few log-probabilities beside the adapter, and a server recomp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from halfbyte.run_dir import read_json, write_json
 
 FILE = "canary.json"  # beside the adapter
 NUM_PROMPTS = 8
+MAX_ROWS = 10_000  # that are looked at for the shortest prompts
 NUM_TOKENS = 64  # the likeliest ones after each prompt
 MAX_MISS_FRAC = 0.1  # allowed distance from the adapter, as a share of the base's
 
@@ -25,7 +28,7 @@ Logits = Callable[[list[int]], torch.Tensor]  # maps ids to logits (V,) after th
 
 
 def record_reference_logprobs(
-    logits: Logits, renderer: Renderer, rows: Sequence[Row], folder: Path
+    logits: Logits, renderer: Renderer, rows: Iterable[Row], folder: Path
 ) -> None:
     """Record a trained model's log-probabilities after the shortest prompts of ``rows``.
 
@@ -36,7 +39,8 @@ def record_reference_logprobs(
         folder: the adapter's folder.
     """
     records = []
-    for prompt in sorted(map(_prompt, rows), key=lambda row: len(str(row)))[:NUM_PROMPTS]:
+    few = islice(rows, MAX_ROWS)
+    for prompt in heapq.nsmallest(NUM_PROMPTS, map(_prompt, few), key=lambda row: len(str(row))):
         ids = _ids(renderer, prompt)
         best = torch.log_softmax(logits(ids).float(), dim=-1).topk(NUM_TOKENS)
         tokens, logprobs = best.indices.tolist(), best.values.tolist()

@@ -13,9 +13,10 @@ from halfbyte.data.render import Renderer, renderer_of
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.identity import check_same_base
-from halfbyte.model.load import Loaded, load_base, read_tokenizer
+from halfbyte.model.load import Loaded, load_base
 from halfbyte.model.precision import DTYPES, Compute, choose_compute, default_device
 from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.model.tokenizer import read_tokenizer
 from halfbyte.run_dir import RunDir
 from halfbyte.trained.manifest import Manifest, finished_manifest
 
