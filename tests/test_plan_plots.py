@@ -113,6 +113,7 @@ def test_write_plots_escapes_names_when_a_target_is_hostile(fitting: Plan, tmp_p
 
 # halfbyte.plan.step switches recomputation off by the name that transformers 5.17 has too.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning")
+@pytest.mark.slow
 def test_page_says_what_else_fits_when_the_plan_does_not(tmp_path: Path) -> None:
     plan = tiny_plan(
         "tiny/llama",

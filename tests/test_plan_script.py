@@ -71,6 +71,7 @@ def test_plan_of_a_model_far_too_large_says_what_would_fit(
     assert "h100" in verdict.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_suggest_prints_lines_to_paste_and_each_of_them_fits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -122,7 +122,7 @@ def test_cut_model_counts_as_the_whole_one(
 
 
 @pytest.mark.parametrize("fields", [LLAMA, GEMMA], ids=["llama", "gemma"])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_plan_of_first_layers_recomputed_is_never_too_low(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], rows: int
 ) -> None:
