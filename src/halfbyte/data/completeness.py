@@ -43,6 +43,7 @@ class Completeness:
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._drops: dict[tuple[str, ...], bool] = {}
+        self._written: set[tuple[str, bool] | None] = set()  # first messages that texts depend on
 
     def check(
         self, messages: tuple[Message, ...], tools: str, samples: list[Sample], place: str
@@ -68,9 +69,8 @@ class Completeness:
             if content not in texts[0] and not any(content in text for text in texts[1:]):
                 changed = True
                 self._check_content(messages, tools, number, texts, place)
-            elif content and (message.role in OPENING_ROLES or message.tool_calls):
-                # Its text may stand elsewhere, as that of a system message in the question.
-                self._check_field(messages[: number + 2], tools, number, "content", place)
+            elif content and (message.tool_calls or message.role in OPENING_ROLES):
+                self._check_elsewhere(messages[: number + 2], tools, number, place)
             if message.is_plain:
                 continue
             reasoning, turns = message.reasoning, messages[: number + 1]
@@ -106,6 +106,17 @@ class Completeness:
         other = (*messages[:number], replace(message, content=OTHER_TEXT), *messages[number + 1 :])
         if self._same(other, tools, messages, tools, place):
             raise _dropped(place, f"{message.role} message")
+
+    def _check_elsewhere(
+        self, messages: tuple[Message, ...], tools: str, number: int, place: str
+    ) -> None:
+        """Check a content whose text may stand elsewhere, as that of a system message in the question."""
+        message = messages[number]
+        first = None if message.tool_calls or number else (message.role, bool(tools))
+        if first not in self._written:
+            self._check_field(messages, tools, number, "content", place)
+            if first is not None:
+                self._written.add(first)
 
     def _opens_thoughts(self, messages: tuple[Message, ...], tools: str, place: str) -> bool:
         """Return whether the prompt opens thoughts, which then do not come from the template's answer."""

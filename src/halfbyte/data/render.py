@@ -303,10 +303,13 @@ class Renderer:
     def _check(self, encoded: Encoded) -> DataError | None:
         """Return what is wrong with the ids and labels of a row, if anything is."""
         ids, place = encoded.ids, encoded.place
-        bos_id = self.tokenizer.bos_token_id
+        bos_id = self.tokenizer.bos_token_id if self.has_bos else None
         # Where BOS ends answers too, as GPT-2's does, later ones are right.
-        most = len(ids) if bos_id in self.stop_ids else 1
-        if self.has_bos and (ids[0] != bos_id or ids[1:2] == [bos_id] or ids.count(bos_id) > most):
+        if bos_id is not None and (
+            ids[0] != bos_id
+            or ids[1:2] == [bos_id]
+            or (ids.count(bos_id) > 1 and bos_id not in self.stop_ids)
+        ):
             return RowError(
                 place,
                 "BOS tokens",

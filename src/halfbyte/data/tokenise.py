@@ -27,7 +27,9 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     num_chars = 0
     for row in rows:
         num_chars += len(row.text or "") + len(row.tools)
-        num_chars += sum([len(m.content if m.is_plain else m.text) for m in row.messages])
+        num_chars += sum([len(message.content) for message in row.messages])
+        if any(message.reasoning or message.tool_calls for message in row.messages):
+            num_chars += sum([len(message.text) for message in row.messages])
         batch.append(row)
         if num_chars >= BATCH_CHARS or len(batch) == BATCH_ROWS:
             yield batch
