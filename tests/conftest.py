@@ -19,7 +19,7 @@ import pytest
 import torch
 from browsing import browser, opened  # noqa: F401  (fixtures)
 from filelock import FileLock
-from toys import LENIENT, chatml_tokenizer, gemma_tokenizer, run_script, write_config
+from toys import LENIENT, chatml_tokenizer, gemma_tokenizer, llama_config, run_script, write_config
 from transformers import PreTrainedTokenizerFast
 
 
@@ -68,17 +68,11 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture(scope="session")
 def tiny_llama(built_once: Build) -> Path:
     """A folder with a random two-layer Llama and the ChatML tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = chatml_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
+    config = llama_config(
+        len(tokenizer),
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from test_adapter import CPU32, disturb, logits
 from torch import nn
-from toys import chatml_tokenizer, run_script, write_config, write_rows
-from transformers import LlamaConfig, LlamaForCausalLM
+from toys import chatml_tokenizer, llama_config, run_script, write_config, write_rows
+from transformers import LlamaForCausalLM
 
 from halfbyte.config import load_run
 from halfbyte.config.schema import Adapter, Model, Speed
@@ -38,16 +38,7 @@ GENES = ("<gene>", "<protein>")
 
 def make_base(folder: Path, *, tied: bool, spare_rows: int = 0) -> Path:
     tokenizer = chatml_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + spare_rows,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-    )
+    config = llama_config(len(tokenizer) + spare_rows, tie_word_embeddings=tied)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -194,15 +185,7 @@ def test_saved_rows_are_those_in_memory_and_those_of_the_merge(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_plan_counts_the_rows_and_nothing_of_the_size_of_the_head(tied: bool) -> None:
-    config = LlamaConfig(
-        vocab_size=5000,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
+    config = llama_config(5000, num_hidden_layers=4, tie_word_embeddings=tied)
 
     def step(num_new_tokens: int) -> TracedStep:
         model, speed = Model(name="x", precision="nf4"), Speed()

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from halfbyte.config.dataset import Data, DataSource
 from halfbyte.data.chat_template import load_template
@@ -84,6 +84,19 @@ def gemma_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
     )
+
+
+def llama_config(vocab_size: int, **fields: Any) -> LlamaConfig:
+    """The configuration of a Llama of two small layers."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    return LlamaConfig(vocab_size=vocab_size, **sizes | fields)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -196,9 +196,8 @@ def _think_after(text: str, prompt: str, message: Message) -> str | None:
         return None
     mark, close = opener.group(1), THINK_MARKS[opener.group(1)]
     body = text[opener.start() :]
-    if body.lstrip().startswith(
-        close
-    ):  # GLM-4.7 writes no more than the end of what the prompt opens
+    if body.lstrip().startswith(close):
+        # GLM-4.7 writes no more than the end of what the prompt opens.
         return None if mark in message.content else prompt + body
     if body.startswith(mark):  # an empty block, with other space in it than the prompt leaves
         return prompt + body[len(mark) :].lstrip()

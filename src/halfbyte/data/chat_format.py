@@ -167,7 +167,7 @@ class ChatFormat:
         raise DataError(
             f"chat template: an assistant turn ends with {after[:60]!r}, which holds no special token of"
             " this tokenizer, so the model could not learn to stop. Set data.stop=eos to end answers"
-            f" with the EOS token ({eos}), add it to data.new_tokens, or name another data.chat_template"
+            f" with the EOS token ({eos}), add the template's marks as data.new_tokens, or name another data.chat_template"
             f" ({', '.join(TEMPLATE_NAMES)})"
         )
 

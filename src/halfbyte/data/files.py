@@ -86,8 +86,9 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     Raises:
         DataError: the folder holds no data file, or none of this split.
     """
-    files = sorted(file for file in folder.iterdir() if _holds_rows(file))
-    passed_over = sorted(file.name for file in folder.iterdir() if _may_hold_rows(file))
+    entries = sorted(folder.iterdir())
+    files = [file for file in entries if _holds_rows(file)]
+    passed_over = [file.name for file in entries if _may_hold_rows(file)]
     if files and passed_over:
         names = ", ".join(passed_over[:MAX_NAMED])
         print(f"{folder}: passed over {names}", file=sys.stderr)

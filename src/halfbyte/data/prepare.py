@@ -165,9 +165,9 @@ def _read_rows(
             elif row.weight == 0:
                 drops.add("weight 0", row.place, number)
             else:
-                file.add_row(row, number, digest_of(identity(row)))
+                prompt = identity(row)
+                file.add_row(row, number, digest_of(prompt))
                 if by_answer:
-                    prompt = identity(row)
                     first = prompt if first is None else first
                     by_answer = row.text is None and prompt == first
     if not by_answer or len(file.rows) < 2:

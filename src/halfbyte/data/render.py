@@ -183,10 +183,7 @@ class Renderer:
         )
         text = self._template.prompt(messages, place, tools)
         spans = context_spans(form, text, messages, place, tools)
-        segments = self._splitter.segments()
-        parts = self._splitter.sample(Sample(text, spans), originals, segments)
-        ids = segments.ids(self.tokenizer)
-        return [index for numbers, _ in parts for number in numbers for index in ids[number]]
+        return self._splitter.sample_ids(Sample(text, spans), originals)
 
     def prompt_text(
         self, messages: tuple[Message, ...], place: str = "prompt", tools: str = ""

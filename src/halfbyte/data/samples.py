@@ -41,7 +41,8 @@ class SampleFile:
     """Rows and their samples in a folder.
 
     Args:
-        folder: holds ``rows.bin`` and ``tokens.bin``; those of a scratch are new.
+        folder: holds ``rows.bin`` and ``tokens.bin``.
+        row_starts: as of ``RowFile``, of files that are written already.
 
     Attributes:
         rows: the rows; some may have no sample.
@@ -54,12 +55,11 @@ class SampleFile:
         flags: 1 where the template changed the row, plus 2 where it holds special-token text.
     """
 
-    def __init__(self, folder: Path | Scratch) -> None:
+    def __init__(self, folder: Path | Scratch, row_starts: bytes | None = None) -> None:
         self._scratch = folder  # it is deleted when nothing holds it
-        new = isinstance(folder, Scratch)
         folder = folder.path if isinstance(folder, Scratch) else folder
-        self.rows = RowFile(folder / "rows.bin", None if new else b"")
-        self._tokens = Blob(folder / "tokens.bin", new=new)
+        self.rows = RowFile(folder / "rows.bin", row_starts)
+        self._tokens = Blob(folder / "tokens.bin", new=row_starts is None)
         self.row_sources, self.row_weights, self.row_digests = array("H"), array("d"), array("Q")
         self.sample_rows, self.sizes, self.num_labels = array("Q"), array("I"), array("I")
         self.flags = array("B")
@@ -123,8 +123,7 @@ class SampleFile:
     @classmethod
     def read(cls, folder: Path, arrays: dict[str, NDArray[Any]]) -> SampleFile:
         """Read what was written to a folder, with what ``arrays`` returned."""
-        file = cls(folder)
-        file.rows = RowFile(folder / "rows.bin", arrays["row_starts"].tobytes())
+        file = cls(folder, arrays["row_starts"].tobytes())
         for name in NUMBERS:
             getattr(file, name).frombytes(arrays[name].tobytes())
         starts = arrays["sizes"].astype("uint64").cumsum()

@@ -56,15 +56,17 @@ class Splitter:
             parts.pop()
         return parts
 
+    def sample_ids(self, sample: Sample, originals: dict[str, str]) -> list[int]:
+        """Return the ids of what ``sample`` gives."""
+        segments = self.segments()
+        parts = self.sample(sample, originals, segments)
+        ids = segments.ids(self.tokenizer)
+        return [index for numbers, _ in parts for number in numbers for index in ids[number]]
+
     def joins(self, sample: Sample, text: str) -> bool:
         """Return whether parts of a sample, tokenised by themselves, read as the whole, as ``text`` does too."""
-        segments = self.segments()
-        parts = self.sample(sample, {}, segments)
-        ids = segments.ids(self.tokenizer)
-        in_parts = [index for numbers, _ in parts for number in numbers for index in ids[number]]
-        is_same: bool = self.tokenizer.decode(in_parts) == self.tokenizer.decode(
-            self.ids(sample.text)
-        )
+        in_parts, whole = self.sample_ids(sample, {}), self.ids(sample.text)
+        is_same: bool = self.tokenizer.decode(in_parts) == self.tokenizer.decode(whole)
         return is_same and self.ids(text)[-8:] == plain_ids(self.tokenizer, [text])[0][-8:]
 
     def text(

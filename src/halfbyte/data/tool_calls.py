@@ -44,7 +44,9 @@ def parse_calls(place: str, where: str, value: Any, account: Account) -> tuple[T
         inner = outer
         if outer.take("function") is not None:
             inner = Fields(place, f"{where}.function.", function)
-        identity, _, _ = outer.take("id"), outer.take("type"), outer.take("index")
+        identity = outer.take("id")
+        for key in ("type", "index"):
+            outer.take(key)
         inner.take("name")
         arguments = inner.take("arguments", "parameters")
         if arguments is None:

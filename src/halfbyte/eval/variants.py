@@ -123,19 +123,26 @@ def _base_side(comparison: Comparison) -> tuple[Base, Renderer, list[Question]]:
     run, trained = comparison.run, comparison.trained
     if not trained.base.new_tokens:
         return trained.base, trained.renderer, comparison.questions
-    template = trained.renderer.tokenizer.chat_template
-    tokenizer = trained.renderer.tokenizer
-    stop = tokenizer.convert_ids_to_tokens(trained.renderer.stop_id or 0)
-    renderer = Renderer(
-        load_tokenizer(trained.base.plain),
+    base, tokenizer = trained.base.plain, trained.renderer.tokenizer
+    is_new = (
+        tokenizer.convert_ids_to_tokens(trained.renderer.stop_id or 0) in trained.base.new_tokens
+    )
+    stop = "eos" if is_new else run.data.stop
+    renderer = _own_renderer(base, tokenizer.chat_template, run, stop)
+    rows = [question.row for question in comparison.questions]
+    return base, renderer, questions(rows, renderer)
+
+
+def _own_renderer(base: Base, template: str | None, run: Run, stop: str = "template") -> Renderer:
+    """Return the renderer of a base's own tokenizer, with the run's settings of rows."""
+    return Renderer(
+        load_tokenizer(base),
         template,
         run.data.loss_on,
-        stop="eos" if stop in trained.base.new_tokens else run.data.stop,
+        stop=stop,
         system_as=run.data.system_as,
         day=run.data.date,
     )
-    rows = [question.row for question in comparison.questions]
-    return trained.base.plain, renderer, questions(rows, renderer)
 
 
 def _full_size(comparison: Comparison) -> Iterator[Contender]:
@@ -232,13 +239,7 @@ def _baseline(comparison: Comparison, baseline: Baseline) -> Iterator[Contender]
     run, compute = comparison.run, comparison.compute
     base = resolve_base(baseline.model, baseline.revision)
     template = load_template(baseline.chat_template) if baseline.chat_template else None
-    renderer = Renderer(
-        load_tokenizer(base),
-        template,
-        run.data.loss_on,
-        system_as=run.data.system_as,
-        day=run.data.date,
-    )
+    renderer = _own_renderer(base, template, run)
     shown = fewshot_examples(comparison.trained.folder, baseline.fewshot, run.seed)
     rendered = questions([question.row for question in comparison.questions], renderer, shown)
     note = f", {baseline.fewshot} training examples in the prompt" if shown else ""

@@ -24,7 +24,7 @@ from halfbyte.model.precision import (
     may_train_in_half,
 )
 from halfbyte.model.resolve import Base
-from halfbyte.model.tokenizer import load_tokenizer
+from halfbyte.model.tokenizer import load_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -115,7 +115,7 @@ def load_model(
     if precision is None:
         _unpack_compressed(model)
     if base.new_tokens:
-        add_rows(model, load_tokenizer(base.plain), load_tokenizer(base), base)
+        add_rows(model, read_tokenizer(Path(base.path), base.name), load_tokenizer(base), base)
     if compute.dtype == torch.float16 and precision not in DTYPES:
         keep_residual_in_fp32(model)
     return Loaded(model, base, precision, compute, text_only)

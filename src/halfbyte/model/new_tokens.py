@@ -43,7 +43,6 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, base: Base) -> None:
                 f"data.new_tokens: {token!r} is no text to the tokenizer of {base.name}"
             )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in base.new_tokens])
-
     taken = sorted(set(new_ids(tokenizer, base)) & set(known.values()))
     if taken:
         raise ModelError(
@@ -71,14 +70,14 @@ def add_rows(
         grown: the tokenizer with them.
         base: the base that they are added to.
     """
-    ids = new_ids(grown, base)
-    if ids.stop > model.get_input_embeddings().weight.shape[0]:
-        num_rows = model.get_input_embeddings().weight.shape[0]
+    ids, num_rows = new_ids(grown, base), model.get_input_embeddings().weight.shape[0]
+    if ids.stop > num_rows:
         model.resize_token_embeddings(ids.stop, mean_resizing=False)
-        # The random rows of transformers differ from load to load.
-        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            layer.weight.data[num_rows:] = layer.weight.data[:num_rows].float().mean(0)
     for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        if ids.start > num_rows:
+            # Those of tokens that the base has no rows for; random ones would differ from load to load.
+            mean = layer.weight.data[:num_rows].mean(0, dtype=torch.float32)
+            layer.weight.data[num_rows : ids.start] = mean
         for token, index in zip(base.new_tokens, ids, strict=True):
             pieces = plain(token, add_special_tokens=False)["input_ids"]
             layer.weight.data[index] = layer.weight.data[pieces].float().mean(0)
