@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from halfbyte.config.evaluation import Eval
+from halfbyte.data.fields import JSON
 from halfbyte.errors import UserError
+from halfbyte.eval.answer_numbers import read_number, same_number
+from halfbyte.eval.thoughts import without_thoughts
 
 Score = Callable[[str, str], float]
-NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?")
-ARABIC_MARKS = {0x066B: ".", 0x066C: ",", 0x2212: "-"}  # decimal, thousands, the minus sign
+# Changes with what counts as right: scores of different versions are not comparable.
+VERSION = 2
 NO_JSON = object()
+MAX_BRACKETS = 200  # at which a JSON value is looked for in an answer
+DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212"), "-")
+# What carries meaning beside words: a sign, marks within a number, C++ and C#, percent, degrees, currencies.
+MEANT = re.compile(r"(?<!\w)[-+](?=\d)|(?<=\d)[.,:/](?=\d)|(?<=\w)[+#]+(?!\w)|[%‰°]|(?<=\d)!")
 
 
 def scorer(metric: str, settings: Eval) -> Score:
-    """Return a metric's function (answer, wanted) → score.
+    """Return a metric's function (answer, wanted) → score; the thoughts of both are left out.
 
     Args:
         metric: the name of an answer metric in ``eval.metrics``.
@@ -30,6 +39,11 @@ def scorer(metric: str, settings: Eval) -> Score:
     Raises:
         UserError: the metric needs a library that is not installed, or the schema cannot be read.
     """
+    score = _scorer(metric, settings)
+    return lambda answer, wanted: score(without_thoughts(answer), without_thoughts(wanted))
+
+
+def _scorer(metric: str, settings: Eval) -> Score:
     if metric == "exact_match":
         return lambda answer, wanted: exact_match(answer, wanted, settings.answer_pattern)
     if metric == "schema_valid":
@@ -38,33 +52,27 @@ def scorer(metric: str, settings: Eval) -> Score:
 
 
 def normalised_match(answer: str, wanted: str) -> float:
-    """Return 1 if both have the same words in any script, ignoring case, punctuation, width and spaces."""
+    """Return 1 if both have the same words in any script, ignoring case, width, spaces, and punctuation.
+
+    What carries meaning counts: ``-5``, ``3.5``, ``C++``, ``50%``, ``$``.
+    """
     if not _words(wanted):  # only symbols, such as + or 👍
         return exact_match(answer, wanted)
     return float(_words(answer) == _words(wanted))
 
 
 def numeric_match(answer: str, wanted: str) -> float:
-    """Return 1 if the last numbers of both agree to 9 digits; an answer without a number is wrong."""
-    number, wanted_number = last_number(answer), last_number(wanted)
-    if number is None or wanted_number is None:
-        return 0.0
-    return float(math.isclose(number, wanted_number, rel_tol=1e-9))
-
-
-def last_number(text: str) -> float | None:
-    """Return the last number of a text (``1,234.5``, ``-3``, ``6.02e23``, digits of any script), or None."""
-    numbers = NUMBER.findall(unicodedata.normalize("NFKC", text).translate(ARABIC_MARKS))
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    """Return 1 if both give the same number, to 9 digits; an answer that gives none, or several, is wrong."""
+    return float(same_number(read_number(answer), read_number(wanted)))
 
 
 def exact_match(answer: str, wanted: str, pattern: str | None = None) -> float:
-    """Return 1 if both are the same text; case and outer spaces do not count.
+    """Return 1 if both are the same text in Unicode's form NFC; outer white space does not count.
 
     With a pattern, its last matches are compared instead. An answer that it does not match is wrong.
     """
     if pattern is None:
-        return float(_folded(answer) == _folded(wanted))
+        return float(_composed(answer) == _composed(wanted))
     match, wanted_match = extract(answer, pattern), extract(wanted, pattern)
     return float(match is not None and match == wanted_match)
 
@@ -78,8 +86,10 @@ def extract(text: str, pattern: str) -> str | None:
 def field_match(answer: str, wanted: str) -> float:
     """Return the share of the wanted JSON object's fields that the answer has with an equal value.
 
-    The answer's first ``{…}`` is taken. An answer without a JSON object scores 0; fields that are not
-    wanted count against it, as further fields that do not match.
+    The first object in the answer's text is taken that is whole. An answer without one scores 0; fields that
+    are not wanted count against it, as further fields that do not match. Values are equal as JSON: null is
+    a value, so that a missing field is not null; 1 equals 1.0 and numbers agree to 9 digits; true is not 1, and
+    "1" is not 1.
     """
     wanted_fields = _json_object(wanted)
     if wanted_fields is None:
@@ -98,19 +108,17 @@ def field_match(answer: str, wanted: str) -> float:
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object at the first ``{`` of a text, or None."""
-    value = _json_from(text, text.find("{"))
+    """Return the first JSON object in a text, or None."""
+    value = _first_json(text, "{")
     return value if isinstance(value, dict) else None
 
 
-def _json_from(text: str, start: int) -> Any:
-    """Return the JSON value that begins at ``start``, or ``NO_JSON``."""
-    if start < 0:
-        return NO_JSON
-    try:
-        return json.JSONDecoder().raw_decode(text[start:])[0]
-    except (ValueError, RecursionError):
-        return NO_JSON
+def _first_json(text: str, opening: str) -> Any:
+    """Return the first JSON value of a text that begins with one of these brackets, or ``NO_JSON``."""
+    for match in islice(re.finditer(f"[{re.escape(opening)}]", text), MAX_BRACKETS):
+        with contextlib.suppress(ValueError, RecursionError):
+            return JSON.raw_decode(text, match.start())[0]
+    return NO_JSON
 
 
 def _schema_valid(path: Path) -> Score:
@@ -129,8 +137,7 @@ def _schema_valid(path: Path) -> Score:
     validator = Draft202012Validator(schema)
 
     def score(answer: str, wanted: str) -> float:
-        starts = [at for at in (answer.find("{"), answer.find("[")) if at >= 0]
-        value = _json_from(answer, min(starts, default=-1))
+        value = _first_json(answer, "{[")
         return float(value is not NO_JSON and validator.is_valid(value))
 
     return score
@@ -138,9 +145,15 @@ def _schema_valid(path: Path) -> Score:
 
 def _words(text: str) -> str:
     """Return the words of a text in normal form, separated by single spaces."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(DASHES)
+    meant = {place for match in MEANT.finditer(plain) for place in range(*match.span())}
     return " ".join(
-        "".join(c if c.isalnum() or unicodedata.combining(c) else " " for c in plain).split()
+        "".join(
+            char
+            if place in meant or char.isalnum() or unicodedata.category(char) in ("Mn", "Mc", "Sc")
+            else " "
+            for place, char in enumerate(plain)
+        ).split()
     )
 
 
@@ -152,12 +165,13 @@ def _same(ours: Any, theirs: Any) -> bool:
         return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
     if isinstance(ours, list) and isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    if isinstance(ours, int | float) and isinstance(theirs, int | float):
+        return ours == theirs or math.isclose(ours, theirs, rel_tol=1e-9)
     return bool(ours == theirs)
 
 
-def _folded(text: str) -> str:
-    """Fold the case of a text and reduce each run of spaces to one."""
-    return " ".join(text.casefold().split())
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
 
 
 @lru_cache(maxsize=1)
