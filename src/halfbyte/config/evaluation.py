@@ -83,8 +83,8 @@ class Eval(Section):
     )
     metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
         default=["exact_match"],
-        description="`exact_match`; `normalised_match` (ignores case, punctuation and spaces);"
-        " `numeric_match` (the last number); `field_match` (share of equal JSON fields); `schema_valid`"
+        description="`exact_match` (the same text in NFC, but for outer white space); `normalised_match` (ignores"
+        " case, spaces and punctuation without meaning); `numeric_match` (the one number that an answer gives); `field_match` (share of equal JSON fields); `schema_valid`"
         " (JSON that conforms to `eval.json_schema`); `chrf` and `bleu` (sacreBLEU); `rouge_l`;"
         " `held_out_loss` (always measured; the only one for raw text). The first decides the verdict.",
     )

@@ -115,6 +115,7 @@ class Renderer:
         self._template_cache = TemplateCache(
             tokenizer.chat_template, lambda messages: self._samples(messages, "", PLACE)
         )
+        self._mark_ids = {self._special_tokens.ids[mark] for mark in self._special_tokens.marks}
         self.has_bos = self._has_single_bos()
 
     @property
@@ -319,9 +320,11 @@ class Renderer:
         return None
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of generated ids without special tokens and without spaces at its ends."""
-        text: Any = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return str(text).strip()
+        """Return the text of generated ids without marks of turns and without spaces at its ends.
+
+        Markup of the answer, such as that of thoughts and of tool calls, is text.
+        """
+        return str(self.tokenizer.decode([i for i in ids if i not in self._mark_ids])).strip()
 
     # --- the template ---
 

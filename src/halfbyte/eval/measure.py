@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,13 @@ from halfbyte.config import Run
 from halfbyte.data.conversation import Row
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question
+from halfbyte.data.tokenise import plain_ids
+from halfbyte.eval.answer_numbers import read_number
 from halfbyte.eval.energy import Meter
 from halfbyte.eval.harness import BenchmarkResult
 from halfbyte.eval.intervals import mean_interval, ratio_interval
 from halfbyte.eval.metrics import scorer
+from halfbyte.eval.thoughts import split_thoughts
 from halfbyte.eval.variants import Contender
 from halfbyte.forward.scoring import ROWS_PER_SCORED, row_scores
 from halfbyte.generate.batched import Answer, generate
@@ -41,6 +45,8 @@ class Variant:
     lengths: list[int] = field(
         default_factory=list
     )  # tokens of each answer, its stop token included
+    thoughts: list[int | None] = field(default_factory=list)  # tokens of each answer's, None: none
+    unread: list[str] = field(default_factory=list)  # why numeric_match read no number, by answer
     scores: dict[str, list[float]] = field(default_factory=dict)
     losses: list[tuple[float, int]] = field(default_factory=list)  # nats and tokens of each row
     benchmarks: dict[str, BenchmarkResult] = field(default_factory=dict)
@@ -83,7 +89,10 @@ class Variant:
             "lengths": {
                 "answers": _percentiles(self.lengths),
                 "wanted": _percentiles([count for _, count in self.losses]),
+                "thoughts": _percentiles([size for size in self.thoughts if size is not None]),
             },
+            "thoughts": sum(size is not None for size in self.thoughts),
+            "unread": dict(Counter(filter(None, self.unread))),
             "seconds": round(self.seconds, 1),
         }
 
@@ -215,6 +224,13 @@ def _record_answers(
     variant.answers = [contender.renderer.decode(answer.ids) for answer in answers]
     variant.finish_reasons = [answer.finish_reason for answer in answers]
     variant.lengths = _lengths(answers)
+    tokenizer = contender.renderer.tokenizer
+    for text in variant.answers:
+        thoughts, rest = split_thoughts(text)
+        size = None if thoughts is None else len(plain_ids(tokenizer, [thoughts])[0])
+        variant.thoughts.append(size)
+        if "numeric_match" in run.eval.metrics:
+            variant.unread.append(read_number(rest).fault)
     rows = [question.row for question in contender.questions]
     variant.scores = metric_scores(variant.answers, rows, run)
 

@@ -11,6 +11,7 @@ from typing import Any
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
 from halfbyte.data.ledger import NEAR_DUPLICATE, Ledger
+from halfbyte.eval import metrics
 from halfbyte.eval.benchmarks import LoadedBenchmark
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
 from halfbyte.eval.intervals import (
@@ -119,6 +120,7 @@ def build_report(
         ],
         benchmarks=general,
         eval=run.eval.model_dump(mode="json"),
+        metrics_version=metrics.VERSION,
         decoding=Decoding(
             greedy=True,
             max_new_tokens=run.eval.max_new_tokens,
@@ -264,6 +266,16 @@ def _notes(
         cut = entry["finish_reasons"]["length"]
         if cut > MAX_CUT_OFF_FRAC * sum(entry["finish_reasons"].values()):
             notes.append(f"{entry['name']}: {cut} answers were cut off at eval.max_new_tokens.")
+        if entry["thoughts"]:
+            notes.append(
+                f"{entry['name']}: {entry['thoughts']} answers begin with thoughts, of"
+                f" {entry['lengths']['thoughts'][1]:.0f} tokens in the median; they are not scored."
+            )
+        if entry["unread"]:
+            reasons = ", ".join(f"{count} {fault}" for fault, count in entry["unread"].items())
+            notes.append(
+                f"{entry['name']}: no one number in some answers, which are wrong: {reasons}."
+            )
     notes.append(
         "tokens/s were measured in this session, in batches; compare them with each other, not with those of"
         " other machines."

@@ -35,6 +35,7 @@ class Report(Record):
         created: when, in ISO 8601.
         base: that the run was trained on.
         metric: the first of ``metrics``, which decides the verdict.
+        metrics_version: of the rules that they score by; 1 in reports of versions before 0.2.
         n: held-out rows.
         verdict: in one line.
         variants: the figures of each variant; see ``measure.Variant.as_json``.
@@ -52,6 +53,7 @@ class Report(Record):
     base: BaseIdentity
     metric: str
     metrics: list[str]
+    metrics_version: int = 1
     n: int
     confidence: float
     verdict: str

@@ -56,6 +56,13 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
             f"runs can only be compared by one metric that scores each answer, not by {metric}"
             f" ({first.folder.path}) and {what}. Compare each run again with the same eval.metrics"
         )
+    versions = {one.report.metrics_version for one in runs}
+    if len(versions) > 1:
+        raise RunError(
+            f"{', '.join(str(one.folder.path) for one in runs)}: scored by different versions of the metrics"
+            f" ({', '.join(map(str, sorted(versions)))}), so that scores cannot be compared. Compare each run again:"
+            " python eval/compare.py RUN"
+        )
     common = [row for row in first.scores if all(row in other.scores for other in others)]
     if not common:
         raise RunError(
