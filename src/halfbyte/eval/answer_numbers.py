@@ -138,16 +138,16 @@ def _compatible(char: str) -> str:
 
 def _readings(text: str) -> list[Reading]:
     """Return what each number-like part of a text gives, in order."""
-    found: list[tuple[int, Reading]] = []
+    placed: list[tuple[int, Reading]] = []
     for fault, pattern in NO_NUMBERS.items():
         for match in pattern.finditer(text):
-            found.append((match.start(), Reading(None, fault)))
+            placed.append((match.start(), Reading(None, fault)))
             text = text[: match.start()] + " " * len(match.group()) + text[match.end() :]
     at = 0
     while number := NUMBER.search(text, at):
         before, at = text[: number.start()], number.end()
         if before[-1:].isalpha() or before[-1:] == "_":  # H2O, x1
-            found.append((number.start(), Reading(None, "formula")))
+            placed.append((number.start(), Reading(None, "formula")))
             rest = WORD_REST.match(text, at)
             at = rest.end() if rest else at
             continue
@@ -155,12 +155,12 @@ def _readings(text: str) -> list[Reading]:
         scale = SCALE.match(text, at)
         if value is not None and scale and scale.group(1).casefold() in SCALES:
             value *= 10 ** SCALES[scale.group(1).casefold()]
-        if RANGE.search(before) and found and found[-1][1].value is not None:
-            found.pop()
+        if RANGE.search(before) and placed and placed[-1][1].value is not None:
+            placed.pop()
         elif value is not None and NEGATIVE.search(before):
             value = -value
-        found.append((number.start(), Reading(value, "" if value is not None else "notation")))
-    return [reading for _, reading in sorted(found, key=lambda pair: pair[0])]
+        placed.append((number.start(), Reading(value, "" if value is not None else "notation")))
+    return [reading for _, reading in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
