@@ -53,7 +53,7 @@ def main() -> None:
         **provenance(),
     }
     write_json(folder / "ladder.json", report)
-    metric = run.eval.metrics[0]
+    metric = ladder.run.eval.metrics[0]
     text = "\n".join(
         [
             f"# {ladder.base.name}\n",

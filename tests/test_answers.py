@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from halfbyte.config.evaluation import Eval
-from halfbyte.eval.answer_numbers import read_number
-from halfbyte.eval.metrics import scorer
-from halfbyte.eval.thoughts import split_thoughts
+from halfbyte.data.thoughts import split_thoughts
+from halfbyte.scoring.metrics import scorer
+from halfbyte.scoring.numbers import read_number
 
 # answer, wanted, whether a reader would count it
 NUMBERS = [
@@ -244,7 +244,7 @@ def test_long_answers_are_read_at_once(text: str) -> None:
         ("<think>\nTwo.\n</think>\n\n4", "Two.", "4"),
         ("Two.</think>4", "Two.", "4"),  # the prompt has opened them
         ("[THINK]Two.[/THINK]4", "Two.", "4"),
-        ("<think></think>4", "", "4"),
+        ("<think></think>4", None, "4"),
         ("<think>Two and", "Two and", ""),
         ("4", None, "4"),
         ("4 <think>x</think>", None, "4 <think>x</think>"),

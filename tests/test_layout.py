@@ -24,7 +24,7 @@ LAYERS = [
     ["serve", "ship", "eval", "train"],
     ["plan"],
     ["llamacpp"],
-    ["generate", "trained"],
+    ["generate", "scoring", "trained"],
     ["forward"],
     ["model", "data"],
     ["libraries", "tracking"],
@@ -47,7 +47,7 @@ LIBRARIES = {
     "httpx": {"eval/judge.py", "model/resolve.py"},
     "huggingface_hub": {"model/resolve.py", "ship/hub.py"},
     "jinja2": {"data/template_analysis.py", "eval/pages.py", "plan/plots.py"},
-    "jsonschema": {"eval/metrics.py"},
+    "jsonschema": {"scoring/metrics.py", "scoring/rows.py"},
     "llguidance": {"serve/chat_codec.py"},
     "llmcompressor": {"ship/awq_worker.py"},
     "lm_eval": {"eval/benchmarks.py", "eval/harness.py", "eval/harness_model.py", "libraries.py"},
@@ -68,9 +68,9 @@ LIBRARIES = {
     },
     "pydantic_core": {"config/reference.py"},
     "pynvml": {"eval/energy.py"},
-    "rouge_score": {"eval/metrics.py"},
+    "rouge_score": {"scoring/metrics.py"},
     "ruamel": {"config/source.py", "config/read.py"},
-    "sacrebleu": {"eval/metrics.py"},
+    "sacrebleu": {"scoring/metrics.py"},
     "scipy": {"data/leaks.py", "eval/intervals.py"},
     "simple_icd_10_cm": {"data/icd10.py"},
     "starlette": {"serve/api.py", "serve/limits.py", "serve/replies.py"},
@@ -372,7 +372,7 @@ PLANTED_ELSEWHERE: dict[Rule, dict[str, str]] = {
 }
 # Rules with more than one way to be broken.
 ALSO_PLANTED: list[tuple[Rule, str, str]] = [
-    (upward_imports, "src/halfbyte/train/x.py", "from halfbyte.eval.metrics import scorer\n"),
+    (upward_imports, "src/halfbyte/train/x.py", "from halfbyte.eval.report import write_report\n"),
     (replaced_forwards, "src/halfbyte/eval/x.py", "setattr(layer, 'forward', g)\n"),
     (replaced_forwards, "src/halfbyte/eval/x.py", "AttentionInterface.register('x', f)\n"),
     (strange_libraries, "src/halfbyte/eval/x.py", "import brand_new_library\n"),

@@ -11,8 +11,8 @@ import pytest
 
 from halfbyte.config.evaluation import Eval
 from halfbyte.errors import UserError
-from halfbyte.eval import metrics
-from halfbyte.eval.metrics import (
+from halfbyte.scoring import metrics
+from halfbyte.scoring.metrics import (
     exact_match,
     extract,
     field_match,

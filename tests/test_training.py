@@ -293,7 +293,7 @@ def test_run_folder_holds_what_later_steps_need(trained_run: Path) -> None:
         path.name for path in (trained_run / "adapter").iterdir()
     }
     samples = list(read_jsonl(trained_run / "samples.jsonl"))
-    assert samples[0].keys() == {"step", "prompt", "wanted", "answer"}
+    assert samples[0].keys() == {"step", "prompt", "wanted", "answer", "exact_match"}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

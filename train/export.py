@@ -73,18 +73,20 @@ def _examine(measured: MeasuredRun, run: Run) -> Exam | None:
     """The questions of the run's comparison, and how answers are graded."""
     from halfbyte.data.questions import held_out_rows, questions
     from halfbyte.eval.compare import check_answers
-    from halfbyte.eval.measure import metric_scores, score_intervals
+    from halfbyte.eval.measure import score_intervals
+    from halfbyte.scoring.rows import answer_scores, with_tool_metrics
     from halfbyte.ship.proof import Exam
 
     if any(row.text is not None for row in measured.held_out):
         return None
     rows = held_out_rows(measured.trained.folder, run.eval.rows, run.seed)
-    check_answers(rows, run)
+    run, renderer = with_tool_metrics(run, rows), measured.trained.renderer
+    check_answers(rows, run, renderer)
 
     def grade(answers: list[str]) -> dict[str, dict[str, float]]:
-        return score_intervals(metric_scores(answers, rows, run), run)
+        return score_intervals(answer_scores(answers, rows, run, renderer.answer_format), run)
 
-    return Exam(questions(rows, measured.trained.renderer), grade, run.eval.max_new_tokens)
+    return Exam(questions(rows, renderer), grade, run.eval.max_new_tokens)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ Metric = Literal[
     "numeric_match",
     "field_match",
     "schema_valid",
+    "tool_match",
+    "tool_valid",
     "chrf",
     "bleu",
     "rouge_l",

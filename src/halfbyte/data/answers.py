@@ -10,11 +10,10 @@ from itertools import zip_longest
 from halfbyte.data.chat_format import ChatFormat
 from halfbyte.data.conversation import Message
 from halfbyte.data.fields import RowError
+from halfbyte.data.thoughts import MARKS
 
-# What opens thoughts at the end of a prompt, and what closes them.
-THINK_MARKS = {"<think>": "</think>", "<thinking>": "</thinking>", "[THINK]": "[/THINK]"}
 MARK = re.compile(r"<[^<>\s]+>|\[/?THINK\]")
-THINK_OPENER = re.compile(f"({'|'.join(map(re.escape, THINK_MARKS))})\\s*$")
+THINK_OPENER = re.compile(f"({'|'.join(map(re.escape, MARKS))})\\s*$")  # at the end of a prompt
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def _think_after(text: str, prompt: str, message: Message) -> str | None:
     opener = THINK_OPENER.search(prompt)
     if opener is None or not text.startswith(prompt[: opener.start()]):
         return None
-    mark, close = opener.group(1), THINK_MARKS[opener.group(1)]
+    mark, close = opener.group(1), MARKS[opener.group(1)]
     body = text[opener.start() :]
     if body.lstrip().startswith(close):
         # GLM-4.7 writes no more than the end of what the prompt opens.

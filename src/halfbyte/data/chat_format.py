@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.paths import TEMPLATE_NAMES
 from halfbyte.data.chat_template import ChatTemplate
@@ -83,6 +84,14 @@ class ChatFormat:
         marks |= set(self.stops)
         self._stop_pattern = pattern_of(self.stops)
         self.special_tokens = SpecialTokens(strings, self.tokenizer, marks)
+
+    def with_options(self, options: Mapping[str, Any]) -> ChatFormat:
+        """Return a copy whose template is given further variables."""
+        if not options:
+            return self
+        form = copy.copy(self)
+        form.template = self.template.with_options(options)
+        return form
 
     def end_of_answer(self, text: str, start: int) -> int | None:
         """Return where the answer that begins at ``start`` ends, after its stop token; None if it has none."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from datetime import date
 from importlib import resources
 from pathlib import Path
@@ -22,6 +24,11 @@ CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 CLOCK_NAME = re.compile(r"strftime_now(?!\s+is\s)")
 CLOCK_MACRO = "{%- macro strftime_now(format) -%}"
 DATE_CODES = "dmyYBbhAajHIMSpFDc"  # those that a macro writes
+# Variables of templates that transformers and the tokenizer give, or that no caller may set.
+GIVEN = re.compile(
+    r"messages|tools|documents|add_generation_prompt|continue_final_message|\w+_tokens?|strftime_now|raise_exception"
+    r"|range|namespace|dict|lipsum|cycler|joiner|loop"
+)
 # Names under which templates take thoughts that are a field of their own.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 MAX_REASON_CHARS = 120
@@ -103,12 +110,25 @@ class ChatTemplate:
         self._reasoning_keys = [
             key for key in REASONING_KEYS if re.search(rf"(\.|['\"]){key}\b", self.source)
         ]
+        self._options: Mapping[str, Any] = {}
         self._thinks_in_content = not self._reasoning_keys and "</think>" in self.source
 
     @property
     def knows_tools(self) -> bool:
         """Whether the template mentions tools at all."""
         return "tool" in self.source
+
+    def reads(self, variable: str) -> bool:
+        """Return whether the template reads a variable that a caller may set, such as ``enable_thinking``."""
+        if not variable.isidentifier() or GIVEN.fullmatch(variable):
+            return False
+        return re.search(rf"\b{variable}\b", self.source) is not None
+
+    def with_options(self, options: Mapping[str, Any]) -> ChatTemplate:
+        """Return a copy that gives the template further variables."""
+        template = copy.copy(self)
+        template._options = options
+        return template
 
     def render(
         self,
@@ -129,7 +149,7 @@ class ChatTemplate:
         Raises:
             RowError: the template rejects the conversation.
         """
-        options: dict[str, Any] = {"tools": tools_of(tools)} if tools else {}
+        options = {**self._options, **({"tools": tools_of(tools)} if tools else {})}
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 self.turns(messages),

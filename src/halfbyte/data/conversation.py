@@ -148,6 +148,17 @@ def message_from_json(record: dict[str, Any]) -> Message:
     return Message(**{**record, "tool_calls": calls})
 
 
+def system_in_question(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return messages with the system message at the beginning of the first question."""
+    if not messages or messages[0].role not in OPENING_ROLES:
+        return messages
+    system, *turns = messages
+    if not turns or turns[0].role != "user":
+        return messages
+    first = replace(turns[0], content=f"{system.content}\n\n{turns[0].content}")
+    return (first, *turns[1:])
+
+
 @functools.lru_cache(maxsize=1024)
 def tools_of(tools: str) -> list[dict[str, Any]]:
     """Return the tools of a row as chat templates take them; callers must not change them."""

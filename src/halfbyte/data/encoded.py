@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
+from halfbyte.data.fields import RowError
+
 IGNORED = -100
 
 
@@ -30,6 +32,30 @@ class Encoded:
     def num_supervised(self) -> int:
         """Number of labelled tokens."""
         return len(self.labels) - self.labels.count(IGNORED)
+
+    def fault(self, bos_id: int | None, stop_ids: list[int]) -> RowError | None:
+        """Return what is wrong with the ids and labels, if anything is.
+
+        Args:
+            bos_id: the token with which every row begins, or None.
+            stop_ids: tokens that end answers.
+        """
+        # Where BOS ends answers too, as GPT-2's does, later ones are right.
+        if bos_id is not None and (
+            self.ids[0] != bos_id
+            or self.ids[1:2] == [bos_id]
+            or (self.ids.count(bos_id) > 1 and bos_id not in stop_ids)
+        ):
+            return RowError(
+                self.place,
+                "BOS tokens",
+                f"has {self.ids.count(bos_id)} BOS tokens; it needs exactly one, at the start",
+            )
+        if self.num_supervised == 0:
+            return RowError(
+                self.place, "nothing to learn", "no token has a label, so there is nothing to learn"
+            )
+        return None
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ transformers issue 29279).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config.dataset import Data
+from halfbyte.data.answer_format import AnswerFormat
 from halfbyte.data.answers import THINK_OPENER, Sample, context_spans, samples_of
 from halfbyte.data.chat_format import PLACE, PROBE, ChatFormat, always_special
 from halfbyte.data.chat_template import (
@@ -26,13 +28,13 @@ from halfbyte.data.chat_template import (
     with_date,
 )
 from halfbyte.data.completeness import Completeness
-from halfbyte.data.conversation import OPENING_ROLES, Message, Row
+from halfbyte.data.conversation import Message, Row, system_in_question
 from halfbyte.data.encoded import Encoded, SegmentedRow
-from halfbyte.data.fields import RowError
 from halfbyte.data.special_tokens import SpecialTokens
 from halfbyte.data.splitting import Splitter
 from halfbyte.data.template_cache import TemplateCache
 from halfbyte.data.tokenise import Segments, batches
+from halfbyte.data.turn_order import check_learnt
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -175,23 +177,53 @@ class Renderer:
             yield from self._assemble(segmented, segments.ids(self.tokenizer))
 
     def encode_prompt(
-        self, messages: tuple[Message, ...], place: str = "prompt", tools: str = ""
+        self,
+        messages: tuple[Message, ...],
+        place: str = "prompt",
+        tools: str = "",
+        options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the ids up to where the assistant's answer begins, as they precede it in training."""
-        form = self._require_form(place)
+        """Return the ids up to where the assistant's answer begins, as they precede it in training.
+
+        ``options`` are further variables for the chat template, such as ``enable_thinking``.
+        """
+        form = self._require_form(place).with_options(options or {})
         messages, tools, originals = self._special_tokens.escape(
             self._placed(messages), place, tools
         )
-        text = self._template.prompt(messages, place, tools)
+        text = form.template.prompt(messages, place, tools)
         spans = context_spans(form, text, messages, place, tools)
         return self._splitter.sample_ids(Sample(text, spans), originals)
 
     def prompt_text(
-        self, messages: tuple[Message, ...], place: str = "prompt", tools: str = ""
+        self,
+        messages: tuple[Message, ...],
+        place: str = "prompt",
+        tools: str = "",
+        options: Mapping[str, Any] | None = None,
     ) -> str:
         """Return what the chat template writes up to where the assistant's answer begins."""
-        self._require_form(place)
-        return self._template.prompt(self._placed(messages), place, tools)
+        form = self._require_form(place).with_options(options or {})
+        return form.template.prompt(self._placed(messages), place, tools)
+
+    @functools.cached_property
+    def answer_format(self) -> AnswerFormat:
+        """How the chat template writes thoughts and tool calls in an answer."""
+        return AnswerFormat(self._form, opens_thoughts=self._opens_thoughts)
+
+    def reads(self, variable: str) -> bool:
+        """Return whether the chat template reads this variable, so that an option of it has an effect."""
+        return self._template.reads(variable)
+
+    def wanted_text(self, row: Row) -> str:
+        """Return what the model should generate of a row's last answer, as ``decode`` gives it."""
+        if row.messages[-1].is_plain and not self._opens_thoughts:
+            return row.answer
+        answer = replace(row.messages[-1], learnt=True)
+        prompt = self.encode_prompt(row.messages[:-1], row.place, row.tools)
+        whole = self.encode_row(replace(row, messages=(*row.messages[:-1], answer)))
+        ids = whole.ids[len(prompt) :]
+        return self.decode(ids[:-1] if ids[-1:] == [self.stop_id] else ids)
 
     def turns(self, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
         """Return messages as the chat template is given them, wherever it runs."""
@@ -204,13 +236,7 @@ class Renderer:
 
     def _placed(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """Return the messages with the system message where the config wants it."""
-        if self.system_as == "system" or not messages or messages[0].role not in OPENING_ROLES:
-            return messages
-        system, *turns = messages
-        if not turns or turns[0].role != "user":
-            return messages
-        first = replace(turns[0], content=f"{system.content}\n\n{turns[0].content}")
-        return (first, *turns[1:])
+        return messages if self.system_as == "system" else system_in_question(messages)
 
     # --- rows to segments, and segments to ids and labels ---
 
@@ -240,7 +266,7 @@ class Renderer:
                 replace(message, learnt=message.role != "assistant") for message in messages[:-1]
             ]
             messages = (*earlier, messages[-1])
-        self._check_learnt(messages, row.place)
+        check_learnt(messages, self.loss_on, row.place)
         messages, tools, originals = self._special_tokens.escape(messages, row.place, row.tools)
         sample = None
         is_plain = not tools and all(message.is_plain for message in messages)
@@ -265,26 +291,11 @@ class Renderer:
         learnt = [number for number in answers if messages[number].learnt]
         return samples_of(self._require_form(place), messages, learnt, place, tools)
 
-    def _check_learnt(self, messages: tuple[Message, ...], place: str) -> None:
-        """Check that the weights of turns leave something to learn, and that they can be followed.
-
-        Raises:
-            RowError: they do not.
-        """
-        if not any(message.learnt for message in messages if message.role == "assistant"):
-            reason = "no answer is to be learnt"
-            raise RowError(place, reason, f"{reason}: each has a weight of 0")
-        if self.loss_on == "all" and not all(message.learnt for message in messages):
-            raise RowError(
-                place,
-                "a weight of 0 with data.loss_on=all",
-                "has a turn of weight 0, but data.loss_on=all learns every token; set completion or last",
-            )
-
     def _assemble(
         self, rows: list[list[SegmentedRow] | DataError], segment_ids: list[list[int]]
     ) -> Iterator[list[Encoded] | DataError]:
         """Yield ids and labels of the samples of each row, or its error."""
+        bos_id = self.tokenizer.bos_token_id if self.has_bos else None
         for row in rows:
             if isinstance(row, DataError):
                 yield row
@@ -294,30 +305,9 @@ class Renderer:
             for number, sample in enumerate(row):
                 labels_all = self.loss_on == "all" and not number
                 encoded = sample.encode(segment_ids, labels_all=labels_all)
-                error = error or self._check(encoded)
+                error = error or encoded.fault(bos_id, self.stop_ids)
                 samples.append(encoded)
             yield error or samples
-
-    def _check(self, encoded: Encoded) -> DataError | None:
-        """Return what is wrong with the ids and labels of a row, if anything is."""
-        ids, place = encoded.ids, encoded.place
-        bos_id = self.tokenizer.bos_token_id if self.has_bos else None
-        # Where BOS ends answers too, as GPT-2's does, later ones are right.
-        if bos_id is not None and (
-            ids[0] != bos_id
-            or ids[1:2] == [bos_id]
-            or (ids.count(bos_id) > 1 and bos_id not in self.stop_ids)
-        ):
-            return RowError(
-                place,
-                "BOS tokens",
-                f"has {ids.count(bos_id)} BOS tokens; it needs exactly one, at the start",
-            )
-        if encoded.num_supervised == 0:
-            return RowError(
-                place, "nothing to learn", "no token has a label, so there is nothing to learn"
-            )
-        return None
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of generated ids without marks of turns and without spaces at its ends.

@@ -111,3 +111,20 @@ def _order_fault(before: str, role: str) -> tuple[str, str]:
             ". data.repair=[drop_leading_assistant] leaves its greeting out",
         )
     return f"a {role} turn after {before or 'nothing'}", ", and a tool answers an assistant"
+
+
+def check_learnt(messages: tuple[Message, ...], loss_on: str, place: str) -> None:
+    """Check that the weights of turns leave something to learn, and that they can be followed.
+
+    Raises:
+        RowError: they do not.
+    """
+    if not any(message.learnt for message in messages if message.role == "assistant"):
+        reason = "no answer is to be learnt"
+        raise RowError(place, reason, f"{reason}: each has a weight of 0")
+    if loss_on == "all" and not all(message.learnt for message in messages):
+        raise RowError(
+            place,
+            "a weight of 0 with data.loss_on=all",
+            "has a turn of weight 0, but data.loss_on=all learns every token; set completion or last",
+        )

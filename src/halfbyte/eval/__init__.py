@@ -1,1 +1,1 @@
-"""Owns evaluation: metrics, intervals, the comparison of variants on the same prompts, the report."""
+"""Owns evaluation: intervals, the comparison of variants on the same prompts, the report."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
+from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.eval.benchmarks import LoadedBenchmark, ask
-from halfbyte.eval.measure import LOSS_METRIC, Variant, measure
-from halfbyte.eval.metrics import scorer
+from halfbyte.eval.measure import Variant, measure
 from halfbyte.eval.variants import (
     ADAPTER,
     BASE_FULL,
@@ -26,6 +27,7 @@ from halfbyte.eval.variants import (
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.merged import MERGE_REPORT, merge_command, merged_report
 from halfbyte.model.resolve import resolve_base
+from halfbyte.scoring.rows import LOSS_METRIC, row_scorer, with_tool_metrics
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.run import TrainedRun, read_trained_run
 
@@ -34,6 +36,8 @@ UNSCORABLE = {  # why an answer does not even match itself
     "numeric_match": "holds no number",
     "field_match": "is no JSON object",
     "schema_valid": "does not keep to {0.json_schema}",
+    "tool_match": "has calls that cannot be read back as the chat template writes them",
+    "tool_valid": "has calls that do not keep to the tools of its row",
 }
 
 
@@ -66,7 +70,9 @@ def compare(
         if is_artefact(name):
             read_artefact(folder, name)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
-    check_answers(rows, run)
+    run = with_tool_metrics(run, rows)
+    trained = replace(trained, run=run)
+    check_answers(rows, run, trained.renderer)
     if FEWSHOT in wanted:
         fewshot_examples(folder, run.eval.fewshot, run.seed)
     for baseline in run.eval.baselines:
@@ -90,7 +96,7 @@ def compare(
     return trained, [variants[name] for name in order]
 
 
-def check_answers(rows: list[Row], run: Run) -> None:
+def check_answers(rows: list[Row], run: Run, renderer: Renderer) -> None:
     """Check that the metrics can score these rows, before any model is loaded.
 
     Raises:
@@ -107,9 +113,9 @@ def check_answers(rows: list[Row], run: Run) -> None:
             )
         return
     for metric in metrics:
-        score = scorer(metric, run.eval)
+        score = row_scorer(metric, run.eval, renderer.answer_format)
         for row in rows:
-            if metric in UNSCORABLE and score(row.answer, row.answer) != 1:
+            if metric in UNSCORABLE and score(renderer.wanted_text(row), row) != 1:
                 what = UNSCORABLE[metric].format(run.eval)
                 raise RunError(
                     f"{row.place}: the wanted answer {row.answer[:60]!r} {what}, so that {metric} could"

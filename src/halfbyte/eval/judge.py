@@ -15,6 +15,7 @@ import httpx
 
 from halfbyte.config import Run
 from halfbyte.config.evaluation import Judge
+from halfbyte.data.thoughts import without_thoughts
 from halfbyte.errors import UserError
 from halfbyte.eval.intervals import mean_interval
 from halfbyte.run_dir import append_jsonl, read_jsonl
@@ -68,7 +69,10 @@ def judge_answers(
     for other in others:
         print(f"judge: {ours} against {other}", file=sys.stderr, flush=True)
         rows = answered[: settings.rows]
-        pairs = [(row, row["answers"][ours], row["answers"][other]) for row in rows]
+        pairs = [
+            (row, *(without_thoughts(row["answers"][name]) for name in (ours, other)))
+            for row in rows
+        ]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             scores = list(pool.map(lambda pair: judge.compare(*pair), pairs))
         estimate = mean_interval(scores, run.eval.confidence, run.eval.resamples, run.seed)

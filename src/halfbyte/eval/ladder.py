@@ -20,7 +20,7 @@ from halfbyte.data.questions import Question, held_out_rows, questions
 from halfbyte.data.render import Renderer, renderer_of
 from halfbyte.errors import ConfigError, DataError
 from halfbyte.eval.compare import check_answers
-from halfbyte.eval.measure import LOSS_METRIC, Variant, measure
+from halfbyte.eval.measure import Variant, measure
 from halfbyte.eval.pages import interval, rate
 from halfbyte.eval.variants import Contender, in_llama_cpp, is_artefact, load_scored, release
 from halfbyte.llamacpp.model import GgufModel
@@ -30,6 +30,7 @@ from halfbyte.model.merged import merged_report
 from halfbyte.model.precision import DTYPES, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.tokenizer import load_tokenizer
+from halfbyte.scoring.rows import LOSS_METRIC, with_tool_metrics
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.fidelity import (
     Fidelity,
@@ -109,7 +110,8 @@ def ladder_of_config(run: Run) -> Ladder:
             " data.validation_frac"
         )
     chosen = random.Random(run.seed).sample(rows, min(run.eval.rows, len(rows)))
-    check_answers(chosen, _without_variants(run))
+    run = with_tool_metrics(run, chosen)
+    check_answers(chosen, _without_variants(run), renderer)
     return Ladder(run, base, renderer, questions(chosen, renderer), {})
 
 
@@ -128,7 +130,8 @@ def ladder_of_run(path: Path, run: Run) -> Ladder:
     folder, renderer = trained.folder, trained.renderer
     merged_report(folder)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
-    check_answers(rows, _without_variants(run))
+    run = with_tool_metrics(run, rows)
+    check_answers(rows, _without_variants(run), renderer)
     artefacts = {}
     for export in sorted(folder.export.glob("*/")):
         if is_artefact(export.name) and export.name != "gguf-lora":

@@ -13,24 +13,21 @@ import numpy as np
 from torch import nn
 
 from halfbyte.config import Run
-from halfbyte.data.conversation import Row
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question
 from halfbyte.data.tokenise import plain_ids
-from halfbyte.eval.answer_numbers import read_number
 from halfbyte.eval.energy import Meter
 from halfbyte.eval.harness import BenchmarkResult
 from halfbyte.eval.intervals import mean_interval, ratio_interval
-from halfbyte.eval.metrics import scorer
-from halfbyte.eval.thoughts import split_thoughts
 from halfbyte.eval.variants import Contender
 from halfbyte.forward.scoring import ROWS_PER_SCORED, row_scores
 from halfbyte.generate.batched import Answer, generate
 from halfbyte.generate.continuous import SlotGenerator, Spent, slots_refusal
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.cpu_speed import unpack_for_speed
+from halfbyte.scoring.numbers import read_number
+from halfbyte.scoring.rows import answer_scores, count_differences
 
-LOSS_METRIC = "held_out_loss"
 MAX_LABELLED_TOKENS = 64  # of a row whose logits are all held at once
 
 
@@ -47,6 +44,7 @@ class Variant:
     )  # tokens of each answer, its stop token included
     thoughts: list[int | None] = field(default_factory=list)  # tokens of each answer's, None: none
     unread: list[str] = field(default_factory=list)  # why numeric_match read no number, by answer
+    call_differences: dict[str, int] = field(default_factory=dict)  # from the wanted calls
     scores: dict[str, list[float]] = field(default_factory=dict)
     losses: list[tuple[float, int]] = field(default_factory=list)  # nats and tokens of each row
     benchmarks: dict[str, BenchmarkResult] = field(default_factory=dict)
@@ -92,6 +90,7 @@ class Variant:
                 "thoughts": _percentiles([size for size in self.thoughts if size is not None]),
             },
             "thoughts": sum(size is not None for size in self.thoughts),
+            "call_differences": self.call_differences,
             "unread": dict(Counter(filter(None, self.unread))),
             "seconds": round(self.seconds, 1),
         }
@@ -224,15 +223,17 @@ def _record_answers(
     variant.answers = [contender.renderer.decode(answer.ids) for answer in answers]
     variant.finish_reasons = [answer.finish_reason for answer in answers]
     variant.lengths = _lengths(answers)
-    tokenizer = contender.renderer.tokenizer
-    for text in variant.answers:
-        thoughts, rest = split_thoughts(text)
-        size = None if thoughts is None else len(plain_ids(tokenizer, [thoughts])[0])
+    rows = [question.row for question in contender.questions]
+    form, tokenizer = contender.renderer.answer_format, contender.renderer.tokenizer
+    for text, row in zip(variant.answers, rows, strict=True):
+        parsed = form.parse(text, row.tools)
+        size = None if parsed.thoughts is None else len(plain_ids(tokenizer, [parsed.thoughts])[0])
         variant.thoughts.append(size)
         if "numeric_match" in run.eval.metrics:
-            variant.unread.append(read_number(rest).fault)
-    rows = [question.row for question in contender.questions]
-    variant.scores = metric_scores(variant.answers, rows, run)
+            variant.unread.append(read_number(parsed.content).fault)
+    if "tool_match" in run.eval.metrics:
+        variant.call_differences = count_differences(variant.answers, rows, form)
+    variant.scores = answer_scores(variant.answers, rows, run, form)
 
 
 def _record_time(variant: Variant, answers: list[Answer], seconds: float) -> None:
@@ -261,18 +262,6 @@ def _lengths(answers: list[Answer]) -> list[int]:
 def _percentiles(values: list[int]) -> list[float]:
     """Return the 10th, 50th and 90th percentile."""
     return [float(value) for value in np.percentile(values, (10, 50, 90))] if values else []
-
-
-def metric_scores(answers: list[str], rows: list[Row], run: Run) -> dict[str, list[float]]:
-    """Score each answer by each of the run's metrics except the loss."""
-    scores: dict[str, list[float]] = {}
-    for metric in run.eval.metrics:
-        if metric != LOSS_METRIC:
-            score = scorer(metric, run.eval)
-            scores[metric] = [
-                score(answer, row.answer) for answer, row in zip(answers, rows, strict=True)
-            ]
-    return scores
 
 
 def score_intervals(scores: dict[str, list[float]], run: Run) -> dict[str, dict[str, Any]]:

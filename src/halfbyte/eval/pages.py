@@ -8,7 +8,7 @@ import re
 from importlib import resources
 from typing import Any
 
-from halfbyte.eval.measure import LOSS_METRIC
+from halfbyte.data.thoughts import split_thoughts, without_thoughts
 from halfbyte.eval.plots import (
     answer_lengths,
     difference_bars,
@@ -18,6 +18,7 @@ from halfbyte.eval.plots import (
 )
 from halfbyte.eval.report_record import Report
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, trained_name
+from halfbyte.scoring.rows import LOSS_METRIC
 
 MAX_SHOWN_ROWS = 600
 # Heading, key in a variant's entry, decimals.
@@ -40,6 +41,8 @@ def as_markdown(report: Report) -> str:
         "answers cut off",
         f"difference to {ours}",
     ]
+    if has_thoughts(report):
+        head.append("answers with thoughts")
     lines = [f"# {report.run}", "", f"**{report.verdict}**", ""]
     lines += [
         f"{report.n} held-out rows, {report.confidence:.0%} confidence intervals."
@@ -53,6 +56,8 @@ def as_markdown(report: Report) -> str:
         cells += [str(entry["finish_reasons"]["length"])]
         difference = report.differences.get(entry["name"])
         cells.append(signed(difference) if difference else "")
+        if has_thoughts(report):
+            cells.append(thoughts_of(entry))
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -63,6 +68,19 @@ def as_markdown(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def has_thoughts(report: Report) -> bool:
+    """Return whether any answer of a comparison begins with thoughts."""
+    return any(entry.get("thoughts") for entry in report.variants)
+
+
+def thoughts_of(entry: dict[str, Any]) -> str:
+    """Say which share of a variant's answers has thoughts, and how long they are in the median."""
+    count, total = entry["thoughts"], sum(entry["finish_reasons"].values())
+    if not count:
+        return "none"
+    return f"{count / total:.0%}, {entry['lengths']['thoughts'][1]:.0f} tokens"
 
 
 def _cost_table(report: Report) -> list[str]:
@@ -146,6 +164,9 @@ def as_html(
         report=report,
         metrics=_answer_metrics(report),
         rates=RATES[: None if has_energy else -1],
+        thoughts={entry["name"]: thoughts_of(entry) for entry in report.variants}
+        if has_thoughts(report)
+        else {},
         benchmarked={name for entry in report.benchmarks for name in entry["variants"]},
         plots=[(title, svg) for title, svg in charts if svg],
         ours=ours,
@@ -172,19 +193,22 @@ def _opponent_rank(name: str) -> tuple[int, str]:
 
 def _row(row: dict[str, Any], metric: str, ours: str, others: list[str]) -> dict[str, Any]:
     """Return one row for the page: the answers with their differing words marked, and who did better."""
+    wanted = without_thoughts(row["wanted"])
     scores = {name: by_metric.get(metric) for name, by_metric in row["scores"].items()}
     return {
         "place": row["place"],
         "prompt": row["prompt"],
-        "wanted": row["wanted"],
+        "wanted": wanted,
         "answers": [
             {
                 "name": name,
                 "score": scores[name],
                 "is_cut": row["finish_reasons"][name] == "length",
-                "words": marked_words(row["answers"][name], row["wanted"]),
+                "thoughts": thoughts,
+                "words": marked_words(answer, wanted),
             }
             for name in (ours, *others)
+            for thoughts, answer in [split_thoughts(row["answers"][name])]
         ],
         "outcomes": json.dumps({name: _outcome(scores[ours], scores[name]) for name in others}),
         "is_wrong": scores[ours] is not None and scores[ours] < 1,

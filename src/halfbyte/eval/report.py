@@ -6,12 +6,12 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
 from halfbyte.data.ledger import NEAR_DUPLICATE, Ledger
-from halfbyte.eval import metrics
 from halfbyte.eval.benchmarks import LoadedBenchmark
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
 from halfbyte.eval.intervals import (
@@ -25,15 +25,18 @@ from halfbyte.eval.intervals import (
     ratio_interval,
 )
 from halfbyte.eval.judge import judge_answers
-from halfbyte.eval.measure import LOSS_METRIC, Variant
+from halfbyte.eval.measure import Variant
 from halfbyte.eval.pages import as_html, as_markdown, interval, signed
 from halfbyte.eval.plots import estimate_of
 from halfbyte.eval.report_record import Decoding, Report, TrainingRows
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, MERGED, is_artefact, trained_name
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.run_dir import RunDir, read_jsonl, write_jsonl, write_text
+from halfbyte.scoring import metrics
+from halfbyte.scoring.rows import LOSS_METRIC
 from halfbyte.trained.run import TrainedRun
 
+MAX_DIFFERENCES = 8  # kinds of them, in a note
 MAX_CUT_OFF_FRAC = 0.01  # share of cut-off answers above which the report has a note
 
 
@@ -56,7 +59,7 @@ def write_report(
     """
     folder, run = trained.folder, trained.run
     report = build_report(trained, variants, benchmarks, command)
-    answered = [] if not variants[0].answers else _answers(rows, variants)
+    answered = [] if not variants[0].answers else _answers(trained, rows, variants)
     write_jsonl(folder.eval / "answers.jsonl", answered)
     write_jsonl(folder.eval / "benchmarks.jsonl", _benchmark_answers(variants))
     _write_pages(trained, report, answered)
@@ -266,11 +269,10 @@ def _notes(
         cut = entry["finish_reasons"]["length"]
         if cut > MAX_CUT_OFF_FRAC * sum(entry["finish_reasons"].values()):
             notes.append(f"{entry['name']}: {cut} answers were cut off at eval.max_new_tokens.")
-        if entry["thoughts"]:
-            notes.append(
-                f"{entry['name']}: {entry['thoughts']} answers begin with thoughts, of"
-                f" {entry['lengths']['thoughts'][1]:.0f} tokens in the median; they are not scored."
-            )
+        if entry["call_differences"]:
+            shown = islice(entry["call_differences"].items(), MAX_DIFFERENCES)
+            counts_of = ", ".join(f"{what} ({count})" for what, count in shown)
+            notes.append(f"{entry['name']}: calls differ from the wanted ones: {counts_of}.")
         if entry["unread"]:
             reasons = ", ".join(f"{count} {fault}" for fault, count in entry["unread"].items())
             notes.append(
@@ -285,18 +287,21 @@ def _notes(
 
 def _row_id(row: Row) -> str:
     """Return an id that is the same for the same conversation in any run and place."""
-    turns = [[message.role, message.content] for message in row.messages]
+    turns = [
+        [message.role, message.content if message.is_plain else message.text]
+        for message in row.messages
+    ]
     return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
 
 
-def _answers(rows: list[Row], variants: list[Variant]) -> list[dict[str, Any]]:
+def _answers(trained: TrainedRun, rows: list[Row], variants: list[Variant]) -> list[dict[str, Any]]:
     """Return the rows of answers.jsonl."""
     return [
         {
             "place": row.place,
             "id": _row_id(row),
             "prompt": row.messages[-2].content,
-            "wanted": row.answer,
+            "wanted": trained.renderer.wanted_text(row),
             "answers": {v.name: v.answers[i] for v in variants},
             "finish_reasons": {v.name: v.finish_reasons[i] for v in variants},
             "scores": {v.name: {m: s[i] for m, s in v.scores.items()} for v in variants},

@@ -11,11 +11,11 @@ from halfbyte.config import Run, read_run_folder
 from halfbyte.config.evaluation import Eval
 from halfbyte.errors import RunError
 from halfbyte.eval.intervals import evidence, judge_together, mean_interval, paired_difference
-from halfbyte.eval.measure import LOSS_METRIC
 from halfbyte.eval.pages import interval, signed
 from halfbyte.eval.report_record import Report
 from halfbyte.eval.variants import trained_name
 from halfbyte.run_dir import RunDir, read_jsonl
+from halfbyte.scoring.rows import LOSS_METRIC
 from halfbyte.trained.manifest import finished_manifest
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"

@@ -10,11 +10,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from halfbyte.config import Run
 from halfbyte.data.render import Renderer
 from halfbyte.data.samples import Samples
 from halfbyte.errors import RunError
 from halfbyte.generate.batched import generate
 from halfbyte.model.adapter import trainable_parameters
+from halfbyte.scoring.rows import row_scorers, with_tool_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -162,14 +164,15 @@ class EpochOrder(TrainerCallback):
 class SampleAnswers(TrainerCallback):
     """Answers a few held-out prompts at each evaluation."""
 
-    def __init__(
-        self, training: Training, examples: Samples, renderer: Renderer, max_new_tokens: int
-    ) -> None:
+    def __init__(self, training: Training, examples: Samples, renderer: Renderer, run: Run) -> None:
         self.training = training
         # Raw text has no prompt to answer.
         self.examples = [example for example in examples if example.row.text is None]
         self.renderer = renderer
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = run.train.sample_tokens
+        # Made now, so that a metric that cannot be had is an error before the first step.
+        run = with_tool_metrics(run, [example.row for example in self.examples])
+        self.scorers = row_scorers(run, renderer.answer_format) if self.examples else {}
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -191,14 +194,16 @@ class SampleAnswers(TrainerCallback):
                 max_new_tokens=self.max_new_tokens,
                 batch_rows=SAMPLE_BATCH,
             )
+        texts = [self.renderer.decode(answer.ids) for answer in answers]
         tracker.write_samples(
             state.global_step,
             [
                 {
                     "prompt": example.row.messages[-2].content,
-                    "wanted": example.row.answer,
-                    "answer": self.renderer.decode(answer.ids),
+                    "wanted": self.renderer.wanted_text(example.row),
+                    "answer": text,
+                    **{name: score(text, example.row) for name, score in self.scorers.items()},
                 }
-                for example, answer in zip(self.examples, answers, strict=True)
+                for example, text in zip(self.examples, texts, strict=True)
             ],
         )

@@ -68,8 +68,8 @@ class Tracker:
         if self.wandb is not None:
             self.wandb.summary.update(values)
 
-    def write_samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Write answers to held-out prompts to samples.jsonl, and to W&B as a table."""
+    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Write answers to held-out prompts, with their scores, to samples.jsonl, and to W&B as a table."""
         for sample in samples:
             append_jsonl(self.folder.samples, {"step": step, **sample})
         if self.wandb is not None and samples:

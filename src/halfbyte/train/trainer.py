@@ -79,7 +79,7 @@ class TokenTrainer(SFTTrainer):
                     Progress(),
                     FiniteGuard(self),
                     EpochOrder(self),
-                    SampleAnswers(self, samples, setup.renderer, train.sample_tokens),
+                    SampleAnswers(self, samples, setup.renderer, setup.run),
                 ],
             )
         self.remove_callback(PrinterCallback)

@@ -15,9 +15,9 @@ from typing import Any
 
 from halfbyte.config.evaluation import Eval
 from halfbyte.data.fields import JSON
+from halfbyte.data.thoughts import without_thoughts
 from halfbyte.errors import UserError
-from halfbyte.eval.answer_numbers import read_number, same_number
-from halfbyte.eval.thoughts import without_thoughts
+from halfbyte.scoring.numbers import read_number, same_number
 
 Score = Callable[[str, str], float]
 # Changes with what counts as right: scores of different versions are not comparable.
@@ -101,7 +101,7 @@ def field_match(answer: str, wanted: str) -> float:
     if not names:
         return 1.0
     same = [
-        name in wanted_fields and name in fields and _same(wanted_fields[name], fields[name])
+        name in wanted_fields and name in fields and same_json(wanted_fields[name], fields[name])
         for name in names
     ]
     return sum(same) / len(names)
@@ -157,14 +157,14 @@ def _words(text: str) -> str:
     )
 
 
-def _same(ours: Any, theirs: Any) -> bool:
+def same_json(ours: Any, theirs: Any) -> bool:
     """Return whether two values are equal as JSON, where 1 equals 1.0 but true does not equal 1."""
     if isinstance(ours, bool) or isinstance(theirs, bool):
         return ours is theirs
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
+        return ours.keys() == theirs.keys() and all(same_json(ours[k], theirs[k]) for k in ours)
     if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+        return len(ours) == len(theirs) and all(map(same_json, ours, theirs))
     if isinstance(ours, int | float) and isinstance(theirs, int | float):
         return ours == theirs or math.isclose(ours, theirs, rel_tol=1e-9)
     return bool(ours == theirs)

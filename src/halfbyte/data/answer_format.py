@@ -1,0 +1,222 @@
+"""Owns reading an answer as its chat template writes one: thoughts, text and tool calls, whole or as it streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from halfbyte.data.answers import samples_of
+from halfbyte.data.call_format import schemas_of
+from halfbyte.data.call_probe import call_format
+from halfbyte.data.chat_format import PLACE, ChatFormat
+from halfbyte.data.conversation import Message, ToolCall, tools_of
+from halfbyte.data.thoughts import MARKS, split_thoughts
+from halfbyte.errors import DataError
+
+THOUGHT, REPLY = "sigma_q7", "omega_q7"  # in a probe
+
+
+class Piece(NamedTuple):
+    """What an answer goes on with: text of its thoughts, text of its content, or a call."""
+
+    kind: Literal["thoughts", "content", "call"]
+    text: str = ""
+    call: ToolCall | None = None
+
+
+@dataclass
+class ParsedAnswer:
+    """An answer in its parts.
+
+    Attributes:
+        thoughts: its thoughts, None if it has none.
+        content: its text, without thoughts and calls.
+        calls: the tools that it calls.
+        malformed: whether it begins a call that cannot be read, which stays in its content.
+    """
+
+    thoughts: str | None = None
+    content: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    malformed: bool = False
+
+    def add(self, piece: Piece) -> None:
+        """Append what comes next."""
+        if piece.call is not None:
+            self.calls.append(piece.call)
+        elif piece.kind == "thoughts":
+            self.thoughts = (self.thoughts or "") + piece.text
+        else:
+            self.content += piece.text
+
+
+class AnswerFormat:
+    """How answers of one chat template are written.
+
+    Args:
+        form: the template; None for a tokenizer without one, whose answers are text.
+        opens_thoughts: whether its prompts open the thoughts, so that an answer begins within them.
+    """
+
+    def __init__(self, form: ChatFormat | None, *, opens_thoughts: bool = False) -> None:
+        self.opens_thoughts = opens_thoughts
+        self.marks = {**_thought_marks(form), **MARKS} if form else dict(MARKS)
+        self.calls = call_format(form) if form else None
+
+    def parse(self, text: str, tools: str = "") -> ParsedAnswer:
+        """Return the parts of a whole answer.
+
+        Args:
+            text: what was generated, with markup and without its stop token.
+            tools: JSON text of the tools that it may call; without any, markup of calls is text.
+        """
+        thoughts, rest = split_thoughts(text, self.marks)
+        if self.opens_thoughts and rest == text:  # it has not ended them
+            return ParsedAnswer(text.strip() or None)
+        parsed = ParsedAnswer(thoughts)
+        reader = AnswerReader(self, tools)
+        reader.state = "content"
+        for piece in [*reader.push(rest), *reader.flush()]:
+            parsed.add(piece)
+        parsed.malformed = reader.malformed
+        return parsed
+
+
+class AnswerReader:
+    """Reads one answer as it streams.
+
+    Text is held back while it may be the beginning of a mark, and a call until it is whole.
+
+    Args:
+        form: the template's format.
+        tools: JSON text of the tools that may be called, "" for none.
+        opened: whether the prompt has opened the thoughts.
+
+    Attributes:
+        malformed: whether a call was begun that cannot be read; it is given as text at the end.
+        num_calls: number of calls so far.
+    """
+
+    def __init__(self, form: AnswerFormat, tools: str = "", *, opened: bool = False) -> None:
+        self.form = form
+        self.schemas: Mapping[str, Any] = schemas_of(tools_of(tools)) if tools else {}
+        self.state = "thoughts" if opened else "start"
+        self.malformed = False
+        self.num_calls = 0
+        self._closers = list(form.marks.values())
+        self._buffer = ""
+        self._has_content = False
+        self._trims = opened  # whether space at the beginning of what comes is left out
+
+    def push(self, text: str) -> list[Piece]:
+        """Add text and return what is certain now."""
+        self._buffer += text
+        pieces: list[Piece] = []
+        state = None
+        while state != self.state:
+            state = self.state
+            pieces += getattr(self, f"_{state}")()
+        return pieces
+
+    def flush(self) -> list[Piece]:
+        """Return the rest at the end of the answer."""
+        pieces = []
+        if self.state == "calls":
+            pieces += self._calls(ended=True)
+            self.malformed = bool(self._buffer.strip())
+        rest = self._trimmed(self._buffer)
+        if self.state in ("thoughts", "calls"):
+            rest = rest.rstrip()
+        self._buffer = ""
+        if rest:
+            pieces.append(Piece("thoughts" if self.state == "thoughts" else "content", rest))
+        return pieces
+
+    def _trimmed(self, text: str) -> str:
+        if self._trims:
+            text = text.lstrip()
+            self._trims = not text
+        return text
+
+    def _emit(self, kind: Literal["thoughts", "content"], size: int) -> list[Piece]:
+        """Take the first ``size`` characters off the buffer, but for the space at their end."""
+        text = self._buffer[:size].rstrip()
+        self._buffer = self._buffer[len(text) :]
+        text = self._trimmed(text)
+        self._has_content |= bool(text) and kind == "content"
+        return [Piece(kind, text)] if text else []
+
+    def _start(self) -> list[Piece]:
+        begun = self._buffer.lstrip()
+        opener = next((mark for mark in self.form.marks if begun.startswith(mark)), None)
+        if opener is not None:
+            self._closers = [self.form.marks[opener]]
+            self._buffer, self.state, self._trims = begun[len(opener) :], "thoughts", True
+        elif begun and not any(mark.startswith(begun) for mark in self.form.marks):
+            self.state = "content"
+        return []
+
+    def _thoughts(self) -> list[Piece]:
+        ends = [(at, mark) for mark in self._closers if (at := self._buffer.find(mark)) >= 0]
+        if not ends:
+            return self._emit("thoughts", len(self._buffer) - self._held(self._closers))
+        at, mark = min(ends)
+        rest = self._buffer[at + len(mark) :]
+        pieces = self._emit("thoughts", at)
+        self._buffer, self.state, self._trims = rest, "content", True
+        return pieces
+
+    def _content(self) -> list[Piece]:
+        calls = self.form.calls if self.schemas else None
+        if calls is None:
+            text, self._buffer = self._trimmed(self._buffer), ""
+            return [Piece("content", text)] if text else []
+        at = self._buffer.find(calls.trigger) if calls.trigger else self._bare_call()
+        if at < 0:
+            return self._emit("content", len(self._buffer) - self._held([calls.trigger]))
+        pieces = self._emit("content", at)
+        self._buffer, self.state = self._buffer.lstrip(), "calls"
+        return pieces
+
+    def _bare_call(self) -> int:
+        """Return where calls begin that no mark announces: at the beginning of the answer, or nowhere (-1)."""
+        begun = self._buffer.lstrip()
+        if self._has_content or not begun:
+            return -1
+        begins = begun.startswith(("{", "[", *self.schemas)) or any(
+            name.startswith(begun) for name in self.schemas
+        )
+        return len(self._buffer) - len(begun) if begins else -1
+
+    def _calls(self, *, ended: bool = False) -> list[Piece]:
+        assert self.form.calls is not None
+        made, end = self.form.calls.read(self._buffer, 0, self.schemas, ended=ended)
+        pieces = [Piece("call", call=call) for call in made[self.num_calls :]]
+        self.num_calls = max(self.num_calls, len(made))
+        if ended:
+            self._buffer = self._buffer[end:]
+            self._trims = True
+        return pieces
+
+    def _held(self, marks: list[str]) -> int:
+        """Return how many characters at the end of the buffer may be the beginning of a mark."""
+        longest = max(map(len, marks), default=0)
+        for size in range(min(longest - 1, len(self._buffer)), 0, -1):
+            if any(mark.startswith(self._buffer[-size:]) for mark in marks if mark):
+                return size
+        return 0
+
+
+def _thought_marks(form: ChatFormat) -> dict[str, str]:
+    """Return the marks between which a template writes thoughts; none if it writes none."""
+    messages = (Message("user", "alpha"), Message("assistant", REPLY, reasoning=THOUGHT))
+    try:
+        (sample, *_) = samples_of(form, messages, [1], PLACE, "")
+    except DataError:
+        return {}
+    span = sample.spans[-1]
+    opener, thought, rest = sample.text[span.start : span.end].partition(THOUGHT)
+    closer = rest.partition(REPLY)[0].strip()
+    opener = opener.strip()
+    return {opener: closer} if thought and opener and closer else {}
