@@ -73,6 +73,7 @@ TOOLS = json.dumps(
 )
 ONE = [ToolCall("tide", '{"port": "Brest"}', "call00001")]
 TWO = [*ONE, ToolCall("wind", '{"port": "a \\"b\\" {c} </x>", "days": 7}', "call00002")]
+THINK_END = "</think>"
 THINKS = "{%- if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
 
 
@@ -95,7 +96,10 @@ def answer_of(kind: str, row: Row) -> str:
 
 def streamed(form: AnswerFormat, text: str, tools: str, size: int) -> ParsedAnswer:
     """The answer as it is read in pieces of so many characters."""
-    reader, parsed = AnswerReader(form, tools, opened=form.opens_thoughts), ParsedAnswer()
+    reader, parsed = (
+        AnswerReader(form, tools, closer=THINK_END if form.opens_thoughts else None),
+        ParsedAnswer(),
+    )
     for start in range(0, len(text), size):
         for piece in reader.push(text[start : start + size]):
             parsed.add(piece)

@@ -20,7 +20,8 @@ from halfbyte.serve.loading import Options, _slots
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.schema import ChatRequest, CompletionRequest
 from halfbyte.serve.server import bind, serve
-from halfbyte.serve.service import Service
+from halfbyte.serve.service import Asked, Service
+from halfbyte.serve.text import TextStream
 
 
 def test_a_body_full_of_faults_is_refused_by_its_first_ones() -> None:
@@ -108,8 +109,11 @@ def test_log_probabilities_of_a_request_are_bounded() -> None:
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "n": 8}
     )
     backend = types.SimpleNamespace(max_context=4096)
-    model = types.SimpleNamespace(name="m", engine=types.SimpleNamespace(backend=backend))
+    codec = types.SimpleNamespace(vocab_size=100)
+    engine = types.SimpleNamespace(backend=backend)
+    model: Any = types.SimpleNamespace(name="m", engine=engine, codec=codec)
     service = Service([], Limits())
+    asked = Asked([1] * 10, lambda: TextStream(str))
     for top in (0, 20):
         with pytest.raises(RefusedError, match="at most 200000 are allowed"):
-            service.submit(request, model, [[1] * 10] * 8, None, top)  # type: ignore[arg-type]
+            service.submit(request, model, [asked] * 8, None, top)

@@ -91,23 +91,23 @@ class AnswerReader:
     Args:
         form: the template's format.
         tools: JSON text of the tools that may be called, "" for none.
-        opened: whether the prompt has opened the thoughts.
+        closer: what ends the thoughts that the prompt has opened; None if it has opened none.
 
     Attributes:
         malformed: whether a call was begun that cannot be read; it is given as text at the end.
         num_calls: number of calls so far.
     """
 
-    def __init__(self, form: AnswerFormat, tools: str = "", *, opened: bool = False) -> None:
+    def __init__(self, form: AnswerFormat, tools: str = "", *, closer: str | None = None) -> None:
         self.form = form
         self.schemas: Mapping[str, Any] = schemas_of(tools_of(tools)) if tools else {}
-        self.state = "thoughts" if opened else "start"
+        self.state = "start" if closer is None else "thoughts"
         self.malformed = False
         self.num_calls = 0
-        self._closers = list(form.marks.values())
+        self._closers = [] if closer is None else [closer]
         self._buffer = ""
         self._has_content = False
-        self._trims = opened  # whether space at the beginning of what comes is left out
+        self._trims = closer is not None  # whether space at the beginning of what comes is left out
 
     def push(self, text: str) -> list[Piece]:
         """Add text and return what is certain now."""

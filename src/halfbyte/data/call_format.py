@@ -107,6 +107,37 @@ class ObjectCalls(CallFormat):
     as_list: bool
     as_text: bool
 
+    def schema(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON schema of the object of a call.
+
+        Args:
+            name: name of the tool.
+            arguments: JSON schema of its arguments.
+        """
+        return self._schema(self.example, (), name, arguments)
+
+    def _schema(
+        self, value: Any, path: tuple[str, ...], name: str, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        if path == self.name_path:
+            return {"const": name}
+        if path == self.arguments_path:
+            return {"type": "string"} if self.as_text else arguments
+        if isinstance(value, dict):
+            properties = {
+                key: self._schema(inner, (*path, key), name, arguments)
+                for key, inner in value.items()
+            }
+            return {
+                "type": "object",
+                "properties": properties,
+                "required": list(properties),
+                "additionalProperties": False,
+            }
+        if value in IDS:
+            return {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
+        return {"const": value}
+
     def entry(self, text: str, at: int, tools: Schemas) -> tuple[list[ToolCall], int] | None:
         """As ``CallFormat.entry``."""
         try:

@@ -133,6 +133,11 @@ class Renderer:
         return sorted(ids | ({self.eos_id} if self.eos_id is not None else set()))
 
     @property
+    def special_tokens(self) -> SpecialTokens:
+        """The special tokens of the tokenizer and the template."""
+        return self._special_tokens
+
+    @property
     def pad_id(self) -> int:
         """Id to pad with; it may be the stop id, since padding is recognised by its position."""
         return int(self.tokenizer.pad_token_id or 0)
@@ -314,7 +319,12 @@ class Renderer:
 
         Markup of the answer, such as that of thoughts and of tool calls, is text.
         """
-        return str(self.tokenizer.decode([i for i in ids if i not in self._mark_ids])).strip()
+        return self.decode_markup(ids).strip()
+
+    def decode_markup(self, ids: list[int]) -> str:
+        """Return the text of ids as ``decode`` does, with all spaces."""
+        kept = [token for token in ids if token not in self._mark_ids]
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
     # --- the template ---
 

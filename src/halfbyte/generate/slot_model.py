@@ -44,7 +44,7 @@ class Backend(Protocol):
         """See the class."""
 
     def run(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
-        """Compute a pass; return the logits (len(inputs), V), fp32, after the last token of each input."""
+        """Compute a pass; return logits (N, V), fp32, on the CPU: the last ``num_logits`` of each input in turn."""
 
     def keep(self, slot: int, length: int) -> int:
         """Drop the tokens of a slot from number ``length`` on; return how many could be kept."""
@@ -113,8 +113,8 @@ class SlotModel:
     def run(self, inputs: Sequence[SlotInput]) -> torch.Tensor:
         """As ``Backend.run``."""
         logits, rows = self.logits(inputs)
-        last = torch.tensor([input_rows[-1] for input_rows in rows], device=self.device)
-        return logits[last].float().to("cpu")  # (len(inputs), V)
+        order = torch.tensor([row for input_rows in rows for row in input_rows], device=self.device)
+        return logits[order].float().to("cpu")  # (N, V)
 
     @torch.inference_mode()
     def logits(self, inputs: Sequence[SlotInput]) -> tuple[torch.Tensor, list[range]]:

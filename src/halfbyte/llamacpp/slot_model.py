@@ -63,7 +63,7 @@ class LlamaSlotModel:
         lib = self.gguf.lib
         num_tokens = sum(len(slot_input.ids) for slot_input in inputs)
         batch = lib.llama_batch_init(num_tokens, 0, 1)
-        last = []
+        wanted = []
         try:
             batch.n_tokens = num_tokens
             at = 0
@@ -71,9 +71,10 @@ class LlamaSlotModel:
                 for position, token in enumerate(slot_input.ids, start=slot_input.start):
                     batch.token[at], batch.pos[at] = token, position
                     batch.n_seq_id[at], batch.seq_id[at][0] = 1, slot_input.slot
-                    batch.logits[at] = position == slot_input.end - 1
+                    batch.logits[at] = position >= slot_input.end - slot_input.num_logits
+                    if batch.logits[at]:
+                        wanted.append(at)
                     at += 1
-                last.append(at - 1)
             code = lib.llama_decode(self._context, batch)
         finally:
             lib.llama_batch_free(batch)
@@ -81,7 +82,7 @@ class LlamaSlotModel:
             raise ModelError(f"{self.gguf.path}: llama.cpp failed ({code}): {lib.pop_error()}")
         rows = [
             np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, at), (self.vocab_size,))
-            for at in last
+            for at in wanted
         ]
         return torch.from_numpy(np.stack(rows))  # a copy: the next call overwrites the logits
 

@@ -8,25 +8,42 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from halfbyte.data.conversation import Message
 from halfbyte.errors import DataError
 from halfbyte.serve import page
+from halfbyte.serve.asking import (
+    AskedChat,
+    AskedCompletion,
+    ask_chat,
+    ask_completion,
+    check_vocabulary,
+    tokens_of,
+)
+from halfbyte.serve.chat_reply import ChatReplyBuilder
+from halfbyte.serve.completion_reply import CompletionReplyBuilder
+from halfbyte.serve.ignored import account, header
 from halfbyte.serve.refusal import ERRORS, RefusedError
-from halfbyte.serve.replies import ChatReplyBuilder, CompletionReplyBuilder, reply
-from halfbyte.serve.schema import (
-    ChatMessage,
+from halfbyte.serve.replies import reply
+from halfbyte.serve.reply_schema import (
     ChatReply,
-    ChatRequest,
-    CompletionRequest,
+    DetokenizeReply,
     ErrorReply,
-    GenerationRequest,
     ModelCard,
     ModelList,
+    ResponseReply,
     TextReply,
+    TokenizeReply,
+)
+from halfbyte.serve.responses import ResponsesReplyBuilder, ResponsesRequest, as_chat
+from halfbyte.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
 )
 from halfbyte.serve.service import ServedModel, Service
 
@@ -39,8 +56,6 @@ EVENT_SCHEMA = {
 STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": EVENT_SCHEMA}}}
 }
-COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens; a chat defaults to the rest of the context
-ROLES = {"developer": "system"}  # OpenAI's newer name for it
 MAX_QUOTED = 200  # characters of a request that an error quotes
 
 
@@ -119,50 +134,71 @@ def _state_routes(service: Service) -> APIRouter:
 
 
 def _openai_routes(service: Service) -> APIRouter:
-    routes = APIRouter(prefix="/v1", tags=["openai"])
+    routes = APIRouter(tags=["openai"])
     options: dict[str, Any] = {
         "dependencies": [Depends(_require_json)],
         "responses": STREAM_RESPONSES,
     }
 
-    @routes.get("/models")
+    @routes.get("/v1/models")
     async def models() -> ModelList:
         return ModelList(data=[_model_card(model) for model in service.served.values()])
 
-    @routes.get("/models/{name}")
+    @routes.get("/v1/models/{name}")
     async def model(name: str) -> ModelCard:
         return _model_card(service.get_model(name))
 
-    @routes.post("/chat/completions", response_model=ChatReply, **options)
+    @routes.post("/v1/chat/completions", response_model=ChatReply, **options)
     async def chat(body: ChatRequest, request: Request) -> Any:
         model = service.get_model(body.model)
-        _check_stream_options(body)
-        _check_chat(body)
-        service.check_accepting()
-        texts = [_message_text(message) for message in body.messages]
-        service.check_length(sum(map(len, texts)), model, "messages")
-        messages = tuple(
-            Message(ROLES.get(message.role, message.role), text)
-            for message, text in zip(body.messages, texts, strict=True)
+        asked = await ask_chat(service, model, body)
+        builder = ChatReplyBuilder(
+            model,
+            asked.prompt,
+            wants_logprobs=bool(body.logprobs),
+            with_usage=_wants_usage(body),
         )
-        ids = await run_in_threadpool(model.codec.encode_chat, messages)
-        matchers = await run_in_threadpool(_matchers, body, model)
-        top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        max_tokens = body.max_tokens or body.max_completion_tokens
-        submitted = service.submit(body, model, [ids], max_tokens, top_logprobs, matchers)
-        builder = ChatReplyBuilder(model, wants_logprobs=bool(body.logprobs))
-        return await reply(service, request, body, builder, submitted)
+        return await reply(service, request, builder, asked.submitted, **_delivery(body, asked))
 
-    @routes.post("/completions", response_model=TextReply, **options)
+    @routes.post("/v1/completions", response_model=TextReply, **options)
     async def complete(body: CompletionRequest, request: Request) -> Any:
         model = service.get_model(body.model)
-        _check_stream_options(body)
-        service.check_accepting()
-        prompts = await run_in_threadpool(_prompt_ids, body, model, service)
-        max_tokens = body.max_tokens or COMPLETION_TOKENS
-        submitted = service.submit(body, model, prompts, max_tokens, body.logprobs)
-        builder = CompletionReplyBuilder(model, wants_logprobs=body.logprobs is not None)
-        return await reply(service, request, body, builder, submitted)
+        asked = await ask_completion(service, model, body)
+        builder = CompletionReplyBuilder(
+            model,
+            asked.echoed,
+            wants_logprobs=body.logprobs is not None,
+            with_usage=_wants_usage(body),
+        )
+        return await reply(service, request, builder, asked.submitted, **_delivery(body, asked))
+
+    @routes.post("/v1/responses", response_model=ResponseReply, **options)
+    async def respond(body: ResponsesRequest, request: Request) -> Any:
+        model = service.get_model(body.model)
+        chat = as_chat(body)
+        asked = await ask_chat(service, model, chat, account(body))
+        builder = ResponsesReplyBuilder(model, asked.prompt, body)
+        return await reply(service, request, builder, asked.submitted, **_delivery(chat, asked))
+
+    @routes.post("/tokenize", dependencies=options["dependencies"])
+    async def tokenize(body: TokenizeRequest, response: Response) -> TokenizeReply:
+        model = service.get_model(body.model) if body.model else service.first_model
+        ids, ignored = await run_in_threadpool(tokens_of, service, model, body)
+        response.headers.update(header(ignored))
+        strings = [model.codec.piece(token)[0] for token in ids]
+        return TokenizeReply(
+            tokens=ids,
+            count=len(ids),
+            max_model_len=service.max_context(model),
+            token_strs=strings if body.return_token_strs else None,
+        )
+
+    @routes.post("/detokenize", dependencies=options["dependencies"])
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeReply:
+        model = service.get_model(body.model) if body.model else service.first_model
+        check_vocabulary(model, body.tokens, "tokens")
+        text = await run_in_threadpool(model.codec.decode_all, body.tokens)
+        return DetokenizeReply(prompt=text, content=text)
 
     return routes
 
@@ -174,62 +210,14 @@ def _require_json(request: Request) -> None:
         raise RefusedError(415, "Content-Type must be application/json")
 
 
-def _check_stream_options(body: GenerationRequest) -> None:
-    if body.stream_options is not None and not body.stream:
-        raise RefusedError(400, "stream_options requires stream to be true", "stream_options")
+def _delivery(body: GenerationRequest, asked: AskedChat | AskedCompletion) -> dict[str, Any]:
+    """Return how a reply is sent."""
+    return {"stream": bool(body.stream), "headers": header(asked.ignored)}
 
 
-def _check_chat(body: ChatRequest) -> None:
-    """Refuse settings that contradict or need another one."""
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise RefusedError(
-            400, "max_tokens and max_completion_tokens mean the same; set only one", "max_tokens"
-        )
-    if body.top_logprobs is not None and not body.logprobs:
-        raise RefusedError(400, "top_logprobs requires logprobs to be true", "top_logprobs")
+def _wants_usage(body: GenerationRequest) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 def _model_card(model: ServedModel) -> ModelCard:
     return ModelCard(id=model.name, created=model.created, owned_by="halfbyte", parent=model.parent)
-
-
-def _message_text(message: ChatMessage) -> str:
-    content = message.content
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _matchers(body: ChatRequest, model: ServedModel) -> list[Any] | None:
-    """Return a grammar's state for each answer, or None if the answers are free text."""
-    response_format = body.response_format
-    if response_format is None or response_format.type == "text":
-        return None
-    schema: dict[str, Any] | None = {"type": "object"}
-    if response_format.type == "json_schema":
-        named_schema = response_format.json_schema
-        schema = named_schema.json_schema if named_schema else None
-    if schema is None:
-        raise RefusedError(400, "json_schema.schema is required", "response_format")
-    return [model.codec.matcher(schema) for _ in range(body.n or 1)]
-
-
-def _prompt_ids(body: CompletionRequest, model: ServedModel, service: Service) -> list[list[int]]:
-    """Return the token ids of each prompt."""
-    field = body.prompt
-    prompts = field if isinstance(field, list) and not isinstance(field[0], int) else [field]
-    ids_of_prompts: list[list[int]] = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            service.check_length(len(prompt), model, "prompt")
-            ids = model.codec.encode_text(prompt)
-            if not ids:
-                raise RefusedError(400, "the prompt must not be empty", "prompt")
-        else:
-            ids = [int(token) for token in prompt]
-            if max(ids) >= model.codec.vocab_size:
-                raise RefusedError(
-                    400,
-                    f"token {max(ids)} is outside the vocabulary of {model.codec.vocab_size} tokens",
-                    "prompt",
-                )
-        ids_of_prompts.append(ids)
-    return ids_of_prompts

@@ -1,16 +1,18 @@
-"""Owns the codec of a served model: conversations and text to ids, ids to text, and grammars."""
+"""Owns the codec of a served model: conversations and text to ids, and ids to text."""
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from dataclasses import dataclass
 
-from halfbyte.data.conversation import Message
+from halfbyte.data.answer_format import AnswerReader
 from halfbyte.data.render import Renderer
-from halfbyte.errors import DataError
+from halfbyte.serve.conversation import Conversation
+from halfbyte.serve.grammar import Grammars
 from halfbyte.serve.text import REPLACEMENT_CHAR
 
+END_TOKENS = 24  # of a prompt, in which a mark of thoughts is looked for
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -28,6 +30,21 @@ def _bytes_of_chars() -> dict[str, int]:
 BPE_BYTES = _bytes_of_chars()
 
 
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A prompt up to where the answer begins.
+
+    Attributes:
+        ids: its tokens.
+        tools: JSON text of the tools that may be called; "" for none.
+        closer: what ends the thoughts that the prompt has opened; None if it has opened none.
+    """
+
+    ids: list[int]
+    tools: str = ""
+    closer: str | None = None
+
+
 class ChatCodec:
     """The tokens and chat template of a model, with the same renderer that its run was trained with.
 
@@ -39,19 +56,35 @@ class ChatCodec:
     def __init__(self, renderer: Renderer, vocab_size: int) -> None:
         self.renderer, self.vocab_size = renderer, vocab_size
         self.stop_ids = frozenset(renderer.stop_ids)
+        self.grammars = Grammars(renderer, vocab_size)
         self._pieces: dict[int, tuple[str, bytes]] = {}
 
-    def encode_chat(self, messages: tuple[Message, ...]) -> list[int]:
-        """Return the ids of a conversation with the generation prompt.
+    def encode_chat(self, conversation: Conversation) -> ChatPrompt:
+        """Return a conversation with the generation prompt.
 
         Raises:
             DataError: the template refuses the conversation.
         """
-        return self.renderer.encode_prompt(messages, "messages")
+        messages, tools, options = (
+            conversation.messages,
+            conversation.tools,
+            conversation.options,
+        )
+        ids = self.renderer.encode_prompt(messages, "messages", tools, options)
+        end = str(self.renderer.tokenizer.decode(ids[-END_TOKENS:])).rstrip()
+        marks = self.renderer.answer_format.marks
+        closer = next((marks[mark] for mark in marks if end.endswith(mark)), None)
+        return ChatPrompt(ids, tools, closer)
 
-    def encode_text(self, text: str) -> list[int]:
+    def reader(self, prompt: ChatPrompt) -> AnswerReader:
+        """Return what reads an answer to a prompt in its parts."""
+        form = self.renderer.answer_format
+        return AnswerReader(form, prompt.tools, closer=prompt.closer)
+
+    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of plain text."""
-        return list(self.renderer.tokenizer(text)["input_ids"])
+        tokens = self.renderer.tokenizer(text, add_special_tokens=add_special_tokens)
+        return list(tokens["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without control tokens and with all spaces kept."""
@@ -60,6 +93,15 @@ class ChatCodec:
                 ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+    def decode_answer(self, ids: list[int]) -> str:
+        """Return the text of ids with the markup of answers, such as that of thoughts and calls."""
+        return self.renderer.decode_markup(ids)
+
+    def decode_all(self, ids: list[int]) -> str:
+        """Return the text of ids, control tokens included."""
+        tokenizer = self.renderer.tokenizer
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def piece(self, token: int) -> tuple[str, bytes]:
         """Return the text of one token, control tokens included, and its bytes.
@@ -92,35 +134,3 @@ class ChatCodec:
     def _lead_token(self) -> int:
         """A token of plain text."""
         return int(self.renderer.tokenizer("a", add_special_tokens=False)["input_ids"][-1])
-
-    def matcher(self, schema: dict[str, Any]) -> Any:
-        """Return llguidance's state of a grammar for answers that follow a JSON schema.
-
-        Raises:
-            DataError: it is not a valid schema, or no answer can follow it.
-        """
-        from llguidance import LLMatcher
-
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, {"whitespace_flexible": False})
-            matcher = LLMatcher(self._grammar_tokens, grammar, log_level=0)
-        except (ValueError, TypeError) as error:
-            raise DataError(f"response_format: {error}") from error
-        if matcher.is_error():
-            raise DataError(f"response_format: {matcher.get_error()}")
-        allowed = int.from_bytes(matcher.compute_bitmask(), "little")
-        if matcher.is_error():
-            raise DataError(f"response_format: {matcher.get_error()}")
-        for token in self.stop_ids:
-            allowed &= ~(1 << token)
-        if not allowed:  # for example a schema that refers only to itself
-            raise DataError("response_format: no JSON value matches this schema")
-        return matcher
-
-    @functools.cached_property
-    def _grammar_tokens(self) -> Any:
-        from llguidance.hf import from_tokenizer
-
-        return from_tokenizer(
-            self.renderer.tokenizer, n_vocab=self.vocab_size, eos_token=self.renderer.stop_ids[0]
-        )

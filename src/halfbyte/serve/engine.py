@@ -19,9 +19,10 @@ from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.generate.slot_model import Backend
 from halfbyte.heap import trim_heap
 from halfbyte.serve.jobs import Event, FinishReason, Job
-from halfbyte.serve.sampling import GrammarError
+from halfbyte.serve.sampling import GrammarError, scored_tokens
 
 PREFILL_TOKENS = 512  # in one pass, so that running answers do not stall
+SCORED_TOKENS = 64  # of a prompt in one pass, as each of them has logits of the whole vocabulary
 TRIM_S = 30.0  # between returns of freed memory to the system: passes of many lengths leave holes
 MIN_SHARED = 16  # tokens of a common prefix worth copying or waiting for
 
@@ -186,7 +187,12 @@ class Engine:
         logits = self.backend.run([slot_input for _, slot_input in scheduled])
         self.counts.passes += 1
         self.counts.slot_inputs += len(scheduled)
-        for row, (slot, slot_input) in enumerate(scheduled):
+        row = -1
+        for slot, slot_input in scheduled:
+            row += slot_input.num_logits  # of its last token
+            if slot.job is not None and slot.job.scores_prompt is not None:
+                rows = logits[row + 1 - slot_input.num_logits : row + 1]
+                _score_prompt(slot.job, rows, slot_input.start)
             slot.tokens += slot_input.ids
             slot.pending = slot.pending[len(slot_input.ids) :]
             slot.last_used = time.monotonic()
@@ -220,7 +226,7 @@ class Engine:
         for job in waiting:
             if all(slot.job is not None for slot in self.slots):
                 break
-            if self._prefix_is_pending(job):
+            if job.scores_prompt is None and self._prefix_is_pending(job):
                 continue
             try:
                 self._place(job)
@@ -258,7 +264,8 @@ class Engine:
             target = min(free, key=lambda slot: (len(slot.tokens) > 0, slot.last_used))
             kept = shared[source.number]
             self.backend.copy(source.number, target.number, kept)
-        kept = self.backend.keep(target.number, kept)
+        # What is scored has to be computed again.
+        kept = self.backend.keep(target.number, kept if job.scores_prompt is None else 0)
         self._num_placed += 1
         target.job, target.adapter, target.order = job, job.adapter, self._num_placed
         target.tokens, target.pending = job.prompt[:kept], job.prompt[kept:]
@@ -272,11 +279,15 @@ class Engine:
         running = [slot for slot in self.slots if slot.job is not None]
         for slot in sorted(running, key=lambda slot: slot.order):
             count = 1 if len(slot.pending) == 1 else min(len(slot.pending), prefill_room)
+            scored = slot.job is not None and slot.job.scores_prompt is not None
+            if scored and count > 1:
+                count = min(count, SCORED_TOKENS)
             if count:
                 prefill_room -= count if count > 1 else 0
-                ids = slot.pending[:count]
+                ids, start = slot.pending[:count], len(slot.tokens)
+                num_logits = count if scored else 1
                 scheduled.append(
-                    (slot, SlotInput(slot.number, slot.adapter, ids, len(slot.tokens)))
+                    (slot, SlotInput(slot.number, slot.adapter, ids, start, num_logits))
                 )
         return scheduled
 
@@ -294,6 +305,9 @@ class Engine:
     def _sample(self, slot: Slot, logits: torch.Tensor) -> None:
         job = slot.job
         assert job is not None
+        if job.max_tokens == 0:  # the prompt alone is scored
+            self._finish(slot, "length")
+            return
         sampled = job.sampler.sample(logits)
         job.num_generated += 1
         self.counts.generated_tokens += 1
@@ -315,3 +329,17 @@ class Engine:
         rest = job.stream.flush() if reason in ("stop", "length") else ""
         slot.job, slot.pending = None, []
         job.emit(Event(rest, (), reason, detail))
+
+
+def _score_prompt(job: Job, logits: torch.Tensor, start: int) -> None:
+    """Score the tokens of a prompt that follow those of a pass.
+
+    Args:
+        job: wants its prompt scored.
+        logits: (N, V), those after the tokens from number ``start`` of the prompt on.
+        start: see ``logits``.
+    """
+    following = job.prompt[start + 1 : start + 1 + len(logits)]
+    if following:
+        scored = scored_tokens(logits[: len(following)], following, job.scores_prompt or 0)
+        job.prompt_tokens += scored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from halfbyte.serve.sampling import SampledToken, Sampler
@@ -37,7 +37,9 @@ class Job:
         stop_ids: tokens that end the answer.
         emit: called with events in the engine's thread; must not block.
         deadline: when the answer is cut off, on the monotonic clock.
+        scores_prompt: number of the likeliest tokens to report in each place of the prompt; None to score none.
         num_shared: tokens of the prompt that the KV cache already held.
+        prompt_tokens: the scored tokens of the prompt, from the second on.
     """
 
     prompt: list[int]
@@ -48,6 +50,8 @@ class Job:
     stop_ids: frozenset[int]
     emit: Callable[[Event], None]
     deadline: float
+    scores_prompt: int | None = None
     cancelled: bool = False
     num_shared: int = 0
     num_generated: int = 0
+    prompt_tokens: list[SampledToken] = field(default_factory=list)

@@ -194,7 +194,7 @@ class _GuardedRequest:
                     "access-control-allow-origin": self.origin,
                     "access-control-allow-headers": self._allowed_headers(),
                     "access-control-allow-methods": "GET, POST",
-                    "access-control-expose-headers": "x-request-id, retry-after",
+                    "access-control-expose-headers": "x-request-id, retry-after, x-halfbyte-ignored",
                     "access-control-max-age": "600",
                     "vary": "origin, access-control-request-headers",
                 }

@@ -1,4 +1,4 @@
-"""Owns replies in OpenAI's format: whole or streamed, for chats and for completions."""
+"""Owns the delivery of replies: whole or streamed, whatever their format, until the client disconnects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -16,47 +16,11 @@ from starlette.concurrency import run_in_threadpool
 from halfbyte.serve.jobs import Event, Job
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.sampling import SampledToken
-from halfbyte.serve.schema import GenerationRequest
 from halfbyte.serve.service import EventQueue, ServedModel, Service
 
 FAILURES = {"timeout", "cancelled", "grammar", "error"}
 KEEP_ALIVE_S = 15.0  # a stream without events sends a comment this often, lest a proxy cut it
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-
-
-class ReplyBuilder:
-    """Build the objects of a reply in the format of one route.
-
-    Attributes:
-        wants_logprobs: whether the reply includes log-probabilities of the tokens.
-    """
-
-    object = ""
-    chunk = ""
-
-    def __init__(self, model: ServedModel, *, wants_logprobs: bool) -> None:
-        self.model, self.wants_logprobs = model, wants_logprobs
-        self._head = {
-            "id": f"{self.object[:4]}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model.name,
-        }
-
-    def head(self, *, stream: bool = False) -> dict[str, Any]:
-        """Return the fields that all objects of the reply share."""
-        return {**self._head, "object": self.chunk if stream else self.object}
-
-    def first_delta(self, number: int) -> dict[str, Any] | None:
-        """Return the choice that begins the stream of an answer, or None."""
-        return None
-
-    def choice(self, number: int, answer: CollectedAnswer) -> dict[str, Any]:
-        """Return the choice of a whole answer."""
-        raise NotImplementedError
-
-    def delta(self, number: int, event: Event) -> dict[str, Any]:
-        """Return the choice of one chunk of a stream."""
-        raise NotImplementedError
 
 
 class CollectedAnswer:
@@ -77,116 +41,101 @@ class CollectedAnswer:
         return self.last_event.finish_reason or ""
 
 
-class ChatReplyBuilder(ReplyBuilder):
-    """Build ``chat.completion`` objects and their chunks."""
+class ReplyBuilder:
+    """Build the replies of one route.
 
-    object = "chat.completion"
-    chunk = "chat.completion.chunk"
+    Args:
+        model: that answers.
+        prefix: of the reply's id.
+    """
 
-    def first_delta(self, number: int) -> dict[str, Any]:
-        """Return the choice with the role, as ``ReplyBuilder.first_delta``."""
-        delta = {"role": "assistant", "content": ""}
-        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+    def __init__(self, model: ServedModel, prefix: str) -> None:
+        self.model = model
+        self.id, self.created = f"{prefix}{uuid.uuid4().hex}", int(time.time())
 
-    def choice(self, number: int, answer: CollectedAnswer) -> dict[str, Any]:
-        """As ``ReplyBuilder.choice``."""
-        return {
-            "index": number,
-            "message": {"role": "assistant", "content": answer.text},
-            "logprobs": self._logprobs(answer.tokens),
-            "finish_reason": answer.finish_reason,
-        }
+    def whole(self, answers: Sequence[CollectedAnswer], jobs: Sequence[Job]) -> dict[str, Any]:
+        """Return the reply of a request that is not streamed."""
+        raise NotImplementedError
 
-    def delta(self, number: int, event: Event) -> dict[str, Any]:
-        """As ``ReplyBuilder.delta``."""
-        return {
-            "index": number,
-            "delta": {"content": event.text} if event.text else {},
-            "logprobs": self._logprobs(event.tokens) if event.tokens else None,
-            "finish_reason": event.finish_reason,
-        }
+    def opening(self, jobs: Sequence[Job]) -> list[str]:
+        """Return what a stream begins with, each as ``sse`` gives it."""
+        return []
 
-    def _logprobs(self, tokens: Sequence[SampledToken]) -> dict[str, Any] | None:
-        if not self.wants_logprobs:
-            return None
-        content = [
-            {
-                **self._token_object(sampled.token, sampled.logprob),
-                "top_logprobs": [self._token_object(*pair) for pair in sampled.top],
-            }
-            for sampled in tokens
-        ]
-        return {"content": content, "refusal": None}
+    def event(self, number: int, event: Event) -> list[str]:
+        """Return what an event of an answer adds to the stream."""
+        raise NotImplementedError
 
-    def _token_object(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text, content = self.model.codec.piece(token)
-        return {"token": text, "logprob": logprob, "bytes": list(content)}
+    def closing(self, jobs: Sequence[Job]) -> list[str]:
+        """Return what a stream ends with."""
+        raise NotImplementedError
+
+    def failure(self, error: RefusedError) -> list[str]:
+        """Return what a stream ends with if an answer fails."""
+        return [sse(error.body)]
 
 
-class CompletionReplyBuilder(ReplyBuilder):
-    """Build ``text_completion`` objects."""
+class ChoicesBuilder(ReplyBuilder):
+    """Build replies that consist of choices, as of chats and completions.
 
-    object = "text_completion"
-    chunk = "text_completion"
+    Attributes:
+        wants_logprobs: whether the reply includes log-probabilities of the tokens.
+        with_usage: whether a stream ends with the usage.
+    """
 
-    def __init__(self, model: ServedModel, *, wants_logprobs: bool) -> None:
-        super().__init__(model, wants_logprobs=wants_logprobs)
-        self._offsets: dict[int, int] = {}  # number of an answer -> characters so far
+    object = ""
+    chunk = ""
+
+    def __init__(self, model: ServedModel, *, wants_logprobs: bool, with_usage: bool) -> None:
+        super().__init__(model, f"{self.object[:4]}-")
+        self.wants_logprobs, self.with_usage = wants_logprobs, with_usage
 
     def choice(self, number: int, answer: CollectedAnswer) -> dict[str, Any]:
-        """As ``ReplyBuilder.choice``."""
-        return {
-            "index": number,
-            "text": answer.text,
-            "logprobs": self._logprobs(number, answer.tokens),
-            "finish_reason": answer.finish_reason,
-        }
+        """Return the choice of a whole answer."""
+        raise NotImplementedError
 
-    def delta(self, number: int, event: Event) -> dict[str, Any]:
-        """As ``ReplyBuilder.delta``."""
-        return {
-            "index": number,
-            "text": event.text,
-            "logprobs": self._logprobs(number, event.tokens) if event.tokens else None,
-            "finish_reason": event.finish_reason,
-        }
+    def delta(self, number: int, event: Event) -> dict[str, Any] | None:
+        """Return the choice of one chunk of a stream, or None if the event adds nothing."""
+        raise NotImplementedError
 
-    def _logprobs(self, number: int, tokens: Sequence[SampledToken]) -> dict[str, Any] | None:
-        if not self.wants_logprobs:
-            return None
+    def head(self, *, stream: bool = False) -> dict[str, Any]:
+        """Return the fields that all objects of the reply share."""
+        kind = self.chunk if stream else self.object
+        return {"id": self.id, "created": self.created, "model": self.model.name, "object": kind}
 
-        def piece(token: int) -> str:
-            return self.model.codec.piece(token)[0]
+    def whole(self, answers: Sequence[CollectedAnswer], jobs: Sequence[Job]) -> dict[str, Any]:
+        """As ``ReplyBuilder.whole``."""
+        choices = [self.choice(number, answer) for number, answer in enumerate(answers)]
+        return {**self.head(), "choices": choices, "usage": usage(jobs)}
 
-        pieces = [piece(sampled.token) for sampled in tokens]
-        offsets, offset = [], self._offsets.get(number, 0)
-        for text in pieces:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[number] = offset
-        return {
-            "tokens": pieces,
-            "token_logprobs": [sampled.logprob for sampled in tokens],
-            "top_logprobs": [
-                {piece(token): logprob for token, logprob in sampled.top} for sampled in tokens
-            ],
-            "text_offset": offsets,
-        }
+    def event(self, number: int, event: Event) -> list[str]:
+        """As ``ReplyBuilder.event``."""
+        delta = self.delta(number, event)
+        return [] if delta is None else [sse({**self.head(stream=True), "choices": [delta]})]
+
+    def closing(self, jobs: Sequence[Job]) -> list[str]:
+        """As ``ReplyBuilder.closing``."""
+        end = []
+        if self.with_usage:
+            end = [sse({**self.head(stream=True), "choices": [], "usage": usage(jobs)})]
+        return [*end, "data: [DONE]\n\n"]
 
 
 async def reply(
     service: Service,
     request: Request,
-    body: GenerationRequest,
     builder: ReplyBuilder,
     submitted: tuple[list[Job], EventQueue],
+    *,
+    stream: bool,
+    headers: Mapping[str, str],
 ) -> Any:
     """Return the whole reply or a stream of it; cancel the jobs if the client disconnects."""
     jobs, events = submitted
-    if body.stream:
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        chunks = _stream(service, jobs, events, builder, with_usage=with_usage)
-        return StreamingResponse(chunks, media_type="text/event-stream", headers=STREAM_HEADERS)
+    if stream:
+        chunks = _stream(service, jobs, events, builder)
+        return StreamingResponse(
+            chunks, media_type="text/event-stream", headers={**STREAM_HEADERS, **headers}
+        )
     answers = [CollectedAnswer() for _ in jobs]
     disconnect = asyncio.create_task(_wait_for_disconnect(request))
     num_unfinished = len(jobs)
@@ -208,28 +157,20 @@ async def reply(
             raise _failure_error(answer.last_event, service)
 
     def build() -> Response:
-        choices = [builder.choice(number, answer) for number, answer in enumerate(answers)]
-        content = {**builder.head(), "choices": choices, "usage": _usage(jobs)}
-        return Response(json.dumps(content), media_type="application/json")
+        content = json.dumps(builder.whole(answers, jobs))
+        return Response(content, media_type="application/json", headers=dict(headers))
 
     # Formatting the log-probabilities of long answers takes seconds.
     return await run_in_threadpool(build)
 
 
 async def _stream(
-    service: Service,
-    jobs: list[Job],
-    events: EventQueue,
-    builder: ReplyBuilder,
-    *,
-    with_usage: bool,
+    service: Service, jobs: list[Job], events: EventQueue, builder: ReplyBuilder
 ) -> AsyncIterator[str]:
     num_unfinished = len(jobs)
     try:
-        for number in range(len(jobs)):
-            first = builder.first_delta(number)
-            if first is not None:
-                yield _sse_data({**builder.head(stream=True), "choices": [first]})
+        for text in builder.opening(jobs):
+            yield text
         while num_unfinished:
             try:
                 number, event = await asyncio.wait_for(events.get(), KEEP_ALIVE_S)
@@ -238,21 +179,35 @@ async def _stream(
                 continue
             num_unfinished -= event.finish_reason is not None
             if event.finish_reason in FAILURES:
-                yield _sse_data(_failure_error(event, service).body)
+                for text in builder.failure(_failure_error(event, service)):
+                    yield text
                 return
-            if event.text or event.finish_reason or (event.tokens and builder.wants_logprobs):
-                delta = builder.delta(number, event)
-                yield _sse_data({**builder.head(stream=True), "choices": [delta]})
-        if with_usage:
-            yield _sse_data({**builder.head(stream=True), "choices": [], "usage": _usage(jobs)})
-        yield "data: [DONE]\n\n"
+            for text in builder.event(number, event):
+                yield text
+        for text in builder.closing(jobs):
+            yield text
     finally:
         _cancel(jobs)
 
 
-def _sse_data(value: dict[str, Any]) -> str:
+def sse(value: dict[str, Any], event: str = "") -> str:
+    """Return a server-sent event with an object as its data."""
     # json.dumps escapes non-ASCII, so half a character in a token's text is still valid JSON.
-    return f"data: {json.dumps(value)}\n\n"
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {json.dumps(value)}\n\n"
+
+
+def usage(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return the number of tokens of a request, with each prompt counted once."""
+    jobs_by_prompt = {id(job.prompt): job for job in jobs}.values()
+    num_prompt_tokens = sum(len(job.prompt) for job in jobs_by_prompt)
+    num_generated = sum(job.num_generated for job in jobs)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
+        "prompt_tokens_details": {"cached_tokens": sum(job.num_shared for job in jobs_by_prompt)},
+    }
 
 
 def _cancel(jobs: list[Job]) -> None:
@@ -277,16 +232,3 @@ def _failure_error(event: Event, service: Service) -> RefusedError:
             "response_format",
         )
     return RefusedError(503, "the model failed on this request; see the server log")
-
-
-def _usage(jobs: list[Job]) -> dict[str, Any]:
-    """Return the number of tokens of a request, with each prompt counted once."""
-    jobs_by_prompt = {id(job.prompt): job for job in jobs}.values()
-    num_prompt_tokens = sum(len(job.prompt) for job in jobs_by_prompt)
-    num_generated = sum(job.num_generated for job in jobs)
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_generated,
-        "total_tokens": num_prompt_tokens + num_generated,
-        "prompt_tokens_details": {"cached_tokens": sum(job.num_shared for job in jobs_by_prompt)},
-    }

@@ -1,148 +1,160 @@
-"""Owns the schema of OpenAI-style requests and replies: bounded numbers, and no field silently ignored."""
+"""Owns the schema of OpenAI-style requests: the fields that are understood, and their bounds."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
+from pydantic import Field
+
+from halfbyte.serve.fields import (
+    Biases,
+    Body,
+    Label,
+    MaxTokens,
+    Name,
+    Options,
+    Stops,
+    Text,
+    TokenId,
+    TokenIds,
 )
 
-from halfbyte.data.fields import SURROGATES
-
-MAX_MESSAGES = 256
-MAX_FIELDS = 64
-MAX_STOPS = 4
-MAX_STOP_CHARS = 256
+MAX_MESSAGES = 1024
+MAX_PARTS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_N = 8
-MAX_PROMPTS = 16
-MAX_TOKENS = 1 << 17
+MAX_PROMPTS = 128
+MAX_TOOLS = 128
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-def _refuse_surrogates(text: str) -> str:
-    if SURROGATES.search(text):
-        raise ValueError("contains half a character (a lone surrogate)")
-    return text
+class Part(Body):
+    """A part of a message; one that is no text is refused by name."""
+
+    type: Annotated[str, Field(max_length=64)] = "text"
+    text: Text | None = None
+    refusal: Text | None = None
 
 
-Text = Annotated[str, AfterValidator(_refuse_surrogates)]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
-Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None
-# The first error in a list is enough: a body can contain hundreds of thousands of them.
-TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, lt=1 << 31)]],
-    Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True),
-]
+class CalledFunction(Body):
+    """The function of a tool call."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=256)]
+    arguments: Text | dict[str, Any] | None = None
 
 
-def _limit_fields(value: Any) -> Any:
-    """Refuse too many fields at once, as each unknown one would be a separate error."""
-    if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        raise ValueError(f"has {len(value)} fields; at most {MAX_FIELDS} are accepted")
-    return value
+class Call(Body):
+    """A tool call of an earlier answer."""
+
+    id: Label | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
 
 
-def _require_empty(value: Any) -> Any:
-    if value:
-        raise ValueError("is not supported here; omit it or leave it empty")
-    return value
+Content = Text | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+Calls = Annotated[list[Call], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
-# Clients send these fields even when they do not use them. They are accepted if empty.
-EmptyList = Annotated[
-    list[Any], AfterValidator(_require_empty), Field(json_schema_extra={"maxItems": 0})
-]
-EmptyDict = Annotated[
-    dict[str, Any], AfterValidator(_require_empty), Field(json_schema_extra={"maxProperties": 0})
-]
-Label = Annotated[str, Field(max_length=256)]
-
-
-class StrictModel(BaseModel):
-    """A request body without type coercion, NaN or unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _limit_model_fields(cls, value: Any) -> Any:
-        return _limit_fields(value)
-
-
-class TextPart(StrictModel):
-    """A text part of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(StrictModel):
+class ChatMessage(Body):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="developer is a synonym for system."
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(
+        description="developer is a synonym for system, function for tool."
     )
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64, fail_fast=True)]
-    name: Annotated[str, Field(max_length=64)] | None = Field(
-        None, description="Accepted and ignored; chat templates do not use it."
+    content: Content | None = None
+    name: Annotated[Text, Field(max_length=256)] | None = Field(
+        None, description="Of a tool; ignored elsewhere."
     )
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: EmptyList | None = None
-    annotations: EmptyList | None = None
+    tool_calls: Calls | None = None
+    tool_call_id: Label | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
 
 
-class SchemaFormat(StrictModel):
-    """A named JSON schema."""
+class Function(Body):
+    """What a function does, and a JSON schema of its arguments."""
 
-    name: Annotated[str, Field(max_length=64)]
-    description: Annotated[str, Field(max_length=1000)] | None = None
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    name: Annotated[Text, Field(min_length=1, max_length=256, pattern=r"^[^\s]+$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ResponseFormat(StrictModel):
+class Tool(Body):
+    """A tool that may be called; only functions are."""
+
+    type: Annotated[str, Field(max_length=64)] = "function"
+    function: Function | None = None
+
+
+class NamedFunction(Body):
+    """The name of a function."""
+
+    name: Annotated[str, Field(max_length=256)]
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Annotated[str, Field(max_length=64)] = "function"
+    function: NamedFunction | None = None
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class SchemaFormat(Body):
+    """A named JSON schema."""
+
+    name: Annotated[str, Field(max_length=64)] | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    # LM Studio's documentation writes it as text.
+    strict: bool | Literal["true", "false"] | None = None
+
+
+class ResponseFormat(Body):
     """Plain text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
 
 
-class StreamOptions(StrictModel):
+class StreamOptions(Body):
     """Options of a stream, such as whether it ends with the usage."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(
-        None, description="Accepted and ignored; nothing is padded."
-    )
 
 
-class GenerationRequest(StrictModel):
+class GenerationRequest(Body):
     """The fields that chat and completion requests have in common."""
 
     model: Name
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: MaxTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="0, the default here, is greedy, as in the evaluation."
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = Field(
+        None, description="0 and -1: all tokens."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     seed: int | None = None
-    stop: Stops = None
+    stop: Stops | Literal[""] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: EmptyDict | None = None
-    user: Label | None = Field(None, description="Accepted and ignored; never logged.")
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="As repetition_penalty."
+    )
+    logit_bias: Biases | None = None
+    user: Any = Field(None, description="Taken and not used; never logged.")
 
 
 class ChatRequest(GenerationRequest):
@@ -151,117 +163,52 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     ]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: EmptyList | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: EmptyList | None = None
-    function_call: Literal["none", "auto"] | None = None
-    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
-    reasoning_effort: Literal["none"] | None = None
-    store: Literal[False] | None = None
-    metadata: (
-        Annotated[dict[str, Label], BeforeValidator(_limit_fields), Field(max_length=16)] | None
-    ) = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: Label | None = None
-    prompt_cache_key: Label | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: Options | None = None
 
 
 class CompletionRequest(GenerationRequest):
     """The body of /v1/completions; token ids are used as they are."""
 
+    # With ``echo``, 0 asks for the log-probabilities of the prompt alone.
+    max_tokens: MaxTokens | Literal[0] | None = None
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
 
 
-class ErrorBody(BaseModel):
-    """The details of an error, in OpenAI's format."""
+class TokenizeRequest(Body):
+    """The body of /tokenize: a text, or a conversation as for a chat."""
 
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorReply(BaseModel):
-    """An error reply."""
-
-    error: ErrorBody
-
-
-class Usage(BaseModel):
-    """The number of tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: dict[str, int]
+    model: Name | None = None
+    prompt: Text | None = None
+    content: Text | None = Field(None, description="As prompt.")
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+        | None
+    ) = None
+    tools: Tools | None = None
+    chat_template_kwargs: Options | None = None
+    add_special_tokens: bool | None = Field(None, description="Of a text; true by default.")
+    add_special: bool | None = Field(None, description="As add_special_tokens.")
+    return_token_strs: bool | None = None
 
 
-class ModelCard(BaseModel):
-    """A model that is served."""
+class DetokenizeRequest(Body):
+    """The body of /detokenize."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str
-    parent: str | None = None
-
-
-class ModelList(BaseModel):
-    """All models that are served."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class ChatChoice(BaseModel):
-    """One answer of a chat."""
-
-    index: int
-    message: dict[str, Any]
-    logprobs: dict[str, Any] | None
-    finish_reason: str
-
-
-class ChatReply(BaseModel):
-    """All answers of a chat."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class TextChoice(BaseModel):
-    """One continuation of a prompt."""
-
-    index: int
-    text: str
-    logprobs: dict[str, Any] | None
-    finish_reason: str
-
-
-class TextReply(BaseModel):
-    """The continuations of all prompts."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 17, fail_fast=True)]

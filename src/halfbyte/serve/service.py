@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +42,21 @@ class ServedModel:
     adapter: str | None = None
     parent: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and how the text of each of its answers comes about.
+
+    Attributes:
+        ids: the prompt.
+        stream: makes the text of an answer.
+        matchers: the state of each answer's grammar; empty for free text.
+    """
+
+    ids: list[int]
+    stream: Callable[[], TextStream]
+    matchers: Sequence[Any] = ()
 
 
 class Service:
@@ -82,6 +97,11 @@ class Service:
             )
         return self.served[name]
 
+    @property
+    def first_model(self) -> ServedModel:
+        """The first model in the list, where a request names none."""
+        return next(iter(self.served.values()))
+
     def max_context(self, model: ServedModel) -> int:
         """Return the largest number of tokens of a prompt and its answer."""
         return model.engine.backend.max_context
@@ -100,25 +120,41 @@ class Service:
         self,
         body: GenerationRequest,
         model: ServedModel,
-        prompts: list[list[int]],
+        asked: Sequence[Asked],
         max_tokens: int | None,
         top_logprobs: int | None,
-        matchers: list[Any] | None = None,
+        *,
+        echo: bool = False,
     ) -> tuple[list[Job], EventQueue]:
-        """Queue one job for each answer; the queue gets each job's events with the job's number.
+        """Queue the jobs of each prompt; the queue gets each job's events with the job's number.
+
+        Args:
+            body: the request.
+            model: that answers it.
+            asked: the prompts.
+            max_tokens: of an answer; None and -1 for what the context has room for.
+            top_logprobs: of the likeliest tokens to report in each place; None for no log-probabilities.
+            echo: whether the prompts are scored too.
 
         Raises:
             RefusedError: there is no room in the context or the queue, or the server is stopping.
         """
         self.check_accepting()
         events: EventQueue = asyncio.Queue()
-        stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         deadline = time.monotonic() + self.limits.answer_seconds
         sampling = _sampling(body, top_logprobs)
+        outside = max(sampling.logit_bias, default=0)
+        if outside >= model.codec.vocab_size:
+            raise RefusedError(
+                400,
+                f"logit_bias: token {outside} is outside the vocabulary of {model.codec.vocab_size} tokens",
+                "logit_bias",
+            )
         jobs: list[Job] = []
-        budgets = [self._token_budget(body, model, len(ids), max_tokens) for ids in prompts]
+        budgets = [self._token_budget(body, model, len(one.ids), max_tokens) for one in asked]
+        num_echoed = sum(len(one.ids) for one in asked) if echo else 0
         per_token = 0 if top_logprobs is None else top_logprobs + 1
-        num_logprobs = sum(budgets) * (body.n or 1) * per_token
+        num_logprobs = (sum(budgets) + num_echoed) * (body.n or 1) * per_token
         if num_logprobs > MAX_LOGPROBS:
             raise RefusedError(
                 400,
@@ -127,22 +163,22 @@ class Service:
                 "max_tokens",
             )
         observe_first_token = self.metrics.first_token_observer(model.name)
-        for prompt, budget in zip(prompts, budgets, strict=True):
-            # A chat's answer is a new text, a completion continues its prompt.
-            lead = () if isinstance(body, ChatRequest) else prompt
-            for _ in range(body.n or 1):
+        stop_ids = frozenset() if body.ignore_eos else model.codec.stop_ids
+        for one, budget in zip(asked, budgets, strict=True):
+            for answer in range(body.n or 1):
                 number = len(jobs)
+                matcher = one.matchers[answer] if one.matchers else None
                 seed = None if sampling.seed is None else sampling.seed + number
-                matcher = matchers[number] if matchers else None
                 job = Job(
-                    prompt=prompt,
+                    prompt=one.ids,
                     adapter=model.adapter,
-                    sampler=Sampler(replace(sampling, seed=seed), matcher),
-                    stream=TextStream(model.codec.decode, stops, lead),
+                    sampler=Sampler(replace(sampling, seed=seed), matcher, one.ids),
+                    stream=one.stream(),
                     max_tokens=budget,
-                    stop_ids=model.codec.stop_ids,
+                    stop_ids=stop_ids | frozenset(body.stop_token_ids or ()),
                     emit=_emitter(events, number, observe_first_token),
                     deadline=deadline,
+                    scores_prompt=top_logprobs if echo else None,
                 )
                 jobs.append(job)
         if model.engine.failure:
@@ -165,6 +201,8 @@ class Service:
     ) -> int:
         """Return how many tokens an answer may have."""
         room = self.max_context(model) - num_prompt_tokens
+        if max_tokens == 0 and room == 0:
+            return 0
         if room < 1:
             raise RefusedError(
                 400,
@@ -180,7 +218,7 @@ class Service:
                 f" only room for {room}",
                 "max_tokens",
             )
-        return max_tokens or room
+        return room if max_tokens is None or max_tokens < 0 else max_tokens
 
 
 def _emitter(
@@ -202,11 +240,16 @@ def _emitter(
 
 
 def _sampling(body: GenerationRequest, top_logprobs: int | None) -> Sampling:
+    penalty = body.repetition_penalty or body.repeat_penalty
     return Sampling(
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),
+        min_p=body.min_p or 0.0,
         seed=body.seed,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=penalty or 1.0,
+        logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
         top_logprobs=top_logprobs,
     )

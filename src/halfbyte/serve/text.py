@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from halfbyte.data.answer_format import AnswerReader
+
 REPLACEMENT_CHAR = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 CONTEXT_TOKENS = 8  # decoded before the new tokens, as they decide how the new text begins
 
@@ -71,6 +73,29 @@ class TextStream:
             self._held_back[: len(self._held_back) - keep],
             self._held_back[len(self._held_back) - keep :],
         )
+        return text
+
+
+class OneCallStream(TextStream):
+    """A stream that stops behind the first tool call of an answer.
+
+    Args:
+        decode: as for ``TextStream``.
+        stops: as for ``TextStream``.
+        reader: reads the answer.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], stops: tuple[str, ...], reader: AnswerReader
+    ) -> None:
+        super().__init__(decode, stops)
+        self._reader = reader
+
+    def push(self, token: int) -> str:
+        """As ``TextStream.push``."""
+        text = super().push(token)
+        self._reader.push(text)
+        self.stopped |= self._reader.num_calls > 0
         return text
 
 

@@ -1,0 +1,162 @@
+"""Owns the grammars of answers: JSON that follows a schema, and tool calls in the template's own markup."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from halfbyte.data.call_format import CallFormat, FieldCalls, NamedCalls, ObjectCalls
+from halfbyte.data.conversation import tools_of
+from halfbyte.data.render import Renderer
+from halfbyte.errors import DataError
+
+PLAIN_JSON: Any = {"whitespace_flexible": False}
+# As templates write JSON, and so as the calls that a model has learnt.
+SPACED_JSON: Any = {**PLAIN_JSON, "item_separator": ", ", "key_separator": ": "}
+ANY_TEXT = r"/(.|\n)*/"
+
+
+class Grammars:
+    """Makes the grammars of one model's answers.
+
+    Args:
+        renderer: the model's renderer.
+        vocab_size: V of the model's logits.
+    """
+
+    def __init__(self, renderer: Renderer, vocab_size: int) -> None:
+        self.renderer, self.vocab_size = renderer, vocab_size
+
+    def of_schema(self, schema: dict[str, Any], *, closer: str | None = None) -> Any:
+        """Return llguidance's state of a grammar for answers that follow a JSON schema.
+
+        Args:
+            schema: the JSON schema.
+            closer: what closes the thoughts that the prompt has opened; None if it has opened none.
+
+        Raises:
+            DataError: it is not a valid schema, or no answer can follow it.
+        """
+        from llguidance import LLMatcher
+
+        if closer is not None:
+            return self._matcher(
+                f"start: {self._thoughts(closer)} {_json(schema, PLAIN_JSON)}", "response_format"
+            )
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, PLAIN_JSON)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"response_format: {error}") from error
+        return self._matcher(grammar, "response_format", is_lark=False)
+
+    def of_calls(
+        self, tools: str, name: str | None, *, parallel: bool, closer: str | None = None
+    ) -> Any:
+        """Return llguidance's state of a grammar for answers that call tools.
+
+        Args:
+            tools: JSON text of the tools.
+            name: the only one that may be called; None for any.
+            parallel: whether there may be several calls.
+            closer: as for ``of_schema``.
+
+        Raises:
+            DataError: a schema is not valid.
+        """
+        form = self.renderer.answer_format.calls
+        assert form is not None
+        functions = [tool["function"] for tool in tools_of(tools)]
+        functions = [one for one in functions if name in (None, one["name"])]
+        thoughts = self._thoughts(closer) if closer is not None else ""
+        return self._matcher(self._calls(form, functions, thoughts, parallel=parallel), "tools")
+
+    def _calls(
+        self, form: CallFormat, functions: list[dict[str, Any]], lead: str, *, parallel: bool
+    ) -> str:
+        """Return the grammar of calls, in llguidance's dialect of Lark."""
+        opening, closing = self._literal(form.opening), self._literal(form.closing)
+        schemas = [closed(function.get("parameters") or {"type": "object"}) for function in functions]
+        names = [function["name"] for function in functions]
+        if isinstance(form, ObjectCalls):
+            objects = [form.schema(*pair) for pair in zip(names, schemas, strict=True)]
+            one: dict[str, Any] = {"anyOf": objects}
+            if form.as_list:
+                one = {"type": "array", "items": one, "minItems": 1}
+                one |= {} if parallel else {"maxItems": 1}
+            call = _json(one, SPACED_JSON)
+        elif isinstance(form, NamedCalls):
+            middle = self._literal(form.middle)
+            call = " | ".join(
+                f"{self._literal(name)} {middle} {_json(schema, SPACED_JSON)}"
+                for name, schema in zip(names, schemas, strict=True)
+            )
+        else:
+            assert isinstance(form, FieldCalls)
+            # The values are free text, so only the name is certain.
+            call = f"({' | '.join(map(self._literal, names))}) {ANY_TEXT}"
+            return f"start: {lead} {opening} call\ncall: {call}"
+        more = ""
+        if parallel and form.separator is not None and not getattr(form, "as_list", False):
+            more = f"({self._literal(form.separator)} call)*"
+        return f"start: {lead} {opening} call {more} {closing}\ncall: {call}"
+
+    def _thoughts(self, closer: str) -> str:
+        """Return the grammar of thoughts up to their end."""
+        return f"{ANY_TEXT} {self._literal(closer)} /[ \\n]*/"
+
+    def _literal(self, text: str) -> str:
+        """Return a text as terminals, its special tokens as such."""
+        ids = self.renderer.special_tokens.ids
+        parts = self.renderer.special_tokens.split(text)
+        terminals = [
+            f"<[{ids[part]}]>" if part in ids else json.dumps(part, ensure_ascii=False)
+            for part in parts
+            if part
+        ]
+        return " ".join(terminals)
+
+    def _matcher(self, grammar: Any, field: str, *, is_lark: bool = True) -> Any:
+        from llguidance import LLMatcher
+
+        try:
+            made = LLMatcher.grammar_from_lark(grammar) if is_lark else grammar
+            matcher = LLMatcher(self._tokens, made, log_level=0)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{field}: {error}") from error
+        if matcher.is_error():
+            raise DataError(f"{field}: {matcher.get_error()}")
+        allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error():
+            raise DataError(f"{field}: {matcher.get_error()}")
+        for token in self.renderer.stop_ids:
+            allowed &= ~(1 << token)
+        if not allowed:  # for example a schema that refers only to itself
+            raise DataError(f"{field}: no JSON value matches this schema")
+        return matcher
+
+    @functools.cached_property
+    def _tokens(self) -> Any:
+        from llguidance.hf import from_tokenizer
+
+        stop_ids = self.renderer.stop_ids
+        return from_tokenizer(
+            self.renderer.tokenizer, n_vocab=self.vocab_size, eos_token=stop_ids[0]
+        )
+
+
+def closed(schema: Any) -> Any:
+    """Return a JSON schema in which objects have no properties but those it names, unless it says otherwise."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: value if key in ("const", "enum", "default") else closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict):
+        inner["properties"] = {name: closed(one) for name, one in schema["properties"].items()}
+        inner.setdefault("additionalProperties", False)
+    return inner
+
+
+def _json(schema: dict[str, Any], style: dict[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}"
