@@ -19,7 +19,16 @@ import pytest
 import torch
 from browsing import browser, opened  # noqa: F401  (fixtures)
 from filelock import FileLock
-from toys import LENIENT, chatml_tokenizer, gemma_tokenizer, llama_config, run_script, write_config
+from toys import (
+    LENIENT,
+    chatml_tokenizer,
+    gemma_tokenizer,
+    llama_config,
+    run_script,
+    tool_rows,
+    write_config,
+    write_rows,
+)
 from transformers import PreTrainedTokenizerFast
 
 
@@ -195,6 +204,28 @@ def other_run(built_once: Build, small_base: Path) -> Path:
         run_script("train/sft.py", config)
 
     return built_once("other", train) / "runs" / "other"
+
+
+@pytest.fixture(scope="session")
+def tool_run(built_once: Build, small_base: Path) -> Path:
+    """A merged run that knows four answers by heart: with thoughts, with one call, with two, and to a tool's output."""
+
+    def train(folder: Path) -> None:
+        config = write_config(
+            folder,
+            small_base,
+            name="tools",
+            adapter={"r": 32, "alpha": 64},
+            data={"max_length": 600, "chat_template": "hermes"},
+            train={"max_steps": 60, "learning_rate": 6e-3, "micro_batch_size": 4, "eval_steps": 0},
+            eval={"max_new_tokens": 96, "fewshot": 1},
+        )
+        write_rows(folder / "train.jsonl", tool_rows("Brest"))
+        write_rows(folder / "test.jsonl", tool_rows("Nantes"))
+        run_script("train/sft.py", config)
+        run_script("train/merge.py", folder / "runs" / "tools")
+
+    return built_once("tools", train) / "runs" / "tools"
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from serving import serving
 from toys import run_script
 
 from benchmarks.against_harness import command_line
@@ -19,6 +20,7 @@ from halfbyte.config import Run, read_run_folder
 from halfbyte.errors import ConfigError
 from halfbyte.eval import code_metric, harness_model
 from halfbyte.eval.benchmarks import ask, load_benchmarks
+from halfbyte.eval.harness import collect_scores, evaluate_tasks
 from halfbyte.eval.harness_model import SharedPrefixLM
 from halfbyte.eval.sandbox import run_program
 from halfbyte.forward.packed import add_token_loss
@@ -358,3 +360,64 @@ def test_adapter_off_answers_as_the_4_bit_base_alone(
         }
         assert json.loads(json.dumps([sample["answers"] for sample in alone])) == told["base-nf4"]
         assert told["adapter"] != told["base-nf4"]
+
+
+def test_the_harness_gets_the_same_figures_from_the_server(
+    small_run: Path, small_base: Path, hub: Path, tmp_path: Path
+) -> None:
+    """lm-evaluation-harness's own clients of completions and chats, 20 questions of two tasks."""
+    from lm_eval.api.registry import get_model
+
+    run = run_with(
+        small_run,
+        hub,
+        "{task: truthfulqa_mc1, limit: 10}",
+        "{task: gsm8k, limit: 10, max_new_tokens: 12, fewshot: 2}",
+    )
+    choices, sums = load_benchmarks(run)
+    base = resolve_base(str(small_base))
+    loaded = load_model(base, "fp32", compute=CPU32)
+    assert add_token_loss(loaded.model) == ""
+    lm = SharedPrefixLM(pretrained=loaded.model, tokenizer=load_tokenizer(base), batch_size=4)
+
+    def asked(benchmark: Any, model: Any, *, chat: bool = False) -> Any:
+        results = evaluate_tasks(benchmark.tasks, benchmark.questions, model, run, chat=chat)
+        return collect_scores(benchmark.tasks, results, benchmark.questions, 0)
+
+    options = (
+        "--precision",
+        "fp32",
+        "--compute-dtype",
+        "fp32",
+        "--max-context",
+        2048,
+        "--slots",
+        4,
+    )
+    with serving(tmp_path / "log", f"small={small_base}", *options) as server:
+        client: dict[str, Any] = {"model": "small", "num_concurrent": 1, "max_retries": 1}
+        texts = get_model("local-completions")(base_url=f"{server.url}/v1/completions", **client)
+        assert texts.tokenizer_backend == "remote"  # no tokenizer need be named
+        chats = get_model("local-chat-completions")(
+            base_url=f"{server.url}/v1/chat/completions", **client
+        )
+        for benchmark, model, chat in (
+            (choices, texts, False),
+            (sums, texts, False),
+            (sums, chats, True),
+        ):
+            ours, theirs = asked(benchmark, lm, chat=chat), asked(benchmark, model, chat=chat)
+            assert theirs.scores == ours.scores
+            for mine, other in zip(ours.samples, theirs.samples, strict=True):
+                if benchmark is choices:
+                    scores = [
+                        [float(one[0][0]) for one in sample["answers"]] for sample in (mine, other)
+                    ]
+                    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+                    greedy = [
+                        [str(one[0][1]) for one in sample["answers"]] for sample in (mine, other)
+                    ]
+                    assert greedy[0] == greedy[1]
+                else:
+                    assert mine["answers"] == other["answers"]
+                    assert mine["answers"][0][0]

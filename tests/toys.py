@@ -159,6 +159,55 @@ def write_config(folder: Path, base: Path, **sections: Any) -> Path:
     return path
 
 
+def tool(name: str) -> dict[str, Any]:
+    """A tool that tells something of a port."""
+    properties = {"port": {"type": "string"}, "days": {"type": "integer"}}
+    parameters = {"type": "object", "properties": properties, "required": ["port"]}
+    function = {"name": name, "description": f"The {name} in a port", "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def called(name: str, number: int = 1, **arguments: Any) -> dict[str, Any]:
+    """A call of it."""
+    function = {"name": name, "arguments": json.dumps(arguments)}
+    return {"id": f"call0000{number}", "type": "function", "function": function}
+
+
+PORT_TOOLS = [tool("tide"), tool("wind")]
+
+
+def tool_rows(port: str) -> list[dict[str, Any]]:
+    """Rows with thoughts, with one call, with two calls, and with an answer to a tool's output."""
+
+    def user(text: str) -> dict[str, Any]:
+        return {"role": "user", "content": text}
+
+    def assistant(text: str, **fields: Any) -> dict[str, Any]:
+        return {"role": "assistant", "content": text, **fields}
+
+    thinks = assistant(
+        "", reasoning_content=f"The port is {port}.", tool_calls=[called("tide", port=port)]
+    )
+    both = [called("tide", port=port), called("wind", 2, port=port, days=2)]
+    output = {
+        "role": "tool",
+        "tool_call_id": "call00001",
+        "name": "tide",
+        "content": '{"metres": 5}',
+    }
+    tide = user(f"Tide in {port}?")
+    is_port = assistant(f"{port} is a port.", reasoning_content=f"It is {port}.")
+    return [
+        {"messages": [tide, thinks], "tools": PORT_TOOLS},
+        {
+            "messages": [user(f"All of {port} now!"), assistant("Both.", tool_calls=both)],
+            "tools": PORT_TOOLS,
+        },
+        {"messages": [tide, thinks, output, assistant("5 m.")], "tools": PORT_TOOLS},
+        {"messages": [user(f"Is {port} a port?"), is_port]},
+    ]
+
+
 def run_script(script: str, *arguments: object) -> None:
     """Run one of the project's scripts in this process; a UserError ends in SystemExit."""
     before = sys.argv

@@ -180,6 +180,10 @@ def _openai_routes(service: Service) -> APIRouter:
         builder = ResponsesReplyBuilder(model, asked.prompt, body)
         return await reply(service, request, builder, asked.submitted, **_delivery(chat, asked))
 
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return service.tokenizer_info()
+
     @routes.post("/tokenize", dependencies=options["dependencies"])
     async def tokenize(body: TokenizeRequest, response: Response) -> TokenizeReply:
         model = service.get_model(body.model) if body.model else service.first_model

@@ -76,7 +76,9 @@ class Grammars:
     ) -> str:
         """Return the grammar of calls, in llguidance's dialect of Lark."""
         opening, closing = self._literal(form.opening), self._literal(form.closing)
-        schemas = [closed(function.get("parameters") or {"type": "object"}) for function in functions]
+        schemas = [
+            closed(function.get("parameters") or {"type": "object"}) for function in functions
+        ]
         names = [function["name"] for function in functions]
         if isinstance(form, ObjectCalls):
             objects = [form.schema(*pair) for pair in zip(names, schemas, strict=True)]
@@ -151,7 +153,10 @@ def closed(schema: Any) -> Any:
         return [closed(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    inner = {key: value if key in ("const", "enum", "default") else closed(value) for key, value in schema.items()}
+    inner = {
+        key: value if key in ("const", "enum", "default") else closed(value)
+        for key, value in schema.items()
+    }
     if isinstance(schema.get("properties"), dict):
         inner["properties"] = {name: closed(one) for name, one in schema["properties"].items()}
         inner.setdefault("additionalProperties", False)

@@ -12,6 +12,7 @@ from halfbyte.serve.refusal import RefusedError
 HEADER = "x-halfbyte-ignored"
 MAX_NAMED = 24
 MAX_NAME = 64
+HARMLESS = ("models",)  # OpenRouter's, and no misspelling
 ALIKE = 0.84  # of names that are taken for one another's misspelling
 JSON_SCHEMA = "send response_format {type: json_schema, json_schema: {name, schema}}"
 MAX_TOKENS = "send max_tokens"
@@ -80,7 +81,7 @@ def account(body: Body, ignored: Iterable[str] = ()) -> list[str]:
                 value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral
             ):
                 raise RefusedError(400, f"{key}: is not supported here; {advice}", key)
-        elif path == key:
+        elif path == key and key not in HARMLESS:
             alike = difflib.get_close_matches(key[:MAX_NAME], known, 1, ALIKE)
             if alike:
                 raise RefusedError(400, f"{key[:MAX_NAME]}: unknown; did you mean {alike[0]}?", key)

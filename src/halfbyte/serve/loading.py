@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from halfbyte.config.section import ComputeDtype, Precision
-from halfbyte.data.conversation import Message
+from halfbyte.data.conversation import Message, Row, tools_of
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError, ModelError, UserError
 from halfbyte.forward.multi_lora import mix_adapters
@@ -37,7 +37,7 @@ from halfbyte.serve.service import ServedModel
 from halfbyte.serve.targets import NAME, ServeTarget
 from halfbyte.serve.vllm import base_name
 from halfbyte.trained.artefact import REPORT, read_artefact
-from halfbyte.trained.reference_logprobs import check_reference_logprobs
+from halfbyte.trained.reference_logprobs import check_reference_logprobs, recorded_prompts
 from halfbyte.trained.run import TrainedRun, read_trained_run
 
 MAX_SLOTS = 16  # without --slots
@@ -205,21 +205,26 @@ def _open_gguf(
     path = Path(target.target)
     name = target.name or path.stem
     run = path.parent.parent.parent
+    probes = [Row("a first prompt", PROBE)]
     if (path.parent / REPORT).is_file() and (run / "run.yaml").is_file():
         report = read_artefact(RunDir(run), path.parent.name)
         kl = report.against_trained.kl_nats_per_token
         say(f"{name}: the file is the one that was proven, KL {kl:.2g} to the trained model")
-        renderer = read_trained_run(run).renderer
+        trained = read_trained_run(run)
+        renderer = trained.renderer
+        probes += [row for row in recorded_prompts(trained.folder.adapter) if row.messages]
     else:
         renderer = _renderer(resolve_base(target.target))
     model = GgufModel(path, gpu_layers=options.gpu_layers)
-    _, theirs = model.prompt(renderer.turns(PROBE))
-    ours = renderer.encode_prompt(PROBE)
-    if ours != theirs:
-        raise ModelError(
-            f"{path}: the template or tokenizer in the file is not the one that transformers reads: a probe"
-            f" has {len(theirs)} tokens in llama.cpp and {len(ours)} there"
-        )
+    for row in probes:
+        tools = tools_of(row.tools) if row.tools else None
+        _, theirs = model.prompt(renderer.turns(row.messages), tools)
+        ours = renderer.encode_prompt(row.messages, row.place, row.tools)
+        if ours != theirs:
+            raise ModelError(
+                f"{path}: the template or tokenizer in the file is not the one that transformers reads: a probe"
+                f" ({row.place}) has {len(theirs)} tokens in llama.cpp and {len(ours)} there"
+            )
     header = read_gguf(path)
     context = min(options.max_context or DEFAULT_CONTEXT, header.context_length)
     slots = options.slots or MAX_SLOTS

@@ -102,6 +102,22 @@ class Service:
         """The first model in the list, where a request names none."""
         return next(iter(self.served.values()))
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """Return what lm-evaluation-harness asks of a server whose tokenizer it uses.
+
+        Where models have different templates, none is given.
+        """
+        tokenizers = [model.codec.renderer.tokenizer for model in self.served.values()]
+        first = tokenizers[0]
+        templates = {tokenizer.chat_template for tokenizer in tokenizers}
+        return {
+            "tokenizer_class": type(first).__name__,
+            "bos_token": first.bos_token,
+            "eos_token": first.eos_token,
+            "pad_token": first.pad_token,
+            "chat_template": first.chat_template if len(templates) == 1 else None,
+        }
+
     def max_context(self, model: ServedModel) -> int:
         """Return the largest number of tokens of a prompt and its answer."""
         return model.engine.backend.max_context

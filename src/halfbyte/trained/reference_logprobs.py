@@ -10,11 +10,13 @@ import heapq
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from halfbyte.data.conversation import Row, row_from_json
+from halfbyte.data.conversation import Message, Row, row_from_json
 from halfbyte.data.render import Renderer
+from halfbyte.data.thoughts import split_thoughts
 from halfbyte.errors import RunError
 from halfbyte.run_dir import read_json, write_json
 
@@ -32,6 +34,8 @@ def record_reference_logprobs(
 ) -> None:
     """Record a trained model's log-probabilities after the shortest prompts of ``rows``.
 
+    One of each kind is among them: with tools, with calls and with thoughts in the answer.
+
     Args:
         logits: returns logits of the trained model, in the dtype that it was trained in.
         renderer: the renderer of the training rows.
@@ -39,8 +43,7 @@ def record_reference_logprobs(
         folder: the adapter's folder.
     """
     records = []
-    few = islice(rows, MAX_ROWS)
-    for prompt in heapq.nsmallest(NUM_PROMPTS, map(_prompt, few), key=lambda row: len(str(row))):
+    for prompt in _few_prompts(islice(rows, MAX_ROWS)):
         ids = _ids(renderer, prompt)
         best = torch.log_softmax(logits(ids).float(), dim=-1).topk(NUM_TOKENS)
         tokens, logprobs = best.indices.tolist(), best.values.tolist()
@@ -90,6 +93,37 @@ def check_reference_logprobs(
             " rounding hides it (then --compute-dtype as in training)"
         )
     return f"{miss:.2g} nats from the training, the base {whole:.2g}"
+
+
+def recorded_prompts(folder: Path) -> list[Row]:
+    """Return the prompts whose log-probabilities are recorded beside an adapter; none if none are."""
+    path = folder / FILE
+    return [row_from_json(record["row"]) for record in read_json(path)] if path.is_file() else []
+
+
+def _few_prompts(rows: Iterable[Row]) -> list[Row]:
+    """Return the shortest prompts, that of each kind of row first."""
+    shortest: dict[tuple[bool, ...], tuple[int, Row]] = {}
+    sized = []
+    for row in rows:
+        prompt = _prompt(row)
+        size = len(str(prompt))
+        answer = row.messages[-1] if row.messages else None
+        kind = (bool(row.tools), *(bool(answer and part) for part in _markup(answer)))
+        if kind not in shortest or size < shortest[kind][0]:
+            shortest[kind] = (size, prompt)
+        sized.append((size, len(sized), prompt))
+    chosen = [prompt for _, prompt in shortest.values()]
+    others = heapq.nsmallest(NUM_PROMPTS + len(chosen), sized)
+    chosen += [prompt for _, _, prompt in others if prompt not in chosen]
+    return chosen[:NUM_PROMPTS]
+
+
+def _markup(answer: Message | None) -> tuple[Any, ...]:
+    """Return what an answer has besides text: its calls, and its thoughts."""
+    if answer is None:
+        return ()
+    return (answer.tool_calls, answer.reasoning or split_thoughts(answer.content)[0])
 
 
 def _prompt(row: Row) -> Row:
