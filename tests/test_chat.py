@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from halfbyte.eval.chat import Reply, reply_lines
+from halfbyte.data.conversation import Message
+from halfbyte.eval.chat import Reply, chat, reply_lines
 
 
 def replies(**texts: str) -> dict[str, Reply]:
@@ -35,3 +36,21 @@ def test_narrow_terminals_and_other_scripts_get_one_after_the_other() -> None:
 
 def test_one_answer_is_as_wide_as_it_is() -> None:
     assert reply_lines(replies(model="x" * 300), 80)[0] == "model> " + "x" * 300
+
+
+def test_thoughts_are_folded_until_they_are_asked_for() -> None:
+    asked: list[tuple[Message, ...]] = []
+
+    def respond(messages: tuple[Message, ...]) -> Reply:
+        asked.append(messages)
+        return Reply("4", 9, 1.0, "stop", "Two and two.")
+
+    lines: list[str] = []
+    typed = iter(["/thoughts", "2 + 2?", "/thoughts", "Sure?", "/quit"])
+    chat({"tuned": respond}, None, lambda _: next(typed), lines.append)
+    assert lines[1:4] == [
+        "tuned> 4",
+        "       (9 tokens, 9.0 tokens/s; /thoughts shows its 3 words)",
+        "tuned> Two and two.",
+    ]
+    assert asked[1][1] == Message("assistant", "4", "Two and two.")

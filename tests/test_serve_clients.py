@@ -47,19 +47,23 @@ def post(server: Process, path: str, body: dict[str, Any]) -> httpx.Response:
     return httpx.post(server.url + path, json={"model": "tools", **body}, timeout=120)
 
 
+def create(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(**options)
+
+
 def message(reply: dict[str, Any]) -> dict[str, Any]:
     return dict(reply["choices"][0]["message"])
 
 
 def is_port(reply: dict[str, Any]) -> bool:
     answer = message(reply)
-    return answer["content"] == "Brest is a port." and answer["reasoning_content"] == "It is Brest."
+    return (answer["content"], answer["reasoning_content"]) == ("Brest is a port.", "It is Brest.")
 
 
 def calls_tide(reply: dict[str, Any]) -> bool:
     (call,) = message(reply)["tool_calls"]
     arguments = json.loads(call["function"]["arguments"])
-    return call["function"]["name"] == "tide" and arguments == {"port": "Brest"}
+    return (call["function"]["name"], arguments) == ("tide", {"port": "Brest"})
 
 
 def ends_after(count: int) -> Callable[[dict[str, Any]], bool]:
@@ -531,11 +535,11 @@ def test_a_stream_says_what_the_whole_answer_says(
     options: dict[str, Any] = {"model": "tools", "messages": said(question), "max_tokens": 120}
     if question != PORT:
         options |= {"tools": PORT_TOOLS, "parallel_tool_calls": parallel}
-    whole: Any = client.chat.completions.create(**options)
+    whole = create(client, **options)
     choice = whole.choices[0]
     text, thoughts, reason = "", "", None
     calls: dict[int, list[str]] = {}
-    for chunk in client.chat.completions.create(stream=True, **options):
+    for chunk in create(client, stream=True, **options):
         delta = chunk.choices[0].delta
         text += delta.content or ""
         thoughts += getattr(delta, "reasoning_content", None) or ""
@@ -557,24 +561,26 @@ def test_a_stream_says_what_the_whole_answer_says(
 
 
 def test_tools_that_may_not_be_called_are_not_there(client: openai.OpenAI) -> None:
-    plain: Any = client.chat.completions.create(model="tools", messages=said(PORT), max_tokens=60)
-    none: Any = client.chat.completions.create(
+    plain = create(client, model="tools", messages=said(PORT), max_tokens=60)
+    none = create(
+        client,
         model="tools",
         messages=said(PORT),
         max_tokens=60,
         tools=PORT_TOOLS,
-        tool_choice="none",  # type: ignore[arg-type]
+        tool_choice="none",
     )
     assert none.choices[0].message.content == plain.choices[0].message.content == "Brest is a port."
     assert none.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
 def test_calls_that_are_cut_are_text(client: openai.OpenAI) -> None:
-    reply: Any = client.chat.completions.create(
+    reply = create(
+        client,
         model="tools",
         messages=said(TIDE),
         max_tokens=24,
-        tools=PORT_TOOLS,  # type: ignore[arg-type]
+        tools=PORT_TOOLS,
     )
     choice = reply.choices[0]
     assert choice.finish_reason == "length"
@@ -586,10 +592,11 @@ def test_calls_that_are_cut_are_text(client: openai.OpenAI) -> None:
 def test_required_calls_follow_their_schemas(client: openai.OpenAI) -> None:
     """Also where the model would rather say something else."""
     for seed in range(3):
-        reply: Any = client.chat.completions.create(
+        reply = create(
+            client,
             model="base",
             messages=said("Sing a song."),
-            tools=PORT_TOOLS,  # type: ignore[arg-type]
+            tools=PORT_TOOLS,
             tool_choice="required",
             temperature=1.5,
             seed=seed,

@@ -140,3 +140,24 @@ def test_an_error_is_told_and_the_question_stays_askable(page: Any) -> None:
     ask(page, "Hello")
     wait(page, f"Math.min(...{PIECES}) > 0")
     wait(page, DONE)
+
+
+def test_thoughts_are_folded(opened: Opened, tool_run: Path, tmp_path: Path) -> None:
+    options = ("--compute-dtype", "fp32", "--max-context", 512, "--slots", 2)
+    with serving(tmp_path / "log", tool_run, *options) as process:
+        page = opened.page
+        page.goto(process.url)
+        wait(page, "document.querySelectorAll('select').length === 2")
+        ask(page, "Is Brest a port?")
+        wait(page, DONE)
+        turn = "[...document.querySelectorAll('.turn.assistant')].pop()"
+        assert page.evaluate(f"{turn}.querySelector('details').open") is False
+        assert (
+            page.evaluate(f"{turn}.querySelector('details').textContent") == "ThoughtsIt is Brest."
+        )
+        assert page.evaluate(f"{turn}.innerText").strip().splitlines() == [
+            "Thoughts",
+            "Brest is a port.",
+        ]
+        page.screenshot(path=str(tmp_path / "page.png"))
+        assert not opened.failed

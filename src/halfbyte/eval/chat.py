@@ -15,6 +15,7 @@ import torch
 
 from halfbyte.data.conversation import Message
 from halfbyte.data.render import Renderer
+from halfbyte.data.thoughts import split_thoughts
 from halfbyte.errors import ModelError
 from halfbyte.generate.batched import generate
 from halfbyte.llamacpp.model import GgufModel
@@ -31,12 +32,18 @@ MIN_COLUMN = 30  # narrowest column, in characters, for answers side by side
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and how fast it was generated."""
+    """An answer and how fast it was generated.
+
+    Attributes:
+        text: the answer without its thoughts.
+        thoughts: what it thought before it, None for nothing.
+    """
 
     text: str
     num_tokens: int
     seconds: float
     finish_reason: str
+    thoughts: str | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -78,7 +85,8 @@ def reply(
     )
     seconds = time.perf_counter() - start
     num_tokens = len(answer.ids) + (answer.finish_reason == "stop")
-    return Reply(renderer.decode(answer.ids), num_tokens, seconds, answer.finish_reason)
+    parsed = renderer.answer_format.parse(renderer.decode(answer.ids))
+    return Reply(parsed.content, num_tokens, seconds, answer.finish_reason, parsed.thoughts)
 
 
 def reply_from_gguf(model: GgufModel, messages: tuple[Message, ...], max_new_tokens: int) -> Reply:
@@ -88,7 +96,8 @@ def reply_from_gguf(model: GgufModel, messages: tuple[Message, ...], max_new_tok
     (answer,) = model.answers([ids], stop_ids=None, max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - start
     num_tokens = len(answer.ids) + (answer.finish_reason == "stop")
-    return Reply(model.decode(answer.ids).strip(), num_tokens, seconds, answer.finish_reason)
+    thoughts, text = split_thoughts(model.decode(answer.ids).strip())
+    return Reply(text, num_tokens, seconds, answer.finish_reason, thoughts)
 
 
 @torch.no_grad()
@@ -135,7 +144,9 @@ def chat(
     read: Callable[[str], str] = input,
     write: Callable[[str], None] = print,
 ) -> None:
-    """Hold a conversation on the terminal until /quit or end of input; /reset forgets the turns so far.
+    """Hold a conversation on the terminal until /quit or end of input.
+
+    /reset forgets the turns so far; thoughts are folded, and /thoughts shows those of the last answers.
 
     Args:
         responders: who answers, by name; where there are two, each remembers its own answers, and they are
@@ -147,6 +158,7 @@ def chat(
     opening = (Message("system", system),) if system else ()
     turns = dict.fromkeys(responders, opening)
     write("Type a message; /reset starts a new conversation, /quit exits.")
+    replies: dict[str, Reply] = {}
     while True:
         try:
             text = read("you> ").strip()
@@ -157,13 +169,18 @@ def chat(
         if text == "/reset":
             turns = dict.fromkeys(responders, opening)
             continue
+        if text == "/thoughts":
+            for name, reply in replies.items():
+                write(f"{name}> {reply.thoughts or '(no thoughts)'}")
+            continue
         if not text:
             continue
         replies = {}
         for name, respond in responders.items():
             messages = (*turns[name], Message("user", text))
             replies[name] = respond(messages)
-            turns[name] = (*messages, Message("assistant", replies[name].text or " "))
+            answer = Message("assistant", replies[name].text or " ", replies[name].thoughts)
+            turns[name] = (*messages, answer)
         for line in reply_lines(replies, shutil.get_terminal_size().columns):
             write(line)
 
@@ -171,7 +188,8 @@ def chat(
 def reply_lines(replies: Mapping[str, Reply], columns: int) -> list[str]:
     """Lay out replies side by side where ``columns`` of a terminal leave room, else one below the other."""
     speeds = {
-        name: f"({reply.num_tokens} tokens, {reply.tokens_per_s:.1f} tokens/s)"
+        name: f"({reply.num_tokens} tokens, {reply.tokens_per_s:.1f} tokens/s"
+        + (f"; /thoughts shows its {len(reply.thoughts.split())} words)" if reply.thoughts else ")")
         for name, reply in replies.items()
     }
     width = (columns - 3 * (len(replies) - 1)) // len(replies)

@@ -99,11 +99,11 @@ class GgufModel:
         return list(ids[:count])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, without special tokens."""
+        """Return the text of token ids, with the special tokens among them, such as marks of thoughts."""
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         buffer = ctypes.create_string_buffer(METADATA_BYTES)
         length = self.lib.llama_detokenize(
-            self._vocab, tokens, len(ids), buffer, METADATA_BYTES, True, False
+            self._vocab, tokens, len(ids), buffer, METADATA_BYTES, False, True
         )
         return buffer.raw[: max(0, length)].decode("utf-8", "replace")
 

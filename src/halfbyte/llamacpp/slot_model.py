@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from halfbyte.data.conversation import Row, tools_of
+from halfbyte.data.render import Renderer
 from halfbyte.errors import ModelError
 from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.llamacpp.library import CONTEXT_FIELDS
@@ -103,3 +105,25 @@ class LlamaSlotModel:
         """As ``Backend.forget``."""
         lib = self.gguf.lib
         lib.llama_memory_clear(lib.llama_get_memory(self._context), False)
+
+
+def check_prompts(model: GgufModel, renderer: Renderer, rows: Sequence[Row]) -> None:
+    """Check that a file's own template and tokenizer give the prompts that transformers gives.
+
+    Args:
+        model: the file.
+        renderer: the renderer that transformers' tokenizer is used with.
+        rows: conversations that end where an answer begins, with their tools.
+
+    Raises:
+        ModelError: a prompt differs.
+    """
+    for row in rows:
+        tools = tools_of(row.tools) if row.tools else None
+        _, theirs = model.prompt(renderer.turns(row.messages), tools)
+        ours = renderer.encode_prompt(row.messages, row.place, row.tools)
+        if ours != theirs:
+            raise ModelError(
+                f"{model.path}: the template or tokenizer in the file is not the one that transformers reads: a"
+                f" probe ({row.place}) has {len(theirs)} tokens in llama.cpp and {len(ours)} there"
+            )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from halfbyte.config.section import ComputeDtype, Precision
-from halfbyte.data.conversation import Message, Row, tools_of
+from halfbyte.data.conversation import Message, Row
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError, ModelError, UserError
 from halfbyte.forward.multi_lora import mix_adapters
@@ -22,7 +22,7 @@ from halfbyte.generate.slot_model import Backend, SlotModel, token_bytes
 from halfbyte.host import free_bytes
 from halfbyte.llamacpp.gguf_file import read_gguf
 from halfbyte.llamacpp.model import GgufModel
-from halfbyte.llamacpp.slot_model import LlamaSlotModel
+from halfbyte.llamacpp.slot_model import LlamaSlotModel, check_prompts
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.cpu_speed import ComputeMode, apply_mode, modes_that_fit, time_modes
 from halfbyte.model.load import Loaded, load_at_precision
@@ -216,15 +216,7 @@ def _open_gguf(
     else:
         renderer = _renderer(resolve_base(target.target))
     model = GgufModel(path, gpu_layers=options.gpu_layers)
-    for row in probes:
-        tools = tools_of(row.tools) if row.tools else None
-        _, theirs = model.prompt(renderer.turns(row.messages), tools)
-        ours = renderer.encode_prompt(row.messages, row.place, row.tools)
-        if ours != theirs:
-            raise ModelError(
-                f"{path}: the template or tokenizer in the file is not the one that transformers reads: a probe"
-                f" ({row.place}) has {len(theirs)} tokens in llama.cpp and {len(ours)} there"
-            )
+    check_prompts(model, renderer, probes)
     header = read_gguf(path)
     context = min(options.max_context or DEFAULT_CONTEXT, header.context_length)
     slots = options.slots or MAX_SLOTS

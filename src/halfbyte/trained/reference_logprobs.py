@@ -104,7 +104,7 @@ def recorded_prompts(folder: Path) -> list[Row]:
 def _few_prompts(rows: Iterable[Row]) -> list[Row]:
     """Return the shortest prompts, that of each kind of row first."""
     shortest: dict[tuple[bool, ...], tuple[int, Row]] = {}
-    sized = []
+    sized: list[tuple[int, int, Row]] = []
     for row in rows:
         prompt = _prompt(row)
         size = len(str(prompt))
