@@ -6,7 +6,7 @@ from typing import Any
 
 import schemathesis
 
-NAMES = ("base", "first", "other")
+NAMES = ("base", "first", "other", "tools")
 MAX_TOKENS = 4
 FEW = 1 << 17  # the schema's own bound: larger numbers stay what they are
 
@@ -19,10 +19,10 @@ def map_body(context: Any, body: Any) -> Any:
     if not 0 < len(body["model"]) <= 200:
         return body
     body["model"] = NAMES[len(body["model"]) % len(NAMES)]
-    limits = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
-    if limits == [None, None]:
-        body["max_tokens"] = MAX_TOKENS
-    for name in ("max_tokens", "max_completion_tokens"):
+    names = ("max_output_tokens",) if "input" in body else ("max_tokens", "max_completion_tokens")
+    if all(body.get(name) in (None, -1) for name in names):
+        body[names[0]] = MAX_TOKENS
+    for name in names:
         if type(body.get(name)) is int and MAX_TOKENS < body[name] <= FEW:
             body[name] = MAX_TOKENS
     return body

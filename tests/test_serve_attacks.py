@@ -37,10 +37,10 @@ MAX_HEALTH_S = 1.0
 
 @pytest.fixture(scope="module")
 def server(
-    tmp_path_factory: pytest.TempPathFactory, merged_run: Path, other_run: Path
+    tmp_path_factory: pytest.TempPathFactory, merged_run: Path, other_run: Path, tool_run: Path
 ) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("attacked")
-    runs = (f"first={merged_run}", other_run)
+    runs = (f"first={merged_run}", other_run, tool_run)
     options = ("--compute-dtype", "fp32", "--max-context", 512)
     with serving(folder / "log", *runs, *options) as process:
         yield process
@@ -100,13 +100,13 @@ BROKEN: dict[str, bytes] = {
     "NaN": json.dumps(body(temperature=float("nan"))).encode(),
     "large temperature": json.dumps(body(temperature=1e30)).encode(),
     "infinite": b'{"model": "first", "messages": [], "temperature": 1e999}',
-    "negative length": json.dumps(body(max_tokens=-1)).encode(),
+    "negative length": json.dumps(body(max_tokens=-2)).encode(),
     "huge length": json.dumps(body(max_tokens=2**63)).encode(),
     "a number of 5,000 digits": b'{"model": "first", "seed": ' + b"9" * 5000 + b"}",
     "100,000 unknown fields": json.dumps(body(**{f"a{n}": 0 for n in range(90_000)})).encode(),
     "a million answers": json.dumps(body(n=10**6)).encode(),
     "5,000 stops": json.dumps(body(stop=["x"] * 5000)).encode(),
-    "empty stop": json.dumps(body(stop="")).encode(),
+    "empty stop": json.dumps(body(stop=[""])).encode(),
     "half a character": json.dumps(body(messages=[{"role": "user", "content": "\ud800"}])).encode(),
     "half a character as name": json.dumps(body(model="\udfff")).encode(),
     "a list": b"[]",
@@ -116,6 +116,33 @@ BROKEN: dict[str, bytes] = {
     "a private character": json.dumps(
         body(messages=[{"role": "user", "content": "\U000f0000"}])
     ).encode(),
+    "half a character in a tool": json.dumps(
+        body(model="tools", tools=[{"function": {"name": "f", "parameters": {"a": "\ud800"}}}])
+    ).encode(),
+    "half a character in a call": json.dumps(
+        body(
+            model="tools",
+            messages=[
+                {"role": "user", "content": "x"},
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud800"}}}],
+                },
+            ],
+        )
+    ).encode(),
+    "NaN in a tool": json.dumps(
+        body(
+            model="tools",
+            tools=[{"function": {"name": "f", "parameters": {"minimum": float("nan")}}}],
+        )
+    ).encode(),
+    "a deep tool": json.dumps(body(model="tools", tools=[0]))
+    .encode()
+    .replace(
+        b"[0]",
+        b'[{"function": {"name": "f", "parameters": ' + b'{"a": ' * 400 + b"1" + b"}" * 403 + b"]",
+    ),
     "an endless schema": json.dumps(
         body(
             response_format={
@@ -134,6 +161,17 @@ def test_broken_requests_get_an_error_that_says_why(server: Process, name: str) 
     assert 400 <= reply.status_code < 500, reply.text
     assert reply.json()["error"]["message"]
     assert is_alive(server)
+
+
+def test_a_nested_tool_costs_no_more_than_its_length(server: Process) -> None:
+    nested: dict[str, Any] = {"type": "string"}
+    for _ in range(40):
+        nested = {"type": "object", "properties": {"a": nested}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": nested}}]
+    content = body(model="tools", tools=tools, tool_choice="required", max_tokens=2)
+    # What doubles with each level would take days.
+    reply = httpx.post(server.url + CHAT, json=content, timeout=120)
+    assert reply.status_code in (200, 400), reply.text
 
 
 def test_many_wrong_tokens_are_one_error(server: Process) -> None:

@@ -20,7 +20,7 @@ from halfbyte.serve.loading import Options, _slots
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.schema import ChatRequest, CompletionRequest
 from halfbyte.serve.server import bind, serve
-from halfbyte.serve.service import Asked, Service
+from halfbyte.serve.service import PromptRequest, Service
 from halfbyte.serve.text import TextStream
 
 
@@ -113,7 +113,7 @@ def test_log_probabilities_of_a_request_are_bounded() -> None:
     engine = types.SimpleNamespace(backend=backend)
     model: Any = types.SimpleNamespace(name="m", engine=engine, codec=codec)
     service = Service([], Limits())
-    asked = Asked([1] * 10, lambda: TextStream(str))
+    requests = PromptRequest([1] * 10, lambda: TextStream(str))
     for top in (0, 20):
         with pytest.raises(RefusedError, match="at most 200000 are allowed"):
-            service.submit(request, model, [asked] * 8, None, top)
+            service.submit(request, model, [requests] * 8, None, top)

@@ -14,14 +14,6 @@ from starlette.exceptions import HTTPException
 
 from halfbyte.errors import DataError
 from halfbyte.serve import page
-from halfbyte.serve.asking import (
-    AskedChat,
-    AskedCompletion,
-    ask_chat,
-    ask_completion,
-    check_vocabulary,
-    tokens_of,
-)
 from halfbyte.serve.chat_reply import ChatReplyBuilder
 from halfbyte.serve.completion_reply import CompletionReplyBuilder
 from halfbyte.serve.ignored import account, header
@@ -37,7 +29,8 @@ from halfbyte.serve.reply_schema import (
     TextReply,
     TokenizeReply,
 )
-from halfbyte.serve.responses import ResponsesReplyBuilder, ResponsesRequest, as_chat
+from halfbyte.serve.response_schema import ResponsesRequest, as_chat
+from halfbyte.serve.responses import ResponsesReplyBuilder
 from halfbyte.serve.schema import (
     ChatRequest,
     CompletionRequest,
@@ -45,7 +38,14 @@ from halfbyte.serve.schema import (
     GenerationRequest,
     TokenizeRequest,
 )
-from halfbyte.serve.service import ServedModel, Service
+from halfbyte.serve.service import ServedModel, Service, check_vocabulary
+from halfbyte.serve.submission import (
+    PendingChat,
+    PendingCompletion,
+    submit_chat,
+    submit_completion,
+    tokens_of,
+)
 
 FIELD_NAME = re.compile(r"(?!str$|int$)[a-z_0-9]+")
 EVENT_SCHEMA = {
@@ -66,6 +66,7 @@ def make_app(service: Service) -> FastAPI:
     )
     app.include_router(_state_routes(service))
     app.include_router(_openai_routes(service))
+    app.include_router(_token_routes(service))
     _add_error_handlers(app)
     default_openapi = app.openapi
 
@@ -151,40 +152,47 @@ def _openai_routes(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=ChatReply, **options)
     async def chat(body: ChatRequest, request: Request) -> Any:
         model = service.get_model(body.model)
-        asked = await ask_chat(service, model, body)
+        pending = await submit_chat(service, model, body)
         builder = ChatReplyBuilder(
             model,
-            asked.prompt,
+            pending.prompt,
             wants_logprobs=bool(body.logprobs),
             with_usage=_wants_usage(body),
         )
-        return await reply(service, request, builder, asked.submitted, **_delivery(body, asked))
+        return await reply(service, request, builder, pending.submitted, **_delivery(body, pending))
 
     @routes.post("/v1/completions", response_model=TextReply, **options)
     async def complete(body: CompletionRequest, request: Request) -> Any:
         model = service.get_model(body.model)
-        asked = await ask_completion(service, model, body)
+        pending = await submit_completion(service, model, body)
         builder = CompletionReplyBuilder(
             model,
-            asked.echoed,
+            pending.echoed,
             wants_logprobs=body.logprobs is not None,
             with_usage=_wants_usage(body),
         )
-        return await reply(service, request, builder, asked.submitted, **_delivery(body, asked))
+        return await reply(service, request, builder, pending.submitted, **_delivery(body, pending))
 
     @routes.post("/v1/responses", response_model=ResponseReply, **options)
     async def respond(body: ResponsesRequest, request: Request) -> Any:
         model = service.get_model(body.model)
         chat = as_chat(body)
-        asked = await ask_chat(service, model, chat, account(body))
-        builder = ResponsesReplyBuilder(model, asked.prompt, body)
-        return await reply(service, request, builder, asked.submitted, **_delivery(chat, asked))
+        pending = await submit_chat(service, model, chat, account(body))
+        builder = ResponsesReplyBuilder(model, pending.prompt, body)
+        return await reply(service, request, builder, pending.submitted, **_delivery(chat, pending))
+
+    return routes
+
+
+def _token_routes(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["tokens"])
+    needs_json = [Depends(_require_json)]
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         return service.tokenizer_info()
 
-    @routes.post("/tokenize", dependencies=options["dependencies"])
+    @routes.post("/tokenize", dependencies=needs_json)
     async def tokenize(body: TokenizeRequest, response: Response) -> TokenizeReply:
         model = service.get_model(body.model) if body.model else service.first_model
         ids, ignored = await run_in_threadpool(tokens_of, service, model, body)
@@ -197,7 +205,7 @@ def _openai_routes(service: Service) -> APIRouter:
             token_strs=strings if body.return_token_strs else None,
         )
 
-    @routes.post("/detokenize", dependencies=options["dependencies"])
+    @routes.post("/detokenize", dependencies=needs_json)
     async def detokenize(body: DetokenizeRequest) -> DetokenizeReply:
         model = service.get_model(body.model) if body.model else service.first_model
         check_vocabulary(model, body.tokens, "tokens")
@@ -214,9 +222,9 @@ def _require_json(request: Request) -> None:
         raise RefusedError(415, "Content-Type must be application/json")
 
 
-def _delivery(body: GenerationRequest, asked: AskedChat | AskedCompletion) -> dict[str, Any]:
+def _delivery(body: GenerationRequest, pending: PendingChat | PendingCompletion) -> dict[str, Any]:
     """Return how a reply is sent."""
-    return {"stream": bool(body.stream), "headers": header(asked.ignored)}
+    return {"stream": bool(body.stream), "headers": header(pending.ignored)}
 
 
 def _wants_usage(body: GenerationRequest) -> bool:

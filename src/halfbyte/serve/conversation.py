@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.data.conversation import Message, ToolCall
-from halfbyte.data.fields import JSON
+from halfbyte.data.fields import JSON, SURROGATES
 from halfbyte.data.render import Renderer
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.schema import (
@@ -68,7 +68,7 @@ def conversation_of(body: ChatRequest | TokenizeRequest, renderer: Renderer) -> 
             " tools out (tool_choice none does, too) and describe them in the system message",
             "tools",
         )
-    text = json.dumps(tools, ensure_ascii=False) if tools else ""
+    text = _json_text(tools, "tools") if tools else ""
     options = _options(body, renderer, ignored)
     return Conversation(tuple(messages), text, options, tuple(ignored))
 
@@ -134,7 +134,20 @@ def _call(call: Call) -> ToolCall:
             f"messages.tool_calls: the arguments of {call.function.name} are not the JSON text of an object",
             "messages",
         )
-    return ToolCall(call.function.name, json.dumps(arguments, ensure_ascii=False), call.id)
+    return ToolCall(call.function.name, _json_text(arguments, "messages"), call.id)
+
+
+def _json_text(value: Any, field: str) -> str:
+    """Return a value as JSON; refuse what is none, or no text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise RefusedError(
+            400, f"{field}: holds NaN, infinity or too deep a nesting", field
+        ) from None
+    if SURROGATES.search(text):
+        raise RefusedError(400, f"{field}: contains half a character (a lone surrogate)", field)
+    return text
 
 
 def _tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -186,7 +199,7 @@ def _options(
     options = {}
     for key, value in (body.chat_template_kwargs or {}).items():
         if renderer.reads(key):
-            options[key] = value
+            options[key] = JSON.decode(_json_text(value, "chat_template_kwargs"))
         else:
             ignored.append(f"chat_template_kwargs.{key}")
     effort = body.reasoning_effort if isinstance(body, ChatRequest) else None

@@ -14,6 +14,9 @@ from halfbyte.errors import DataError
 PLAIN_JSON: Any = {"whitespace_flexible": False}
 # As templates write JSON, and so as the calls that a model has learnt.
 SPACED_JSON: Any = {**PLAIN_JSON, "item_separator": ", ", "key_separator": ": "}
+# Keys of a JSON schema whose value has schemas by name, and those whose value is none.
+NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties")
+VALUES = ("const", "enum", "default", "examples")
 ANY_TEXT = r"/(.|\n)*/"
 
 
@@ -153,12 +156,13 @@ def closed(schema: Any) -> Any:
         return [closed(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    inner = {
-        key: value if key in ("const", "enum", "default") else closed(value)
-        for key, value in schema.items()
-    }
+    inner: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in NAMED_SCHEMAS and isinstance(value, dict):
+            inner[key] = {name: closed(one) for name, one in value.items()}
+        else:
+            inner[key] = value if key in VALUES else closed(value)
     if isinstance(schema.get("properties"), dict):
-        inner["properties"] = {name: closed(one) for name, one in schema["properties"].items()}
         inner.setdefault("additionalProperties", False)
     return inner
 

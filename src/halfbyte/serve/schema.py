@@ -29,7 +29,7 @@ MAX_TOOLS = 128
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class Part(Body):
+class MessagePart(Body):
     """A part of a message; one that is no text is refused by name."""
 
     type: Annotated[str, Field(max_length=64)] = "text"
@@ -52,7 +52,7 @@ class Call(Body):
     function: CalledFunction
 
 
-Content = Text | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+Content = Text | Annotated[list[MessagePart], Field(max_length=MAX_PARTS, fail_fast=True)]
 Calls = Annotated[list[Call], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRequest:
     """A prompt, and how the text of each of its answers comes about.
 
     Attributes:
@@ -136,7 +136,7 @@ class Service:
         self,
         body: GenerationRequest,
         model: ServedModel,
-        asked: Sequence[Asked],
+        requests: Sequence[PromptRequest],
         max_tokens: int | None,
         top_logprobs: int | None,
         *,
@@ -147,7 +147,7 @@ class Service:
         Args:
             body: the request.
             model: that answers it.
-            asked: the prompts.
+            requests: one for each prompt.
             max_tokens: of an answer; None and -1 for what the context has room for.
             top_logprobs: of the likeliest tokens to report in each place; None for no log-probabilities.
             echo: whether the prompts are scored too.
@@ -159,44 +159,44 @@ class Service:
         events: EventQueue = asyncio.Queue()
         deadline = time.monotonic() + self.limits.answer_seconds
         sampling = _sampling(body, top_logprobs)
-        outside = max(sampling.logit_bias, default=0)
-        if outside >= model.codec.vocab_size:
-            raise RefusedError(
-                400,
-                f"logit_bias: token {outside} is outside the vocabulary of {model.codec.vocab_size} tokens",
-                "logit_bias",
-            )
+        check_vocabulary(model, sampling.logit_bias, "logit_bias")
         jobs: list[Job] = []
-        budgets = [self._token_budget(body, model, len(one.ids), max_tokens) for one in asked]
-        num_echoed = sum(len(one.ids) for one in asked) if echo else 0
+        budgets = [
+            self._token_budget(body, model, len(prompt.ids), max_tokens) for prompt in requests
+        ]
+        num_echoed = sum(len(prompt.ids) for prompt in requests) if echo else 0
         per_token = 0 if top_logprobs is None else top_logprobs + 1
-        num_logprobs = (sum(budgets) + num_echoed) * (body.n or 1) * per_token
-        if num_logprobs > MAX_LOGPROBS:
-            raise RefusedError(
-                400,
-                f"the reply could contain {num_logprobs} log-probabilities (tokens x answers x"
-                f" log-probabilities per token), but at most {MAX_LOGPROBS} are allowed. Reduce max_tokens",
-                "max_tokens",
-            )
-        observe_first_token = self.metrics.first_token_observer(model.name)
-        stop_ids = frozenset() if body.ignore_eos else model.codec.stop_ids
-        for one, budget in zip(asked, budgets, strict=True):
+        self._check_logprobs((sum(budgets) + num_echoed) * (body.n or 1) * per_token)
+        for prompt, budget in zip(requests, budgets, strict=True):
             for answer in range(body.n or 1):
                 number = len(jobs)
-                matcher = one.matchers[answer] if one.matchers else None
                 seed = None if sampling.seed is None else sampling.seed + number
+                matcher = prompt.matchers[answer] if prompt.matchers else None
                 job = Job(
-                    prompt=one.ids,
+                    prompt=prompt.ids,
                     adapter=model.adapter,
-                    sampler=Sampler(replace(sampling, seed=seed), matcher, one.ids),
-                    stream=one.stream(),
+                    sampler=Sampler(replace(sampling, seed=seed), matcher, prompt.ids),
+                    stream=prompt.stream(),
                     max_tokens=budget,
-                    stop_ids=stop_ids | frozenset(body.stop_token_ids or ()),
-                    emit=_emitter(events, number, observe_first_token),
+                    stop_ids=_stop_ids(body, model),
+                    emit=_emitter(events, number, self.metrics.first_token_observer(model.name)),
                     deadline=deadline,
                     scores_prompt=top_logprobs if echo else None,
                 )
                 jobs.append(job)
+        self._queue(model, jobs)
+        return jobs, events
+
+    def _check_logprobs(self, count: int) -> None:
+        if count > MAX_LOGPROBS:
+            raise RefusedError(
+                400,
+                f"the reply could contain {count} log-probabilities (tokens x answers x"
+                f" log-probabilities per token), but at most {MAX_LOGPROBS} are allowed. Reduce max_tokens",
+                "max_tokens",
+            )
+
+    def _queue(self, model: ServedModel, jobs: list[Job]) -> None:
         if model.engine.failure:
             raise RefusedError(503, f"the model failed: {model.engine.failure}")
         if not model.engine.submit(jobs):
@@ -206,7 +206,6 @@ class Service:
                 f"{num_waiting} requests are already waiting (the limit is {self.limits.max_waiting}); try"
                 " again later",
             )
-        return jobs, events
 
     def _token_budget(
         self,
@@ -253,6 +252,22 @@ def _emitter(
             loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
     return emit
+
+
+def check_vocabulary(model: ServedModel, ids: Iterable[int], param: str) -> None:
+    """Refuse tokens that the model does not have."""
+    largest = max(ids, default=0)
+    if largest >= model.codec.vocab_size:
+        raise RefusedError(
+            400,
+            f"{param}: token {largest} is outside the vocabulary of {model.codec.vocab_size} tokens",
+            param,
+        )
+
+
+def _stop_ids(body: GenerationRequest, model: ServedModel) -> frozenset[int]:
+    own = frozenset() if body.ignore_eos else model.codec.stop_ids
+    return own | frozenset(body.stop_token_ids or ())
 
 
 def _sampling(body: GenerationRequest, top_logprobs: int | None) -> Sampling:

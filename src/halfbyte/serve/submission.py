@@ -20,7 +20,7 @@ from halfbyte.serve.schema import (
     NamedTool,
     TokenizeRequest,
 )
-from halfbyte.serve.service import Asked, EventQueue, ServedModel, Service
+from halfbyte.serve.service import EventQueue, PromptRequest, ServedModel, Service, check_vocabulary
 from halfbyte.serve.text import OneCallStream, TextStream
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens; a chat defaults to the rest of the context
@@ -28,7 +28,7 @@ ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True)
-class AskedChat:
+class PendingChat:
     """A chat whose answers are under way.
 
     Attributes:
@@ -43,7 +43,7 @@ class AskedChat:
 
 
 @dataclass(frozen=True)
-class AskedCompletion:
+class PendingCompletion:
     """Completions that are under way.
 
     Attributes:
@@ -57,9 +57,9 @@ class AskedCompletion:
     ignored: list[str]
 
 
-async def ask_chat(
+async def submit_chat(
     service: Service, model: ServedModel, body: ChatRequest, ignored: Sequence[str] | None = None
-) -> AskedChat:
+) -> PendingChat:
     """Queue the answers to a chat.
 
     Args:
@@ -81,15 +81,15 @@ async def ask_chat(
     service.check_length(conversation.num_chars, model, "messages")
     prompt = await run_in_threadpool(model.codec.encode_chat, conversation)
     matchers = await run_in_threadpool(_matchers, body, model, prompt)
-    asked = Asked(prompt.ids, _answer_stream(body, model, prompt), matchers)
+    one = PromptRequest(prompt.ids, _answer_stream(body, model, prompt), matchers)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    submitted = service.submit(body, model, [asked], _max_tokens(body), top_logprobs)
-    return AskedChat(prompt, submitted, [*named, *conversation.ignored])
+    submitted = service.submit(body, model, [one], _max_tokens(body), top_logprobs)
+    return PendingChat(prompt, submitted, [*named, *conversation.ignored])
 
 
-async def ask_completion(
+async def submit_completion(
     service: Service, model: ServedModel, body: CompletionRequest
-) -> AskedCompletion:
+) -> PendingCompletion:
     """Queue the answers to a request for completions.
 
     Raises:
@@ -108,9 +108,11 @@ async def ask_completion(
     service.check_accepting()
     prompts = await run_in_threadpool(_prompt_ids, body, model, service)
     stops = _stops(body)
-    asked = [Asked(ids, _text_stream(model, stops, ids)) for ids in prompts]
+    requests = [PromptRequest(ids, _text_stream(model, stops, ids)) for ids in prompts]
     max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    submitted = service.submit(body, model, asked, max_tokens, body.logprobs, echo=bool(body.echo))
+    submitted = service.submit(
+        body, model, requests, max_tokens, body.logprobs, echo=bool(body.echo)
+    )
     echoed: list[str] = []
     if body.echo:
         fields = body.prompt if isinstance(body.prompt, list) else [body.prompt]
@@ -121,7 +123,7 @@ async def ask_completion(
             )
         ]
         echoed = [text for text in texts for _ in range(body.n or 1)]
-    return AskedCompletion(echoed, submitted, named)
+    return PendingCompletion(echoed, submitted, named)
 
 
 def tokens_of(
@@ -143,17 +145,6 @@ def tokens_of(
     conversation: Conversation = conversation_of(body, model.codec.renderer)
     service.check_length(conversation.num_chars, model, "messages")
     return model.codec.encode_chat(conversation).ids, [*named, *conversation.ignored]
-
-
-def check_vocabulary(model: ServedModel, ids: Sequence[int], param: str) -> None:
-    """Refuse tokens that the model does not have."""
-    largest = max(ids, default=0)
-    if largest >= model.codec.vocab_size:
-        raise RefusedError(
-            400,
-            f"token {largest} is outside the vocabulary of {model.codec.vocab_size} tokens",
-            param,
-        )
 
 
 def _check_stream_options(body: GenerationRequest) -> None:
