@@ -85,7 +85,9 @@ class Eval(Section):
         default=["exact_match"],
         description="`exact_match` (the same text in NFC, but for outer white space); `normalised_match` (ignores"
         " case, spaces and punctuation without meaning); `numeric_match` (the one number that an answer gives); `field_match` (share of equal JSON fields); `schema_valid`"
-        " (JSON that conforms to `eval.json_schema`); `chrf` and `bleu` (sacreBLEU); `rouge_l`;"
+        " (JSON that conforms to `eval.json_schema`); `tool_match` (the wanted calls, in any order) and `tool_valid`"
+        " (calls that keep to the tools of their row), which come first where rows call tools and this key is left at its"
+        " default; `chrf` and `bleu` (sacreBLEU); `rouge_l`;"
         " `held_out_loss` (always measured; the only one for raw text). The first decides the verdict.",
     )
     json_schema: Name | None = Field(
