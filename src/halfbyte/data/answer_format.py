@@ -57,11 +57,18 @@ class AnswerFormat:
     Args:
         form: the template; None for a tokenizer without one, whose answers are text.
         opens_thoughts: whether its prompts open the thoughts, so that an answer begins within them.
+
+    Attributes:
+        marks: what closes thoughts, by what opens them.
+        own_marks: what the template itself opens and closes them with; None if it writes none.
+        calls: how it writes calls; None if it writes none, or in no way that is known.
     """
 
     def __init__(self, form: ChatFormat | None, *, opens_thoughts: bool = False) -> None:
         self.opens_thoughts = opens_thoughts
-        self.marks = {**_thought_marks(form), **MARKS} if form else dict(MARKS)
+        own = _thought_marks(form) if form else {}
+        self.own_marks = next(iter(own.items()), None)
+        self.marks = {**own, **MARKS}
         self.calls = call_format(form) if form else None
 
     def parse(self, text: str, tools: str = "") -> ParsedAnswer:

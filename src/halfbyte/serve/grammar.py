@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 from halfbyte.data.call_format import CallFormat, FieldCalls, NamedCalls, ObjectCalls
@@ -43,10 +44,10 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        if closer is not None:
-            return self._matcher(
-                f"start: {self._thoughts(closer)} {_json(schema, PLAIN_JSON)}", "response_format"
-            )
+        thoughts = self._thoughts(closer)
+        if thoughts:
+            rules = f"start: thoughts {_json(schema, PLAIN_JSON)}\n{thoughts}"
+            return self._matcher(rules, "response_format")
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, PLAIN_JSON)
         except (ValueError, TypeError) as error:
@@ -71,12 +72,12 @@ class Grammars:
         assert form is not None
         functions = [tool["function"] for tool in tools_of(tools)]
         functions = [one for one in functions if name in (None, one["name"])]
-        thoughts = self._thoughts(closer) if closer is not None else ""
-        return self._matcher(self._calls(form, functions, thoughts, parallel=parallel), "tools")
+        thoughts = self._thoughts(closer)
+        lead = "thoughts " if thoughts else ""
+        rules = f"start: {lead}calls\n{self._calls(form, functions, parallel=parallel)}\n{thoughts}"
+        return self._matcher(rules, "tools")
 
-    def _calls(
-        self, form: CallFormat, functions: list[dict[str, Any]], lead: str, *, parallel: bool
-    ) -> str:
+    def _calls(self, form: CallFormat, functions: list[dict[str, Any]], *, parallel: bool) -> str:
         """Return the grammar of calls, in llguidance's dialect of Lark."""
         opening, closing = self._literal(form.opening), self._literal(form.closing)
         schemas = [
@@ -84,12 +85,17 @@ class Grammars:
         ]
         names = [function["name"] for function in functions]
         if isinstance(form, ObjectCalls):
-            objects = [form.schema(*pair) for pair in zip(names, schemas, strict=True)]
+            # Each schema keeps its own definitions, to which its references lead.
+            kept = {f"tool{n}": moved(schema, f"tool{n}") for n, schema in enumerate(schemas)}
+            objects = [
+                form.schema(name, {"$ref": f"#/$defs/{place}"})
+                for name, place in zip(names, kept, strict=True)
+            ]
             one: dict[str, Any] = {"anyOf": objects}
             if form.as_list:
                 one = {"type": "array", "items": one, "minItems": 1}
                 one |= {} if parallel else {"maxItems": 1}
-            call = _json(one, SPACED_JSON)
+            call = _json({**one, "$defs": kept}, SPACED_JSON)
         elif isinstance(form, NamedCalls):
             middle = self._literal(form.middle)
             call = " | ".join(
@@ -100,15 +106,32 @@ class Grammars:
             assert isinstance(form, FieldCalls)
             # The values are free text, so only the name is certain.
             call = f"({' | '.join(map(self._literal, names))}) {ANY_TEXT}"
-            return f"start: {lead} {opening} call\ncall: {call}"
+            return f"calls: {opening} call\ncall: {call}"
         more = ""
         if parallel and form.separator is not None and not getattr(form, "as_list", False):
             more = f"({self._literal(form.separator)} call)*"
-        return f"start: {lead} {opening} call {more} {closing}\ncall: {call}"
+        return f"calls: {opening} call {more} {closing}\ncall: {call}"
 
-    def _thoughts(self, closer: str) -> str:
-        """Return the grammar of thoughts up to their end."""
-        return f"{ANY_TEXT} {self._literal(closer)} /[ \\n]*/"
+    def _thoughts(self, closer: str | None) -> str:
+        """Return the rule of the thoughts before an answer; "" if there are none.
+
+        Thoughts that the prompt has opened have to end. Those that the template lets an answer begin with are
+        left to the model.
+        """
+        own = self.renderer.answer_format.own_marks
+        if closer is not None:
+            return f"thoughts: rest\n{self._rest(closer)}"
+        if own is None:
+            return ""
+        return f"thoughts: ({self._literal(own[0])} rest)?\n{self._rest(own[1])}"
+
+    def _rest(self, closer: str) -> str:
+        """Return the rule of what follows the mark that opens thoughts."""
+        if self.renderer.special_tokens.pattern.search(closer):
+            return f"rest: {ANY_TEXT} {self._literal(closer)} /[ \\n]*/"
+        # As one terminal that ends as soon as it can: text alone would go on behind the mark.
+        pattern = re.escape(closer).replace("/", "\\/")
+        return f"rest: opened /[ \\n]*/\nopened[lazy]: /(.|\\n)*{pattern}/"
 
     def _literal(self, text: str) -> str:
         """Return a text as terminals, its special tokens as such."""
@@ -164,6 +187,19 @@ def closed(schema: Any) -> Any:
             inner[key] = value if key in VALUES else closed(value)
     if isinstance(schema.get("properties"), dict):
         inner.setdefault("additionalProperties", False)
+    return inner
+
+
+def moved(schema: Any, place: str) -> Any:
+    """Return a JSON schema whose references to itself are right where it stands as a definition."""
+    if isinstance(schema, list):
+        return [moved(one, place) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: value if key in VALUES else moved(value, place) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        inner["$ref"] = f"#/$defs/{place}{reference[1:]}"
     return inner
 
 
