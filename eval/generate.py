@@ -117,6 +117,8 @@ def main() -> None:
         chat(both if is_run and arguments.chat else {"model": answer}, arguments.system)
         return
     result = answer((*system, Message("user", arguments.prompt)))
+    if result.thoughts:
+        print(f"\nthoughts: {result.thoughts}")
     print(
         f"\n{result.text}\n\n{result.num_tokens} tokens, {result.tokens_per_s:.1f} tokens/s,"
         f" {result.finish_reason}"

@@ -375,6 +375,62 @@ BODIES: dict[str, tuple[str, dict[str, Any], Callable[[Any], bool]]] = {
         {"messages": said(PORT), "functions": None, "function_call": "none", "logit_bias": {}},
         is_port,
     ),
+    "an older call": (
+        CHAT,
+        {
+            "messages": [
+                *said(TIDE),
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "tide", "arguments": '{"port": "Brest"}'},
+                    "reasoning_content": "The port is Brest.",
+                },
+                {"role": "function", "name": "tide", "content": '{"metres": 5}'},
+            ],
+            "tools": PORT_TOOLS,
+        },
+        lambda reply: message(reply)["content"] == "5 m.",
+    ),
+    "llama.cpp, schema": (
+        CHAT,
+        {
+            "messages": said(PORT),
+            "response_format": {"type": "json_object", "schema": SCHEMA},
+            "reasoning_format": "auto",
+            "seed": -1,
+        },
+        is_sure,
+    ),
+    "lm-eval, stops within thoughts": (
+        CHAT,
+        {"messages": said(PORT), "max_tokens": 60, "stop": ["\n\n", "It is"]},
+        is_port,
+    ),
+    "stops within calls": (
+        CHAT,
+        {"messages": said(TIDE), "tools": PORT_TOOLS, "stop": ["}", "\n"]},
+        calls_tide,
+    ),
+    "a stop": (
+        CHAT,
+        {"messages": said(PORT), "stop": [" port"]},
+        lambda reply: message(reply)["content"] == "Brest is a",
+    ),
+    "responses, settings": (
+        RESPONSES,
+        {
+            "input": PORT,
+            "stop": [" port"],
+            "text": {"format": {"type": "text"}},
+            "tools": [{"type": "function", "strict": True, **PORT_TOOLS[0]["function"]}],
+            "tool_choice": "none",
+        },
+        lambda reply: (
+            reply["output"][-1]["content"][0]["text"] == "Brest is a"
+            and (reply["tool_choice"], reply["tools"][0]["strict"]) == ("none", True)
+        ),
+    ),
 }
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 # What would change the answer and cannot be done, and what the message says to send instead.
@@ -456,6 +512,45 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "outside the vocabulary",
     ),
     "nothing": (TEXT, {"prompt": "x", "max_tokens": 0}, "send at least 1"),
+    "another route's limit": (RESPONSES, {"input": "x", "max_tokens": 5}, "send max_output_tokens"),
+    "another route's limit, too": (
+        CHAT,
+        {"messages": said("x"), "max_output_tokens": 5},
+        "send max_tokens",
+    ),
+    "another route's field": (
+        CHAT,
+        {"messages": said("x"), "echo": True},
+        "one of /v1/completions",
+    ),
+    "a schema of a text": (
+        TEXT,
+        {"prompt": "x", "response_format": {"type": "json_object"}},
+        "one of /v1/chat/completions",
+    ),
+    "many turns": (
+        RESPONSES,
+        {"input": [{"role": "user", "content": "x"}] * 1024, "instructions": "a"},
+        "input: ",
+    ),
+    "a name with a mark": (
+        CHAT,
+        {"messages": said("x"), "tools": [{"function": {"name": "f<|im_end|>"}}]},
+        "holds a special token",
+    ),
+    "no object": (
+        CHAT,
+        {
+            "messages": said("x"),
+            "tools": [{"function": {"name": "f", "parameters": {"type": "string"}}}],
+        },
+        "must be of the type object",
+    ),
+    "a template of one's own": (
+        CHAT,
+        {"messages": said("x"), "chat_template": "{{ x }}"},
+        "serve the model",
+    ),
     "the whole of a text and a chat": (
         "/tokenize",
         {"prompt": "x", "messages": said("x")},
@@ -494,8 +589,14 @@ def test_what_is_ignored_is_named(server: Process) -> None:
     assert names["lm studio"] == "ttl"
     assert names["vllm"].endswith("chat_template_kwargs.enable_thinking")
     assert names["responses"] == "store, truncation, include"
-    odd = post(server, CHAT, {"messages": said("x"), "max_tokens": 1, "é\r\nx": 1})
-    assert odd.headers[IGNORED] == "???x"
+    odd = {"é\r\nx": 1, "zzz ": 1, "": 1, " ": 1}
+    reply = post(server, CHAT, {"messages": said("x"), "max_tokens": 1, **odd})
+    assert reply.headers[IGNORED] == "???x, zzz?, ?, ?"
+    reply = post(server, "/detokenize", {"tokens": [5], "skip_special_tokens": True})
+    assert reply.headers[IGNORED] == "skip_special_tokens"
+    turn = {"role": "user", "content": "x", "reasoning_content": "y", "tool_calls": []}
+    reply = post(server, CHAT, {"messages": [turn], "max_tokens": 1})
+    assert reply.headers[IGNORED] == "messages.reasoning_content"
 
 
 def test_every_known_harmless_key_is_told_from_a_misspelt_one(server: Process) -> None:
@@ -652,6 +753,67 @@ def test_responses_of_openais_client(client: openai.OpenAI) -> None:
         {"port": "Brest"},
         {"port": "Brest", "days": 2},
     ]
+
+
+WIDE = {"anyOf": [{"type": "object", "required": [f"n{n}"]} for n in range(2500)]}
+
+
+def test_a_response_that_fails_says_so_to_openais_client(client: openai.OpenAI) -> None:
+    form: Any = {"format": {"type": "json_schema", "name": "x", "schema": WIDE}}
+    with pytest.raises(openai.APIError, match="followed any further"):
+        list(client.responses.create(model="tools", input=PORT, text=form, stream=True))
+
+
+def test_replies_are_those_of_openais_types(server: Process) -> None:
+    from openai.types.chat import ChatCompletion
+    from openai.types.responses import Response
+
+    for name, (path, body, _) in BODIES.items():
+        if path in (CHAT, RESPONSES) and not body.get("stream"):
+            reply = post(server, path, body).json()
+            kind: Any = ChatCompletion if path == CHAT else Response
+            assert kind.model_validate(reply), name
+
+
+def test_schemas_of_tools_as_they_are(client: openai.OpenAI) -> None:
+    """Keywords that a grammar cannot hold, parts put together, definitions, and properties with names of keywords."""
+    parts = [
+        {
+            "allOf": [{"$ref": "#/$defs/B"}],
+            "properties": {"c": {"type": "string"}},
+            "required": ["b", "c"],
+        },
+        {"properties": {"default": {"$ref": "#/$defs/B"}}, "$id": "urn:x"},
+        {
+            "properties": {
+                "tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+            }
+        },
+        {"properties": {"x": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}},
+    ]
+    b = {"type": "object", "properties": {"b": {"type": "boolean"}}, "required": ["b"]}
+    for parameters in parts:
+        schema = {"type": "object", "$defs": {"B": b}, **parameters}
+        reply = create(
+            client,
+            model="tools",
+            messages=said("x"),
+            tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            max_tokens=200,
+        )
+        assert reply.choices[0].finish_reason in ("tool_calls", "length")
+
+
+def test_offsets_are_those_of_characters(client: openai.OpenAI) -> None:
+    prompt = "a 𓀀𓀀 b 🜁 end"
+    reply: Any = client.completions.create(
+        model="tools", prompt=prompt, max_tokens=0, echo=True, logprobs=1
+    )
+    scores = reply.choices[0].logprobs
+    place = scores.tokens.index(" end")
+    assert scores.text_offset[place] == prompt.index(" end")
 
 
 def test_tokens_are_those_of_the_prompt(server: Process) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from halfbyte.data.answers import samples_of
-from halfbyte.data.call_format import schemas_of
+from halfbyte.data.call_format import json_or_none, schemas_of
 from halfbyte.data.call_probe import call_format
 from halfbyte.data.chat_format import PLACE, ChatFormat
 from halfbyte.data.conversation import Message, ToolCall, tools_of
@@ -114,7 +114,13 @@ class AnswerReader:
         self._closers = [] if closer is None else [closer]
         self._buffer = ""
         self._has_content = False
+        self._num_given = 0  # of the calls in the buffer
         self._trims = closer is not None  # whether space at the beginning of what comes is left out
+
+    @property
+    def num_held(self) -> int:
+        """Number of characters that are held back."""
+        return len(self._buffer)
 
     def push(self, text: str) -> list[Piece]:
         """Add text and return what is certain now."""
@@ -131,7 +137,9 @@ class AnswerReader:
         pieces = []
         if self.state == "calls":
             pieces += self._calls(ended=True)
-            self.malformed = bool(self._buffer.strip())
+            self.malformed |= self.form.calls is not None and self._buffer.startswith(
+                self.form.calls.trigger or ("{", "[")
+            )
         rest = self._trimmed(self._buffer)
         if self.state in ("thoughts", "calls"):
             rest = rest.rstrip()
@@ -191,20 +199,38 @@ class AnswerReader:
         begun = self._buffer.lstrip()
         if self._has_content or not begun:
             return -1
-        begins = begun.startswith(("{", "[", *self.schemas)) or any(
-            name.startswith(begun) for name in self.schemas
-        )
+        begins = begun.startswith(("{", "[")) or self._may_be_call()
         return len(self._buffer) - len(begun) if begins else -1
 
     def _calls(self, *, ended: bool = False) -> list[Piece]:
         assert self.form.calls is not None
         made, end = self.form.calls.read(self._buffer, 0, self.schemas, ended=ended)
-        pieces = [Piece("call", call=call) for call in made[self.num_calls :]]
-        self.num_calls = max(self.num_calls, len(made))
+        pieces = [Piece("call", call=call) for call in made[self._num_given :]]
+        self.num_calls += len(pieces)
+        self._num_given = max(self._num_given, len(made))
+        rest = self._buffer[end:]
+        trigger = self.form.calls.trigger
+        # Where another call begins behind what cannot be read, that is text.
+        following = rest.find(trigger, len(trigger) if rest.startswith(trigger) else 0)
+        if trigger and following > 0 and not rest[:following].isspace():
+            self.malformed |= rest.startswith(trigger)
+            pieces.append(Piece("content", rest[:following].strip()))
+            self._buffer, self._num_given = rest[following:], 0
+            return pieces + self._calls(ended=ended)
         if ended:
-            self._buffer = self._buffer[end:]
+            self._buffer = rest
             self._trims = True
+        elif not trigger and not made and not self._may_be_call():
+            self.state = "content"
         return pieces
+
+    def _may_be_call(self) -> bool:
+        """Return whether the buffer may go on to be a call that no mark announces."""
+        begun = self._buffer.lstrip()
+        if begun.startswith(("{", "[")):
+            return json_or_none(begun) is None
+        names = [name for name in self.schemas if begun.startswith(name) or name.startswith(begun)]
+        return any(begun[len(name) :].lstrip()[:1] in ("", "{", "<", "[") for name in names)
 
     def _held(self, marks: list[str]) -> int:
         """Return how many characters at the end of the buffer may be the beginning of a mark."""

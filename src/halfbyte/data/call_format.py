@@ -70,7 +70,7 @@ class CallFormat:
                 if not (entry or between or closed or (ended and not text[at:].strip())):
                     return calls, end
                 calls += made
-                end = at if entry or not closed else closed.end()
+                end = closed.end() if closed else at
             if end <= opened.start() or not self.opening.strip():
                 break
         return calls, end

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 
 MAX_DIGITS = 400
 MAX_EXPONENT = 400
+MAX_POWER_DIGITS = 4000  # of a power that is computed
+CONTEXT_CHARS = 12  # before a number, in which its sign stands
 MINUS = "-\u2212\u2010\u2011\ufe63\uff0d"
 SPACES = "\u00a0\u202f\u2009\u2007"  # within a number, besides the plain one
 APOSTROPHES = "\u2019\u02bc"
@@ -37,7 +40,7 @@ FRACTION = r"\\[dt]?frac\{\s*(?P<top>\d+)\s*\}\{\s*(?P<bottom>\d+)\s*\}"
 PLAIN = r"(?P<plain>(?:\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:[.,']\d+)*|[.,]\d+)"
 PART = r"(?:\s?(?P<part_top>\d+)/(?P<part_bottom>\d+)|/(?P<under>\d+))?"  # of a mixed number, or of a fraction
 POWER = r"(?:(?P<ten>[eE]|\s*[×x*·]\s*10\s*(?:\^|\*\*)\s*\{?)|\s*(?:\^|\*\*)\s*\{?)"
-EXPONENT = rf"(?:{POWER}(?P<exponent>[+-]?\d+)\}}?(?![\w.]*\d))?"
+EXPONENT = rf"(?:{POWER}(?P<exponent>[+-]?\d+)\}}?(?![\w.]{{0,40}}\d))?"
 NUMBER = re.compile(rf"{FRACTION}|{PLAIN}{PART}{EXPONENT}")
 WORD_REST = re.compile(r"\w*")
 RANGE = re.compile(r"\d\s?[-–]\s?$|\d\s+(?:to|bis|à)\s+$")
@@ -94,14 +97,16 @@ def read_number(text: str) -> Reading:
     one number alone, or several of one value. A range gives its end.
     """
     text = _plain(text)
+    placed = _readings(text)
+    starts = [start for start, _ in placed]
     for marker in reversed(list(MARKERS.finditer(text))):
-        readings = _readings(text[marker.end() :])
-        if readings:
-            return readings[0]
-    readings = _readings(text)
-    if len(set(readings)) > 1:
+        following = bisect_left(starts, marker.end())
+        if following < len(placed):
+            return placed[following][1]
+    readings = {reading for _, reading in placed}
+    if len(readings) > 1:
         return Reading(None, "several")
-    return readings[0] if readings else Reading(None, "none")
+    return placed[0][1] if placed else Reading(None, "none")
 
 
 def same_number(ours: Reading, theirs: Reading) -> bool:
@@ -136,31 +141,36 @@ def _compatible(char: str) -> str:
     return unicodedata.normalize("NFKC", char).replace("\u2044", "/")
 
 
-def _readings(text: str) -> list[Reading]:
-    """Return what each number-like part of a text gives, in order."""
+def _readings(text: str) -> list[tuple[int, Reading]]:
+    """Return what each number-like part of a text gives and where it begins, in order."""
     placed: list[tuple[int, Reading]] = []
     for fault, pattern in NO_NUMBERS.items():
-        for match in pattern.finditer(text):
+
+        def blank(match: re.Match[str], fault: str = fault) -> str:
             placed.append((match.start(), Reading(None, fault)))
-            text = text[: match.start()] + " " * len(match.group()) + text[match.end() :]
-    at = 0
+            return " " * len(match.group())
+
+        text = pattern.sub(blank, text)
+    at, last = 0, None
     while number := NUMBER.search(text, at):
-        before, at = text[: number.start()], number.end()
+        start = number.start()
+        before, at = text[max(0, start - CONTEXT_CHARS) : start], number.end()
         if before[-1:].isalpha() or before[-1:] == "_":  # H2O, x1
-            placed.append((number.start(), Reading(None, "formula")))
+            placed.append((start, Reading(None, "formula")))
             rest = WORD_REST.match(text, at)
-            at = rest.end() if rest else at
+            at, last = rest.end() if rest else at, None
             continue
         value = _value(number)
         scale = SCALE.match(text, at)
         if value is not None and scale and scale.group(1).casefold() in SCALES:
             value *= 10 ** SCALES[scale.group(1).casefold()]
-        if RANGE.search(before) and placed and placed[-1][1].value is not None:
+        if RANGE.search(before) and last is not None:
             placed.pop()
         elif value is not None and NEGATIVE.search(before):
             value = -value
-        placed.append((number.start(), Reading(value, "" if value is not None else "notation")))
-    return [reading for _, reading in sorted(placed, key=lambda pair: pair[0])]
+        placed.append((start, Reading(value, "" if value is not None else "notation")))
+        last = value
+    return sorted(placed, key=lambda pair: pair[0])
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -175,7 +185,9 @@ def _value(match: re.Match[str]) -> Fraction | None:
         if "part_top" in groups:
             value += Fraction(int(groups["part_top"]), int(groups["part_bottom"]))
         exponent = int(groups.get("exponent", 0))
-        if abs(exponent) > MAX_EXPONENT:
+        if abs(exponent) > MAX_EXPONENT or len(match.group()) * abs(exponent) > MAX_POWER_DIGITS * (
+            100 if "ten" in groups else 1
+        ):
             return None
         if "exponent" in groups:
             value = value * Fraction(10) ** exponent if "ten" in groups else value**exponent

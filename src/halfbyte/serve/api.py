@@ -158,6 +158,7 @@ def _openai_routes(service: Service) -> APIRouter:
             pending.prompt,
             wants_logprobs=bool(body.logprobs),
             with_usage=_wants_usage(body),
+            one_call=body.parallel_tool_calls is False,
         )
         return await reply(service, request, builder, pending.submitted, **_delivery(body, pending))
 
@@ -206,7 +207,8 @@ def _token_routes(service: Service) -> APIRouter:
         )
 
     @routes.post("/detokenize", dependencies=needs_json)
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeReply:
+    async def detokenize(body: DetokenizeRequest, response: Response) -> DetokenizeReply:
+        response.headers.update(header(account(body)))
         model = service.get_model(body.model) if body.model else service.first_model
         check_vocabulary(model, body.tokens, "tokens")
         text = await run_in_threadpool(model.codec.decode_all, body.tokens)

@@ -25,10 +25,11 @@ class AnswerParts:
     Args:
         model: that answers.
         prompt: that is answered.
+        one_call: whether only the first call of an answer counts, where one list has several.
     """
 
-    def __init__(self, model: ServedModel, prompt: ChatPrompt) -> None:
-        self._model, self._prompt = model, prompt
+    def __init__(self, model: ServedModel, prompt: ChatPrompt, *, one_call: bool = False) -> None:
+        self._model, self._prompt, self._one_call = model, prompt, one_call
         self._readers: dict[int, AnswerReader] = {}
 
     def read(self, number: int, text: str, *, ended: bool) -> list[Piece]:
@@ -45,6 +46,8 @@ class AnswerParts:
         pieces = reader.push(text) if text else []
         if ended:
             pieces += reader.flush()
+        if self._one_call:
+            pieces = pieces[: next((n for n, one in enumerate(pieces, 1) if one.call), len(pieces))]
         return [
             piece._replace(call=replace(piece.call, id=uuid.uuid4().hex[:ID_CHARS]))
             if piece.call
@@ -67,16 +70,23 @@ class ChatReplyBuilder(ChoicesBuilder):
         prompt: that is answered.
         wants_logprobs: as in ``ChoicesBuilder``.
         with_usage: as in ``ChoicesBuilder``.
+        one_call: as in ``AnswerParts``.
     """
 
     object = "chat.completion"
     chunk = "chat.completion.chunk"
 
     def __init__(
-        self, model: ServedModel, prompt: ChatPrompt, *, wants_logprobs: bool, with_usage: bool
+        self,
+        model: ServedModel,
+        prompt: ChatPrompt,
+        *,
+        wants_logprobs: bool,
+        with_usage: bool,
+        one_call: bool,
     ) -> None:
         super().__init__(model, wants_logprobs=wants_logprobs, with_usage=with_usage)
-        self._parts = AnswerParts(model, prompt)
+        self._parts = AnswerParts(model, prompt, one_call=one_call)
         self._num_calls: Counter[int] = Counter()
 
     def opening(self, jobs: Sequence[Job]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class CompletionReplyBuilder(ChoicesBuilder):
     ) -> None:
         super().__init__(model, wants_logprobs=wants_logprobs, with_usage=with_usage)
         self._echoed = dict(enumerate(echoed))
-        self._offsets: dict[int, int] = {}  # number of an answer -> characters so far
+        self._decoders: dict[int, _Offsets] = {}  # by the number of the answer
         self._jobs: Sequence[Job] = ()
 
     def whole(self, answers: Sequence[CollectedAnswer], jobs: Sequence[Job]) -> dict[str, Any]:
@@ -80,20 +81,36 @@ class CompletionReplyBuilder(ChoicesBuilder):
         def piece(token: int) -> str:
             return self.model.codec.piece(token)[0]
 
-        pieces = [piece(sampled.token) for sampled in tokens]
-        offsets, offset = [], self._offsets.get(number, 0)
-        for text in pieces:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[number] = offset
+        decoder = self._decoders.setdefault(number, _Offsets())
         return {
-            "tokens": pieces,
+            "tokens": [piece(sampled.token) for sampled in tokens],
             "token_logprobs": [sampled.logprob for sampled in tokens],
             "top_logprobs": [
                 None
                 if sampled.logprob is None
-                else {piece(token): logprob for token, logprob in sampled.top}
+                # Of two tokens with the same text, the likelier one.
+                else {piece(token): logprob for token, logprob in reversed(sampled.top)}
                 for sampled in tokens
             ],
-            "text_offset": offsets,
+            "text_offset": [decoder.add(self._content(sampled.token)) for sampled in tokens],
         }
+
+    def _content(self, token: int) -> bytes:
+        """Return the bytes of a token; none for one that begins every text, which no text shows."""
+        codec = self.model.codec
+        is_bos = token == codec.renderer.tokenizer.bos_token_id
+        return b"" if is_bos and codec.renderer.has_bos else codec.piece(token)[1]
+
+
+class _Offsets:
+    """Counts the characters of a text that comes in pieces of bytes."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        self._count = 0
+
+    def add(self, content: bytes) -> int:
+        """Add a piece and return where it begins; within a character, where that one does."""
+        start = self._count
+        self._count += len(self._decoder.decode(content))
+        return start

@@ -61,6 +61,14 @@ def conversation_of(body: ChatRequest | TokenizeRequest, renderer: Renderer) -> 
     tools = _tools(body.tools or [])
     if isinstance(body, ChatRequest):
         tools = _chosen(body, tools)
+    has_calls = any(message.tool_calls for message in messages)
+    if has_calls and renderer.answer_format.calls is None:
+        raise RefusedError(
+            400,
+            "messages.tool_calls: this model's chat template writes no calls, so that it would not see them; write them"
+            " into the content",
+            "messages",
+        )
     if tools and renderer.answer_format.calls is None:
         raise RefusedError(
             400,
@@ -68,6 +76,11 @@ def conversation_of(body: ChatRequest | TokenizeRequest, renderer: Renderer) -> 
             " tools out (tool_choice none does, too) and describe them in the system message",
             "tools",
         )
+    for name in (tool["function"]["name"] for tool in tools):
+        if renderer.special_tokens.pattern.search(name):
+            raise RefusedError(
+                400, f"tools: {name[:100]!r} holds a special token; rename it", "tools"
+            )
     text = _json_text(tools, "tools") if tools else ""
     options = _options(body, renderer, ignored)
     return Conversation(tuple(messages), text, options, tuple(ignored))
@@ -77,10 +90,17 @@ def _message(message: ChatMessage, calls: dict[str, str], ignored: list[str]) ->
     role = ROLES.get(message.role, message.role)
     made: tuple[ToolCall, ...] = ()
     reasoning = None
+    content = text_of(message.content)
     if role == "assistant":
-        made = tuple(_call(call) for call in message.tool_calls or [])
+        older = [Call(function=message.function_call)] if message.function_call else []
+        made = tuple(_call(call) for call in message.tool_calls or older)
         calls.update({call.id: call.name for call in made if call.id})
         reasoning = message.reasoning_content or message.reasoning or None
+        content = content or message.refusal or ""
+    else:
+        for key in ("tool_calls", "function_call", "reasoning_content", "reasoning", "refusal"):
+            if getattr(message, key):
+                ignored.append(f"messages.{key}")
     name = message.name if role == "tool" else None
     if message.name and name is None:
         ignored.append("messages.name")
@@ -88,7 +108,7 @@ def _message(message: ChatMessage, calls: dict[str, str], ignored: list[str]) ->
         name = calls.get(message.tool_call_id)
     return Message(
         role,
-        text_of(message.content),
+        content,
         reasoning,
         made,
         message.tool_call_id if role == "tool" else None,
@@ -164,7 +184,14 @@ def _tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
         function: dict[str, Any] = {"name": tool.function.name}
         if tool.function.description is not None:
             function["description"] = tool.function.description
-        function["parameters"] = tool.function.parameters or {"type": "object", "properties": {}}
+        parameters = tool.function.parameters or {"properties": {}}
+        if parameters.get("type", "object") != "object":
+            raise RefusedError(
+                400,
+                f"tools: the parameters of {tool.function.name} must be of the type object",
+                "tools",
+            )
+        function["parameters"] = {"type": "object", **parameters}
         written.append({"type": "function", "function": function})
     return written
 
@@ -202,7 +229,11 @@ def _options(
             options[key] = JSON.decode(_json_text(value, "chat_template_kwargs"))
         else:
             ignored.append(f"chat_template_kwargs.{key}")
-    effort = body.reasoning_effort if isinstance(body, ChatRequest) else None
+    if not isinstance(body, ChatRequest):
+        return options
+    effort = body.reasoning_effort or (body.reasoning.effort if body.reasoning else None)
+    if effort is None and body.enable_thinking is not None:
+        effort = "medium" if body.enable_thinking else "none"
     if effort is None:
         return options
     switches = [name for name in THINKING_SWITCHES if renderer.reads(name)]

@@ -14,10 +14,18 @@ from halfbyte.errors import DataError
 
 PLAIN_JSON: Any = {"whitespace_flexible": False}
 # As templates write JSON, and so as the calls that a model has learnt.
-SPACED_JSON: Any = {**PLAIN_JSON, "item_separator": ", ", "key_separator": ": "}
+# Keywords that llguidance does not know are passed over: the schemas of tools often have some.
+SPACED_JSON: Any = {
+    **PLAIN_JSON,
+    "lenient": True,
+    "coerce_one_of": True,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 # Keys of a JSON schema whose value has schemas by name, and those whose value is none.
 NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties")
 VALUES = ("const", "enum", "default", "examples")
+MAX_ERROR_CHARS = 400
 ANY_TEXT = r"/(.|\n)*/"
 
 
@@ -81,7 +89,8 @@ class Grammars:
         """Return the grammar of calls, in llguidance's dialect of Lark."""
         opening, closing = self._literal(form.opening), self._literal(form.closing)
         schemas = [
-            closed(function.get("parameters") or {"type": "object"}) for function in functions
+            _closed_if_whole(function.get("parameters") or {"type": "object"})
+            for function in functions
         ]
         names = [function["name"] for function in functions]
         if isinstance(form, ObjectCalls):
@@ -151,9 +160,9 @@ class Grammars:
             made = LLMatcher.grammar_from_lark(grammar) if is_lark else grammar
             matcher = LLMatcher(self._tokens, made, log_level=0)
         except (ValueError, TypeError) as error:
-            raise DataError(f"{field}: {error}") from error
+            raise DataError(f"{field}: {_first_lines(error)}") from error
         if matcher.is_error():
-            raise DataError(f"{field}: {matcher.get_error()}")
+            raise DataError(f"{field}: {_first_lines(matcher.get_error())}")
         allowed = int.from_bytes(matcher.compute_bitmask(), "little")
         if matcher.is_error():
             raise DataError(f"{field}: {matcher.get_error()}")
@@ -173,6 +182,11 @@ class Grammars:
         )
 
 
+def _first_lines(error: object) -> str:
+    """Return what is wrong with a grammar, without the grammar."""
+    return str(error).partition("\n<")[0][:MAX_ERROR_CHARS]
+
+
 def closed(schema: Any) -> Any:
     """Return a JSON schema in which objects have no properties but those it names, unless it says otherwise."""
     if isinstance(schema, list):
@@ -190,13 +204,25 @@ def closed(schema: Any) -> Any:
     return inner
 
 
+def _closed_if_whole(schema: dict[str, Any]) -> dict[str, Any]:
+    """Close a schema, unless it is put together of parts, each of which names properties of its own."""
+    together = any(f'"{key}"' in json.dumps(schema) for key in ("allOf", "$dynamicRef"))
+    made: dict[str, Any] = schema if together else closed(schema)
+    return made
+
+
 def moved(schema: Any, place: str) -> Any:
     """Return a JSON schema whose references to itself are right where it stands as a definition."""
     if isinstance(schema, list):
         return [moved(one, place) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    inner = {key: value if key in VALUES else moved(value, place) for key, value in schema.items()}
+    inner: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in NAMED_SCHEMAS and isinstance(value, dict):
+            inner[key] = {name: moved(one, place) for name, one in value.items()}
+        elif key != "$id":
+            inner[key] = value if key in VALUES else moved(value, place)
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         inner["$ref"] = f"#/$defs/{place}{reference[1:]}"

@@ -228,7 +228,7 @@ def _failure_error(event: Event, service: Service) -> RefusedError:
     if event.finish_reason == "grammar":
         return RefusedError(
             400,
-            f"response_format: cannot be followed any further: {event.detail}",
+            f"the grammar of response_format or tools cannot be followed any further: {event.detail}",
             "response_format",
         )
     return RefusedError(503, "the model failed on this request; see the server log")

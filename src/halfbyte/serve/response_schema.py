@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from halfbyte.serve.fields import Body, Label, MaxTokens, Name, Options, Text
+from halfbyte.serve.fields import Body, Label, MaxTokens, Options, Text
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.schema import (
     MAX_MESSAGES,
     MAX_TOOLS,
-    MAX_TOP_LOGPROBS,
     ChatRequest,
     Content,
-    Effort,
+    Reasoning,
+    SampledRequest,
 )
 
 
@@ -64,33 +64,21 @@ class TextSettings(Body):
     format: TextFormat | None = None
 
 
-class Reasoning(Body):
-    """How much is to be thought."""
-
-    effort: Effort | None = None
-
-
-class ResponsesRequest(Body):
+class ResponsesRequest(SampledRequest):
     """The body of /v1/responses."""
 
-    model: Name
     input: (
         Text
         | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     )
     instructions: Text | None = None
     max_output_tokens: MaxTokens | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    stream: bool | None = None
     text: TextSettings | None = None
     reasoning: Reasoning | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Options | None = None
-    user: Any = Field(None, description="Taken and not used; never logged.")
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
@@ -116,22 +104,22 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     choice: Any = body.tool_choice
     if isinstance(choice, NamedResponseTool):
         choice = {"type": choice.type, "function": {"name": choice.name or ""}}
-    return ChatRequest.model_validate(
-        {
-            "model": body.model,
-            "messages": messages,
-            "max_tokens": body.max_output_tokens,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "stream": body.stream,
-            "response_format": response_format,
-            "reasoning_effort": body.reasoning.effort if body.reasoning else None,
-            "tools": [_tool(tool) for tool in body.tools or []],
-            "tool_choice": choice,
-            "parallel_tool_calls": body.parallel_tool_calls,
-            "chat_template_kwargs": body.chat_template_kwargs,
-        }
-    )
+    fields = {name: getattr(body, name) for name in SampledRequest.model_fields}
+    fields |= {
+        "messages": messages,
+        "max_tokens": body.max_output_tokens,
+        "response_format": response_format,
+        "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+        "tools": [_tool(tool) for tool in body.tools or []],
+        "tool_choice": choice,
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise RefusedError(400, f"input: {fault['msg']}", "input") from None
 
 
 def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
@@ -142,6 +130,9 @@ def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
         output = _content(item.output)
         messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
         return
+    thoughts = _thoughts(item)
+    if item.type == "reasoning" and not thoughts:
+        return
     role = item.role if item.type == "message" else "assistant"
     if role is None:
         raise RefusedError(400, "input: a message lacks its role", "input")
@@ -149,21 +140,34 @@ def _add_item(messages: list[dict[str, Any]], item: InputItem) -> None:
         messages.append({"role": role, "content": _content(item.content)})
         return
     last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
-    if last is None or (item.type == "message" and last.get("content")):
+    if last is not None and item.type != "function_call":
+        is_over = last.get("content") or last.get("tool_calls")
+        last = (
+            None if is_over or (item.type == "reasoning" and "reasoning_content" in last) else last
+        )
+    if last is None:
         last = {"role": "assistant", "content": ""}
         messages.append(last)
     if item.type == "function_call":
-        if not item.name:
-            raise RefusedError(400, "input: a function_call lacks its name", "input")
-        function = {"name": item.name, "arguments": item.arguments or "{}"}
-        call = {"id": item.call_id or item.id, "type": "function", "function": function}
-        last.setdefault("tool_calls", []).append(call)
+        last.setdefault("tool_calls", []).append(_call(item))
     elif item.type == "reasoning":
-        parts = item.content if item.content else item.summary
-        texts = [part.text or "" for part in parts] if isinstance(parts, list) else [parts or ""]
-        last["reasoning_content"] = "".join(texts)
+        last["reasoning_content"] = thoughts
     else:
         last["content"] = _content(item.content)
+
+
+def _call(item: InputItem) -> dict[str, Any]:
+    """Return a call as a chat's message has it."""
+    if not item.name:
+        raise RefusedError(400, "input: a function_call lacks its name", "input")
+    function = {"name": item.name, "arguments": item.arguments or "{}"}
+    return {"id": item.call_id or item.id, "type": "function", "function": function}
+
+
+def _thoughts(item: InputItem) -> str:
+    """Return the text of an item of thoughts, or of its summary."""
+    parts = item.content or item.summary or ""
+    return parts if isinstance(parts, str) else "".join(part.text or "" for part in parts)
 
 
 def _content(content: Content | None) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from halfbyte.data.answer_format import Piece
 from halfbyte.serve.chat_codec import ChatPrompt
 from halfbyte.serve.chat_reply import AnswerParts
+from halfbyte.serve.fields import Body
 from halfbyte.serve.jobs import Event, Job
 from halfbyte.serve.refusal import RefusedError
 from halfbyte.serve.replies import CollectedAnswer, ReplyBuilder, sse, usage
@@ -27,7 +28,9 @@ class ResponsesReplyBuilder(ReplyBuilder):
 
     def __init__(self, model: ServedModel, prompt: ChatPrompt, body: ResponsesRequest) -> None:
         super().__init__(model, "resp_")
-        self._parts, self._body = AnswerParts(model, prompt), body
+        self._body = body
+        one_call = body.parallel_tool_calls is False
+        self._parts = AnswerParts(model, prompt, one_call=one_call)
         self._items: list[dict[str, Any]] = []
         self._number = 0  # of the next event
         self._reason: str | None = None
@@ -37,8 +40,8 @@ class ResponsesReplyBuilder(ReplyBuilder):
         (answer,) = answers
         for piece in self._parts.read(0, answer.text, ended=True):
             self._add(piece)
-        self._end_item()
         self._reason = answer.finish_reason
+        self._end_item()
         return self._response(jobs)
 
     def opening(self, jobs: Sequence[Job]) -> list[str]:
@@ -67,7 +70,10 @@ class ResponsesReplyBuilder(ReplyBuilder):
 
     def failure(self, error: RefusedError) -> list[str]:
         """As ``ReplyBuilder.failure``."""
-        return [self._event("error", **error.body["error"])]
+        fault = error.body["error"]
+        return [
+            self._event("error", code=fault["type"], message=fault["message"], param=fault["param"])
+        ]
 
     def _response(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """Return the response as far as it is."""
@@ -89,20 +95,19 @@ class ResponsesReplyBuilder(ReplyBuilder):
             "previous_response_id": None,
             "store": False,
             "temperature": body.temperature or 0.0,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else "auto",
+            "text": _as_sent(body.text) or {"format": {"type": "text"}},
+            "tool_choice": _as_sent(body.tool_choice) or "auto",
             "tools": [
-                {
-                    "strict": False,
-                    **tool.model_dump(include={"type", "name", "description", "parameters"}),
-                }
-                for tool in body.tools or []
+                {"strict": False, "parameters": None, **_as_sent(tool)} for tool in body.tools or []
             ],
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": {
                 "input_tokens": counts["prompt_tokens"],
-                "input_tokens_details": counts["prompt_tokens_details"],
+                "input_tokens_details": {
+                    **counts["prompt_tokens_details"],
+                    "cache_write_tokens": 0,
+                },
                 "output_tokens": counts["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": counts["total_tokens"],
@@ -163,7 +168,7 @@ class ResponsesReplyBuilder(ReplyBuilder):
         if not self._items or self._items[-1]["status"] != "in_progress":
             return []
         item = self._items[-1]
-        item["status"] = "completed"
+        item["status"] = "incomplete" if self._reason == "length" else "completed"
         (part,) = item["content"]
         where = self._where(item)
         name = "reasoning_text" if item["type"] == "reasoning" else "output_text"
@@ -204,6 +209,11 @@ class ResponsesReplyBuilder(ReplyBuilder):
             "output_index": len(self._items) - 1,
             "content_index": 0,
         }
+
+
+def _as_sent(value: Any) -> Any:
+    """Return a part of the request as it was sent."""
+    return value.model_dump(by_alias=True, exclude_none=True) if isinstance(value, Body) else value
 
 
 def _identity(prefix: str) -> str:

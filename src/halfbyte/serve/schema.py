@@ -70,6 +70,8 @@ class ChatMessage(Body):
     tool_call_id: Label | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
+    function_call: CalledFunction | None = Field(None, description="An older form of tool_calls.")
+    refusal: Text | None = None
 
 
 class Function(Body):
@@ -119,6 +121,14 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
+    # As llama.cpp and Together take it.
+    flat_schema: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class Reasoning(Body):
+    """How much is to be thought."""
+
+    effort: Effort | None = None
 
 
 class StreamOptions(Body):
@@ -127,11 +137,10 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class GenerationRequest(Body):
-    """The fields that chat and completion requests have in common."""
+class SampledRequest(Body):
+    """The fields that all requests for answers have in common."""
 
     model: Name
-    max_tokens: MaxTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="0, the default here, is greedy, as in the evaluation."
     )
@@ -140,8 +149,7 @@ class GenerationRequest(Body):
         None, description="0 and -1: all tokens."
     )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    seed: int | None = None
+    seed: int | None = Field(None, description="-1 is none, as llama.cpp has it.")
     stop: Stops | Literal[""] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
@@ -155,6 +163,13 @@ class GenerationRequest(Body):
     )
     logit_bias: Biases | None = None
     user: Any = Field(None, description="Taken and not used; never logged.")
+
+
+class GenerationRequest(SampledRequest):
+    """The fields that chat and completion requests have in common."""
+
+    max_tokens: MaxTokens | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
 
 
 class ChatRequest(GenerationRequest):
@@ -171,6 +186,8 @@ class ChatRequest(GenerationRequest):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = Field(None, description="As reasoning_effort.")
+    enable_thinking: bool | None = Field(None, description="As in chat_template_kwargs.")
     chat_template_kwargs: Options | None = None
 
 

@@ -277,7 +277,7 @@ def _sampling(body: GenerationRequest, top_logprobs: int | None) -> Sampling:
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(0, body.top_k or 0),
         min_p=body.min_p or 0.0,
-        seed=body.seed,
+        seed=None if body.seed == -1 else body.seed,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         repetition_penalty=penalty or 1.0,

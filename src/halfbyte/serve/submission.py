@@ -21,7 +21,7 @@ from halfbyte.serve.schema import (
     TokenizeRequest,
 )
 from halfbyte.serve.service import EventQueue, PromptRequest, ServedModel, Service, check_vocabulary
-from halfbyte.serve.text import OneCallStream, TextStream
+from halfbyte.serve.text import AnswerStream, TextStream
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens; a chat defaults to the rest of the context
 ANY_OBJECT = {"type": "object"}
@@ -172,10 +172,9 @@ def _text_stream(
 def _answer_stream(
     body: ChatRequest, model: ServedModel, prompt: ChatPrompt
 ) -> Callable[[], TextStream]:
-    decode, stops = model.codec.decode_answer, _stops(body)
-    if prompt.tools and body.parallel_tool_calls is False:
-        return lambda: OneCallStream(decode, stops, model.codec.reader(prompt))
-    return lambda: TextStream(decode, stops)
+    decode, stops, reader = model.codec.decode_answer, _stops(body), model.codec.reader
+    one_call = body.parallel_tool_calls is False
+    return lambda: AnswerStream(decode, stops, reader(prompt), one_call=one_call)
 
 
 def _matchers(body: ChatRequest, model: ServedModel, prompt: ChatPrompt) -> list[Any]:
@@ -186,15 +185,10 @@ def _matchers(body: ChatRequest, model: ServedModel, prompt: ChatPrompt) -> list
         body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
     )
     if must_call:
-        return [
-            grammars.of_calls(
-                prompt.tools,
-                chosen_name(body),
-                parallel=body.parallel_tool_calls is not False,
-                closer=prompt.closer,
-            )
-            for _ in range(num_answers)
-        ]
+        parallel = body.parallel_tool_calls is not False
+        name = chosen_name(body)
+        matcher = grammars.of_calls(prompt.tools, name, parallel=parallel, closer=prompt.closer)
+        return [matcher.deep_copy() for _ in range(num_answers)]
     if form is None or form.type == "text":
         return []
     if prompt.tools:
@@ -204,12 +198,11 @@ def _matchers(body: ChatRequest, model: ServedModel, prompt: ChatPrompt) -> list
             " or leave one of the two out",
             "response_format",
         )
-    schema: dict[str, Any] | None = ANY_OBJECT
-    if form.type == "json_schema":
-        schema = form.json_schema.json_schema if form.json_schema else None
-    if schema is None:
+    schema = form.json_schema.json_schema if form.json_schema else form.flat_schema
+    if schema is None and form.type == "json_schema":
         raise RefusedError(400, "json_schema.schema is required", "response_format")
-    return [grammars.of_schema(schema, closer=prompt.closer) for _ in range(num_answers)]
+    matcher = grammars.of_schema(schema or ANY_OBJECT, closer=prompt.closer)
+    return [matcher.deep_copy() for _ in range(num_answers)]
 
 
 def _prompt_ids(body: CompletionRequest, model: ServedModel, service: Service) -> list[list[int]]:

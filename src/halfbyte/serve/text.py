@@ -76,27 +76,46 @@ class TextStream:
         return text
 
 
-class OneCallStream(TextStream):
-    """A stream that stops behind the first tool call of an answer.
+class AnswerStream(TextStream):
+    """The stream of a chat's answer, in which stop strings end the content alone, not thoughts or calls.
 
     Args:
         decode: as for ``TextStream``.
         stops: as for ``TextStream``.
-        reader: reads the answer.
+        reader: reads the answer in its parts.
+        one_call: whether the answer ends behind its first call.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], stops: tuple[str, ...], reader: AnswerReader
+        self,
+        decode: Callable[[list[int]], str],
+        stops: tuple[str, ...],
+        reader: AnswerReader,
+        *,
+        one_call: bool = False,
     ) -> None:
         super().__init__(decode, stops)
-        self._reader = reader
+        self._reader, self._one_call = reader, one_call
 
     def push(self, token: int) -> str:
         """As ``TextStream.push``."""
-        text = super().push(token)
-        self._reader.push(text)
-        self.stopped |= self._reader.num_calls > 0
-        return text
+        self._ids.append(token)
+        return self._read(self._new_text(final=False))
+
+    def _read(self, new: str) -> str:
+        was_content = self._reader.state == "content"
+        pieces = self._reader.push(new)
+        if self._reader.state != "content":
+            text, self._held_back = self._held_back + new, ""
+            self.stopped = self._one_call and self._reader.num_calls > 0
+            return text
+        markup = ""
+        if not was_content:  # what the content begins with may be a part of the new text
+            begun = "".join(piece.text for piece in pieces if piece.kind == "content")
+            size = len(begun) + self._reader.num_held
+            markup, new = new[: len(new) - size], new[len(new) - size :]
+        self._held_back += new
+        return markup + self._release()
 
 
 def _overlap(text: str, stop: str) -> int:
