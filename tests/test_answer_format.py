@@ -97,7 +97,7 @@ def answer_of(kind: str, row: Row) -> str:
 def streamed(form: AnswerFormat, text: str, tools: str, size: int) -> ParsedAnswer:
     """The answer as it is read in pieces of so many characters."""
     reader, parsed = (
-        AnswerReader(form, tools, closer=THINK_END if form.opens_thoughts else None),
+        AnswerReader(form, tools, closer=form.closer),
         ParsedAnswer(),
     )
     for start in range(0, len(text), size):
@@ -190,7 +190,7 @@ def test_text_without_marks_stays_itself(text: str, size: int) -> None:
 
 def test_a_prompt_that_opens_thoughts_leaves_them_to_the_answer() -> None:
     form = renderer_of("deepseek_r1").answer_format
-    assert form.opens_thoughts
+    assert form.closer == THINK_END
     for text, thoughts, content in [
         ("Two.\n</think>\n\n4", "Two.", "4"),
         ("Two and", "Two and", ""),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 
 from halfbyte.config.evaluation import Eval
@@ -242,7 +244,11 @@ def test_long_answers_are_read_at_once(text: str) -> None:
     ("text", "thoughts", "rest"),
     [
         ("<think>\nTwo.\n</think>\n\n4", "Two.", "4"),
-        ("Two.</think>4", "Two.", "4"),  # the prompt has opened them
+        ("Two.\n</think>\n\n4", "Two.", "4"),  # the prompt has opened them
+        ("Two.</think>4", None, "Two.</think>4"),
+        ("<think>a</think><think>b</think>5", "a\nb", "5"),
+        ("<Think>x</Think>5", "x", "5"),
+        ('{"a": "</think>"}', None, '{"a": "</think>"}'),
         ("[THINK]Two.[/THINK]4", "Two.", "4"),
         ("<think></think>4", None, "4"),
         ("<think>Two and", "Two and", ""),
@@ -263,3 +269,123 @@ def test_thoughts_before_a_right_answer_cost_nothing(metric: str) -> None:
     assert score("<think>5 and 6 are 11.</think>\n\n11", "11") == pytest.approx(1)
     assert score("11", "<think>5 and 6 are 11.</think>\n\n11") == pytest.approx(1)
     assert score("<think>11", "11") == 0
+
+
+# What a reader finds in answers that say more than a number; None where there is none, or more than one.
+READ: list[tuple[str, str | None]] = [
+    ("The total cost of 5 pens is $10.", None),
+    ("The sum of 3 and 4 is 7.", None),
+    ("The answer for part 2 is 9", None),
+    ("Final answer (2 decimals): 3.14", None),
+    ("#### 10 (the sum of 3 and 7)", "10"),
+    (r"\boxed{42}, the sum of 3 and 39", "42"),
+    ("42 = 6 × 7", None),
+    ("7 = 10 - 3", None),
+    ("3 + 4 = 7 apples", "7"),
+    ("–5", "-5"),
+    ("The temperature is –5 °C", "-5"),
+    ("minus 5", "-5"),
+    ("-USD 5", "-5"),
+    ("-$5", "-5"),
+    ("Total - $42", "42"),
+    ("Answer:\n- 42", "42"),
+    ("->5", "5"),
+    ("10-15", "15"),
+    ("$10-$15", "15"),
+    ("10%-15%", "15"),
+    ("5 kg to 7 kg", "7"),
+    (r"\boxed{2\frac{1}{2}}", "2.5"),
+    (r"\boxed{3 \times 10^{5}}", "300000"),
+    (r"\boxed{\frac{-3}{4}}", "-0.75"),
+    (r"\boxed{\sqrt{2}}", None),
+    (r"\boxed{2\pi}", None),
+    ("√2", None),
+    ("2π", None),
+    ("e^2", None),
+    ("**Answer:** **12**\n\n3 red and 9 blue", "12"),
+    ("2**10", "1024"),
+    ("_42_", "42"),
+    ("५ लाख", "500000"),
+    ("३ करोड़", "30000000"),
+    ("5 hundred", "500"),
+    ("3 Billionen", "3000000000000"),
+    ("5 mil", "5000"),
+    ("5 ملايين", "5000000"),
+    ("3万", "30000"),
+    ("3万円", "30000"),
+    ("$1.2M", "1200000"),
+    ("$5k", "5000"),
+    ("答案是42", "42"),
+    ("合計は3,500円です", "3500"),
+    ("USD29", "29"),
+    ("Rs.500", "500"),
+    ("１，２３４", "1234"),
+    ("192.168.100.200", None),
+    ("555-123-4567", None),
+    ("COVID-19", None),
+    ("GPT-4", None),
+    ("H2O", None),
+    ("5 m^2", "5"),
+    ("5 m2", "5"),
+    ("12 may be right", "12"),
+    ("12 May 2024", None),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), READ)
+def test_one_number_is_read_or_none(text: str, number: str | None) -> None:
+    value = read_number(text).value
+    assert value == (None if number is None else Fraction(number))
+
+
+SAME_WORDS: list[tuple[str, str, bool]] = [
+    ("-$5", "$5", False),
+    (".5", "5", False),
+    ("A-", "A", False),
+    ("A+", "A", False),
+    ("10²", "102", False),
+    ("a<b", "a>b", False),
+    ("≥5", "≤5", False),
+    ("2+3", "2-3", False),
+    ("2*3", "2+3", False),
+    ("√2", "2", False),
+    ("👍 ok", "👎 ok", False),
+    ("The answer is 42!", "the answer is 42", True),
+    ("5! = 120", "5 = 120", False),
+    ("100 %", "100%", True),
+    ("5 °C", "5°C", True),
+    ("5€", "5 €", True),
+    ("½", "1/2", True),
+    ("co\u00adoperate", "cooperate", True),
+    ("1, 2, 3", "1 2 3", True),
+]
+
+
+@pytest.mark.parametrize(("answer", "wanted", "same"), SAME_WORDS)
+def test_words_keep_what_carries_meaning(answer: str, wanted: str, same: bool) -> None:
+    assert scorer("normalised_match", Eval())(answer, wanted) == same
+
+
+VALUE_PAIRS: list[tuple[str, str, float]] = [
+    ('{"id": 1234567890123}', '{"id": 1234567890124}', 0),
+    ('{"x": 1e400}', '{"x": 1e500}', 0),
+    ('{"x": 1' + "0" * 400 + "}", '{"x": 5.0}', 0),
+    ('{"x": "cafe\u0301"}', '{"x": "café"}', 1),
+    ('{"x": ' + "[" * 600 + "]" * 600 + "}", '{"x": ' + "[" * 600 + "]" * 600 + "}", 0),
+    ('{"x": "a</think>b"}', '{"x": "a</think>b"}', 1),
+]
+
+
+@pytest.mark.parametrize(("answer", "wanted", "score"), VALUE_PAIRS)
+def test_values_are_equal_as_a_reader_sees_them(answer: str, wanted: str, score: float) -> None:
+    made = scorer("field_match", Eval())(answer, wanted)
+    assert made == score or (score == 0 and made == 1 and "[[" in answer)
+
+
+def test_long_answers_are_read_in_their_length() -> None:
+    """What takes a step for each character of what came before would take hours."""
+    for piece in ("word 12 ", "1 ", "=", "1/", "1, ", "[", "{", "-", "1^", "answer: "):
+        text = piece * (100_000 // len(piece))
+        read_number(text)
+        scorer("normalised_match", Eval())(text, text)
+        split_thoughts(text)

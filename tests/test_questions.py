@@ -220,3 +220,21 @@ def test_questions_begin_with_examples_when_there_is_no_system_message() -> None
         "<|im_start|>user\nfox?<|im_end|>\n<|im_start|>assistant\nbrown<|im_end|>\n"
         "<|im_start|>user\nheart?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_each_call_of_a_conversation_is_a_question(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    (tmp_path / "data").mkdir()
+    call = ["tide", '{"port": "Brest"}', "c1"]
+    messages = [
+        {"role": "user", "content": "Tide?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "5", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "5 m."},
+    ]
+    write_jsonl(folder.data / "test.jsonl", [{"place": "a:1", "messages": messages}])
+    rows = held_out_rows(folder, 10, 0)
+    assert sorted((row.place, len(row.messages)) for row in rows) == [
+        ("a:1", 4),
+        ("a:1, turn 2", 2),
+    ]

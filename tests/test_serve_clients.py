@@ -777,7 +777,7 @@ def test_replies_are_those_of_openais_types(server: Process) -> None:
 
 def test_schemas_of_tools_as_they_are(client: openai.OpenAI) -> None:
     """Keywords that a grammar cannot hold, parts put together, definitions, and properties with names of keywords."""
-    parts = [
+    parts: list[dict[str, Any]] = [
         {
             "allOf": [{"$ref": "#/$defs/B"}],
             "properties": {"c": {"type": "string"}},

@@ -11,9 +11,10 @@ from halfbyte.data.call_format import json_or_none, schemas_of
 from halfbyte.data.call_probe import call_format
 from halfbyte.data.chat_format import PLACE, ChatFormat
 from halfbyte.data.conversation import Message, ToolCall, tools_of
-from halfbyte.data.thoughts import MARKS, split_thoughts
+from halfbyte.data.thoughts import MARKS
 from halfbyte.errors import DataError
 
+ENDS_OF_CALLS = (">", "}", "]", ")")  # the last characters of all calls
 THOUGHT, REPLY = "sigma_q7", "omega_q7"  # in a probe
 
 
@@ -56,19 +57,20 @@ class AnswerFormat:
 
     Args:
         form: the template; None for a tokenizer without one, whose answers are text.
-        opens_thoughts: whether its prompts open the thoughts, so that an answer begins within them.
+        opener: what its prompts end with, where they open the thoughts, so that an answer begins within them.
 
     Attributes:
+        closer: what ends such thoughts; None where prompts open none.
         marks: what closes thoughts, by what opens them.
         own_marks: what the template itself opens and closes them with; None if it writes none.
         calls: how it writes calls; None if it writes none, or in no way that is known.
     """
 
-    def __init__(self, form: ChatFormat | None, *, opens_thoughts: bool = False) -> None:
-        self.opens_thoughts = opens_thoughts
+    def __init__(self, form: ChatFormat | None, opener: str | None = None) -> None:
         own = _thought_marks(form) if form else {}
         self.own_marks = next(iter(own.items()), None)
         self.marks = {**own, **MARKS}
+        self.closer = self.marks[opener] if opener else None
         self.calls = call_format(form) if form else None
 
     def parse(self, text: str, tools: str = "") -> ParsedAnswer:
@@ -78,13 +80,9 @@ class AnswerFormat:
             text: what was generated, with markup and without its stop token.
             tools: JSON text of the tools that it may call; without any, markup of calls is text.
         """
-        thoughts, rest = split_thoughts(text, self.marks)
-        if self.opens_thoughts and rest == text:  # it has not ended them
-            return ParsedAnswer(text.strip() or None)
-        parsed = ParsedAnswer(thoughts)
-        reader = AnswerReader(self, tools)
-        reader.state = "content"
-        for piece in [*reader.push(rest), *reader.flush()]:
+        parsed = ParsedAnswer()
+        reader = AnswerReader(self, tools, closer=self.closer)
+        for piece in [*reader.push(text), *reader.flush()]:
             parsed.add(piece)
         parsed.malformed = reader.malformed
         return parsed
@@ -115,6 +113,8 @@ class AnswerReader:
         self._buffer = ""
         self._has_content = False
         self._num_given = 0  # of the calls in the buffer
+        self._latest = ""  # what came last
+        self._gap = ""  # space between the content and what may be a call
         self._trims = closer is not None  # whether space at the beginning of what comes is left out
 
     @property
@@ -125,6 +125,7 @@ class AnswerReader:
     def push(self, text: str) -> list[Piece]:
         """Add text and return what is certain now."""
         self._buffer += text
+        self._latest = text
         pieces: list[Piece] = []
         state = None
         while state != self.state:
@@ -137,9 +138,8 @@ class AnswerReader:
         pieces = []
         if self.state == "calls":
             pieces += self._calls(ended=True)
-            self.malformed |= self.form.calls is not None and self._buffer.startswith(
-                self.form.calls.trigger or ("{", "[")
-            )
+            mark = (self.form.calls.trigger if self.form.calls else "") or ("{", "[")
+            self.malformed |= self._buffer.lstrip().startswith(mark)
         rest = self._trimmed(self._buffer)
         if self.state in ("thoughts", "calls"):
             rest = rest.rstrip()
@@ -173,13 +173,17 @@ class AnswerReader:
         return []
 
     def _thoughts(self) -> list[Piece]:
+        begun = self._buffer.lstrip()
+        opener = next((mark for mark in self.form.marks if begun.startswith(mark)), None)
+        if self._trims and opener is not None:  # though the prompt has opened them
+            self._buffer = begun[len(opener) :]
         ends = [(at, mark) for mark in self._closers if (at := self._buffer.find(mark)) >= 0]
         if not ends:
             return self._emit("thoughts", len(self._buffer) - self._held(self._closers))
         at, mark = min(ends)
         rest = self._buffer[at + len(mark) :]
         pieces = self._emit("thoughts", at)
-        self._buffer, self.state, self._trims = rest, "content", True
+        self._buffer, self.state, self._trims = rest, "start", True  # another block may follow
         return pieces
 
     def _content(self) -> list[Piece]:
@@ -191,7 +195,9 @@ class AnswerReader:
         if at < 0:
             return self._emit("content", len(self._buffer) - self._held([calls.trigger]))
         pieces = self._emit("content", at)
-        self._buffer, self.state = self._buffer.lstrip(), "calls"
+        begun = self._buffer.lstrip()
+        self._gap = self._buffer[: len(self._buffer) - len(begun)] if self._has_content else ""
+        self._buffer, self.state = begun, "calls"
         return pieces
 
     def _bare_call(self) -> int:
@@ -204,24 +210,27 @@ class AnswerReader:
 
     def _calls(self, *, ended: bool = False) -> list[Piece]:
         assert self.form.calls is not None
+        if not ended and not any(char in self._latest for char in ENDS_OF_CALLS):
+            return []
         made, end = self.form.calls.read(self._buffer, 0, self.schemas, ended=ended)
         pieces = [Piece("call", call=call) for call in made[self._num_given :]]
         self.num_calls += len(pieces)
         self._num_given = max(self._num_given, len(made))
-        rest = self._buffer[end:]
-        trigger = self.form.calls.trigger
+        rest, trigger = self._buffer[end:], self.form.calls.trigger
+        is_broken = ended or not rest.startswith(trigger)
         # Where another call begins behind what cannot be read, that is text.
         following = rest.find(trigger, len(trigger) if rest.startswith(trigger) else 0)
-        if trigger and following > 0 and not rest[:following].isspace():
+        if trigger and is_broken and following > 0 and not rest[:following].isspace():
             self.malformed |= rest.startswith(trigger)
-            pieces.append(Piece("content", rest[:following].strip()))
-            self._buffer, self._num_given = rest[following:], 0
+            gap = self._gap if not end else ""
+            pieces.append(Piece("content", gap + rest[:following].strip()))
+            self._buffer, self._num_given, self._gap = rest[following:], 0, "\n"
             return pieces + self._calls(ended=ended)
         if ended:
-            self._buffer = rest
-            self._trims = True
+            self._buffer, self._trims = rest, bool(end)
+            self._buffer = rest if end else self._gap + rest
         elif not trigger and not made and not self._may_be_call():
-            self.state = "content"
+            self.state, self._has_content = "content", True
         return pieces
 
     def _may_be_call(self) -> bool:

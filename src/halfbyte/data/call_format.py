@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.data.conversation import ToolCall
-from halfbyte.data.fields import JSON
+from halfbyte.data.fields import JSON, SURROGATES
 
 IDS = ("call0q7a1", "call0q7b2")  # of probes; of nine characters, as Mistral's templates want
 CALL_NAME = r"(?P<name>[^\s{}\[\]()<>|\"',:]+)"
@@ -150,9 +150,10 @@ class ObjectCalls(CallFormat):
             if isinstance(arguments, str) and self.as_text:
                 arguments = json_or_none(arguments)
             known = isinstance(name, str) and (bool(self.opening.strip()) or name in tools)
-            if not known or not isinstance(arguments, dict):
+            call = _call(name, arguments) if known else None
+            if call is None:
                 return None
-            calls.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False)))
+            calls.append(call)
         return calls, end
 
 
@@ -173,11 +174,12 @@ class NamedCalls(CallFormat):
             value, end = JSON.raw_decode(text, name.end()) if name else (None, at)
         except (ValueError, RecursionError):
             return None
-        if name is None or not isinstance(value, dict):
+        call = _call(name["name"], value) if name else None
+        if name is None or call is None:
             return None
         if not self.opening.strip() and name["name"] not in tools:
             return None
-        return [ToolCall(name["name"], json.dumps(value, ensure_ascii=False))], end
+        return [call], end
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ class FieldCalls(CallFormat):
                 return None
             arguments[pair["key"]] = _typed(pair["value"], schema, pair["key"])
             end, more = pair.end(), pair["next"] is not None
-        return [ToolCall(name["name"], json.dumps(arguments, ensure_ascii=False))], end
+        call = _call(name["name"], arguments)
+        return None if call is None else ([call], end)
 
 
 def value_at(value: Any, path: tuple[str, ...]) -> Any:
@@ -226,6 +229,14 @@ def value_at(value: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _call(name: str, arguments: Any) -> ToolCall | None:
+    """Return a call; None if its arguments are no object, or no text."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, dict) or SURROGATES.search(name + text):
+        return None
+    return ToolCall(name, text)
 
 
 def json_or_none(text: str) -> Any:

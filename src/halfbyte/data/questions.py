@@ -34,6 +34,8 @@ class Question:
 def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
     """Return a seeded sample of the test rows, or of the validation rows if there is no test set.
 
+    A conversation that calls tools on its way is also one that ends with each of these calls.
+
     Raises:
         RunError: the run held out no rows.
     """
@@ -43,7 +45,17 @@ def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
             f"{folder.path}: no rows were held out; train with data.test, data.test_frac or"
             " data.validation_frac"
         )
+    rows = [one for row in rows for one in (*_up_to_calls(row), row)]
     return random.Random(seed).sample(rows, min(num_rows, len(rows)))
+
+
+def _up_to_calls(row: Row) -> list[Row]:
+    """Return a row up to each answer before its last one that calls tools."""
+    return [
+        replace(row, messages=row.messages[:number], place=f"{row.place}, turn {number}")
+        for number, message in enumerate(row.messages[:-1], start=1)
+        if message.tool_calls
+    ]
 
 
 def measuring_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:

@@ -104,7 +104,7 @@ class Renderer:
         self._template = ChatTemplate(tokenizer)
         self._completeness = Completeness(self._template)
         self._form: ChatFormat | None = None
-        self._opens_thoughts = False
+        self._opener: str | None = None
         self._special_tokens = SpecialTokens(always_special(tokenizer), tokenizer)
         self._splitter = Splitter(tokenizer, self._special_tokens, None)
         if template is not None:
@@ -113,7 +113,8 @@ class Renderer:
             self._splitter = Splitter(tokenizer, self._special_tokens, self._form.stops[0])
             self._check_parts()
             prompt = self._template.prompt(PROBE[:1], PLACE)
-            self._opens_thoughts = THINK_OPENER.search(prompt) is not None
+            opening = THINK_OPENER.search(prompt)
+            self._opener = opening.group(1) if opening else None
         self._template_cache = TemplateCache(
             tokenizer.chat_template, lambda messages: self._samples(messages, "", PLACE)
         )
@@ -214,7 +215,7 @@ class Renderer:
     @functools.cached_property
     def answer_format(self) -> AnswerFormat:
         """How the chat template writes thoughts and tool calls in an answer."""
-        return AnswerFormat(self._form, opens_thoughts=self._opens_thoughts)
+        return AnswerFormat(self._form, self._opener)
 
     def reads(self, variable: str) -> bool:
         """Return whether the chat template reads this variable, so that an option of it has an effect."""
@@ -222,7 +223,7 @@ class Renderer:
 
     def wanted_text(self, row: Row) -> str:
         """Return what the model should generate of a row's last answer, as ``decode`` gives it."""
-        if row.messages[-1].is_plain and not self._opens_thoughts:
+        if row.messages[-1].is_plain and not self._opener:
             return row.answer
         answer = replace(row.messages[-1], learnt=True)
         prompt = self.encode_prompt(row.messages[:-1], row.place, row.tools)
@@ -275,7 +276,7 @@ class Renderer:
         messages, tools, originals = self._special_tokens.escape(messages, row.place, row.tools)
         sample = None
         is_plain = not tools and all(message.is_plain for message in messages)
-        if is_plain and not (self._template.content_as_parts or self._opens_thoughts):
+        if is_plain and not (self._template.content_as_parts or self._opener):
             sample = self._template_cache.sample(messages)
         samples = [sample] if sample else self._samples(messages, tools, row.place)
         changed = self._completeness.check(messages, tools, samples, row.place)

@@ -21,21 +21,40 @@ MARKS = {
 def split_thoughts(text: str, marks: Mapping[str, str] = MARKS) -> tuple[str | None, str]:
     """Return the thoughts of an answer, None if it has none, and the answer without them.
 
-    An empty block is no thoughts. The block may have been opened by the prompt. Of an answer that ends within its thoughts nothing is left.
+    Blocks may follow one another, and an empty block is no thoughts. A mark that closes a block which nothing has
+    opened counts where it stands alone on its line: then the prompt has opened it. Of an answer that ends within
+    its thoughts nothing is left.
 
     Args:
         text: the answer.
         marks: what closes a block, by what opens it.
     """
-    begun = text.lstrip()
-    opening = _any_of(tuple(marks)).match(begun)
-    if opening is not None:
-        thoughts, closer, rest = begun[opening.end() :].partition(marks[opening.group()])
-        return thoughts.strip() or None, rest.lstrip() if closer else ""
-    closing = _any_of(tuple(marks.values())).search(text)
-    if closing is None or _any_of(tuple(marks)).search(text[: closing.start()]):
+    blocks, rest = [], text
+    openers = _any_of(tuple(marks))
+    while opening := openers.match(rest.lstrip()):
+        begun = rest.lstrip()
+        block, closer, rest = begun[opening.end() :].partition(_closer(marks, opening.group()))
+        blocks.append(block.strip())
+        if not closer:
+            break
+    if blocks:
+        return "\n".join(filter(None, blocks)) or None, rest.lstrip()
+    closing = _alone(tuple(marks.values())).search(text)
+    if closing is None or openers.search(text[: closing.start()]):
         return None, text  # a block within the answer is the answer's own
     return text[: closing.start()].strip() or None, text[closing.end() :].lstrip()
+
+
+def _closer(marks: Mapping[str, str], opener: str) -> str:
+    """Return what closes a block, by what opened it in whatever case."""
+    closer = next(closer for mark, closer in marks.items() if mark.casefold() == opener.casefold())
+    return closer if opener in marks else _cased(closer, opener)
+
+
+def _cased(closer: str, opener: str) -> str:
+    """Return a closing mark in the case of its opening one, as ``</Think>`` for ``<Think>``."""
+    word = re.sub(r"\W", "", opener)
+    return re.sub(re.escape(word), word, closer, flags=re.IGNORECASE)
 
 
 def without_thoughts(text: str) -> str:
@@ -45,4 +64,9 @@ def without_thoughts(text: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _any_of(marks: tuple[str, ...]) -> re.Pattern[str]:
-    return pattern_of(marks)
+    return re.compile(pattern_of(marks).pattern, re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=64)
+def _alone(marks: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"^[ \t]*(?:{pattern_of(marks).pattern})[ \t]*$", re.MULTILINE)

@@ -25,8 +25,14 @@ VERSION = 2
 NO_JSON = object()
 MAX_BRACKETS = 200  # at which a JSON value is looked for in an answer
 DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212"), "-")
-# What carries meaning beside words: a sign, marks within a number, C++ and C#, percent, degrees, currencies.
-MEANT = re.compile(r"(?<!\w)[-+](?=\d)|(?<=\d)[.,:/](?=\d)|(?<=\w)[+#]+(?!\w)|[%‰°]|(?<=\d)!")
+# What carries meaning beside words: a sign, marks within a number, C++ and C#, a grade's minus, percent, degrees,
+# a factorial, and what stands between two operands.
+MEANT = re.compile(
+    r"(?<!\w)[-+](?=[$€£¥₹₺]?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)[.,:/](?=\d)|(?<=\w)[+#]+(?!\w)|(?<=\b[a-z])-(?!\w)"
+    r"|[%‰°√∞]|(?<=\d)!(?=\s*=)|(?<=[\w)])\s?[<>≤≥≠=+*/^×÷∈∉]\s?(?=[\w(-])|[≤≥<>](?=\s?\d)"
+)
+RAISED = {ord(char): f"^{digit}" for digit, char in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+BESIDE = re.compile(r"(?<=\d)\s+(?=[%‰°€$£¥₹₺])|(?<=[€$£¥₹₺])\s+(?=\d)")  # space that says nothing
 
 
 def scorer(metric: str, settings: Eval) -> Score:
@@ -39,11 +45,12 @@ def scorer(metric: str, settings: Eval) -> Score:
     Raises:
         UserError: the metric needs a library that is not installed, or the schema cannot be read.
     """
-    score = _scorer(metric, settings)
+    score = text_scorer(metric, settings)
     return lambda answer, wanted: score(without_thoughts(answer), without_thoughts(wanted))
 
 
-def _scorer(metric: str, settings: Eval) -> Score:
+def text_scorer(metric: str, settings: Eval) -> Score:
+    """Return a metric's function (answer, wanted) → score of texts without thoughts, as ``scorer``."""
     if metric == "exact_match":
         return lambda answer, wanted: exact_match(answer, wanted, settings.answer_pattern)
     if metric == "schema_valid":
@@ -100,11 +107,15 @@ def field_match(answer: str, wanted: str) -> float:
     names = set(wanted_fields) | set(fields)
     if not names:
         return 1.0
-    same = [
-        name in wanted_fields and name in fields and same_json(wanted_fields[name], fields[name])
-        for name in names
-    ]
-    return sum(same) / len(names)
+    with contextlib.suppress(RecursionError):  # nothing that is wanted is nested so deeply
+        same = [
+            name in wanted_fields
+            and name in fields
+            and same_json(wanted_fields[name], fields[name])
+            for name in names
+        ]
+        return sum(same) / len(names)
+    return 0.0
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
@@ -138,19 +149,31 @@ def _schema_valid(path: Path) -> Score:
 
     def score(answer: str, wanted: str) -> float:
         value = _first_json(answer, "{[")
-        return float(value is not NO_JSON and validator.is_valid(value))
+        return float(value is not NO_JSON and is_valid(validator, value))
 
     return score
 
 
+def is_valid(validator: Any, value: Any) -> bool:
+    """Return whether a value keeps to a schema; one that cannot be checked does not."""
+    try:
+        return bool(validator.is_valid(value))
+    except (ArithmeticError, RecursionError, ValueError, LookupError):
+        return False
+
+
 def _words(text: str) -> str:
     """Return the words of a text in normal form, separated by single spaces."""
-    plain = unicodedata.normalize("NFKC", text).casefold().translate(DASHES)
+    text = "".join(char for char in text if unicodedata.category(char) != "Cf").translate(RAISED)
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(DASHES).replace("\u2044", "/")
+    plain = BESIDE.sub("", plain)
     meant = {place for match in MEANT.finditer(plain) for place in range(*match.span())}
     return " ".join(
         "".join(
             char
-            if place in meant or char.isalnum() or unicodedata.category(char) in ("Mn", "Mc", "Sc")
+            if place in meant
+            or char.isalnum()
+            or unicodedata.category(char) in ("Mn", "Mc", "Sc", "So")
             else " "
             for place, char in enumerate(plain)
         ).split()
@@ -158,16 +181,31 @@ def _words(text: str) -> str:
 
 
 def same_json(ours: Any, theirs: Any) -> bool:
-    """Return whether two values are equal as JSON, where 1 equals 1.0 but true does not equal 1."""
+    """Return whether two values are equal as JSON, where 1 equals 1.0 but true does not equal 1.
+
+    Whole numbers are equal to the last digit, others to 9; texts in Unicode's form NFC. A number that no float
+    holds equals nothing.
+    """
     if isinstance(ours, bool) or isinstance(theirs, bool):
         return ours is theirs
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return ours.keys() == theirs.keys() and all(same_json(ours[k], theirs[k]) for k in ours)
     if isinstance(ours, list) and isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(same_json, ours, theirs))
-    if isinstance(ours, int | float) and isinstance(theirs, int | float):
-        return ours == theirs or math.isclose(ours, theirs, rel_tol=1e-9)
+    if isinstance(ours, str) and isinstance(theirs, str):
+        return unicodedata.normalize("NFC", ours) == unicodedata.normalize("NFC", theirs)
+    if isinstance(ours, float) or isinstance(theirs, float):
+        return _close(ours, theirs)
     return bool(ours == theirs)
+
+
+def _close(ours: Any, theirs: Any) -> bool:
+    """Return whether two numbers, one of them a float, agree to 9 digits; infinity equals nothing."""
+    if not (isinstance(ours, int | float) and isinstance(theirs, int | float)):
+        return False
+    with contextlib.suppress(OverflowError):
+        return math.isfinite(ours) and math.isclose(ours, theirs, rel_tol=1e-9)
+    return False
 
 
 def _composed(text: str) -> str:

@@ -30,23 +30,36 @@ SIGNS = {
 SIGNS |= {ord(c): "-" for c in MINUS} | {ord(c): " " for c in SPACES}
 SIGNS |= {ord(c): "'" for c in APOSTROPHES}
 RAISED = {ord(c): str(n) for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {0x207B: "-", 0x207A: "+"}
-# What comes before the answer of a text; the last of them counts.
+CURRENCIES = "$€£¥₹₺₽₩฿"
+# What comes before the answer of a text: the last of the first kind counts, else the last of the second.
+BOXES = re.compile(r"####|\\boxed\{")
 MARKERS = re.compile(
-    r"####|\\boxed\{|=|(?:\b(?:answer|result|total|sum|antwort|ergebnis|lösung|réponse|résultat|respuesta"
-    r"|resultado|cevap|sonuç)|उत्तर|الجواب|الإجابة|پاسخ|جواب)\b\s*(?:is|are|ist|lautet|est|es|है|هو|هي|است)?\s*:?",
+    r"=|\b(?:answer|result|total|sum|antwort|ergebnis|lösung|réponse|résultat|respuesta|resultado|cevap|sonuç)\b\s*"
+    r"(?:(?:is|are|ist|lautet|est|es|:|=)\s*)+|(?:उत्तर|الجواب|الإجابة|پاسخ|جواب)\s*(?:है|هو|هي|است)?\s*:?\s*(?=[\W\d])",
     re.IGNORECASE,
 )
-FRACTION = r"\\[dt]?frac\{\s*(?P<top>\d+)\s*\}\{\s*(?P<bottom>\d+)\s*\}"
 PLAIN = r"(?P<plain>(?:\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:[.,']\d+)*|[.,]\d+)"
 PART = r"(?:\s?(?P<part_top>\d+)/(?P<part_bottom>\d+)|/(?P<under>\d+))?"  # of a mixed number, or of a fraction
-POWER = r"(?:(?P<ten>[eE]|\s*[×x*·]\s*10\s*(?:\^|\*\*)\s*\{?)|\s*(?:\^|\*\*)\s*\{?)"
+POWER = r"(?:(?P<ten>[eE]|\s*[×x*·]\s*10\s?(?:\^|\*\*)\s?\{?)|\s?(?:\^|\*\*)\s?\{?)"
 EXPONENT = rf"(?:{POWER}(?P<exponent>[+-]?\d+)\}}?(?![\w.]{{0,40}}\d))?"
-NUMBER = re.compile(rf"{FRACTION}|{PLAIN}{PART}{EXPONENT}")
+NUMBER = re.compile(rf"{PLAIN}{PART}{EXPONENT}")
 WORD_REST = re.compile(r"\w*")
-RANGE = re.compile(r"\d\s?[-–]\s?$|\d\s+(?:to|bis|à)\s+$")
-NEGATIVE = re.compile(r"(?:^|[^\w)\]%])-\s?[^\w\s]?$")  # "-5" and "-$5", not "10-15"
+UNIT = r"(?:%|°C?|[A-Za-z]{1,4})?"
+RANGE = re.compile(
+    rf"\d\s?{UNIT}[-–][{CURRENCIES}]?$|\d\s?{UNIT}\s+(?:to|bis|à)\s+-?[{CURRENCIES}]?$"
+)
+# "-5", "-$5" and "-USD 5", but neither "10-15" nor "Total - 5" nor the bullet of a list.
+NEGATIVE = re.compile(
+    rf"(?:^|[^\w)\]%>-])-(?:[{CURRENCIES}]|[A-Za-z]{{2,3}}\.?\s?)?$|[=≈]\s?-\s?$|\b(?:minus|negative)\s$",
+    re.IGNORECASE,
+)
+OPERATOR = re.compile(r"\s*(?:[×*+·÷]|x\s|[-–]\s|/\s)\s*[\d(]")
+NAME = re.compile(r"[A-Za-zα-ωΑ-Ω](?:\^\{?[-+]?|-)?$")  # before a digit of H2O, x^2, COVID-19
+UNIT_BETWEEN = re.compile(r"\s?[A-Za-z·/ ]{1,8}\^?\{?-?")  # 5 m^2
+ROOT = re.compile(r"(?:√|\\sqrt\{?)\s?$")
+SYMBOL = re.compile(r"\s?(?:π|√|\\pi|\\sqrt)")
 MONTHS = (
-    "jan(?:uary|uar|vier)?|feb(?:ruary|ruar)?|fév(?:rier)?|mar(?:ch|s)?|märz|apr(?:il)?|avril|mai|may|june?|juni|juin"
+    "jan(?:uary|uar|vier)?|feb(?:ruary|ruar)?|fév(?:rier)?|march|(?-i:Mar)|mars|märz|apr(?:il)?|avril|mai|(?-i:May)|june?|juni|juin"
     "|july?|juli|juillet|aug(?:ust)?|août|sep(?:t|tember|tembre)?|o[ck]t(?:ober|obre)?|nov(?:ember|embre)?"
     "|de[cz](?:ember)?|déc(?:embre)?"
 )
@@ -59,21 +72,50 @@ NO_NUMBERS = {
         re.IGNORECASE,
     ),
     # But groups of three: 1.234.567
+    "address": re.compile(
+        r"\b(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}\b|\b\d{3}-\d{3}-\d{4}\b"
+    ),
     "version": re.compile(
         r"\b[vV]\.?\s?\d+(?:\.\d+)+|\b(?!\d{1,3}(?:\.\d{3})+\b)\d+(?:\.\d+){2,}\b"
     ),
     "ratio": re.compile(r"\b\d+:\d+\b"),
 }
 SCALES = {
-    **dict.fromkeys(("thousand", "tausend", "bin"), 3),
+    **dict.fromkeys(("hundred", "hundert"), 2),
+    **dict.fromkeys(("thousand", "tausend", "bin", "mil", "mille", "हज़ार", "ألف", "هزار"), 3),
+    **dict.fromkeys(("万", "萬"), 4),
     **dict.fromkeys(("lakh", "lakhs", "लाख"), 5),
-    **dict.fromkeys(("million", "millions", "millionen", "mio", "milyon", "مليون", "میلیون"), 6),
+    **dict.fromkeys(("million", "millions", "millionen", "mio", "milyon", "millón", "millones"), 6),
+    **dict.fromkeys(("مليون", "ملايين", "میلیون"), 6),
     **dict.fromkeys(("crore", "crores", "करोड़"), 7),
+    **dict.fromkeys(("億", "亿"), 8),
     **dict.fromkeys(("billion", "billions", "milliarde", "milliarden", "milliard", "milliards"), 9),
     **dict.fromkeys(("mrd", "milyar"), 9),
-    "trillion": 12,
+    **dict.fromkeys(("trillion", "trillions", "billionen"), 12),
 }
-SCALE = re.compile(r"\s*([^\W\d_]+)")
+SHORT_SCALES = {"k": 3, "m": 6, "b": 9}  # behind an amount of money: $1.2M
+# Letters with the vowel signs of Devanagari, which are no letters; of Chinese and Japanese one.
+SCALE = re.compile(r"\s*([万萬億亿]|(?:[^\W\d_]|[\u0900-\u0963])+)")
+
+
+# Other ways to write the same, in order.
+REWRITTEN = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\[,!;]|(?<=\d)\{,\}(?=\d)", ""),
+        (r"\\(?:times|cdot)\b", "×"),
+        (r"(\d?)\s*\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1 \2/\3"),
+        (r"(\d?)\s*\\[dtc]?frac\s*(\d)\s*(\d)", r"\1 \2/\3"),
+        (r"(?<!\d)\*\*|\*\*(?!\d)", " "),  # bold, and no power
+        (r"(?<![^\W_])_(?=\d)|(?<=\d)_(?![^\W_])", " "),  # italics
+        (r"(?<=\d)\uff0c(?=\d)", ","),
+        (r"(?<=\d)\uff0e(?=\d)", "."),
+        (r"\b(?:USD|EUR|GBP|INR|CHF|JPY|CNY|TRY|TL)(?=\d)", "$"),
+        (r"\bRs\.?\s?(?=\d)", "₹"),
+        (r"(?<=\d)\s*[–—]\s*(?=\d)", "–"),
+        (r"(?<![\w)\]%])–(?=\d)", "-"),
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -98,15 +140,17 @@ def read_number(text: str) -> Reading:
     """
     text = _plain(text)
     placed = _readings(text)
-    starts = [start for start, _ in placed]
-    for marker in reversed(list(MARKERS.finditer(text))):
-        following = bisect_left(starts, marker.end())
-        if following < len(placed):
-            return placed[following][1]
-    readings = {reading for _, reading in placed}
+    starts = [start for start, _, _ in placed]
+    for pattern in (BOXES, MARKERS):
+        for marker in reversed(list(pattern.finditer(text))):
+            following = bisect_left(starts, marker.end())
+            # What begins a sum is not its result.
+            if following < len(placed) and not OPERATOR.match(text, placed[following][1]):
+                return placed[following][2]
+    readings = {reading for _, _, reading in placed}
     if len(readings) > 1:
         return Reading(None, "several")
-    return placed[0][1] if placed else Reading(None, "none")
+    return placed[0][2] if placed else Reading(None, "none")
 
 
 def same_number(ours: Reading, theirs: Reading) -> bool:
@@ -133,44 +177,60 @@ def _plain(text: str) -> str:
             parts.append(" " * behind_digit + _compatible(char))
         else:
             parts.append(char)
-    text = "".join(parts).replace("\\,", "").replace("\\!", "").replace("{,}", ",")
-    return re.sub(r"(?<=\d)\s*[–—]\s*(?=\d)", "–", text)
+    text = "".join(parts)
+    for pattern, replacement in REWRITTEN:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def _compatible(char: str) -> str:
     return unicodedata.normalize("NFKC", char).replace("\u2044", "/")
 
 
-def _readings(text: str) -> list[tuple[int, Reading]]:
-    """Return what each number-like part of a text gives and where it begins, in order."""
-    placed: list[tuple[int, Reading]] = []
+def _readings(text: str) -> list[tuple[int, int, Reading]]:
+    """Return what each number-like part of a text gives, and where it begins and ends, in order."""
+    placed: list[tuple[int, int, Reading]] = []
     for fault, pattern in NO_NUMBERS.items():
 
         def blank(match: re.Match[str], fault: str = fault) -> str:
-            placed.append((match.start(), Reading(None, fault)))
+            placed.append((*match.span(), Reading(None, fault)))
             return " " * len(match.group())
 
         text = pattern.sub(blank, text)
     at, last = 0, None
     while number := NUMBER.search(text, at):
         start = number.start()
-        before, at = text[max(0, start - CONTEXT_CHARS) : start], number.end()
-        if before[-1:].isalpha() or before[-1:] == "_":  # H2O, x1
-            placed.append((start, Reading(None, "formula")))
+        before, before_at, at = text[max(0, start - CONTEXT_CHARS) : start], at, number.end()
+        if NAME.search(before) or ROOT.search(before) or SYMBOL.match(text, at):
+            is_unit = last is not None and UNIT_BETWEEN.fullmatch(text, before_at, start)
+            if not is_unit:
+                placed.append((start, at, Reading(None, "formula")))
+                last = None
             rest = WORD_REST.match(text, at)
-            at, last = rest.end() if rest else at, None
+            at = rest.end() if rest else at
             continue
-        value = _value(number)
-        scale = SCALE.match(text, at)
-        if value is not None and scale and scale.group(1).casefold() in SCALES:
-            value *= 10 ** SCALES[scale.group(1).casefold()]
+        value = _scaled(_value(number), before, text, at)
         if RANGE.search(before) and last is not None:
             placed.pop()
-        elif value is not None and NEGATIVE.search(before):
+        if value is not None and NEGATIVE.search(before):
             value = -value
-        placed.append((start, Reading(value, "" if value is not None else "notation")))
+        reading = Reading(value, "" if value is not None else "notation")
+        placed.append((start, at, reading))
         last = value
-    return sorted(placed, key=lambda pair: pair[0])
+    return sorted(placed, key=lambda part: part[0])
+
+
+def _scaled(value: Fraction | None, before: str, text: str, at: int) -> Fraction | None:
+    """Return a value with the scale that follows it in words, or as a letter behind an amount of money."""
+    scale = SCALE.match(text, at)
+    if value is None or scale is None:
+        return value
+    word = scale.group(1)
+    if word.casefold() in SCALES:
+        return value * Fraction(10 ** SCALES[word.casefold()])
+    if before[-1:] in (*CURRENCIES,) and word.casefold() in SHORT_SCALES:
+        return value * Fraction(10 ** SHORT_SCALES[word.casefold()])
+    return value
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -179,8 +239,6 @@ def _value(match: re.Match[str]) -> Fraction | None:
         return None
     groups = {name: group for name, group in match.groupdict().items() if group is not None}
     try:
-        if "top" in groups:
-            return Fraction(int(groups["top"]), int(groups["bottom"]))
         value = _grouped(groups["plain"]) / int(groups.get("under", 1))
         if "part_top" in groups:
             value += Fraction(int(groups["part_top"]), int(groups["part_bottom"]))

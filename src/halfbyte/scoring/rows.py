@@ -12,8 +12,9 @@ from halfbyte.config.evaluation import Eval
 from halfbyte.data.answer_format import AnswerFormat
 from halfbyte.data.call_format import schemas_of
 from halfbyte.data.conversation import Row, ToolCall, tools_of
+from halfbyte.data.thoughts import without_thoughts
 from halfbyte.errors import UserError
-from halfbyte.scoring.metrics import same_json, scorer
+from halfbyte.scoring.metrics import is_valid, same_json, text_scorer
 
 LOSS_METRIC = "held_out_loss"
 RowScore = Callable[[str, Row], float]  # maps an answer, as it was generated, and its row to 0 to 1
@@ -40,15 +41,15 @@ def row_scorer(metric: str, settings: Eval, form: AnswerFormat) -> RowScore:
     if metric == "tool_valid":
         valid = _validator()
         return lambda answer, row: valid(form.parse(answer, row.tools).calls, row)
-    score = scorer(metric, settings)
+    score = text_scorer(metric, settings)
 
     def of_text(answer: str, row: Row) -> float:
-        parsed = form.parse(answer, row.tools)
+        parsed, wanted = form.parse(answer, row.tools), without_thoughts(row.answer)
         if not (parsed.calls or row.messages[-1].tool_calls):
-            return score(parsed.content, row.answer)
+            return score(parsed.content, wanted)
         if tool_match(parsed.calls, row) < 1:
             return 0.0
-        return score(parsed.content, row.answer) if row.answer or parsed.content else 1.0
+        return score(parsed.content, wanted) if wanted or parsed.content else 1.0
 
     return of_text
 
@@ -112,7 +113,7 @@ def tool_differences(calls: Sequence[ToolCall], row: Row) -> list[str]:
 
 
 def _differing(call: ToolCall, wanted: ToolCall) -> list[str]:
-    """Return the arguments in which two calls differ; the name counts as one."""
+    """Return the arguments in which two calls differ; a different name is all of it."""
     if call.name != wanted.name:
         return ["name"]
     ours, theirs = json.loads(call.arguments), json.loads(wanted.arguments)
@@ -160,7 +161,8 @@ def _validator() -> Callable[[Sequence[ToolCall], Row], float]:
                 Draft202012Validator.check_schema(schemas[call.name])
             except SchemaError:
                 continue  # what the row calls a schema is none: any arguments keep to it
-            if not Draft202012Validator(schemas[call.name]).is_valid(json.loads(call.arguments)):
+            validator = Draft202012Validator(schemas[call.name])
+            if not is_valid(validator, json.loads(call.arguments)):
                 return 0.0
         return 1.0
 
