@@ -15,6 +15,7 @@ HEADER = "x-halfbyte-ignored"
 MAX_NAMED = 24
 MAX_NAME = 64
 MIN_MISSPELT = 4  # characters of a key that may be another's misspelling
+LONG = 8  # characters of a key in which two may be wrong
 MAX_EDITS = 2
 HARMLESS = ("models",)  # OpenRouter's, and no misspelling
 JSON_SCHEMA = "send response_format {type: json_schema, json_schema: {name, schema}}"
@@ -118,7 +119,8 @@ def _refuse(body: Body, key: str, value: Any) -> None:
         raise RefusedError(400, f"{key}: is no field of this route; {advice}", key)
     if routes or len(key) < MIN_MISSPELT or key in HARMLESS:
         return
-    alike = next((name for name in known if _edits(key[:MAX_NAME], name) <= MAX_EDITS), None)
+    allowed = MAX_EDITS if len(key) >= LONG else 1
+    alike = next((name for name in known if _edits(key[:MAX_NAME], name) <= allowed), None)
     if alike:
         raise RefusedError(400, f"{key[:MAX_NAME]}: unknown; did you mean {alike}?", key)
 

@@ -171,4 +171,4 @@ class Sampler:
 
     def _check_grammar(self) -> None:
         if self.matcher.is_error():
-            raise GrammarError(str(self.matcher.get_error())[:300])
+            raise GrammarError(str(self.matcher.get_error()).partition("\n")[0][:300])
