@@ -362,6 +362,7 @@ def test_adapter_off_answers_as_the_4_bit_base_alone(
         assert told["adapter"] != told["base-nf4"]
 
 
+@pytest.mark.slow
 def test_the_harness_gets_the_same_figures_from_the_server(
     small_run: Path, small_base: Path, hub: Path, tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_an_error_is_told_and_the_question_stays_askable(page: Any) -> None:
     wait(page, DONE)
 
 
+@pytest.mark.slow
 def test_thoughts_are_folded(opened: Opened, tool_run: Path, tmp_path: Path) -> None:
     options = ("--compute-dtype", "fp32", "--max-context", 512, "--slots", 2)
     with serving(tmp_path / "log", tool_run, *options) as process:
