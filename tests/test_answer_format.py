@@ -275,3 +275,19 @@ def test_tool_metrics_say_what_a_reader_says(
     found = tool_differences(made, wants)
     assert len(found) == len(differences)
     assert all(one.startswith(other) for one, other in zip(found, differences, strict=True))
+
+
+def test_special_tokens_that_a_template_would_escape_are_refused() -> None:
+    """A template that writes calls in ASCII, as Reka's does, would train on the escapes."""
+    tokenizer = chatml_tokenizer()
+    ascii_calls = CALLS["nested"].replace(
+        "f.arguments | tojson", "f.arguments | tojson(ensure_ascii=True)"
+    )
+    renderer = Renderer(tokenizer, template_of(ascii_calls))
+    fine = Row(
+        "r", (u("Tide?"), a("", tool_calls=(ToolCall("tide", '{"port": "é"}'),))), tools=TOOLS
+    )
+    assert renderer.encode_row(fine).num_supervised
+    call = ToolCall("tide", '{"port": "<|im_end|>"}')
+    with pytest.raises(DataError, match="special token in a tool or a call"):
+        renderer.encode_row(Row("r", (u("Tide?"), a("", tool_calls=(call,))), tools=TOOLS))

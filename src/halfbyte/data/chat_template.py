@@ -32,6 +32,8 @@ GIVEN = re.compile(
 # Names under which templates take thoughts that are a field of their own.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 MAX_REASON_CHARS = 120
+# How JSON in ASCII writes the characters that stand for special tokens while the template runs.
+ESCAPED_SENTINEL = re.compile(r"\\+udb[89ab][0-9a-f]\\+ud[c-f]", re.IGNORECASE)
 
 
 def load_template(name: str) -> str:
@@ -164,6 +166,13 @@ class ChatTemplate:
                 f"the chat template rejects it: {why}",
                 f"the chat template rejects it: {why}{self._remedy(messages)}",
             ) from error
+        if ESCAPED_SENTINEL.search(str(text)):
+            raise RowError(
+                place,
+                "the text of a special token in what the template writes as ASCII",
+                "holds the text of a special token in a tool or a call, which the chat template writes with escapes"
+                " (tojson with ensure_ascii), so that it cannot be kept as text; remove it from the row",
+            )
         return str(text)
 
     def prompt(self, messages: tuple[Message, ...], place: str, tools: str = "") -> str:
