@@ -259,7 +259,7 @@ def test_override_is_the_place_of_a_fault_when_the_fault_lies_inside_its_list(
 
     assert faults_of(write(tmp_path, BASE), override) == [
         f"override {override!r}: eval.metrics.1 is 'exact_mach'; allowed: exact_match, normalised_match,"
-        " numeric_match, field_match, schema_valid, chrf, bleu, rouge_l, held_out_loss; did you mean exact_match?"
+        " numeric_match, field_match, schema_valid, tool_match, tool_valid, chrf, bleu, rouge_l, held_out_loss; did you mean exact_match?"
     ]
 
 

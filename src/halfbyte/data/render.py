@@ -226,9 +226,8 @@ class Renderer:
         if row.messages[-1].is_plain and not self._opener:
             return row.answer
         answer = replace(row.messages[-1], learnt=True)
-        prompt = self.encode_prompt(row.messages[:-1], row.place, row.tools)
-        whole = self.encode_row(replace(row, messages=(*row.messages[:-1], answer)))
-        ids = whole.ids[len(prompt) :]
+        start = len(self.encode_prompt(row.messages[:-1], row.place, row.tools))
+        ids = self.encode_row(replace(row, messages=(*row.messages[:-1], answer))).ids[start:]
         return self.decode(ids[:-1] if ids[-1:] == [self.stop_id] else ids)
 
     def turns(self, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
@@ -324,8 +323,8 @@ class Renderer:
 
     def decode_markup(self, ids: list[int]) -> str:
         """Return the text of ids as ``decode`` does, with all spaces."""
-        kept = [token for token in ids if token not in self._mark_ids]
-        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        ids = [token for token in ids if token not in self._mark_ids]
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     # --- the template ---
 
