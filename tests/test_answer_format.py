@@ -269,9 +269,10 @@ def test_tool_metrics_say_what_a_reader_says(
         for one in made
     )
     wants = row(*wanted)
-    assert row_scorer("tool_match", Eval(), form)(answer, wants) == match
-    assert row_scorer("tool_valid", Eval(), form)(answer, wants) == valid
-    assert row_scorer("exact_match", Eval(), form)(answer, wants) == match
+    parsed = form.parse(answer, wants.tools)
+    assert row_scorer("tool_match", Eval())(parsed, wants) == match
+    assert row_scorer("tool_valid", Eval())(parsed, wants) == valid
+    assert row_scorer("exact_match", Eval())(parsed, wants) == match
     found = tool_differences(made, wants)
     assert len(found) == len(differences)
     assert all(one.startswith(other) for one, other in zip(found, differences, strict=True))

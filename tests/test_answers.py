@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 
 from halfbyte.config.evaluation import Eval
+from halfbyte.data.answer_format import AnswerFormat
+from halfbyte.data.conversation import Message, Row
 from halfbyte.data.thoughts import split_thoughts
-from halfbyte.scoring.metrics import scorer
 from halfbyte.scoring.numbers import read_number
+from halfbyte.scoring.rows import row_scorer
+
+
+def scorer(metric: str, settings: Eval) -> Callable[[str, str], float]:
+    """Score an answer as the comparison does, thoughts and all."""
+    score, form = row_scorer(metric, settings), AnswerFormat(None)
+
+    def of_row(answer: str, wanted: str) -> float:
+        row = Row("row", (Message("user", "?"), Message("assistant", wanted)))
+        return score(form.parse(answer), row)
+
+    return of_row
+
 
 # answer, wanted, whether a reader would count it
 NUMBERS = [

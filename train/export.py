@@ -74,7 +74,7 @@ def _examine(measured: MeasuredRun, run: Run) -> Exam | None:
     from halfbyte.data.questions import held_out_rows, questions
     from halfbyte.eval.compare import check_answers
     from halfbyte.eval.measure import score_intervals
-    from halfbyte.scoring.rows import answer_scores, with_tool_metrics
+    from halfbyte.scoring.rows import answer_scores, parse_answers, with_tool_metrics
     from halfbyte.ship.proof import Exam
 
     if any(row.text is not None for row in measured.held_out):
@@ -84,7 +84,8 @@ def _examine(measured: MeasuredRun, run: Run) -> Exam | None:
     check_answers(rows, run, renderer)
 
     def grade(answers: list[str]) -> dict[str, dict[str, float]]:
-        return score_intervals(answer_scores(answers, rows, run, renderer.answer_format), run)
+        parsed = parse_answers(answers, rows, renderer.answer_format)
+        return score_intervals(answer_scores(parsed, rows, run), run)
 
     return Exam(questions(rows, renderer), grade, run.eval.max_new_tokens)
 

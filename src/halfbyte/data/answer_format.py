@@ -109,7 +109,7 @@ class AnswerReader:
         self.state = "start" if closer is None else "thoughts"
         self.malformed = False
         self.num_calls = 0
-        self._closers = [] if closer is None else [closer]
+        self._closer = closer or ""  # of the thoughts that are open
         self._buffer = ""
         self._has_content = False
         self._num_given = 0  # of the calls in the buffer
@@ -162,26 +162,28 @@ class AnswerReader:
         self._has_content |= bool(text) and kind == "content"
         return [Piece(kind, text)] if text else []
 
-    def _start(self) -> list[Piece]:
+    def _opener(self) -> str | None:
+        """Return the mark of thoughts that the buffer begins with, if it does."""
         begun = self._buffer.lstrip()
-        opener = next((mark for mark in self.form.marks if begun.startswith(mark)), None)
+        return next((mark for mark in self.form.marks if begun.startswith(mark)), None)
+
+    def _start(self) -> list[Piece]:
+        begun, opener = self._buffer.lstrip(), self._opener()
         if opener is not None:
-            self._closers = [self.form.marks[opener]]
+            self._closer = self.form.marks[opener]
             self._buffer, self.state, self._trims = begun[len(opener) :], "thoughts", True
         elif begun and not any(mark.startswith(begun) for mark in self.form.marks):
             self.state = "content"
         return []
 
     def _thoughts(self) -> list[Piece]:
-        begun = self._buffer.lstrip()
-        opener = next((mark for mark in self.form.marks if begun.startswith(mark)), None)
-        if self._trims and opener is not None:  # though the prompt has opened them
-            self._buffer = begun[len(opener) :]
-        ends = [(at, mark) for mark in self._closers if (at := self._buffer.find(mark)) >= 0]
-        if not ends:
-            return self._emit("thoughts", len(self._buffer) - self._held(self._closers))
-        at, mark = min(ends)
-        rest = self._buffer[at + len(mark) :]
+        opener = self._opener() if self._trims else None
+        if opener is not None:  # though the prompt has opened them
+            self._buffer = self._buffer.lstrip()[len(opener) :]
+        at = self._buffer.find(self._closer)
+        if at < 0:
+            return self._emit("thoughts", len(self._buffer) - self._held(self._closer))
+        rest = self._buffer[at + len(self._closer) :]
         pieces = self._emit("thoughts", at)
         self._buffer, self.state, self._trims = rest, "start", True  # another block may follow
         return pieces
@@ -193,7 +195,7 @@ class AnswerReader:
             return [Piece("content", text)] if text else []
         at = self._buffer.find(calls.trigger) if calls.trigger else self._bare_call()
         if at < 0:
-            return self._emit("content", len(self._buffer) - self._held([calls.trigger]))
+            return self._emit("content", len(self._buffer) - self._held(calls.trigger))
         pieces = self._emit("content", at)
         begun = self._buffer.lstrip()
         self._gap = self._buffer[: len(self._buffer) - len(begun)] if self._has_content else ""
@@ -227,8 +229,7 @@ class AnswerReader:
             self._buffer, self._num_given, self._gap = rest[following:], 0, "\n"
             return pieces + self._calls(ended=ended)
         if ended:
-            self._buffer, self._trims = rest, bool(end)
-            self._buffer = rest if end else self._gap + rest
+            self._buffer, self._trims = rest if end else self._gap + rest, bool(end)
         elif not trigger and not made and not self._may_be_call():
             self.state, self._has_content = "content", True
         return pieces
@@ -241,13 +242,10 @@ class AnswerReader:
         names = [name for name in self.schemas if begun.startswith(name) or name.startswith(begun)]
         return any(begun[len(name) :].lstrip()[:1] in ("", "{", "<", "[") for name in names)
 
-    def _held(self, marks: list[str]) -> int:
+    def _held(self, mark: str) -> int:
         """Return how many characters at the end of the buffer may be the beginning of a mark."""
-        longest = max(map(len, marks), default=0)
-        for size in range(min(longest - 1, len(self._buffer)), 0, -1):
-            if any(mark.startswith(self._buffer[-size:]) for mark in marks if mark):
-                return size
-        return 0
+        sizes = range(min(len(mark) - 1, len(self._buffer)), 0, -1)
+        return next((size for size in sizes if self._buffer.endswith(mark[:size])), 0)
 
 
 def _thought_marks(form: ChatFormat) -> dict[str, str]:

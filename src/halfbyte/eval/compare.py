@@ -27,7 +27,7 @@ from halfbyte.eval.variants import (
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.merged import MERGE_REPORT, merge_command, merged_report
 from halfbyte.model.resolve import resolve_base
-from halfbyte.scoring.rows import LOSS_METRIC, row_scorer, with_tool_metrics
+from halfbyte.scoring.rows import LOSS_METRIC, parse_answers, row_scorers, with_tool_metrics
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.run import TrainedRun, read_trained_run
 
@@ -112,10 +112,13 @@ def check_answers(rows: list[Row], run: Run, renderer: Renderer) -> None:
                 f" eval.variants=[{BASE_FULL},{BASE_NF4},{ADAPTER},{MERGED}]"
             )
         return
-    for metric in metrics:
-        score = row_scorer(metric, run.eval, renderer.answer_format)
-        for row in rows:
-            if metric in UNSCORABLE and score(renderer.wanted_text(row), row) != 1:
+    scorers = row_scorers(run)  # before any of them is used, so that none lacks a library
+    checked = [metric for metric in metrics if metric in UNSCORABLE]
+    texts = [renderer.wanted_text(row) for row in rows] if checked else []
+    wanted = parse_answers(texts, rows, renderer.answer_format) if checked else []
+    for metric in checked:
+        for row, answer in zip(rows, wanted, strict=True):
+            if scorers[metric](answer, row) != 1:
                 what = UNSCORABLE[metric].format(run.eval)
                 raise RunError(
                     f"{row.place}: the wanted answer {row.answer[:60]!r} {what}, so that {metric} could"

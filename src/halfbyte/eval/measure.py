@@ -26,7 +26,7 @@ from halfbyte.generate.continuous import SlotGenerator, Spent, slots_refusal
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.cpu_speed import unpack_for_speed
 from halfbyte.scoring.numbers import read_number
-from halfbyte.scoring.rows import answer_scores, count_differences
+from halfbyte.scoring.rows import answer_scores, count_differences, parse_answers
 
 MAX_LABELLED_TOKENS = 64  # of a row whose logits are all held at once
 
@@ -220,20 +220,20 @@ def _record_answers(
     variant: Variant, answers: list[Answer], contender: Contender, run: Run
 ) -> None:
     """Record the answers of a variant and their scores."""
-    variant.answers = [contender.renderer.decode(answer.ids) for answer in answers]
-    variant.finish_reasons = [answer.finish_reason for answer in answers]
+    variant.answers = [contender.renderer.decode(one.ids) for one in answers]
+    variant.finish_reasons = [one.finish_reason for one in answers]
     variant.lengths = _lengths(answers)
     rows = [question.row for question in contender.questions]
-    form, tokenizer = contender.renderer.answer_format, contender.renderer.tokenizer
-    for text, row in zip(variant.answers, rows, strict=True):
-        parsed = form.parse(text, row.tools)
-        size = None if parsed.thoughts is None else len(plain_ids(tokenizer, [parsed.thoughts])[0])
+    parsed = parse_answers(variant.answers, rows, contender.renderer.answer_format)
+    tokenizer = contender.renderer.tokenizer
+    for answer in parsed:
+        size = None if answer.thoughts is None else len(plain_ids(tokenizer, [answer.thoughts])[0])
         variant.thoughts.append(size)
         if "numeric_match" in run.eval.metrics:
-            variant.unread.append(read_number(parsed.content).fault)
+            variant.unread.append(read_number(answer.content).fault)
     if "tool_match" in run.eval.metrics:
-        variant.call_differences = count_differences(variant.answers, rows, form)
-    variant.scores = answer_scores(variant.answers, rows, run, form)
+        variant.call_differences = count_differences(parsed, rows)
+    variant.scores = answer_scores(parsed, rows, run)
 
 
 def _record_time(variant: Variant, answers: list[Answer], seconds: float) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from halfbyte.config.evaluation import Eval
 from halfbyte.data.fields import JSON
-from halfbyte.data.thoughts import without_thoughts
 from halfbyte.errors import UserError
 from halfbyte.scoring.numbers import read_number, same_number
 
@@ -36,7 +35,7 @@ BESIDE = re.compile(r"(?<=\d)\s+(?=[%‰°€$£¥₹₺])|(?<=[€$£¥₹₺])
 
 
 def scorer(metric: str, settings: Eval) -> Score:
-    """Return a metric's function (answer, wanted) → score; the thoughts of both are left out.
+    """Return a metric's function (answer, wanted) → score, of texts without thoughts and calls.
 
     Args:
         metric: the name of an answer metric in ``eval.metrics``.
@@ -45,12 +44,6 @@ def scorer(metric: str, settings: Eval) -> Score:
     Raises:
         UserError: the metric needs a library that is not installed, or the schema cannot be read.
     """
-    score = text_scorer(metric, settings)
-    return lambda answer, wanted: score(without_thoughts(answer), without_thoughts(wanted))
-
-
-def text_scorer(metric: str, settings: Eval) -> Score:
-    """Return a metric's function (answer, wanted) → score of texts without thoughts, as ``scorer``."""
     if metric == "exact_match":
         return lambda answer, wanted: exact_match(answer, wanted, settings.answer_pattern)
     if metric == "schema_valid":

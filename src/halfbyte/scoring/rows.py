@@ -9,20 +9,20 @@ from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.config.evaluation import Eval
-from halfbyte.data.answer_format import AnswerFormat
+from halfbyte.data.answer_format import AnswerFormat, ParsedAnswer
 from halfbyte.data.call_format import schemas_of
 from halfbyte.data.conversation import Row, ToolCall, tools_of
 from halfbyte.data.thoughts import without_thoughts
 from halfbyte.errors import UserError
-from halfbyte.scoring.metrics import is_valid, same_json, text_scorer
+from halfbyte.scoring.metrics import is_valid, same_json, scorer
 
 LOSS_METRIC = "held_out_loss"
-RowScore = Callable[[str, Row], float]  # maps an answer, as it was generated, and its row to 0 to 1
+RowScore = Callable[[ParsedAnswer, Row], float]  # maps an answer and its row to 0 to 1
 TOOL_METRICS = ("tool_match", "tool_valid")
 NO_CALL, EXTRA_CALL = "no call of {}", "a call of {} that is not wanted"
 
 
-def row_scorer(metric: str, settings: Eval, form: AnswerFormat) -> RowScore:
+def row_scorer(metric: str, settings: Eval) -> RowScore:
     """Return a metric's function (answer, row) → score.
 
     Thoughts are left out. Where the row or the answer calls tools, a metric of the text counts only if the
@@ -31,47 +31,53 @@ def row_scorer(metric: str, settings: Eval, form: AnswerFormat) -> RowScore:
     Args:
         metric: the name of an answer metric in ``eval.metrics``.
         settings: as for ``metrics.scorer``.
-        form: how the model's template writes answers.
 
     Raises:
         UserError: as ``metrics.scorer``.
     """
     if metric == "tool_match":
-        return lambda answer, row: tool_match(form.parse(answer, row.tools).calls, row)
+        return lambda answer, row: tool_match(answer.calls, row)
     if metric == "tool_valid":
         valid = _validator()
-        return lambda answer, row: valid(form.parse(answer, row.tools).calls, row)
-    score = text_scorer(metric, settings)
+        return lambda answer, row: valid(answer.calls, row)
+    score = scorer(metric, settings)
 
-    def of_text(answer: str, row: Row) -> float:
-        parsed, wanted = form.parse(answer, row.tools), without_thoughts(row.answer)
-        if not (parsed.calls or row.messages[-1].tool_calls):
-            return score(parsed.content, wanted)
-        if tool_match(parsed.calls, row) < 1:
+    def of_text(answer: ParsedAnswer, row: Row) -> float:
+        wanted = without_thoughts(row.answer)
+        if not (answer.calls or row.messages[-1].tool_calls):
+            return score(answer.content, wanted)
+        if tool_match(answer.calls, row) < 1:
             return 0.0
-        return score(parsed.content, wanted) if wanted or parsed.content else 1.0
+        return score(answer.content, wanted) if wanted or answer.content else 1.0
 
     return of_text
 
 
+def parse_answers(
+    answers: Sequence[str], rows: Sequence[Row], form: AnswerFormat
+) -> list[ParsedAnswer]:
+    """Read answers to rows in the parts in which they are scored."""
+    return [form.parse(text, row.tools) for text, row in zip(answers, rows, strict=True)]
+
+
 def answer_scores(
-    answers: Sequence[str], rows: Sequence[Row], run: Run, form: AnswerFormat
+    answers: Sequence[ParsedAnswer], rows: Sequence[Row], run: Run
 ) -> dict[str, list[float]]:
     """Score each answer by each of the run's metrics except the loss."""
     return {
         metric: [score(*pair) for pair in zip(answers, rows, strict=True)]
-        for metric, score in row_scorers(run, form).items()
+        for metric, score in row_scorers(run).items()
     }
 
 
-def row_scorers(run: Run, form: AnswerFormat) -> dict[str, RowScore]:
+def row_scorers(run: Run) -> dict[str, RowScore]:
     """Return the function of each of the run's metrics except the loss.
 
     Raises:
         UserError: as ``row_scorer``.
     """
     metrics = [metric for metric in run.eval.metrics if metric != LOSS_METRIC]
-    return {metric: row_scorer(metric, run.eval, form) for metric in metrics}
+    return {metric: row_scorer(metric, run.eval) for metric in metrics}
 
 
 def with_tool_metrics(run: Run, rows: Sequence[Row]) -> Run:
@@ -124,13 +130,11 @@ def _differing(call: ToolCall, wanted: ToolCall) -> list[str]:
     ]
 
 
-def count_differences(
-    answers: Sequence[str], rows: Sequence[Row], form: AnswerFormat
-) -> dict[str, int]:
+def count_differences(answers: Sequence[ParsedAnswer], rows: Sequence[Row]) -> dict[str, int]:
     """Count how the calls of answers differ from the wanted ones, the most frequent first."""
     counts: Counter[str] = Counter()
     for answer, row in zip(answers, rows, strict=True):
-        counts.update(set(tool_differences(form.parse(answer, row.tools).calls, row)))
+        counts.update(set(tool_differences(answer.calls, row)))
     return dict(counts.most_common())
 
 

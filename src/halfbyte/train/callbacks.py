@@ -16,7 +16,7 @@ from halfbyte.data.samples import Samples
 from halfbyte.errors import RunError
 from halfbyte.generate.batched import generate
 from halfbyte.model.adapter import trainable_parameters
-from halfbyte.scoring.rows import row_scorers, with_tool_metrics
+from halfbyte.scoring.rows import parse_answers, row_scorers, with_tool_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -172,7 +172,7 @@ class SampleAnswers(TrainerCallback):
         self.max_new_tokens = run.train.sample_tokens
         # Made now, so that a metric that cannot be had is an error before the first step.
         run = with_tool_metrics(run, [example.row for example in self.examples])
-        self.scorers = row_scorers(run, renderer.answer_format) if self.examples else {}
+        self.scorers = row_scorers(run) if self.examples else {}
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -195,15 +195,17 @@ class SampleAnswers(TrainerCallback):
                 batch_rows=SAMPLE_BATCH,
             )
         texts = [self.renderer.decode(answer.ids) for answer in answers]
+        rows = [example.row for example in self.examples]
+        parsed = parse_answers(texts, rows, self.renderer.answer_format)
         tracker.write_samples(
             state.global_step,
             [
                 {
-                    "prompt": example.row.messages[-2].content,
-                    "wanted": self.renderer.wanted_text(example.row),
+                    "prompt": row.messages[-2].content,
+                    "wanted": self.renderer.wanted_text(row),
                     "answer": text,
-                    **{name: score(text, example.row) for name, score in self.scorers.items()},
+                    **{name: score(answer, row) for name, score in self.scorers.items()},
                 }
-                for example, text in zip(self.examples, texts, strict=True)
+                for row, text, answer in zip(rows, texts, parsed, strict=True)
             ],
         )
