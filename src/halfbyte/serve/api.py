@@ -198,12 +198,14 @@ def _token_routes(service: Service) -> APIRouter:
         model = service.get_model(body.model) if body.model else service.first_model
         ids, ignored = await run_in_threadpool(tokens_of, service, model, body)
         response.headers.update(header(ignored))
-        strings = [model.codec.piece(token)[0] for token in ids]
+        strings = None
+        if body.return_token_strs:
+            strings = [model.codec.piece(token)[0] for token in ids]
         return TokenizeReply(
             tokens=ids,
             count=len(ids),
             max_model_len=service.max_context(model),
-            token_strs=strings if body.return_token_strs else None,
+            token_strs=strings,
         )
 
     @routes.post("/detokenize", dependencies=needs_json)

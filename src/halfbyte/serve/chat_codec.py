@@ -65,13 +65,11 @@ class ChatCodec:
         Raises:
             DataError: the template refuses the conversation.
         """
-        messages, tools, options = (
-            conversation.messages,
-            conversation.tools,
-            conversation.options,
+        tools = conversation.tools
+        ids = self.renderer.encode_prompt(
+            conversation.messages, "messages", tools, conversation.options
         )
-        ids = self.renderer.encode_prompt(messages, "messages", tools, options)
-        end = str(self.renderer.tokenizer.decode(ids[-END_TOKENS:])).rstrip()
+        end = self.decode_all(ids[-END_TOKENS:]).rstrip()
         marks = self.renderer.answer_format.marks
         closer = next((marks[mark] for mark in marks if end.endswith(mark)), None)
         return ChatPrompt(ids, tools, closer)
@@ -94,10 +92,6 @@ class ChatCodec:
             )
         )
 
-    def decode_answer(self, ids: list[int]) -> str:
-        """Return the text of ids with the markup of answers, such as that of thoughts and calls."""
-        return self.renderer.decode_markup(ids)
-
     def decode_all(self, ids: list[int]) -> str:
         """Return the text of ids, control tokens included."""
         tokenizer = self.renderer.tokenizer
@@ -113,17 +107,12 @@ class ChatCodec:
         return self._pieces[token]
 
     def _decode_piece(self, token: int) -> tuple[str, bytes]:
-        tokenizer = self.renderer.tokenizer
-
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
         # Decode behind another token: some tokenizers drop the space at the beginning of a text.
-        lead = decode([self._lead_token])
-        text = decode([self._lead_token, token])[len(lead) :]
+        lead = self.decode_all([self._lead_token])
+        text = self.decode_all([self._lead_token, token])[len(lead) :]
         if REPLACEMENT_CHAR not in text:
             return text, text.encode()
-        name = str(tokenizer.convert_ids_to_tokens(token))
+        name = str(self.renderer.tokenizer.convert_ids_to_tokens(token))
         if BYTE_TOKEN.fullmatch(name):  # SentencePiece's byte fallback
             return text, bytes([int(name[3:5], 16)])
         if all(char in BPE_BYTES for char in name):

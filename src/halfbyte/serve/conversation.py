@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.data.call_format import json_or_none
 from halfbyte.data.conversation import Message, ToolCall
 from halfbyte.data.fields import JSON, SURROGATES
 from halfbyte.data.render import Renderer
@@ -90,7 +91,7 @@ def _message(message: ChatMessage, calls: dict[str, str], ignored: list[str]) ->
     role = ROLES.get(message.role, message.role)
     made: tuple[ToolCall, ...] = ()
     reasoning = None
-    content = text_of(message.content)
+    content = _text_of(message.content)
     if role == "assistant":
         older = [Call(function=message.function_call)] if message.function_call else []
         made = tuple(_call(call) for call in message.tool_calls or older)
@@ -116,7 +117,7 @@ def _message(message: ChatMessage, calls: dict[str, str], ignored: list[str]) ->
     )
 
 
-def text_of(content: Content | None) -> str:
+def _text_of(content: Content | None) -> str:
     """Return the text of a message's content.
 
     Raises:
@@ -141,13 +142,10 @@ def text_of(content: Content | None) -> str:
 
 def _call(call: Call) -> ToolCall:
     arguments = call.function.arguments
-    if isinstance(arguments, str):
-        try:
-            arguments = JSON.decode(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            arguments = None
-    elif arguments is None:
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
+    elif isinstance(arguments, str):
+        arguments = json_or_none(arguments)
     if not isinstance(arguments, dict):
         raise RefusedError(
             400,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from halfbyte.data.call_format import CallFormat, FieldCalls, NamedCalls, ObjectCalls
@@ -50,17 +51,7 @@ class Grammars:
         Raises:
             DataError: it is not a valid schema, or no answer can follow it.
         """
-        from llguidance import LLMatcher
-
-        thoughts = self._thoughts(closer)
-        if thoughts:
-            rules = f"start: thoughts {_json(schema, PLAIN_JSON)}\n{thoughts}"
-            return self._matcher(rules, "response_format")
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, PLAIN_JSON)
-        except (ValueError, TypeError) as error:
-            raise DataError(f"response_format: {error}") from error
-        return self._matcher(grammar, "response_format", is_lark=False)
+        return self._matcher(_json(schema, PLAIN_JSON), closer, "response_format")
 
     def of_calls(
         self, tools: str, name: str | None, *, parallel: bool, closer: str | None = None
@@ -80,13 +71,10 @@ class Grammars:
         assert form is not None
         functions = [tool["function"] for tool in tools_of(tools)]
         functions = [one for one in functions if name in (None, one["name"])]
-        thoughts = self._thoughts(closer)
-        lead = "thoughts " if thoughts else ""
-        rules = f"start: {lead}calls\n{self._calls(form, functions, parallel=parallel)}\n{thoughts}"
-        return self._matcher(rules, "tools")
+        return self._matcher(self._calls(form, functions, parallel=parallel), closer, "tools")
 
     def _calls(self, form: CallFormat, functions: list[dict[str, Any]], *, parallel: bool) -> str:
-        """Return the grammar of calls, in llguidance's dialect of Lark."""
+        """Return the right side of the rule of an answer, and further rules, in llguidance's dialect of Lark."""
         opening, closing = self._literal(form.opening), self._literal(form.closing)
         schemas = [
             _closed_if_whole(function.get("parameters") or {"type": "object"})
@@ -115,11 +103,11 @@ class Grammars:
             assert isinstance(form, FieldCalls)
             # The values are free text, so only the name is certain.
             call = f"({' | '.join(map(self._literal, names))}) {ANY_TEXT}"
-            return f"calls: {opening} call\ncall: {call}"
+            return f"{opening} call\ncall: {call}"
         more = ""
         if parallel and form.separator is not None and not getattr(form, "as_list", False):
             more = f"({self._literal(form.separator)} call)*"
-        return f"calls: {opening} call {more} {closing}\ncall: {call}"
+        return f"{opening} call {more} {closing}\ncall: {call}"
 
     def _thoughts(self, closer: str | None) -> str:
         """Return the rule of the thoughts before an answer; "" if there are none.
@@ -153,12 +141,14 @@ class Grammars:
         ]
         return " ".join(terminals)
 
-    def _matcher(self, grammar: Any, field: str, *, is_lark: bool = True) -> Any:
+    def _matcher(self, answer: str, closer: str | None, field: str) -> Any:
+        """Return the state of a grammar of thoughts, if there are any, and of the answer behind them."""
         from llguidance import LLMatcher
 
+        thoughts = self._thoughts(closer)
+        rules = f"start: {'thoughts ' if thoughts else ''}{answer}\n{thoughts}"
         try:
-            made = LLMatcher.grammar_from_lark(grammar) if is_lark else grammar
-            matcher = LLMatcher(self._tokens, made, log_level=0)
+            matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(rules), log_level=0)
         except (ValueError, TypeError) as error:
             raise DataError(f"{field}: {_first_lines(error)}") from error
         if matcher.is_error():
@@ -189,44 +179,49 @@ def _first_lines(error: object) -> str:
 
 def closed(schema: Any) -> Any:
     """Return a JSON schema in which objects have no properties but those it names, unless it says otherwise."""
-    if isinstance(schema, list):
-        return [closed(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    inner: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in NAMED_SCHEMAS and isinstance(value, dict):
-            inner[key] = {name: closed(one) for name, one in value.items()}
-        else:
-            inner[key] = value if key in VALUES else closed(value)
-    if isinstance(schema.get("properties"), dict):
-        inner.setdefault("additionalProperties", False)
-    return inner
 
+    def close(one: dict[str, Any]) -> dict[str, Any]:
+        has_names = isinstance(one.get("properties"), dict)
+        return {"additionalProperties": False, **one} if has_names else one
 
-def _closed_if_whole(schema: dict[str, Any]) -> dict[str, Any]:
-    """Close a schema, unless it is put together of parts, each of which names properties of its own."""
-    together = any(f'"{key}"' in json.dumps(schema) for key in ("allOf", "$dynamicRef"))
-    made: dict[str, Any] = schema if together else closed(schema)
-    return made
+    return _with_each(schema, close)
 
 
 def moved(schema: Any, place: str) -> Any:
     """Return a JSON schema whose references to itself are right where it stands as a definition."""
+
+    def move(one: dict[str, Any]) -> dict[str, Any]:
+        reference = one.get("$ref")
+        one = {key: value for key, value in one.items() if key != "$id"}
+        if isinstance(reference, str) and reference.startswith("#"):
+            one["$ref"] = f"#/$defs/{place}{reference[1:]}"
+        return one
+
+    return _with_each(schema, move)
+
+
+def _with_each(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Return a JSON schema in which each schema within it, and itself, is changed."""
     if isinstance(schema, list):
-        return [moved(one, place) for one in schema]
+        return [_with_each(one, change) for one in schema]
     if not isinstance(schema, dict):
         return schema
     inner: dict[str, Any] = {}
     for key, value in schema.items():
         if key in NAMED_SCHEMAS and isinstance(value, dict):
-            inner[key] = {name: moved(one, place) for name, one in value.items()}
-        elif key != "$id":
-            inner[key] = value if key in VALUES else moved(value, place)
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        inner["$ref"] = f"#/$defs/{place}{reference[1:]}"
-    return inner
+            inner[key] = {name: _with_each(one, change) for name, one in value.items()}
+        else:
+            inner[key] = value if key in VALUES else _with_each(value, change)
+    return change(inner)
+
+
+def _closed_if_whole(schema: dict[str, Any]) -> dict[str, Any]:
+    """Close a schema, unless it is put together of parts, each of which names properties of its own."""
+    text = json.dumps(schema)
+    made: dict[str, Any] = schema
+    if '"allOf"' not in text and '"$dynamicRef"' not in text:
+        made = closed(schema)
+    return made
 
 
 def _json(schema: dict[str, Any], style: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from halfbyte.serve.fields import Body
@@ -83,17 +82,13 @@ OTHER_NAMES = {
 }
 
 
-def account(body: Body, ignored: Iterable[str] = ()) -> list[str]:
+def account(body: Body) -> list[str]:
     """Return the keys of a request that have no effect, in order.
-
-    Args:
-        body: the request.
-        ignored: further ones.
 
     Raises:
         RefusedError: a key would change the answer and is not understood, or is misspelt.
     """
-    named = list(ignored)
+    named = []
     for path, value in body.others():
         key = path.rpartition(".")[2]
         if value is None:

@@ -16,6 +16,13 @@ from halfbyte.serve.replies import CollectedAnswer, ReplyBuilder, sse, usage
 from halfbyte.serve.response_schema import ResponsesRequest
 from halfbyte.serve.service import ServedModel
 
+# Of the items that are text: how their events and parts are named, and what those have besides.
+TEXT_EVENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "reasoning": ("reasoning_text", {}),
+    "message": ("output_text", {"logprobs": []}),
+}
+PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}  # of their ids
+
 
 class ResponsesReplyBuilder(ReplyBuilder):
     """Build ``response`` objects and the events of their streams.
@@ -132,35 +139,24 @@ class ResponsesReplyBuilder(ReplyBuilder):
             events = [*self._end_item(), *self._begin(kind)]
         item = self._items[-1]
         item["content"][0]["text"] += piece.text
-        name = "reasoning_text" if kind == "reasoning" else "output_text"
-        more: dict[str, Any] = {} if kind == "reasoning" else {"logprobs": []}
+        name, more = TEXT_EVENTS[kind]
         where = self._where(item)
         return [*events, self._event(f"response.{name}.delta", **where, delta=piece.text, **more)]
 
     def _begin(self, kind: str) -> list[str]:
+        item: dict[str, Any] = {"id": _identity(kind), "type": kind, "status": "in_progress"}
+        name, more = TEXT_EVENTS[kind]
+        part: dict[str, Any] = {"type": name, "text": "", **more}
         if kind == "reasoning":
-            item = {
-                "id": _identity("rs"),
-                "type": kind,
-                "summary": [],
-                "content": [],
-                "status": "in_progress",
-            }
-            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
+            item |= {"summary": [], "content": []}
         else:
-            item = {
-                "id": _identity("msg"),
-                "type": kind,
-                "role": "assistant",
-                "content": [],
-                "status": "in_progress",
-            }
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            item |= {"role": "assistant", "content": []}
+            part["annotations"] = []
         self._items.append(item)
-        index = len(self._items) - 1
-        added = self._event("response.output_item.added", output_index=index, item=item)
-        item["content"].append(part)  # type: ignore[attr-defined]
         where = self._where(item)
+        index = where["output_index"]
+        added = self._event("response.output_item.added", output_index=index, item=item)
+        item["content"].append(part)
         return [added, self._event("response.content_part.added", **where, part=part)]
 
     def _end_item(self) -> list[str]:
@@ -171,8 +167,7 @@ class ResponsesReplyBuilder(ReplyBuilder):
         item["status"] = "incomplete" if self._reason == "length" else "completed"
         (part,) = item["content"]
         where = self._where(item)
-        name = "reasoning_text" if item["type"] == "reasoning" else "output_text"
-        more: dict[str, Any] = {} if item["type"] == "reasoning" else {"logprobs": []}
+        name, more = TEXT_EVENTS[item["type"]]
         return [
             self._event(f"response.{name}.done", **where, text=part["text"], **more),
             self._event("response.content_part.done", **where, part=part),
@@ -183,7 +178,7 @@ class ResponsesReplyBuilder(ReplyBuilder):
         call = piece.call
         assert call is not None
         item = {
-            "id": _identity("fc"),
+            "id": _identity("function_call"),
             "type": "function_call",
             "call_id": call.id,
             "name": call.name,
@@ -216,5 +211,5 @@ def _as_sent(value: Any) -> Any:
     return value.model_dump(by_alias=True, exclude_none=True) if isinstance(value, Body) else value
 
 
-def _identity(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex}"
+def _identity(kind: str) -> str:
+    return f"{PREFIXES[kind]}_{uuid.uuid4().hex}"

@@ -167,6 +167,8 @@ class Service:
         num_echoed = sum(len(prompt.ids) for prompt in requests) if echo else 0
         per_token = 0 if top_logprobs is None else top_logprobs + 1
         self._check_logprobs((sum(budgets) + num_echoed) * (body.n or 1) * per_token)
+        observe_first_token = self.metrics.first_token_observer(model.name)
+        stop_ids = _stop_ids(body, model)
         for prompt, budget in zip(requests, budgets, strict=True):
             for answer in range(body.n or 1):
                 number = len(jobs)
@@ -178,8 +180,8 @@ class Service:
                     sampler=Sampler(replace(sampling, seed=seed), matcher, prompt.ids),
                     stream=prompt.stream(),
                     max_tokens=budget,
-                    stop_ids=_stop_ids(body, model),
-                    emit=_emitter(events, number, self.metrics.first_token_observer(model.name)),
+                    stop_ids=stop_ids,
+                    emit=_emitter(events, number, observe_first_token),
                     deadline=deadline,
                     scores_prompt=top_logprobs if echo else None,
                 )

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from halfbyte.serve.chat_codec import ChatPrompt
-from halfbyte.serve.conversation import Conversation, chosen_name, conversation_of
+from halfbyte.serve.conversation import chosen_name, conversation_of
 from halfbyte.serve.ignored import account
 from halfbyte.serve.jobs import Job
 from halfbyte.serve.refusal import RefusedError
@@ -142,7 +142,7 @@ def tokens_of(
         service.check_length(len(text), model, "prompt")
         special = (body.add_special_tokens, body.add_special)
         return model.codec.encode_text(text, add_special_tokens=False not in special), named
-    conversation: Conversation = conversation_of(body, model.codec.renderer)
+    conversation = conversation_of(body, model.codec.renderer)
     service.check_length(conversation.num_chars, model, "messages")
     return model.codec.encode_chat(conversation).ids, [*named, *conversation.ignored]
 
@@ -172,9 +172,9 @@ def _text_stream(
 def _answer_stream(
     body: ChatRequest, model: ServedModel, prompt: ChatPrompt
 ) -> Callable[[], TextStream]:
-    decode, stops, reader = model.codec.decode_answer, _stops(body), model.codec.reader
-    one_call = body.parallel_tool_calls is False
-    return lambda: AnswerStream(decode, stops, reader(prompt), one_call=one_call)
+    codec, stops, one_call = model.codec, _stops(body), body.parallel_tool_calls is False
+    decode = codec.renderer.decode_markup
+    return lambda: AnswerStream(decode, stops, codec.reader(prompt), one_call=one_call)
 
 
 def _matchers(body: ChatRequest, model: ServedModel, prompt: ChatPrompt) -> list[Any]:
