@@ -157,6 +157,37 @@ def _writes(kind: str, row: Row) -> bool:
         return False
 
 
+TYPED = [
+    ({"type": "boolean"}, "True", True),
+    ({"type": "boolean"}, "false", False),
+    ({"type": ["string", "null"]}, "123", "123"),
+    ({"type": ["string", "null"]}, "None", None),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "[1]", "[1]"),
+    ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "5", 5),
+    ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "5.5", "5.5"),
+    ({"enum": ["1", "2"]}, "1", "1"),
+    ({"enum": [1, 2]}, "1", 1),
+    ({"type": "string"}, "None", "None"),
+    ({"type": "string"}, '"a"', '"a"'),
+    ({"type": "object"}, '{"a": 1}', {"a": 1}),
+    ({}, "None", "None"),
+    ({}, '"a"', '"a"'),
+    ({}, "5", 5),
+    ({"type": 7, "anyOf": 3, "enum": 4}, "1", 1),
+    (True, "1", 1),
+]
+
+
+@pytest.mark.parametrize(("schema", "text", "value"), TYPED)
+def test_a_field_has_a_type_that_its_schema_allows(schema: Any, text: str, value: Any) -> None:
+    """Templates write fields without quotes, and some write True, False and None as Python does."""
+    (tool, *_) = json.loads(TOOLS)
+    tool["function"]["parameters"]["properties"]["k"] = schema
+    answer = f"<tool_call>\n<function=tide>\n<parameter=k>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    (call,) = renderer_of("fields").answer_format.parse(answer, json.dumps([tool])).calls
+    assert json.dumps(json.loads(call.arguments)["k"]) == json.dumps(value)
+
+
 BROKEN = [
     '<tool_call>\n{"name": "tide", "arguments": {"port": "Brest"}',
     "<tool_call>\nnot JSON\n</tool_call>",

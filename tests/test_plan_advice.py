@@ -270,6 +270,7 @@ def test_suggest_pages_the_optimizer_on_a_card(planners: Planners) -> None:
     assert "train.optimizer=paged_adamw_8bit " in one.override
 
 
+@pytest.mark.slow
 def test_suggest_says_nothing_where_nothing_helps(planners: Planners) -> None:
     least = tiny_run("adapter.r=4", "train.optimizer=adamw_8bit")
     room = planners.need(least, 1, True, 128)
@@ -309,7 +310,13 @@ def test_suggested_rank_keeps_the_adapter_s_scale(planners: Planners) -> None:
     assert changed.alpha / changed.r == 2
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.compute_dtype=bf16"]], ids=["auto", "bf16"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([], id="auto"),
+        pytest.param(["model.compute_dtype=bf16"], id="bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_cards_that_fit_come_smallest_first(overrides: list[str]) -> None:
     """Where bf16 is asked for, cards without it are out, and none of them ends the plan."""
     config, _ = model_config("meta-llama/Llama-3.1-8B")

@@ -51,7 +51,13 @@ def test_parameters_equal_the_published_number(known: KnownModel) -> None:
     assert num_parameters(model) == known.parameters
 
 
-@pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M", "google/gemma-3-1b-it"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HuggingFaceTB/SmolLM2-135M",
+        pytest.param("google/gemma-3-1b-it", marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_to_train_in_the_table_are_those_of_the_plan(name: str) -> None:
     known = next(known for known in known_models() if name in known.names)
     # Another release of a library may keep a little more or less.

@@ -59,6 +59,7 @@ def test_plan_of_gemma_4b_fits_on_a_t4_and_shows_its_margin(
     assert contexts[1024, 1] == pytest.approx(34 * 2 * 4 * 256 * 1024 * 4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_plan_of_a_model_far_too_large_says_what_would_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -121,8 +121,15 @@ def test_cut_model_counts_as_the_whole_one(
     assert step.cache(LENGTH) == whole.cache(LENGTH)
 
 
-@pytest.mark.parametrize("fields", [LLAMA, GEMMA], ids=["llama", "gemma"])
-@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        pytest.param(LLAMA, 1, id="llama-1"),
+        pytest.param(LLAMA, 8, id="llama-8", marks=pytest.mark.slow),
+        pytest.param(GEMMA, 1, id="gemma-1", marks=pytest.mark.slow),
+        pytest.param(GEMMA, 8, id="gemma-8", marks=pytest.mark.slow),
+    ],
+)
 def test_plan_of_first_layers_recomputed_is_never_too_low(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], rows: int
 ) -> None:

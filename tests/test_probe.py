@@ -76,7 +76,14 @@ def test_probe_measures_what_was_planned(make_config: MakeConfig, overrides: lis
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("checkpointing", ["off", "on", pytest.param("12", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        "off",
+        pytest.param("on", marks=pytest.mark.slow),
+        pytest.param("12", marks=pytest.mark.slow),
+    ],
+)
 def test_probe_of_a_real_model_is_within_a_percent(
     make_config: MakeConfig, checkpointing: str
 ) -> None:

@@ -37,7 +37,7 @@ def server(
     tmp_path_factory: pytest.TempPathFactory, merged_run: Path, other_run: Path
 ) -> Iterator[Process]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(log, f"first={merged_run}", other_run, *FP32, "--max-context", 512) as process:
+    with serving(log, f"first={merged_run}", other_run, *FP32, "--max-context", 256) as process:
         yield process
 
 
@@ -223,7 +223,7 @@ def test_lengths_that_are_not_asked_for_are_openais(client: openai.OpenAI) -> No
     hot = ask(client, "base", "Hello", max_tokens=None, **stop_less)
     assert "length" in {choice.finish_reason for choice in hot.choices}
     # The longest is as long as the context.
-    assert hot.usage.completion_tokens > 512 - hot.usage.prompt_tokens
+    assert hot.usage.completion_tokens > 256 - hot.usage.prompt_tokens
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_wrong_settings_are_refused(
 
 
 def test_a_conversation_that_does_not_fit_is_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="the context of 512 tokens") as refused:
+    with pytest.raises(openai.BadRequestError, match="the context of 256 tokens") as refused:
         ask(client, "base", "heart attack " * 400)
     assert refused.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="cannot fit into the context"):
@@ -377,7 +377,7 @@ def test_sigterm_lets_answers_end_and_refuses_new_ones(guarded: Process) -> None
 
     def long(number: int) -> None:
         stream = ask(
-            client, "tiny", QUESTIONS[number], stream=True, max_tokens=400, temperature=2.0
+            client, "tiny", QUESTIONS[number], stream=True, max_tokens=200, temperature=2.0
         )
         first = next(iter(stream))
         assert first.choices[0].delta.role == "assistant"

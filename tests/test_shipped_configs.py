@@ -155,6 +155,7 @@ def test_comment_states_what_the_code_does(fact: str) -> None:
     FACTS[fact]()
 
 
+@pytest.mark.slow
 def test_gemma_2_is_planned_with_the_attention_that_it_has(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

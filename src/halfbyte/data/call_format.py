@@ -13,6 +13,16 @@ from halfbyte.data.fields import JSON, SURROGATES
 
 IDS = ("call0q7a1", "call0q7b2")  # of probes; of nine characters, as Mistral's templates want
 CALL_NAME = r"(?P<name>[^\s{}\[\]()<>|\"',:]+)"
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+    "array": (list,),
+    "object": (dict,),
+}
 
 Schemas = Mapping[str, Any]  # name of a tool -> JSON schema of its arguments
 
@@ -248,13 +258,39 @@ def json_or_none(text: str) -> Any:
 
 
 def _typed(text: str, schema: Any, key: str) -> Any:
-    """Return a field's value: text where the schema wants it, else what it is as JSON, if it is any."""
+    """Return a field's value from its text, of a type that the schema of the arguments allows.
+
+    Templates write strings without quotes, and some write true, false and null as Python does.
+    """
     properties = schema.get("properties") if isinstance(schema, dict) else None
-    declared = properties.get(key) if isinstance(properties, dict) else None
-    if isinstance(declared, dict) and declared.get("type") == "string":
-        return text
-    value = json_or_none(text)
-    return text if value is None and text.strip() != "null" else value
+    types = _types(properties.get(key) if isinstance(properties, dict) else None)
+    word = text.strip()
+    word = PYTHON_WORDS.get(word, word) if types else word
+    value = json_or_none(word)
+    is_text = isinstance(value, str) or (value is None and word != "null")
+    fits = any(type(value) in JSON_TYPES[name] for name in types)
+    return text if is_text or ("string" in types and not fits) else value
+
+
+def _types(schema: Any) -> set[str]:
+    """Return the names of the types that a JSON schema allows; none if it does not say."""
+    if not isinstance(schema, dict):
+        return set()
+    either = [schema.get(key) for key in ("anyOf", "oneOf")]
+    types: set[str] = set()
+    for one in [schema, *(part for parts in either if isinstance(parts, list) for part in parts)]:
+        named = one.get("type") if isinstance(one, dict) else None
+        types |= {
+            name
+            for name in JSON_TYPES
+            if name == named or (isinstance(named, list) and name in named)
+        }
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if not types and isinstance(values, list):
+        types |= {
+            name for name, kinds in JSON_TYPES.items() for one in values if type(one) in kinds
+        }
+    return types
 
 
 def _lenient(text: str) -> re.Pattern[str]:
