@@ -197,6 +197,7 @@ def test_long_rows_are_read_in_pieces(exported_run: Path) -> None:
         assert whole.shape == (4, model.vocab_size)
 
 
+@pytest.mark.slow
 def test_adapter_alone(run: Path) -> None:
     run_script("train/export.py", run, "--to", "gguf", "--adapter-only", *LENIENT)
     report = report_of(run, "gguf-lora")

@@ -42,6 +42,7 @@ def test_ladder_of_a_config_measures_every_rung(make_config: MakeConfig, tmp_pat
     assert "nf4 vs fp4: perplexity" in text
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_ladder_of_a_run_takes_its_merged_model_and_its_artefacts(
     exported_run: Path, tmp_path: Path

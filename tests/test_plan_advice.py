@@ -233,7 +233,9 @@ def rooms(planners: Planners) -> Iterator[tuple[str, int, str]]:
     yield "adapter.r=8", planners.need(small, 1, True, 256), "data.max_length"
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize(
+    "index", [0, 1, 2, *(pytest.param(one, marks=pytest.mark.slow) for one in (3, 4))]
+)
 def test_suggest_finds_what_is_needed_and_leaves_out_the_rest(
     planners: Planners, index: int
 ) -> None:

@@ -76,6 +76,7 @@ def test_gate_only_warns_when_the_plan_is_to_be_ignored(
     assert "warning: training would need" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_gate_settles_auto_at_the_same_effective_batch(run: Run) -> None:
     config = model_config(run.model.name)[0]
     auto = {"micro_batch_size": "auto", "checkpointing": "auto"}

@@ -96,7 +96,7 @@ def gemma() -> TracedStep:
     ("fields", "options"),
     [
         (LLAMA, {}),
-        (GEMMA, {}),
+        pytest.param(GEMMA, {}, marks=pytest.mark.slow),
     ],
     ids=["llama", "gemma"],
 )

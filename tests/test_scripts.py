@@ -145,7 +145,7 @@ def test_training_without_held_out_rows(make_config: MakeConfig, tmp_path: Path)
 @pytest.mark.parametrize(
     "sections",
     [
-        {"model": {"precision": "int8"}},
+        pytest.param({"model": {"precision": "int8"}}, marks=pytest.mark.slow),
         pytest.param(
             {"model": {"precision": "bf16", "compute_dtype": "auto"}}, marks=pytest.mark.slow
         ),

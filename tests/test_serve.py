@@ -169,6 +169,7 @@ def test_json_mode_gives_json(client: openai.OpenAI) -> None:
         ask(client, "base", "x", response_format=broken)
 
 
+@pytest.mark.slow
 def test_a_schema_that_cannot_be_followed_is_an_error_not_a_cut(client: openai.OpenAI) -> None:
     """A grammar with too many possible continuations fails during the answer."""
     properties = {f"name_{number}": {"type": "integer"} for number in range(8000)}

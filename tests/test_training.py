@@ -296,7 +296,7 @@ def test_run_folder_holds_what_later_steps_need(trained_run: Path) -> None:
     assert samples[0].keys() == {"step", "prompt", "wanted", "answer", "exact_match"}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_resumed_run_repeats_the_uninterrupted_one_exactly(
     make_config: MakeConfig, tmp_path: Path, dropout: float
 ) -> None:
@@ -462,6 +462,7 @@ def test_wandb_key_in_netrc_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert choose_mode("auto") == "online"
 
 
+@pytest.mark.slow
 def test_unreachable_wandb_server_falls_back_to_offline(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +499,7 @@ def test_option_trains(make_config: MakeConfig, tmp_path: Path, train: dict[str,
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_checkpointing_gives_the_same_losses(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(track={"wandb": "off"})
     for value in ("off", "on", "1"):
