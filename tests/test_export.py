@@ -209,6 +209,7 @@ def test_adapter_alone(run: Path) -> None:
     assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in names)
 
 
+@pytest.mark.slow
 def test_artefact_that_is_another_model_is_refused_and_the_old_one_stays(
     exported_run: Path,
 ) -> None:
@@ -453,6 +454,7 @@ def test_build_with_another_layout_is_refused() -> None:
         settings.put("n_ctx", 0, {512}, 1)
 
 
+@pytest.mark.slow
 def test_tokenizer_that_the_converter_does_not_know(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

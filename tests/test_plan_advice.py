@@ -315,7 +315,7 @@ def test_suggested_rank_keeps_the_adapter_s_scale(planners: Planners) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param([], id="auto"),
+        pytest.param([], id="auto", marks=pytest.mark.slow),
         pytest.param(["model.compute_dtype=bf16"], id="bf16", marks=pytest.mark.slow),
     ],
 )

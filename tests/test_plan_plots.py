@@ -68,6 +68,7 @@ def requests_of(page: str) -> list[str]:
     return parser.found + urls + re.findall(r"https?://[^\s\"'<]*", plain)
 
 
+@pytest.mark.slow
 def test_write_plots_writes_a_whole_png_and_page(fitting: Plan, tmp_path: Path) -> None:
     paths = write_plots(fitting, as_json(fitting), tmp_path / "new" / "plot.v2")
     assert [path.name for path in paths] == ["plot.v2.png", "plot.v2.html"]

@@ -138,6 +138,7 @@ def test_plan_ends_with_one_error_and_exit_2_when_the_request_is_impossible(
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_probe_prints_predicted_beside_measured(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

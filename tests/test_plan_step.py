@@ -240,6 +240,7 @@ def test_cache_is_what_transformers_keeps(fields: dict[str, Any]) -> None:
         assert beside > 0
 
 
+@pytest.mark.slow
 def test_attention_without_flash_kernels_holds_all_scores(llama: TracedStep) -> None:
     """Grouped heads in fp32 on CUDA; on the CPU and in 16 bits on Ampere nobody holds them."""
     scores = 4 * 2 * 4 * LENGTH * LENGTH  # layers, rows, heads

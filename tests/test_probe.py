@@ -79,7 +79,7 @@ def test_probe_measures_what_was_planned(make_config: MakeConfig, overrides: lis
 @pytest.mark.parametrize(
     "checkpointing",
     [
-        "off",
+        pytest.param("off", marks=pytest.mark.slow),
         pytest.param("on", marks=pytest.mark.slow),
         pytest.param("12", marks=pytest.mark.slow),
     ],

@@ -149,7 +149,10 @@ def test_training_without_held_out_rows(make_config: MakeConfig, tmp_path: Path)
         pytest.param(
             {"model": {"precision": "bf16", "compute_dtype": "auto"}}, marks=pytest.mark.slow
         ),
-        {"model": {"precision": "fp32", "compute_dtype": "auto"}, "adapter": {"init": "pissa"}},
+        pytest.param(
+            {"model": {"precision": "fp32", "compute_dtype": "auto"}, "adapter": {"init": "pissa"}},
+            marks=pytest.mark.slow,
+        ),
         {"adapter": {"dora": True}},
         pytest.param(
             {"adapter": {"rslora": True, "targets": ["q_proj", "v_proj"]}}, marks=pytest.mark.slow
