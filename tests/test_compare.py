@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import run_script
+from toys import run_script, write_rows
 
 from halfbyte.config import read_run_folder
 from halfbyte.data.conversation import Message, Row
@@ -145,6 +145,24 @@ def test_further_baselines_are_measured_with_their_own_tokenizer(
     run_script("eval/compare.py", copy, "eval.variants=[adapter]", baseline)
     assert [entry["name"] for entry in report_of(copy)["variants"]] == ["adapter", "other"]
     assert "against other" in report_of(copy)["verdict"]
+
+
+def test_thoughts_that_no_answer_has_are_reported(compared: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(compared, copy)
+    path = copy / "data" / "test.jsonl"
+    rows = list(read_jsonl(path))
+    for row in rows:
+        row["messages"][-1]["content"] = (
+            f"<think>\nHm.\n</think>\n\n{row['messages'][-1]['content']}"
+        )
+    write_rows(path, rows)
+    run_script("eval/compare.py", copy, "eval.variants=[adapter]")
+    (entry,) = report_of(copy)["variants"]
+    assert (entry["thoughts"], entry["thoughts_wanted"]) == (0, len(rows))
+    lines = (copy / "eval" / "report.md").read_text().splitlines()
+    assert next(line for line in lines if line.startswith("| adapter |")).endswith("| none |")
+    assert "answers with thoughts" in (copy / "eval" / "report.html").read_text()
 
 
 def test_comparing_before_merging_names_the_command(

@@ -15,6 +15,7 @@ from torch import nn
 from halfbyte.config import Run
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question
+from halfbyte.data.thoughts import split_thoughts
 from halfbyte.data.tokenise import plain_ids
 from halfbyte.eval.energy import Meter
 from halfbyte.eval.harness import BenchmarkResult
@@ -43,6 +44,7 @@ class Variant:
         default_factory=list
     )  # tokens of each answer, its stop token included
     thoughts: list[int | None] = field(default_factory=list)  # tokens of each answer's, None: none
+    thoughts_wanted: int = 0  # rows whose wanted answer has thoughts
     unread: list[str] = field(default_factory=list)  # why numeric_match read no number, by answer
     call_differences: dict[str, int] = field(default_factory=dict)  # from the wanted calls
     scores: dict[str, list[float]] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class Variant:
                 "thoughts": _percentiles([size for size in self.thoughts if size is not None]),
             },
             "thoughts": sum(size is not None for size in self.thoughts),
+            "thoughts_wanted": self.thoughts_wanted,
             "call_differences": self.call_differences,
             "unread": dict(Counter(filter(None, self.unread))),
             "seconds": round(self.seconds, 1),
@@ -226,6 +229,10 @@ def _record_answers(
     rows = [question.row for question in contender.questions]
     parsed = parse_answers(variant.answers, rows, contender.renderer.answer_format)
     tokenizer = contender.renderer.tokenizer
+    wanted = [row.messages[-1] for row in rows]
+    variant.thoughts_wanted = sum(
+        bool(message.reasoning or split_thoughts(message.content)[0]) for message in wanted
+    )
     for answer in parsed:
         size = None if answer.thoughts is None else len(plain_ids(tokenizer, [answer.thoughts])[0])
         variant.thoughts.append(size)

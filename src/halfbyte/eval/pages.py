@@ -71,8 +71,9 @@ def as_markdown(report: Report) -> str:
 
 
 def has_thoughts(report: Report) -> bool:
-    """Return whether any answer of a comparison begins with thoughts."""
-    return any(entry.get("thoughts") for entry in report.variants)
+    """Return whether any answer of a comparison begins with thoughts, or should."""
+    keys = ("thoughts", "thoughts_wanted")
+    return any(entry.get(key) for entry in report.variants for key in keys)
 
 
 def thoughts_of(entry: dict[str, Any]) -> str:
