@@ -400,7 +400,7 @@ def test_values_are_equal_as_a_reader_sees_them(answer: str, wanted: str, score:
 def test_long_answers_are_read_in_their_length() -> None:
     """What takes a step for each character of what came before would take hours."""
     for piece in ("word 12 ", "1 ", "=", "1/", "1, ", "[", "{", "-", "1^", "answer: "):
-        text = piece * (50_000 // len(piece))
+        text = piece * (100_000 // len(piece))
         read_number(text)
         scorer("normalised_match", Eval())(text, text)
         split_thoughts(text)

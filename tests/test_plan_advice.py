@@ -312,13 +312,8 @@ def test_suggested_rank_keeps_the_adapter_s_scale(planners: Planners) -> None:
     assert changed.alpha / changed.r == 2
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param([], id="auto", marks=pytest.mark.slow),
-        pytest.param(["model.compute_dtype=bf16"], id="bf16", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["model.compute_dtype=bf16"]], ids=["auto", "bf16"])
 def test_cards_that_fit_come_smallest_first(overrides: list[str]) -> None:
     """Where bf16 is asked for, cards without it are out, and none of them ends the plan."""
     config, _ = model_config("meta-llama/Llama-3.1-8B")

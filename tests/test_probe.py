@@ -76,14 +76,8 @@ def test_probe_measures_what_was_planned(make_config: MakeConfig, overrides: lis
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    "checkpointing",
-    [
-        pytest.param("off", marks=pytest.mark.slow),
-        pytest.param("on", marks=pytest.mark.slow),
-        pytest.param("12", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["off", "on", "12"])
 def test_probe_of_a_real_model_is_within_a_percent(
     make_config: MakeConfig, checkpointing: str
 ) -> None:

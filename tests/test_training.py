@@ -117,10 +117,10 @@ def test_construction_keeps_the_adapters_values(make_config: MakeConfig, compute
 def test_steps_are_the_same_however_the_batch_is_cut(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Loss and gradient norm of four steps for 4x1 and 1x4 rows, and as the plan cuts it."""
+    """Loss and gradient norm of four steps for 4x1, 2x2 and 1x4 rows, and as the plan cuts it."""
     config = make_config()
     found = []
-    for size in (4, 1, "auto"):
+    for size in (4, 2, 1, "auto"):
         run_script(
             "train/sft.py",
             config,

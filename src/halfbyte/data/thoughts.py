@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from halfbyte.data.conversation import Message
 from halfbyte.data.special_tokens import pattern_of
 
 MARKS = {
@@ -50,3 +51,8 @@ def _closer(opener: str) -> str:
 def without_thoughts(text: str) -> str:
     """Return an answer without its thoughts."""
     return split_thoughts(text)[1]
+
+
+def message_thoughts(message: Message) -> str | None:
+    """Return the thoughts of a turn, be they a field of their own or a block in its content; None without any."""
+    return message.reasoning or split_thoughts(message.content)[0]

@@ -15,7 +15,7 @@ from torch import nn
 from halfbyte.config import Run
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question
-from halfbyte.data.thoughts import split_thoughts
+from halfbyte.data.thoughts import message_thoughts
 from halfbyte.data.tokenise import plain_ids
 from halfbyte.eval.energy import Meter
 from halfbyte.eval.harness import BenchmarkResult
@@ -229,10 +229,7 @@ def _record_answers(
     rows = [question.row for question in contender.questions]
     parsed = parse_answers(variant.answers, rows, contender.renderer.answer_format)
     tokenizer = contender.renderer.tokenizer
-    wanted = [row.messages[-1] for row in rows]
-    variant.thoughts_wanted = sum(
-        bool(message.reasoning or split_thoughts(message.content)[0]) for message in wanted
-    )
+    variant.thoughts_wanted = sum(bool(message_thoughts(row.messages[-1])) for row in rows)
     for answer in parsed:
         size = None if answer.thoughts is None else len(plain_ids(tokenizer, [answer.thoughts])[0])
         variant.thoughts.append(size)

@@ -16,7 +16,7 @@ import torch
 
 from halfbyte.data.conversation import Message, Row, row_from_json
 from halfbyte.data.render import Renderer
-from halfbyte.data.thoughts import split_thoughts
+from halfbyte.data.thoughts import message_thoughts
 from halfbyte.errors import RunError
 from halfbyte.run_dir import read_json, write_json
 
@@ -123,7 +123,7 @@ def _markup(answer: Message | None) -> tuple[Any, ...]:
     """Return what an answer has besides text: its calls, and its thoughts."""
     if answer is None:
         return ()
-    return (answer.tool_calls, answer.reasoning or split_thoughts(answer.content)[0])
+    return (answer.tool_calls, message_thoughts(answer))
 
 
 def _prompt(row: Row) -> Row:
