@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from halfbyte.config.section import Count, Metric, Name, Positive, Precision, Section, Variant
+from halfbyte.config.section import (
+    Count,
+    Metric,
+    Name,
+    Opponent,
+    Positive,
+    Precision,
+    Section,
+    Variant,
+)
 
 
 class Baseline(Section):
@@ -75,6 +84,12 @@ class Eval(Section):
         default=["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"],
         description="Variants to compare, on the same prompts with the same decoding. Artefacts of"
         " train/export.py are also allowed by name, such as `awq` or `gguf-q4_k_m`.",
+    )
+    opponents: list[Opponent] = Field(
+        default=["majority", "nearest", "linear", "copy"],
+        description="Opponents without a model: the most frequent training answer, a vote of the training rows"
+        " with the most similar words, logistic regression (where answers are a closed set), the likeliest span"
+        " of the prompt (where answers are such spans).",
     )
     baselines: list[Baseline] = Field(
         default_factory=list,

@@ -25,6 +25,7 @@ Metric = Literal[
 OwnVariant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
 Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of train/export.py
 Variant = OwnVariant | Artefact
+Opponent = Literal["majority", "nearest", "linear", "copy"]  # each without a model
 
 BRANCH = "|"  # begins the name of a union's branch, which pydantic puts into the places of errors
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -93,6 +93,14 @@ def training_examples(folder: RunDir) -> list[Row]:
     return [row_from_json(record) for record in read_jsonl(path)]
 
 
+def training_rows(folder: RunDir) -> list[Row]:
+    """Return the training rows that a run keeps for its opponents; a run of an older version kept few."""
+    path = folder.data / "train.jsonl"
+    if not path.is_file():
+        return training_examples(folder)
+    return [row_from_json(record) for record in read_jsonl(path)]
+
+
 def questions(
     rows: list[Row], renderer: Renderer, examples: tuple[Message, ...] = ()
 ) -> list[Question]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
-from halfbyte.data.questions import fewshot_examples, held_out_rows, questions
+from halfbyte.data.questions import fewshot_examples, held_out_rows, questions, training_rows
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.eval.benchmarks import LoadedBenchmark, ask
 from halfbyte.eval.measure import Variant, measure
+from halfbyte.eval.opponents import opponents
 from halfbyte.eval.variants import (
     ADAPTER,
     BASE_FULL,
@@ -79,6 +80,9 @@ def compare(
         resolve_base(baseline.model, baseline.revision)
         fewshot_examples(folder, baseline.fewshot, run.seed)
     plain = questions(rows, trained.renderer)
+    counted = []
+    if run.eval.opponents and run.eval.metrics[0] != LOSS_METRIC:
+        counted = opponents(training_rows(folder), rows, trained.renderer, run)
 
     variants = {}
     for contender in contenders(Comparison(trained, trained.trained_compute(), plain)):
@@ -93,7 +97,7 @@ def compare(
         # Drop the reference before the next model is loaded.
         del contender
     order = [*wanted, *(baseline.name for baseline in run.eval.baselines)]
-    return trained, [variants[name] for name in order]
+    return trained, [*(variants[name] for name in order), *counted]
 
 
 def check_answers(rows: list[Row], run: Run, renderer: Renderer) -> None:

@@ -13,8 +13,10 @@ import numpy as np
 from torch import nn
 
 from halfbyte.config import Run
+from halfbyte.data.conversation import Row
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question
+from halfbyte.data.render import Renderer
 from halfbyte.data.thoughts import message_thoughts
 from halfbyte.data.tokenise import plain_ids
 from halfbyte.eval.energy import Meter
@@ -66,16 +68,17 @@ class Variant:
         """Return the variant's entry in report.json."""
         settings = run.eval
         estimates = score_intervals(self.scores, run)
-        loss = ratio_interval(
-            *self.loss_columns(), settings.confidence, settings.resamples, run.seed
-        )
+        loss = None
+        if self.losses:  # an opponent without a model has none
+            sums, counts = self.loss_columns()
+            loss = ratio_interval(sums, counts, settings.confidence, settings.resamples, run.seed)
         reasons = {reason: self.finish_reasons.count(reason) for reason in ("stop", "length")}
         return {
             "name": self.name,
             "what": self.what,
             **estimates,
-            "held_out_loss": loss.value,
-            "held_out_loss_interval": loss.as_json(),
+            "held_out_loss": loss and loss.value,
+            "held_out_loss_interval": loss and loss.as_json(),
             "weights_bytes": self.weights_bytes,
             "disk_bytes": self.disk_bytes,
             "prompt_tokens_per_s": _rounded(self.prompt_tokens_per_s, 2),
@@ -223,15 +226,31 @@ def _record_answers(
     variant: Variant, answers: list[Answer], contender: Contender, run: Run
 ) -> None:
     """Record the answers of a variant and their scores."""
-    variant.answers = [contender.renderer.decode(one.ids) for one in answers]
     variant.finish_reasons = [one.finish_reason for one in answers]
     variant.lengths = _lengths(answers)
     rows = [question.row for question in contender.questions]
-    parsed = parse_answers(variant.answers, rows, contender.renderer.answer_format)
-    tokenizer = contender.renderer.tokenizer
+    texts = [contender.renderer.decode(one.ids) for one in answers]
+    record_scores(variant, texts, rows, contender.renderer, run)
+
+
+def record_scores(
+    variant: Variant, answers: list[str], rows: list[Row], renderer: Renderer, run: Run
+) -> None:
+    """Record the texts of a variant's answers, what they are made of, and their scores.
+
+    Args:
+        variant: takes them.
+        answers: texts with markup of thoughts and calls.
+        rows: that they answer.
+        renderer: whose chat template they are written in.
+        run: the config.
+    """
+    variant.answers = answers
+    parsed = parse_answers(answers, rows, renderer.answer_format)
     variant.thoughts_wanted = sum(bool(message_thoughts(row.messages[-1])) for row in rows)
     for answer in parsed:
-        size = None if answer.thoughts is None else len(plain_ids(tokenizer, [answer.thoughts])[0])
+        thoughts = answer.thoughts
+        size = None if thoughts is None else len(plain_ids(renderer.tokenizer, [thoughts])[0])
         variant.thoughts.append(size)
         if "numeric_match" in run.eval.metrics:
             variant.unread.append(read_number(answer.content).fault)

@@ -240,8 +240,10 @@ def rate(value: float | None, decimals: int = 0) -> str:
     return "" if value is None else f"{value:.{decimals}f}"
 
 
-def interval(estimate: dict[str, Any]) -> str:
-    """Format a value with its confidence interval."""
+def interval(estimate: dict[str, Any] | None) -> str:
+    """Format a value with its confidence interval; "" where it was not measured."""
+    if estimate is None:
+        return ""
     return f"{estimate['value']:.3f} [{estimate['ci_low']:.3f}, {estimate['ci_high']:.3f}]"
 
 

@@ -26,6 +26,7 @@ from halfbyte.eval.intervals import (
 )
 from halfbyte.eval.judge import judge_answers
 from halfbyte.eval.measure import Variant
+from halfbyte.eval.opponents import WITHOUT_MODEL
 from halfbyte.eval.pages import as_html, as_markdown, interval, signed
 from halfbyte.eval.plots import estimate_of
 from halfbyte.eval.report_record import Decoding, Report, TrainingRows
@@ -111,7 +112,7 @@ def build_report(
         base=manifest.base,
         metric=metric,
         metrics=list(run.eval.metrics),
-        n=len(variants[0].losses),
+        n=max(len(variant.losses) for variant in variants),
         confidence=run.eval.confidence,
         verdict=_verdict_line(entries, differences, metric, run),
         variants=entries,
@@ -163,13 +164,13 @@ def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, di
     for other in variants:
         if other is not ours:
             difference = _difference(run, ours, other, metric)
-            loss = _difference(run, ours, other, LOSS_METRIC)
+            loss = _difference(run, ours, other, LOSS_METRIC) if other.losses else None
             scores, other_scores = ours.scores.get(metric, []), other.scores.get(metric, [])
             differences[other.name] = {
                 **difference.as_json(),
                 **(evidence(scores, other_scores, *level) if scores else {}),
                 "verdict": judge(difference, scores, other_scores, run.eval.confidence),
-                "held_out_loss_drop": loss.as_json(),
+                "held_out_loss_drop": loss and loss.as_json(),
             }
     return differences
 
@@ -207,13 +208,17 @@ def _verdict_line(
     """Say in one line how the trained variant does against each baseline."""
     by_name = {entry["name"]: entry for entry in entries}
     ours = trained_name(by_name)
-    baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines)]
+    baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines), BASE_NF4]
     parts = [
         f"{differences[name]['verdict']} against {name}"
         f" ({signed(differences[name])}{_rows_needed(differences[name])})"
-        for name in (*baselines, BASE_NF4)
+        for name in (*baselines, *WITHOUT_MODEL)
         if name in differences
     ]
+    verdicts = {name: difference["verdict"] for name, difference in differences.items()}
+    unbeaten = [name for name in WITHOUT_MODEL if verdicts.get(name, GAIN) != GAIN]
+    if unbeaten and GAIN in map(verdicts.get, baselines):
+        parts.insert(0, f"gain over the base, not over {' and '.join(unbeaten)}")
     if ours is None or not parts:
         return "No verdict: the comparison lacks a trained variant or a baseline."
     estimate = interval(estimate_of(by_name[ours], metric))
@@ -253,8 +258,8 @@ def _notes(
         )
     else:
         notes.append("No training prompt is an exact or near duplicate of a held-out one.")
-    counts = {v.name: sum(v.loss_columns()[1]) for v in variants}
-    odd = [name for name, count in counts.items() if count != counts[variants[0].name]]
+    counts = {v.name: sum(v.loss_columns()[1]) for v in variants if v.losses}
+    odd = [name for name, count in counts.items() if count != next(iter(counts.values()))]
     if odd:
         notes.append(
             f"{', '.join(odd)}: a different tokenizer, so the loss per token refers to different tokens."

@@ -54,6 +54,7 @@ CHECKPOINT_FILES = (
     "trainer_state.json",
 )
 NUM_FEWSHOT_POOL = 64
+MAX_KEPT_ROWS = 20_000  # of the training, for opponents without a model
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,9 @@ def record_data(session: Session, prepared: Prepared) -> None:
     for name in ("validation", "test"):
         rows = getattr(prepared, name)
         write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in rows.rows()))
-    pool = prepared.train.rows_by_digest(NUM_FEWSHOT_POOL)
-    write_jsonl(folder.data / "fewshot.jsonl", (row.as_json() for row in pool))
+    for name, count in (("fewshot", NUM_FEWSHOT_POOL), ("train", MAX_KEPT_ROWS)):
+        pool = prepared.train.rows_by_digest(count)
+        write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in pool))
 
 
 def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> None:
