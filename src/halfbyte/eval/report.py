@@ -264,7 +264,7 @@ def _notes(
         notes.append(
             f"{', '.join(odd)}: a different tokenizer, so the loss per token refers to different tokens."
         )
-    without = [v.name for v in variants if has_benchmarks and not v.benchmarks]
+    without = [v.name for v in variants if has_benchmarks and v.losses and not v.benchmarks]
     if without:
         notes.append(
             f"{', '.join(without)}: not run on the benchmarks; models in llama.cpp cannot be, and examples in"
