@@ -39,10 +39,10 @@ def main() -> None:
     if arguments.workspace:
         check_workspace(run)
     benchmarks = load_benchmarks(run)
-    trained, variants = compare(folder.path, run, benchmarks)
+    trained, variants, notes = compare(folder.path, run, benchmarks)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
     command = shlex.join(["python", "eval/compare.py", *sys.argv[1:]])
-    report = write_report(trained, rows, variants, benchmarks, command=command)
+    report = write_report(trained, rows, variants, benchmarks, command=command, notes=notes)
     answered = list(read_jsonl(folder.eval / "answers.jsonl"))
     where = track_report(run, folder, report, answered, save_view=arguments.workspace)
     print(as_markdown(report))

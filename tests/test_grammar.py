@@ -11,7 +11,7 @@ from test_template_kinds import a, u
 
 from halfbyte.data.conversation import Row, ToolCall
 from halfbyte.errors import DataError
-from halfbyte.serve.grammar import Grammars, closed
+from halfbyte.generate.grammar import Grammars, closed
 
 NESTED = json.dumps(
     [

@@ -48,7 +48,7 @@ LIBRARIES = {
     "huggingface_hub": {"model/resolve.py", "ship/hub.py"},
     "jinja2": {"data/template_analysis.py", "eval/pages.py", "plan/plots.py"},
     "jsonschema": {"scoring/metrics.py", "scoring/rows.py"},
-    "llguidance": {"serve/grammar.py"},
+    "llguidance": {"generate/grammar.py"},
     "llmcompressor": {"ship/awq_worker.py"},
     "lm_eval": {"eval/benchmarks.py", "eval/harness.py", "eval/harness_model.py", "libraries.py"},
     "matplotlib": {"eval/plots.py", "plan/plots.py"},

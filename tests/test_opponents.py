@@ -11,7 +11,8 @@ from halfbyte.config import model_run
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.conversation import Message, Row
 from halfbyte.data.render import Renderer
-from halfbyte.eval.opponents import is_closed_set, opponents
+from halfbyte.eval.likeness import Examples, Likeness, is_closed_set
+from halfbyte.eval.opponents import opponents
 
 
 def row(prompt: str, answer: str, reasoning: str | None = None) -> Row:
@@ -27,7 +28,8 @@ def renderer() -> Renderer:
 def scores(train: list[Row], held: list[Row], renderer: Renderer, *keys: str) -> dict[str, float]:
     run = model_run("org/tiny", list(keys))
     metric = run.eval.metrics[0]
-    found = opponents(train, held, renderer, run)
+    likeness = Likeness(Examples.of(train, renderer), Examples.of(held, renderer))
+    found = opponents(likeness, renderer, run)
     return {one.name: sum(one.scores[metric]) / len(held) for one in found}
 
 

@@ -86,10 +86,20 @@ class Eval(Section):
         " train/export.py are also allowed by name, such as `awq` or `gguf-q4_k_m`.",
     )
     opponents: list[Opponent] = Field(
-        default=["majority", "nearest", "linear", "copy"],
-        description="Opponents without a model: the most frequent training answer, a vote of the training rows"
-        " with the most similar words, logistic regression (where answers are a closed set), the likeliest span"
-        " of the prompt (where answers are such spans).",
+        default=[
+            "majority",
+            "nearest",
+            "linear",
+            "copy",
+            "base-full-retrieval",
+            "base-full-choices",
+            "base-full-instructed",
+        ],
+        description="Opponents, each where it applies. Without a model: the most frequent training answer, a vote of the"
+        " training rows with the most similar words, logistic regression (where answers are a closed set), the"
+        " likeliest span of the prompt (where answers are such spans). With the base: the most similar training rows"
+        " as examples, the answers of a closed set ranked by likelihood, the set or the JSON Schema in the prompt with"
+        " constrained decoding. Of the default ones, those that cost too much are left out with a note.",
     )
     baselines: list[Baseline] = Field(
         default_factory=list,

@@ -25,7 +25,15 @@ Metric = Literal[
 OwnVariant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
 Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of train/export.py
 Variant = OwnVariant | Artefact
-Opponent = Literal["majority", "nearest", "linear", "copy"]  # each without a model
+Opponent = Literal[
+    "majority",
+    "nearest",
+    "linear",
+    "copy",
+    "base-full-retrieval",
+    "base-full-choices",
+    "base-full-instructed",
+]
 
 BRANCH = "|"  # begins the name of a union's branch, which pydantic puts into the places of errors
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

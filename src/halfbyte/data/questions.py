@@ -105,10 +105,11 @@ def questions(
     rows: list[Row], renderer: Renderer, examples: tuple[Message, ...] = ()
 ) -> list[Question]:
     """Render rows for evaluation, with ``examples`` between the system message and the conversation."""
-    return [_question(row, renderer, examples) for row in rows]
+    return [question(row, renderer, examples) for row in rows]
 
 
-def _question(row: Row, renderer: Renderer, examples: tuple[Message, ...]) -> Question:
+def question(row: Row, renderer: Renderer, examples: tuple[Message, ...]) -> Question:
+    """Render a row for evaluation, with ``examples`` between the system message and the conversation."""
     if row.text is not None:
         encoded = renderer.encode_row(row)
         return Question(row, [], encoded.ids, encoded.labels)

@@ -12,7 +12,9 @@ from halfbyte.data.conversation import Row
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions, training_rows
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
+from halfbyte.eval.base_opponents import base_opponents
 from halfbyte.eval.benchmarks import LoadedBenchmark, ask
+from halfbyte.eval.likeness import Examples, Likeness
 from halfbyte.eval.measure import Variant, measure
 from halfbyte.eval.opponents import opponents
 from halfbyte.eval.variants import (
@@ -22,6 +24,7 @@ from halfbyte.eval.variants import (
     FEWSHOT,
     MERGED,
     Comparison,
+    base_side,
     contenders,
     is_artefact,
 )
@@ -44,8 +47,8 @@ UNSCORABLE = {  # why an answer does not even match itself
 
 def compare(
     path: Path, run: Run, benchmarks: Sequence[LoadedBenchmark] = ()
-) -> tuple[TrainedRun, list[Variant]]:
-    """Measure every variant of ``eval.variants`` and ``eval.baselines``, in that order.
+) -> tuple[TrainedRun, list[Variant], list[str]]:
+    """Measure every variant of ``eval.variants`` and ``eval.baselines``, and the opponents, in that order.
 
     Every model except those in llama.cpp runs the benchmarks; the base runs them only once.
 
@@ -55,7 +58,7 @@ def compare(
         benchmarks: the loaded general benchmarks.
 
     Returns:
-        The run and the results of each variant.
+        The run, the results of each variant, and notes for the report.
 
     Raises:
         RunError: the run is not trained, is not merged although ``merged`` is a variant, or a file differs
@@ -80,14 +83,17 @@ def compare(
         resolve_base(baseline.model, baseline.revision)
         fewshot_examples(folder, baseline.fewshot, run.seed)
     plain = questions(rows, trained.renderer)
-    counted = []
+    comparison = Comparison(trained, trained.trained_compute(), plain)
+    counted: list[Variant] = []
+    notes: list[str] = []
     if run.eval.opponents and run.eval.metrics[0] != LOSS_METRIC:
-        counted = opponents(training_rows(folder), rows, trained.renderer, run)
+        comparison, counted, notes = _with_opponents(comparison, rows)
 
     variants = {}
-    for contender in contenders(Comparison(trained, trained.trained_compute(), plain)):
+    for contender in contenders(comparison):
         variants[contender.name] = variant = measure(contender, run)
-        if contender.name != FEWSHOT and not isinstance(contender.model, GgufModel):
+        is_plain = contender.name != FEWSHOT and contender.opponent is None
+        if is_plain and not isinstance(contender.model, GgufModel):
             for benchmark in benchmarks:
                 task = benchmark.settings.task
                 print(f"{contender.name}: {task}", file=sys.stderr, flush=True)
@@ -97,7 +103,24 @@ def compare(
         # Drop the reference before the next model is loaded.
         del contender
     order = [*wanted, *(baseline.name for baseline in run.eval.baselines)]
-    return trained, [*(variants[name] for name in order), *counted]
+    order += [opponent.name for opponent in comparison.opponents]
+    return trained, [*(variants[name] for name in order), *counted], notes
+
+
+def _with_opponents(
+    comparison: Comparison, rows: list[Row]
+) -> tuple[Comparison, list[Variant], list[str]]:
+    """Return the comparison with its opponents that ask the base, those without a model, and notes."""
+    trained, run = comparison.trained, comparison.run
+    known = training_rows(trained.folder)
+    if not known:
+        return comparison, [], ["No opponents: the run kept no training rows."]
+    renderer = trained.renderer
+    likeness = Likeness(Examples.of(known, renderer), Examples.of(rows, renderer))
+    _, base_renderer, plain = base_side(comparison)
+    asked, notes = base_opponents(likeness, plain, base_renderer, run)
+    counted = opponents(likeness, renderer, run)
+    return replace(comparison, opponents=tuple(asked)), counted, notes
 
 
 def check_answers(rows: list[Row], run: Run, renderer: Renderer) -> None:

@@ -19,6 +19,7 @@ from halfbyte.data.questions import Question
 from halfbyte.data.render import Renderer
 from halfbyte.data.thoughts import message_thoughts
 from halfbyte.data.tokenise import plain_ids
+from halfbyte.eval.base_opponents import likeliest
 from halfbyte.eval.energy import Meter
 from halfbyte.eval.harness import BenchmarkResult
 from halfbyte.eval.intervals import mean_interval, ratio_interval
@@ -26,6 +27,7 @@ from halfbyte.eval.variants import Contender
 from halfbyte.forward.scoring import ROWS_PER_SCORED, row_scores
 from halfbyte.generate.batched import Answer, generate
 from halfbyte.generate.continuous import SlotGenerator, Spent, slots_refusal
+from halfbyte.generate.grammar import Grammars
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.cpu_speed import unpack_for_speed
 from halfbyte.scoring.numbers import read_number
@@ -113,24 +115,44 @@ def measure(contender: Contender, run: Run) -> Variant:
     start = time.perf_counter()
     meter = Meter(contender.device, run.eval.watts)
     rows = [(question.ids, question.labels) for question in contender.questions]
-    if isinstance(contender.model, GgufModel):
+    opponent = contender.opponent
+    if opponent is not None and opponent.choices is not None:
+        _rank(variant, contender, run)
+    elif isinstance(contender.model, GgufModel):
         _generate_gguf(variant, contender.model, contender, run)
         variant.losses = contender.model.losses(rows)
     else:
         unpack_for_speed(contender.model)
         refusal = slots_refusal(contender.model)
-        if refusal or not all(map(_has_short_answer, contender.questions)):
+        is_free = opponent is None or opponent.allowed is None
+        if refusal or not is_free or not all(map(_has_short_answer, contender.questions)):
             size = max(1, run.eval.batch_size // ROWS_PER_SCORED)
             scored = row_scores(contender.model, rows, size)
             variant.losses = [(loss, len(hits)) for loss, hits in scored]
             begun = [
-                _correct_prefix(*pair) for pair in zip(contender.questions, scored, strict=True)
+                _correct_prefix(*pair) if is_free else []
+                for pair in zip(contender.questions, scored, strict=True)
             ]
             _generate(variant, contender.model, contender, run, refusal, begun)
         else:
             _generate(variant, contender.model, contender, run)
     variant.seconds, variant.watts = time.perf_counter() - start, meter.watts()
     return variant
+
+
+def _rank(variant: Variant, contender: Contender, run: Run) -> None:
+    """Let a model rank the answers of a closed set, and score the first ones."""
+    opponent, renderer = contender.opponent, contender.renderer
+    assert opponent is not None
+    assert opponent.choices is not None
+    assert isinstance(contender.model, nn.Module)
+    start = time.perf_counter()
+    how, answers = likeliest(contender.model, opponent, opponent.choices, renderer, run)
+    variant.what += how
+    variant.row_seconds = (time.perf_counter() - start) / len(answers)
+    variant.finish_reasons = ["stop"] * len(answers)
+    rows = [question.row for question in contender.questions]
+    record_scores(variant, answers, rows, renderer, run)
 
 
 def _generate_gguf(variant: Variant, model: GgufModel, contender: Contender, run: Run) -> None:
@@ -187,7 +209,7 @@ def _generate(
         _record_time(variant, answers, time.perf_counter() - start)
     else:
         spent = Spent()
-        answers = SlotGenerator(model).generate(
+        answers = SlotGenerator(model, matcher=_matcher(model, contender)).generate(
             prompts,
             stop_ids=renderer.stop_ids,
             max_new_tokens=run.eval.max_new_tokens,
@@ -201,6 +223,16 @@ def _generate(
             variant.losses = [(loss, len(hits)) for loss, hits in scores]
         _record_rates(variant, answers, prompts, spent)
     _record_answers(variant, answers, contender, run)
+
+
+def _matcher(model: Any, contender: Contender) -> Any:
+    """Return the state of the grammar that a contender's answers follow; None for free answers."""
+    opponent, renderer = contender.opponent, contender.renderer
+    if opponent is None or opponent.allowed is None:
+        return None
+    vocab_size = len(model.get_output_embeddings().weight)
+    grammars = Grammars(renderer, vocab_size, may_think=False)
+    return opponent.allowed(grammars, renderer.answer_format.closer)
 
 
 def _labelled_tokens(question: Question) -> list[int]:

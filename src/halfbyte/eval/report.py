@@ -48,6 +48,7 @@ def write_report(
     benchmarks: Sequence[LoadedBenchmark] = (),
     *,
     command: str = "",
+    notes: Sequence[str] = (),
 ) -> Report:
     """Write report.json, .md and .html, answers.jsonl and benchmarks.jsonl; return report.json's content.
 
@@ -57,9 +58,11 @@ def write_report(
         variants: the measured variants.
         benchmarks: the benchmarks that were run.
         command: the command line that repeats the comparison.
+        notes: further notes, a sentence or two each.
     """
     folder, run = trained.folder, trained.run
     report = build_report(trained, variants, benchmarks, command)
+    report = report.model_copy(update={"notes": [*report.notes, *notes]})
     answered = [] if not variants[0].answers else _answers(trained, rows, variants)
     write_jsonl(folder.eval / "answers.jsonl", answered)
     write_jsonl(folder.eval / "benchmarks.jsonl", _benchmark_answers(variants))

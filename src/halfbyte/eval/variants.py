@@ -18,6 +18,7 @@ from halfbyte.config.section import Precision
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.questions import Question, fewshot_examples, questions
 from halfbyte.data.render import Renderer
+from halfbyte.eval.base_opponents import BaseOpponent
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.host import USABLE_FRAC, free_bytes
 from halfbyte.llamacpp.model import GgufModel
@@ -49,6 +50,7 @@ class Contender:
     Attributes:
         num_bytes: size of the weights in memory.
         stored: files and folders that the weights were loaded from.
+        opponent: the way to ask the base, if it is one of the opponents.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Contender:
     questions: list[Question]
     renderer: Renderer
     stored: tuple[Path, ...] = ()
+    opponent: BaseOpponent | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -85,11 +88,12 @@ def _stored_bytes(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A trained run, the questions that its variants answer, and the dtype that they compute in."""
+    """A trained run, the questions that its variants answer, the dtype that they compute in, and opponents."""
 
     trained: TrainedRun
     compute: Compute
     questions: list[Question]
+    opponents: tuple[BaseOpponent, ...] = ()
 
     @property
     def run(self) -> Run:
@@ -100,7 +104,7 @@ class Comparison:
 def contenders(comparison: Comparison) -> Iterator[Contender]:
     """Yield the variants of the config, loaded one after the other."""
     variants = set(comparison.run.eval.variants)
-    if variants & {BASE_FULL, FEWSHOT}:
+    if variants & {BASE_FULL, FEWSHOT} or comparison.opponents:
         yield from _full_size(comparison)
         release()
     if variants & {BASE_NF4, ADAPTER}:
@@ -118,7 +122,7 @@ def contenders(comparison: Comparison) -> Iterator[Contender]:
         release()
 
 
-def _base_side(comparison: Comparison) -> tuple[Base, Renderer, list[Question]]:
+def base_side(comparison: Comparison) -> tuple[Base, Renderer, list[Question]]:
     """Return the base as it was published, which reads new tokens as text, its renderer and its questions."""
     run, trained = comparison.run, comparison.trained
     if not trained.base.new_tokens:
@@ -146,9 +150,9 @@ def _own_renderer(base: Base, template: str | None, run: Run, stop: str = "templ
 
 
 def _full_size(comparison: Comparison) -> Iterator[Contender]:
-    """Yield the base without quantisation, without and with examples in the prompt."""
+    """Yield the base without quantisation, without and with examples in the prompt, and asked in other ways."""
     run = comparison.run
-    base, renderer, plain = _base_side(comparison)
+    base, renderer, plain = base_side(comparison)
     loaded = _load_full(base, run, comparison.compute)
     size, stored = weights_bytes(loaded.model), (Path(base.path),)
     what = f"{base.name} in {loaded.precision}"
@@ -157,8 +161,11 @@ def _full_size(comparison: Comparison) -> Iterator[Contender]:
     if FEWSHOT in run.eval.variants:
         examples = fewshot_examples(comparison.trained.folder, run.eval.fewshot, run.seed)
         longer = questions([question.row for question in comparison.questions], renderer, examples)
-        what = f"{what}, {run.eval.fewshot} training examples in the prompt"
-        yield Contender(FEWSHOT, what, loaded.model, size, longer, renderer, stored)
+        shown = f"{what}, {run.eval.fewshot} training examples in the prompt"
+        yield Contender(FEWSHOT, shown, loaded.model, size, longer, renderer, stored)
+    for one in comparison.opponents:
+        asked = f"{what}, {one.what}"
+        yield Contender(one.name, asked, loaded.model, size, one.questions, renderer, stored, one)
 
 
 def _quantised(comparison: Comparison) -> Iterator[Contender]:
@@ -183,7 +190,7 @@ def _quantised(comparison: Comparison) -> Iterator[Contender]:
         del model, loaded
         release()
     if BASE_NF4 in run.eval.variants and not same_weights:
-        base, renderer, plain = _base_side(comparison)
+        base, renderer, plain = base_side(comparison)
         loaded = load_scored(base, "nf4", compute, run)
         what = f"{base.name} in nf4{taken_back(base, 'nf4')}"
         size = weights_bytes(loaded.model)

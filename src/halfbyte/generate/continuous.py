@@ -24,6 +24,7 @@ from halfbyte.forward.probes import (
 )
 from halfbyte.forward.slot_attention import GROWTH, SlotInput
 from halfbyte.generate.batched import Answer, until_stop
+from halfbyte.generate.grammar import consume, masked
 from halfbyte.generate.slot_model import SlotModel, token_bytes
 from halfbyte.host import free_bytes
 
@@ -67,10 +68,11 @@ class SlotGenerator:
         model: a causal language model, with or without an adapter.
         num_slots: largest number of answers at once; fewer where half of the free memory has no room for
             them.
+        matcher: llguidance's state of the grammar that answers follow; None for free answers.
     """
 
-    def __init__(self, model: nn.Module, num_slots: int = MAX_SLOTS) -> None:
-        self.model, self.num_slots = causal_of(model), num_slots
+    def __init__(self, model: nn.Module, num_slots: int = MAX_SLOTS, matcher: Any = None) -> None:
+        self.model, self.num_slots, self.matcher = causal_of(model), num_slots, matcher
 
     def generate(
         self,
@@ -98,13 +100,18 @@ class SlotGenerator:
             spent: is filled with tokens, seconds and scores.
 
         Raises:
-            ValueError: ``wanted`` with ``begun``, or with ``ends``, which judges one token after the other.
+            GrammarError: an answer cannot follow its grammar any further.
+            ValueError: ``wanted`` with ``begun``, or with ``ends`` or a grammar, which judge one token after the
+                other; or ``begun`` tokens with a grammar.
         """
-        if wanted and (begun or ends):
-            raise ValueError("wanted cannot be given with begun or ends")
+        if wanted and (begun or ends or self.matcher):
+            raise ValueError("wanted cannot be given with begun, ends or a grammar")
+        if self.matcher and any(begun or ()):
+            raise ValueError("begun cannot be given with a grammar")
         nothing: list[list[int]] = [[] for _ in prompts]
         begun, wanted = begun or nothing, wanted or nothing
         spent = spent or Spent()
+        matchers = [self.matcher.deep_copy() for _ in prompts] if self.matcher else []
         longest = max(map(len, prompts), default=0)
         max_tokens = longest + max([max_new_tokens, *map(len, wanted)])
         growth = min(max_tokens, longest + GROWTH)  # where answers may be long, most end sooner
@@ -122,7 +129,8 @@ class SlotGenerator:
                     [slot_input for _, slot_input in step],
                     scheduler.references(step),
                 )
-                scheduler.receive(step, _run(slot_model, inputs, spent, references))
+                states = [matchers[row] for row, _ in step] if matchers else []
+                scheduler.receive(step, _run(slot_model, inputs, spent, references, states))
                 if progress is not None and len(scheduler.answers) > num_done:
                     progress(len(scheduler.answers))
         spent.scores |= scheduler.scores
@@ -260,12 +268,20 @@ def _run(
     inputs: list[SlotInput],
     spent: Spent,
     references: Sequence[list[int]] = (),
+    matchers: Sequence[Any] = (),
 ) -> list[Prediction]:
-    """Compute a pass; return the likeliest tokens after each input, and the loss of its reference tokens."""
+    """Compute a pass; return the likeliest tokens after each input, and the loss of its reference tokens.
+
+    Where inputs have matchers, the likeliest token is the likeliest that each allows, and is taken.
+    """
     start = time.perf_counter()
     logits, rows = slot_model.logits(inputs)  # (N, V)
     # The first of equals, as argmax, which takes four times as long on a CPU in bf16.
     likeliest: list[int] = logits.max(dim=1).indices.tolist()  # N
+    for input_rows, matcher in zip(rows, matchers, strict=False):
+        allowed = masked(matcher, logits[input_rows.stop - 1].float().cpu())  # (V,)
+        likeliest[input_rows.stop - 1] = int(allowed.argmax())
+        consume(matcher, likeliest[input_rows.stop - 1])
     losses: list[float | None] = [None] * len(inputs)
     for number, labels in enumerate(references):
         if labels:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from halfbyte.data.answer_format import AnswerReader
 from halfbyte.data.render import Renderer
+from halfbyte.generate.grammar import Grammars
 from halfbyte.serve.conversation import Conversation
-from halfbyte.serve.grammar import Grammars
 from halfbyte.serve.text import REPLACEMENT_CHAR
 
 END_TOKENS = 24  # of a prompt, in which a mark of thoughts is looked for

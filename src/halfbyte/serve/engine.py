@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import torch
 
 from halfbyte.forward.slot_attention import SlotInput
+from halfbyte.generate.grammar import GrammarError
 from halfbyte.generate.slot_model import Backend
 from halfbyte.heap import trim_heap
 from halfbyte.serve.jobs import Event, FinishReason, Job
-from halfbyte.serve.sampling import GrammarError, scored_tokens
+from halfbyte.serve.sampling import scored_tokens
 
 PREFILL_TOKENS = 512  # in one pass, so that running answers do not stall
 SCORED_TOKENS = 64  # of a prompt in one pass, as each of them has logits of the whole vocabulary

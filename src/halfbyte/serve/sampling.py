@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
+from halfbyte.generate.grammar import consume, masked
+
 NUM_SEEDS = 1 << 63  # a generator takes seeds below this
-
-
-class GrammarError(Exception):
-    """The grammar cannot be followed any further."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +102,13 @@ class Sampler:
         settings = self.settings
         scores = self._penalised(logits)
         if self.matcher is not None:
-            scores = self._mask_forbidden(scores)
+            scores = masked(self.matcher, scores)
         token = int(scores.argmax()) if settings.temperature == 0 else self._draw(scores)
         if not torch.isfinite(logits[token]):
             raise ArithmeticError("the model returned NaN or infinity")
         self.token_counts[token] += 1
         if self.matcher is not None:
-            self.matcher.consume_token(token)
-            self._check_grammar()
+            consume(self.matcher, token)
         if settings.top_logprobs is None:
             return SampledToken(token)
         return scored_tokens(logits[None], [token], settings.top_logprobs)[0]
@@ -158,17 +154,3 @@ class Sampler:
             sorted_probs[outside] = 0
             return int(tokens[sorted_probs.multinomial(1, generator=self._generator)])
         return int(probs.multinomial(1, generator=self._generator))
-
-    def _mask_forbidden(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores with tokens that the grammar forbids set to minus infinity."""
-        # llguidance.torch would compile C++ for this, so its bit mask is unpacked here.
-        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        self._check_grammar()
-        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(scores)]).bool()
-        masked = torch.full_like(scores, float("-inf"))
-        masked[: len(allowed)][allowed] = scores[: len(allowed)][allowed]
-        return masked
-
-    def _check_grammar(self) -> None:
-        if self.matcher.is_error():
-            raise GrammarError(str(self.matcher.get_error()).partition("\n")[0][:300])

@@ -1,12 +1,15 @@
-"""Owns the grammars of answers: JSON that follows a schema, and tool calls in the template's own markup."""
+"""Owns the grammars of answers: JSON that follows a schema, one of several texts, tool calls in the template's markup."""
 
 from __future__ import annotations
 
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+import torch
 
 from halfbyte.data.call_format import CallFormat, FieldCalls, NamedCalls, ObjectCalls
 from halfbyte.data.conversation import tools_of
@@ -30,16 +33,52 @@ MAX_ERROR_CHARS = 400
 ANY_TEXT = r"/(.|\n)*/"
 
 
+class GrammarError(Exception):
+    """The grammar cannot be followed any further."""
+
+
+def masked(matcher: Any, scores: torch.Tensor) -> torch.Tensor:
+    """Return scores (V,) of tokens in which those that a grammar forbids are minus infinity.
+
+    Raises:
+        GrammarError: the grammar cannot be followed any further.
+    """
+    # llguidance.torch would compile C++ for this, so its bit mask is unpacked here.
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    check(matcher)
+    allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(scores)]).bool()
+    kept = torch.full_like(scores, float("-inf"))
+    kept[: len(allowed)][allowed] = scores[: len(allowed)][allowed]
+    return kept
+
+
+def consume(matcher: Any, token: int) -> None:
+    """Follow a grammar by a token.
+
+    Raises:
+        GrammarError: the grammar cannot be followed any further.
+    """
+    matcher.consume_token(token)
+    check(matcher)
+
+
+def check(matcher: Any) -> None:
+    """Raise a ``GrammarError`` if a grammar cannot be followed any further."""
+    if matcher.is_error():
+        raise GrammarError(str(matcher.get_error()).partition("\n")[0][:300])
+
+
 class Grammars:
     """Makes the grammars of one model's answers.
 
     Args:
         renderer: the model's renderer.
         vocab_size: V of the model's logits.
+        may_think: whether answers may begin with thoughts, where the template lets them.
     """
 
-    def __init__(self, renderer: Renderer, vocab_size: int) -> None:
-        self.renderer, self.vocab_size = renderer, vocab_size
+    def __init__(self, renderer: Renderer, vocab_size: int, *, may_think: bool = True) -> None:
+        self.renderer, self.vocab_size, self.may_think = renderer, vocab_size, may_think
 
     def of_schema(self, schema: dict[str, Any], *, closer: str | None = None) -> Any:
         """Return llguidance's state of a grammar for answers that follow a JSON schema.
@@ -52,6 +91,15 @@ class Grammars:
             DataError: it is not a valid schema, or no answer can follow it.
         """
         return self._matcher(_json(schema, PLAIN_JSON), closer, "response_format")
+
+    def of_texts(self, texts: Sequence[str], *, closer: str | None = None) -> Any:
+        """Return llguidance's state of a grammar for answers that are one of several texts.
+
+        Raises:
+            DataError: there are no texts.
+        """
+        answer = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+        return self._matcher(f"text\ntext: {answer}", closer, "texts")
 
     def of_calls(
         self, tools: str, name: str | None, *, parallel: bool, closer: str | None = None
@@ -118,7 +166,7 @@ class Grammars:
         own = self.renderer.answer_format.own_marks
         if closer is not None:
             return f"thoughts: rest\n{self._rest(closer)}"
-        if own is None:
+        if own is None or not self.may_think:
             return ""
         return f"thoughts: ({self._literal(own[0])} rest)?\n{self._rest(own[1])}"
 

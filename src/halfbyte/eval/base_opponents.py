@@ -1,0 +1,240 @@
+"""Owns the opponents with the base: retrieved examples, the allowed answers in the prompt, ranked answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from halfbyte.config import Run
+from halfbyte.data.conversation import OPENING_ROLES, Message, Row
+from halfbyte.data.encoded import IGNORED
+from halfbyte.data.questions import Question, question, questions
+from halfbyte.data.render import Renderer
+from halfbyte.eval.likeness import Likeness, is_closed_set
+from halfbyte.forward.scoring import row_losses
+from halfbyte.generate.grammar import Grammars
+from halfbyte.scoring.rows import answer_scores, parse_answers
+
+RETRIEVAL, CHOICES = "base-full-retrieval", "base-full-choices"
+INSTRUCTED = "base-full-instructed"
+WITH_BASE = (RETRIEVAL, CHOICES, INSTRUCTED)
+MAX_GROWTH = 8  # tokens of an opponent's prompts, as a multiple of those of the rows
+MAX_LISTED_CHARS = 8_000  # of a set of answers that a prompt names
+NUM_TUNING = 32  # training rows on which the way to rank answers is chosen
+QUESTIONS_PER_CALL = 32  # whose choices are scored together
+
+Allowed = Callable[
+    [Grammars, str | None], Any
+]  # the grammar of answers, given what closes open thoughts
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Answers to rank by their likelihood.
+
+    Attributes:
+        texts: the C answers.
+        ids: their tokens.
+        tuning: questions on training rows.
+    """
+
+    texts: list[str]
+    ids: list[list[int]]
+    tuning: list[Question]
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens to compute for a question: common beginnings count once."""
+        return len({tuple(ids[:end]) for ids in self.ids for end in range(1, len(ids) + 1)})
+
+
+@dataclass(frozen=True)
+class BaseOpponent:
+    """An opponent that asks the unquantised base in another way.
+
+    Attributes:
+        what: says how, for the report.
+        questions: what it is asked.
+        choices: the answers that it ranks instead of generating one.
+        allowed: makes the grammar that its answers follow.
+    """
+
+    name: str
+    what: str
+    questions: list[Question]
+    choices: Choices | None = None
+    allowed: Allowed | None = None
+
+
+def base_opponents(
+    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run
+) -> tuple[list[BaseOpponent], list[str]]:
+    """Return the opponents with the base that apply to these rows, and a note for each that costs too much.
+
+    Those that the config names are not left out for what they cost.
+
+    Args:
+        likeness: the training rows that the run kept, one at least, and the rows of the comparison.
+        plain: the questions that the base is asked.
+        renderer: of the base.
+        run: the config.
+    """
+    made = [
+        _retrieval(likeness, plain, renderer, run),
+        _choices(likeness, plain, renderer),
+        _instructed(likeness, plain, renderer, run),
+    ]
+    is_named = run.eval.opponents != type(run.eval)().opponents
+    room = MAX_GROWTH * sum(len(one.ids) for one in plain)
+    opponents, notes = [], []
+    for opponent in made:
+        if opponent is None or opponent.name not in run.eval.opponents:
+            continue
+        cost = _num_tokens(opponent)
+        if is_named or cost <= room:
+            opponents.append(opponent)
+        else:
+            notes.append(
+                f"{opponent.name} was left out: it reads {cost:,} tokens, more than {MAX_GROWTH} times those of the"
+                " rows. Name it in eval.opponents to have it in the comparison."
+            )
+    return opponents, notes
+
+
+def _num_tokens(opponent: BaseOpponent) -> int:
+    """Return about how many tokens an opponent makes the base read; a beginning of all prompts counts once."""
+    if opponent.choices is not None:
+        rows = len(opponent.questions) + len(opponent.choices.tuning)
+        return rows * opponent.choices.num_tokens
+    if opponent.allowed is not None:  # the set of answers stands at the beginning
+        longest = max(len(one.prompt) for one in opponent.questions)
+        return longest + sum(len(one.ids) - len(one.prompt) for one in opponent.questions)
+    return sum(len(one.ids) for one in opponent.questions)
+
+
+def _retrieval(
+    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run
+) -> BaseOpponent | None:
+    """Put the most similar training rows into each prompt, the most similar one last."""
+    count = min(run.eval.fewshot, len(likeness.known.rows))
+    asked = []
+    for one, neighbours in zip(plain, likeness.nearest(count), strict=True):
+        shown = [likeness.known.rows[number] for number, _ in reversed(neighbours)]
+        turns = tuple(
+            turn for row in shown for turn in row.messages if turn.role not in OPENING_ROLES
+        )
+        asked.append(question(one.row, renderer, turns))
+    return BaseOpponent(RETRIEVAL, f"the {count} most similar training rows in the prompt", asked)
+
+
+def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> BaseOpponent | None:
+    """Rank the answers of a closed set by their likelihood."""
+    known = likeness.known
+    if not is_closed_set(known.answers) or _has_calls(known.rows):
+        return None
+    texts = sorted(set(known.answers))
+    ids = [_answer_ids(plain[0].row, text, renderer) for text in texts]
+    step = max(1, len(known.rows) // NUM_TUNING)
+    tuning = questions(known.rows[::step][:NUM_TUNING], renderer)
+    choices = Choices(texts, ids, tuning)
+    return BaseOpponent(CHOICES, f"the likeliest of {len(texts)} answers", plain, choices)
+
+
+def _answer_ids(row: Row, text: str, renderer: Renderer) -> list[int]:
+    """Return the tokens of an answer to a row, without those that end it."""
+    answered = replace(row, messages=(*row.messages[:-1], Message("assistant", text)))
+    labels = question(answered, renderer, ()).labels
+    ids = [label for label in labels if label != IGNORED]
+    ends = (at for at, token in enumerate(ids) if token in renderer.stop_ids)
+    return ids[: next(ends, len(ids))]
+
+
+def _instructed(
+    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run
+) -> BaseOpponent | None:
+    """Name the allowed answers, or the schema of the answers, in the prompt, and allow nothing else."""
+    known = likeness.known
+    if run.eval.json_schema is not None:
+        schema = json.loads(Path(run.eval.json_schema).read_text(encoding="utf-8"))
+        instruction = f"Answer with JSON that follows this JSON Schema: {json.dumps(schema)}"
+        what = "the JSON Schema in the prompt, constrained to it"
+
+        def allowed(grammars: Grammars, closer: str | None) -> Any:
+            return grammars.of_schema(schema, closer=closer)
+
+    elif is_closed_set(known.answers) and not _has_calls(known.rows):
+        texts = sorted(set(known.answers))
+        if sum(map(len, texts)) > MAX_LISTED_CHARS:
+            return None
+        instruction = "\n".join(["Answer with one of these:", *texts])
+        what = f"the {len(texts)} answers in the prompt, constrained to them"
+
+        def allowed(grammars: Grammars, closer: str | None) -> Any:
+            return grammars.of_texts(texts, closer=closer)
+
+    else:
+        return None
+    rows = [_with_instruction(one.row, instruction) for one in plain]
+    return BaseOpponent(INSTRUCTED, what, questions(rows, renderer), allowed=allowed)
+
+
+def _has_calls(rows: Sequence[Row]) -> bool:
+    """Return whether any answer calls tools."""
+    return any(row.messages[-1].tool_calls for row in rows)
+
+
+def _with_instruction(row: Row, instruction: str) -> Row:
+    """Return a row with an instruction at the end of its system message."""
+    first, *others = row.messages
+    if first.role not in OPENING_ROLES:
+        return replace(row, messages=(Message("system", instruction), *row.messages))
+    opening = replace(first, content=f"{first.content}\n{instruction}")
+    return replace(row, messages=(opening, *others))
+
+
+def rank(
+    model: nn.Module, asked: Sequence[Question], choices: Sequence[list[int]], num_rows: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the log-likelihood of each answer to each question: (questions, choices), in nats.
+
+    As lm-evaluation-harness scores multiple choice: the sum over the tokens of the answer, without its end.
+    """
+    scores: list[list[float]] = []
+    for start in range(0, len(asked), QUESTIONS_PER_CALL):
+        block = asked[start : start + QUESTIONS_PER_CALL]
+        rows = [
+            ([*one.prompt, *ids], [IGNORED] * len(one.prompt) + ids)
+            for one in block
+            for ids in choices
+        ]
+        losses = [-loss for loss, _ in row_losses(model, rows, num_rows)]
+        scores += [losses[at : at + len(choices)] for at in range(0, len(losses), len(choices))]
+    return np.array(scores)
+
+
+def likeliest(
+    model: nn.Module, opponent: BaseOpponent, choices: Choices, renderer: Renderer, run: Run
+) -> tuple[str, list[str]]:
+    """Return how the answers were ranked, and the first answer to each question.
+
+    They are ranked by log-likelihood, or by that per character; which, is chosen on training rows.
+    """
+    lengths = np.array([max(1, len(text)) for text in choices.texts])
+    num_rows = run.eval.batch_size
+    tuning = rank(model, choices.tuning, choices.ids, num_rows)
+    ways = {"": np.ones_like(lengths), " per character": lengths}
+    rows, found = [one.row for one in choices.tuning], {}
+    for way, scale in ways.items():
+        texts = [choices.texts[best] for best in (tuning / scale).argmax(axis=1)]
+        parsed = parse_answers(texts, rows, renderer.answer_format)
+        found[way] = float(np.mean(answer_scores(parsed, rows, run)[run.eval.metrics[0]]))
+    way = max(found, key=lambda name: found[name])  # the first of equal ones
+    scores = rank(model, opponent.questions, choices.ids, num_rows)
+    answers = [choices.texts[best] for best in (scores / ways[way]).argmax(axis=1)]
+    return f" by likelihood{way}", answers

@@ -1,0 +1,159 @@
+"""Opponents with the base: retrieved examples, the allowed answers in the prompt, ranked answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from test_opponents import COLOURS, labelled, row
+
+from halfbyte.config import Run, model_run
+from halfbyte.data.chat_template import load_template
+from halfbyte.data.conversation import Row
+from halfbyte.data.questions import questions
+from halfbyte.data.render import Renderer
+from halfbyte.eval.base_opponents import BaseOpponent, base_opponents, rank
+from halfbyte.eval.likeness import Examples, Likeness
+from halfbyte.eval.measure import Variant, measure
+from halfbyte.eval.variants import Contender, load_scored
+from halfbyte.model.load import Loaded
+from halfbyte.model.precision import Compute
+from halfbyte.model.resolve import resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
+
+CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
+ALL = "eval.opponents=[base-full-retrieval, base-full-choices, base-full-instructed]"
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["blue", "green"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama: Path) -> Loaded:
+    return load_scored(resolve_base(str(tiny_llama)), "fp32", CPU32, model_run("org/tiny", []))
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_llama: Path) -> Renderer:
+    return Renderer(load_tokenizer(resolve_base(str(tiny_llama))), load_template("hermes"))
+
+
+def opponents_of(
+    train: list[Row], held: list[Row], renderer: Renderer, run: Run
+) -> tuple[dict[str, BaseOpponent], list[str]]:
+    likeness = Likeness(Examples.of(train, renderer), Examples.of(held, renderer))
+    made, notes = base_opponents(likeness, questions(held, renderer), renderer, run)
+    return {one.name: one for one in made}, notes
+
+
+def measured(opponent: BaseOpponent, loaded: Loaded, renderer: Renderer, run: Run) -> Variant:
+    contender = Contender(
+        opponent.name, "", loaded.model, 0, opponent.questions, renderer, (), opponent
+    )
+    return measure(contender, run)
+
+
+def test_retrieval_shows_each_question_its_nearest_rows(renderer: Renderer) -> None:
+    run = model_run("org/tiny", [ALL, "eval.fewshot=2"])
+    made, _ = opponents_of(labelled(60, 0), [row("leaf, please, 1", "green")], renderer, run)
+    (asked,) = made["base-full-retrieval"].questions
+    text = renderer.decode(asked.prompt)
+    before, question = text.rsplit("leaf, please, 1", 1)
+    assert "green" not in question
+    assert before.count("green") == 2
+    assert before.count("leaf, please, 1") == 2  # the same prompt is the most similar one
+
+
+def test_ranked_answers_are_scored_as_the_harness_scores_choices(
+    loaded: Loaded, renderer: Renderer, tiny_llama: Path
+) -> None:
+    run = model_run("org/tiny", [ALL])
+    made, _ = opponents_of(labelled(60, 0), labelled(12, 1), renderer, run)
+    opponent = made["base-full-choices"]
+    assert opponent.choices is not None
+    assert opponent.choices.texts == sorted(COLOURS.values())
+    ours = rank(loaded.model, opponent.questions, opponent.choices.ids, 4)
+    tokenizer = load_tokenizer(resolve_base(str(tiny_llama)))
+    lm = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=1)
+    requests = [
+        (("", ""), one.prompt, ids) for one in opponent.questions for ids in opponent.choices.ids
+    ]
+    theirs = [score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+    assert ours.flatten().tolist() == pytest.approx(theirs, abs=1e-6 * max(map(abs, theirs)))
+    # From texts the harness counts the line's end before the answer with the answer: the same for all of them.
+    one = opponent.questions[0]
+    context = tokenizer.decode(one.prompt)
+    texts = [Instance("loglikelihood", {}, (context, text), 0) for text in opponent.choices.texts]
+    from_text = [score for score, _ in lm.loglikelihood(texts, disable_tqdm=True)]
+    (end,) = lm._loglikelihood_tokens([(("", ""), one.prompt[:-1], one.prompt[-1:])])
+    assert context.endswith("\n")
+    assert (ours[0] + end[0]).tolist() == pytest.approx(from_text, rel=1e-6)
+
+
+def test_the_ranked_answer_is_the_likeliest(loaded: Loaded, renderer: Renderer) -> None:
+    run = model_run("org/tiny", [ALL])
+    made, _ = opponents_of(labelled(60, 0), labelled(12, 1), renderer, run)
+    opponent = made["base-full-choices"]
+    assert opponent.choices is not None
+    scores = rank(loaded.model, opponent.questions, opponent.choices.ids, 4)
+    variant = measured(opponent, loaded, renderer, run)
+    assert variant.losses == []
+    lengths = [len(text) for text in opponent.choices.texts]
+    scaled = scores / lengths if "per character" in variant.what else scores
+    best = [opponent.choices.texts[number] for number in scaled.argmax(axis=1)]
+    assert variant.answers == best
+
+
+def test_instructed_answers_are_of_the_set(loaded: Loaded, renderer: Renderer) -> None:
+    run = model_run("org/tiny", [ALL])
+    made, _ = opponents_of(labelled(60, 0), labelled(12, 1), renderer, run)
+    opponent = made["base-full-instructed"]
+    prompt = renderer.decode(opponent.questions[0].prompt)
+    assert "one of these:\nblue\ngreen\nred" in prompt
+    free = replace(opponent, allowed=None)
+    assert not set(measured(free, loaded, renderer, run).answers) & set(COLOURS.values())
+    variant = measured(opponent, loaded, renderer, run)
+    assert set(variant.answers) <= set(COLOURS.values())
+    assert variant.finish_reasons == ["stop"] * 12
+    assert len(variant.losses) == 12
+
+
+def test_instructed_answers_follow_the_schema(
+    loaded: Loaded, renderer: Renderer, tmp_path: Path
+) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+    keys = [ALL, "eval.metrics=[schema_valid]", f"eval.json_schema={path}"]
+    run = model_run("org/tiny", keys)
+    rows = [row(f"thing {n}", json.dumps({"colour": "blue", "n": n})) for n in range(9)]
+    made, _ = opponents_of(rows, rows[:3], renderer, run)
+    assert list(made) == ["base-full-retrieval", "base-full-instructed"]
+    variant = measured(made["base-full-instructed"], loaded, renderer, run)
+    assert variant.scores["schema_valid"] == [1.0] * 3
+    assert all(set(json.loads(answer)) == {"colour"} for answer in variant.answers)
+
+
+def test_what_costs_too_much_is_left_out_with_a_note_unless_it_is_named(renderer: Renderer) -> None:
+    words = [f"{a}{b}" for a in "abcdefgh" for b in "klmnopqr"]
+    train = [row(f"{n} {word}", f"{word} and {word}") for word in words for n in range(2)]
+    held = train[:4]
+    made, notes = opponents_of(train, held, renderer, model_run("org/tiny", []))
+    assert "base-full-choices" not in made
+    assert [note.split(" was")[0] for note in notes] == ["base-full-choices"]
+    made, notes = opponents_of(train, held, renderer, model_run("org/tiny", [ALL]))
+    assert "base-full-choices" in made
+    assert notes == []
+
+
+def test_free_answers_have_the_retrieval_alone(renderer: Renderer) -> None:
+    rows = [row(f"say {n}", f"words number {n}") for n in range(30)]
+    made, _ = opponents_of(rows, rows[:2], renderer, model_run("org/tiny", [ALL]))
+    assert list(made) == ["base-full-retrieval"]
