@@ -27,6 +27,7 @@ from halfbyte.run_dir import read_jsonl
 from halfbyte.trained.run import read_trained_run
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
+WITH_BASE = ["base-full-retrieval", "base-full-choices", "base-full-instructed"]
 OPPONENTS = ["majority", "nearest", "linear"]  # of a closed set
 
 
@@ -48,7 +49,7 @@ def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
     report = report_of(compared)
     names = [entry["name"] for entry in report["variants"]]
     models = ["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
-    assert names == [*models, *OPPONENTS]
+    assert names == [*models, *WITH_BASE, *OPPONENTS]
     for entry in report["variants"]:
         for metric in ("exact_match", "chrf", "rouge_l"):
             found = entry[metric]
@@ -56,9 +57,9 @@ def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
             assert found["n"] == 8
         assert sum(entry["finish_reasons"].values()) == 8
         assert entry["verdict"] in ("gain", "no gain", "loss")
-        if entry["name"] in OPPONENTS:
+        if entry["name"] in (*OPPONENTS, "base-full-choices"):
             assert entry["held_out_loss"] is None
-            assert entry["weights_bytes"] == 0
+            assert (entry["weights_bytes"] == 0) == (entry["name"] in OPPONENTS)
             continue
         loss = entry["held_out_loss_interval"]
         assert 0 < loss["ci_low"] <= entry["held_out_loss"] == loss["value"] <= loss["ci_high"]
@@ -68,8 +69,8 @@ def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
     assert report["verdict"].startswith("adapter: exact_match")
     page = (compared / "eval" / "report.md").read_text()
     costs = [line.strip("|").split(" | ") for line in page.splitlines() if " MB | " in line]
+    assert [cells[0].strip() for cells in costs] == names
     for entry, cells in zip(report["variants"][: len(models)], costs, strict=False):
-        assert cells[0].strip() == entry["name"]
         assert cells[1] == entry["what"]
         assert cells[2:4] == [
             f"{entry[key] / 1e6:.0f} MB" for key in ("weights_bytes", "disk_bytes")
@@ -81,6 +82,21 @@ def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
             ],
             abs=0.5,
         )
+
+
+def test_the_best_variant_comes_first_and_the_cheapest_as_good_is_marked(compared: Path) -> None:
+    report = report_of(compared)
+    page = (compared / "eval" / "report.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    table = rows[1 : 1 + len(report["variants"])]
+    shown = [float(cells[1].split()[0]) for cells in table]
+    assert shown == sorted(shown, reverse=True)
+    assert report["cheapest"] in OPPONENTS  # no row is answered right by the random model
+    marked = [cells[0] for cells in table if "as good" in cells[0]]
+    assert marked == [f"{report['cheapest']} (the cheapest that is as good)"]
+    html = (compared / "eval" / "report.html").read_text()
+    assert html.count("the cheapest that is as good") == 1
+    assert "Time and quality" in html
 
 
 def test_adapter_and_merged_answer_alike_and_the_4_bit_base_is_smaller(compared: Path) -> None:
@@ -245,7 +261,7 @@ def test_verdict_is_plain_whichever_way_it_falls(
     compared: Path, ours: list[float], theirs: list[float], wanted: str
 ) -> None:
     _, variants = _variants(ours, theirs)
-    report = build_report(read_trained_run(compared), variants)
+    report = build_report(read_trained_run(compared), [], variants)
     assert f"— {wanted} against base-full" in report.verdict
     assert [entry["verdict"] for entry in report.variants] == [wanted, wanted]
     assert report.verdict in as_markdown(report)
@@ -286,7 +302,7 @@ def test_words_that_differ_are_marked(answer: str, wanted: str, marked: list[str
 def test_cut_off_answers_are_noted(compared: Path) -> None:
     _, variants = _variants([1.0] * 10, [0.0] * 10)
     variants[0].finish_reasons = ["length"] * 10
-    report = build_report(read_trained_run(compared), variants)
+    report = build_report(read_trained_run(compared), [], variants)
     assert "base-full: 10 answers were cut off at eval.max_new_tokens." in report.notes
 
 

@@ -60,7 +60,7 @@ class BaseOpponent:
 
     Attributes:
         what: says how, for the report.
-        questions: what it is asked.
+        questions: its prompts.
         choices: the answers that it ranks instead of generating one.
         allowed: makes the grammar that its answers follow.
     """
@@ -81,23 +81,22 @@ def base_opponents(
 
     Args:
         likeness: the training rows that the run kept, one at least, and the rows of the comparison.
-        plain: the questions that the base is asked.
+        plain: the questions of the base.
         renderer: of the base.
         run: the config.
     """
     made = [
-        _retrieval(likeness, plain, renderer, run),
+        _with_retrieved(likeness, plain, renderer, run),
         _choices(likeness, plain, renderer),
         _instructed(likeness, plain, renderer, run),
     ]
-    is_named = run.eval.opponents != type(run.eval)().opponents
     room = MAX_GROWTH * sum(len(one.ids) for one in plain)
     opponents, notes = [], []
     for opponent in made:
         if opponent is None or opponent.name not in run.eval.opponents:
             continue
         cost = _num_tokens(opponent)
-        if is_named or cost <= room:
+        if is_named(run) or cost <= room:
             opponents.append(opponent)
         else:
             notes.append(
@@ -105,6 +104,11 @@ def base_opponents(
                 " rows. Name it in eval.opponents to have it in the comparison."
             )
     return opponents, notes
+
+
+def is_named(run: Run) -> bool:
+    """Return whether a config says which opponents to compare with."""
+    return run.eval.opponents != type(run.eval)().opponents
 
 
 def _num_tokens(opponent: BaseOpponent) -> int:
@@ -118,19 +122,21 @@ def _num_tokens(opponent: BaseOpponent) -> int:
     return sum(len(one.ids) for one in opponent.questions)
 
 
-def _retrieval(
+def _with_retrieved(
     likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run
 ) -> BaseOpponent | None:
     """Put the most similar training rows into each prompt, the most similar one last."""
     count = min(run.eval.fewshot, len(likeness.known.rows))
-    asked = []
+    rendered = []
     for one, neighbours in zip(plain, likeness.nearest(count), strict=True):
         shown = [likeness.known.rows[number] for number, _ in reversed(neighbours)]
         turns = tuple(
             turn for row in shown for turn in row.messages if turn.role not in OPENING_ROLES
         )
-        asked.append(question(one.row, renderer, turns))
-    return BaseOpponent(RETRIEVAL, f"the {count} most similar training rows in the prompt", asked)
+        rendered.append(question(one.row, renderer, turns))
+    return BaseOpponent(
+        RETRIEVAL, f"the {count} most similar training rows in the prompt", rendered
+    )
 
 
 def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> BaseOpponent | None:
@@ -199,15 +205,15 @@ def _with_instruction(row: Row, instruction: str) -> Row:
 
 
 def rank(
-    model: nn.Module, asked: Sequence[Question], choices: Sequence[list[int]], num_rows: int
+    model: nn.Module, ranked: Sequence[Question], choices: Sequence[list[int]], num_rows: int
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return the log-likelihood of each answer to each question: (questions, choices), in nats.
 
     As lm-evaluation-harness scores multiple choice: the sum over the tokens of the answer, without its end.
     """
     scores: list[list[float]] = []
-    for start in range(0, len(asked), QUESTIONS_PER_CALL):
-        block = asked[start : start + QUESTIONS_PER_CALL]
+    for start in range(0, len(ranked), QUESTIONS_PER_CALL):
+        block = ranked[start : start + QUESTIONS_PER_CALL]
         rows = [
             ([*one.prompt, *ids], [IGNORED] * len(one.prompt) + ids)
             for one in block
@@ -229,12 +235,12 @@ def likeliest(
     num_rows = run.eval.batch_size
     tuning = rank(model, choices.tuning, choices.ids, num_rows)
     ways = {"": np.ones_like(lengths), " per character": lengths}
-    rows, found = [one.row for one in choices.tuning], {}
+    rows, means = [one.row for one in choices.tuning], {}
     for way, scale in ways.items():
         texts = [choices.texts[best] for best in (tuning / scale).argmax(axis=1)]
         parsed = parse_answers(texts, rows, renderer.answer_format)
-        found[way] = float(np.mean(answer_scores(parsed, rows, run)[run.eval.metrics[0]]))
-    way = max(found, key=lambda name: found[name])  # the first of equal ones
+        means[way] = float(np.mean(answer_scores(parsed, rows, run)[run.eval.metrics[0]]))
+    way = max(means, key=lambda name: means[name])  # the first of equal ones
     scores = rank(model, opponent.questions, choices.ids, num_rows)
     answers = [choices.texts[best] for best in (scores / ways[way]).argmax(axis=1)]
     return f" by likelihood{way}", answers

@@ -12,7 +12,7 @@ from halfbyte.data.conversation import Row
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions, training_rows
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
-from halfbyte.eval.base_opponents import base_opponents
+from halfbyte.eval.base_opponents import BaseOpponent, base_opponents, is_named
 from halfbyte.eval.benchmarks import LoadedBenchmark, ask
 from halfbyte.eval.likeness import Examples, Likeness
 from halfbyte.eval.measure import Variant, measure
@@ -118,9 +118,13 @@ def _with_opponents(
     renderer = trained.renderer
     likeness = Likeness(Examples.of(known, renderer), Examples.of(rows, renderer))
     _, base_renderer, plain = base_side(comparison)
-    asked, notes = base_opponents(likeness, plain, base_renderer, run)
+    has_full = bool({BASE_FULL, FEWSHOT} & {*run.eval.variants})
+    with_base: list[BaseOpponent] = []
+    notes: list[str] = []
+    if has_full or is_named(run):
+        with_base, notes = base_opponents(likeness, plain, base_renderer, run)
     counted = opponents(likeness, renderer, run)
-    return replace(comparison, opponents=tuple(asked)), counted, notes
+    return replace(comparison, opponents=tuple(with_base)), counted, notes
 
 
 def check_answers(rows: list[Row], run: Run, renderer: Renderer) -> None:

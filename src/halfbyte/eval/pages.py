@@ -12,9 +12,11 @@ from halfbyte.data.thoughts import split_thoughts, without_thoughts
 from halfbyte.eval.plots import (
     answer_lengths,
     difference_bars,
+    estimate_of,
     loss_curve,
     memory_against_quality,
     metric_bars,
+    time_against_quality,
 )
 from halfbyte.eval.report_record import Report
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, trained_name
@@ -28,6 +30,7 @@ RATES = (
     ("seconds per 1,000 rows", "seconds_per_1000_rows", 0),
     ("Wh per 1,000 rows", "watt_hours_per_1000_rows", 2),
 )
+CHEAPEST = "the cheapest that is as good"
 FIRST_OPPONENTS = (BASE_FULL, FEWSHOT, BASE_NF4)
 
 
@@ -50,8 +53,9 @@ def as_markdown(report: Report) -> str:
         "",
     ]
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for entry in report.variants:
-        cells = [entry["name"], *(interval(entry[metric]) for metric in metrics)]
+    for entry in by_score(report):
+        name = entry["name"] + (f" ({CHEAPEST})" if entry["name"] == report.cheapest else "")
+        cells = [name, *(interval(entry[metric]) for metric in metrics)]
         cells += [interval(entry["held_out_loss_interval"])]
         cells += [str(entry["finish_reasons"]["length"])]
         difference = report.differences.get(entry["name"])
@@ -68,6 +72,14 @@ def as_markdown(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def by_score(report: Report) -> list[dict[str, Any]]:
+    """Return the entries of the variants, the best one by the deciding metric first."""
+    sign = 1 if report.metric == LOSS_METRIC else -1
+    return sorted(
+        report.variants, key=lambda entry: sign * estimate_of(entry, report.metric)["value"]
+    )
 
 
 def has_thoughts(report: Report) -> bool:
@@ -154,6 +166,7 @@ def as_html(
     charts = [
         ("Score with confidence interval", metric_bars(report)),
         ("Memory and quality", memory_against_quality(report)),
+        ("Time and quality", time_against_quality(report)),
         (f"How much better {ours} is", difference_bars(report)),
         ("Length of answers", answer_lengths(report)),
         ("Loss during training", loss_curve(training)),
@@ -163,6 +176,8 @@ def as_html(
     template = folder.joinpath("report.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(
         report=report,
+        entries=by_score(report),
+        cheapest=CHEAPEST,
         metrics=_answer_metrics(report),
         rates=RATES[: None if has_energy else -1],
         thoughts={entry["name"]: thoughts_of(entry) for entry in report.variants}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import matplotlib
@@ -45,23 +46,49 @@ def metric_bars(report: Report) -> str:
 
 def memory_against_quality(report: Report) -> str:
     """Draw each variant's weights in MB against the deciding metric."""
+    megabytes = {entry["name"]: entry["weights_bytes"] / 1e6 for entry in report.variants}
+    return _cost_against_quality(report, megabytes, "weights, MB")
+
+
+def time_against_quality(report: Report) -> str:
+    """Draw each variant's seconds per 1,000 rows, on a logarithmic scale, against the deciding metric."""
+    seconds = {
+        entry["name"]: math.log10(entry["seconds_per_1000_rows"])
+        for entry in report.variants
+        if entry["seconds_per_1000_rows"]
+    }
+    return _cost_against_quality(report, seconds, "seconds per 1,000 rows", is_log=True)
+
+
+def _cost_against_quality(
+    report: Report, costs: dict[str, float], label: str, *, is_log: bool = False
+) -> str:
+    """Draw the cost of each variant, or its logarithm, against the deciding metric; "" without any."""
+    entries = [entry for entry in report.variants if entry["name"] in costs]
+    if not entries:
+        return ""
     figure, axes = _figure(height=2.8)
     points = {}
-    for entry in report.variants:
-        estimate, megabytes = estimate_of(entry, report.metric), entry["weights_bytes"] / 1e6
-        points[entry["name"]] = (megabytes, estimate["value"])
-        axes.plot(
-            [megabytes] * 2, [estimate["ci_low"], estimate["ci_high"]], color=OTHERS, linewidth=1
-        )
-        axes.plot(megabytes, estimate["value"], "o", color=_colour(entry))
-    axes.set_xlim(0, 1.35 * max(x for x, _ in points.values()))
+    for entry in entries:
+        estimate, cost = estimate_of(entry, report.metric), costs[entry["name"]]
+        points[entry["name"]] = (cost, estimate["value"])
+        axes.plot([cost] * 2, [estimate["ci_low"], estimate["ci_high"]], color=OTHERS, linewidth=1)
+        axes.plot(cost, estimate["value"], "o", color=_colour(entry))
+    lowest, highest = min(costs.values()), max(costs.values())
+    if is_log:
+        lowest, highest = math.floor(lowest), max(math.ceil(highest), math.floor(lowest) + 1)
+        axes.set_xticks(range(lowest, highest + 1))
+        axes.set_xticklabels([f"{10.0**power:,g}" for power in range(lowest, highest + 1)])
+    else:
+        lowest = 0
+    width = 1.35 * ((highest - lowest) or 1)
+    axes.set_xlim(lowest - 0.02 * width, lowest + width)
     if report.metric != "held_out_loss":
         axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("weights, MB")
+    axes.set_xlabel(label)
     axes.set_ylabel(report.metric.replace("_", " "))
-    for name, y in label_places(points, axes.get_xlim()[1], axes.get_ylim()).items():
-        x = points[name][0] + 0.015 * axes.get_xlim()[1]
-        axes.text(x, y, name, va="center", fontsize=9)
+    for name, y in label_places(points, width, axes.get_ylim()).items():
+        axes.text(points[name][0] + 0.015 * width, y, name, va="center", fontsize=9)
     return _svg(figure)
 
 

@@ -11,30 +11,19 @@ from typing import Any
 
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
-from halfbyte.data.ledger import NEAR_DUPLICATE, Ledger
+from halfbyte.data.ledger import Ledger
 from halfbyte.eval.benchmarks import LoadedBenchmark
+from halfbyte.eval.contamination import duplicate_note, memory_note, scores_without_duplicates
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
-from halfbyte.eval.intervals import (
-    GAIN,
-    LOSS,
-    NO_GAIN,
-    Estimate,
-    evidence,
-    judge,
-    paired_difference,
-    ratio_interval,
-)
 from halfbyte.eval.judge import judge_answers
 from halfbyte.eval.measure import Variant
-from halfbyte.eval.opponents import WITHOUT_MODEL
-from halfbyte.eval.pages import as_html, as_markdown, interval, signed
-from halfbyte.eval.plots import estimate_of
+from halfbyte.eval.pages import as_html, as_markdown
 from halfbyte.eval.report_record import Decoding, Report, TrainingRows
-from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, MERGED, is_artefact, trained_name
+from halfbyte.eval.variants import BASE_FULL, BASE_NF4, MERGED
+from halfbyte.eval.verdict import cheapest, differences, ours_of, overall, verdict_line
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.run_dir import RunDir, read_jsonl, write_jsonl, write_text
 from halfbyte.scoring import metrics
-from halfbyte.scoring.rows import LOSS_METRIC
 from halfbyte.trained.run import TrainedRun
 
 MAX_DIFFERENCES = 8  # kinds of them, in a note
@@ -61,7 +50,7 @@ def write_report(
         notes: further notes, a sentence or two each.
     """
     folder, run = trained.folder, trained.run
-    report = build_report(trained, variants, benchmarks, command)
+    report = build_report(trained, rows, variants, benchmarks, command)
     report = report.model_copy(update={"notes": [*report.notes, *notes]})
     answered = [] if not variants[0].answers else _answers(trained, rows, variants)
     write_jsonl(folder.eval / "answers.jsonl", answered)
@@ -87,7 +76,7 @@ def _judged(
     folder: RunDir, run: Run, answered: list[dict[str, Any]], variants: list[Variant]
 ) -> dict[str, Any]:
     """Return what the judge preferred; empty without a trained variant or without answers."""
-    ours = _ours(variants)
+    ours = ours_of(variants)
     if ours is None or not answered:
         return {}
     others = [v.name for v in variants if v is not ours and v.name != MERGED]
@@ -96,6 +85,7 @@ def _judged(
 
 def build_report(
     trained: TrainedRun,
+    rows: list[Row],
     variants: list[Variant],
     benchmarks: Sequence[LoadedBenchmark] = (),
     command: str = "",
@@ -104,11 +94,13 @@ def build_report(
     run, manifest, ledger = trained.run, trained.manifest, Ledger.read(trained.folder.ledger)
     entries = [variant.as_json(run) for variant in variants]
     metric = run.eval.metrics[0]
-    differences = _differences(run, variants, metric)
-    general = benchmark_entries(run, benchmarks, variants, _ours(variants))
+    against = differences(run, variants, metric)
+    general = benchmark_entries(run, benchmarks, variants, ours_of(variants))
     for entry in entries:
-        difference = differences.get(entry["name"])
-        entry["verdict"] = difference["verdict"] if difference else _overall(differences)
+        difference = against.get(entry["name"])
+        entry["verdict"] = difference["verdict"] if difference else overall(against)
+    clean = scores_without_duplicates(ledger, rows, variants, run)
+    hints = [duplicate_note(ledger, clean, metric), *memory_note(variants)]
     return Report(
         run=str(run.name),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -117,9 +109,11 @@ def build_report(
         metrics=list(run.eval.metrics),
         n=max(len(variant.losses) for variant in variants),
         confidence=run.eval.confidence,
-        verdict=_verdict_line(entries, differences, metric, run),
+        verdict=verdict_line(entries, against, metric, run),
         variants=entries,
-        differences=differences,
+        differences=against,
+        cheapest=cheapest(run, variants, metric),
+        without_near_duplicates=clean,
         forgetting=[
             line
             for name in (BASE_FULL, BASE_NF4, *(baseline.name for baseline in run.eval.baselines))
@@ -137,7 +131,7 @@ def build_report(
             compute_dtype=manifest.compute_dtype.name,
         ),
         rows=TrainingRows.model_validate(ledger.as_json() | {"in": ledger.rows_in}),
-        notes=_notes(ledger, entries, manifest.base, variants, run.data.new_tokens),
+        notes=_notes(hints, entries, manifest.base, variants, run.data.new_tokens),
         command=command,
     )
 
@@ -157,93 +151,14 @@ def _benchmark_answers(variants: list[Variant]) -> list[dict[str, Any]]:
     ]
 
 
-def _differences(run: Run, variants: list[Variant], metric: str) -> dict[str, dict[str, Any]]:
-    """Return the trained variant's paired difference to every other variant on the deciding metric."""
-    ours = _ours(variants)
-    if ours is None:
-        return {}
-    level = (run.eval.confidence, run.eval.resamples, run.seed)
-    differences = {}
-    for other in variants:
-        if other is not ours:
-            difference = _difference(run, ours, other, metric)
-            loss = _difference(run, ours, other, LOSS_METRIC) if other.losses else None
-            scores, other_scores = ours.scores.get(metric, []), other.scores.get(metric, [])
-            differences[other.name] = {
-                **difference.as_json(),
-                **(evidence(scores, other_scores, *level) if scores else {}),
-                "verdict": judge(difference, scores, other_scores, run.eval.confidence),
-                "held_out_loss_drop": loss and loss.as_json(),
-            }
-    return differences
-
-
-def _ours(variants: list[Variant]) -> Variant | None:
-    """Return the trained variant that the verdict is about."""
-    by_name = {variant.name: variant for variant in variants}
-    name = trained_name(by_name)
-    return by_name[name] if name else None
-
-
-def _difference(run: Run, ours: Variant, other: Variant, metric: str) -> Estimate:
-    """Return by how much ``ours`` is better, row by row: a higher score, or a lower loss."""
-    level = (run.eval.confidence, run.eval.resamples, run.seed)
-    if metric != LOSS_METRIC:
-        return paired_difference(ours.scores[metric], other.scores[metric], *level)
-    (losses, counts), (other_losses, _) = ours.loss_columns(), other.loss_columns()
-    drops = [b - a for a, b in zip(losses, other_losses, strict=True)]
-    return ratio_interval(drops, counts, *level)
-
-
-def _overall(differences: dict[str, dict[str, Any]]) -> str:
-    """Return the worst verdict against the other variants, leaving out its merged and exported copies."""
-    others = [name for name in differences if name != MERGED and not is_artefact(name)]
-    verdicts = {differences[name]["verdict"] for name in others}
-    for verdict in (LOSS, NO_GAIN, GAIN):
-        if verdict in verdicts:
-            return verdict
-    return NO_GAIN
-
-
-def _verdict_line(
-    entries: list[dict[str, Any]], differences: dict[str, dict[str, Any]], metric: str, run: Run
-) -> str:
-    """Say in one line how the trained variant does against each baseline."""
-    by_name = {entry["name"]: entry for entry in entries}
-    ours = trained_name(by_name)
-    baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines), BASE_NF4]
-    parts = [
-        f"{differences[name]['verdict']} against {name}"
-        f" ({signed(differences[name])}{_rows_needed(differences[name])})"
-        for name in (*baselines, *WITHOUT_MODEL)
-        if name in differences
-    ]
-    verdicts = {name: difference["verdict"] for name, difference in differences.items()}
-    unbeaten = [name for name in WITHOUT_MODEL if verdicts.get(name, GAIN) != GAIN]
-    if unbeaten and GAIN in map(verdicts.get, baselines):
-        parts.insert(0, f"gain over the base, not over {' and '.join(unbeaten)}")
-    if ours is None or not parts:
-        return "No verdict: the comparison lacks a trained variant or a baseline."
-    estimate = interval(estimate_of(by_name[ours], metric))
-    return f"{ours}: {metric} {estimate} — " + "; ".join(parts) + "."
-
-
-def _rows_needed(difference: dict[str, Any]) -> str:
-    """Say how many rows would show a difference that these rows did not show."""
-    needed = difference.get("rows_needed")
-    if difference["verdict"] != NO_GAIN or needed is None or needed <= difference["n"]:
-        return ""
-    return f"; a difference this small needs {needed:,} rows to be shown, not {difference['n']:,}"
-
-
 def _notes(
-    ledger: Ledger,
+    hints: list[str],
     entries: list[dict[str, Any]],
     base: BaseIdentity,
     variants: list[Variant],
     new_tokens: list[str],
 ) -> list[str]:
-    """Return the notes of the report, a sentence each."""
+    """Return the notes of the report, a sentence each; ``hints`` are those of contamination."""
     notes = [f"Base: {base.origin}."]
     if new_tokens:
         notes.append(
@@ -252,15 +167,7 @@ def _notes(
             " eval.baselines."
         )
     has_benchmarks = any(variant.benchmarks for variant in variants)
-    near = ledger.near_duplicates
-    if near:
-        notes.append(
-            f"{ledger.total('near_duplicates')} pairs of training and held-out prompts are near duplicates (Jaccard similarity of"
-            f" 5-character shingles at least {NEAR_DUPLICATE}); see ledger.json. There are no exact"
-            " duplicates."
-        )
-    else:
-        notes.append("No training prompt is an exact or near duplicate of a held-out one.")
+    notes += hints
     counts = {v.name: sum(v.loss_columns()[1]) for v in variants if v.losses}
     odd = [name for name, count in counts.items() if count != next(iter(counts.values()))]
     if odd:

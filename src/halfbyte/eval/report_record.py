@@ -40,6 +40,8 @@ class Report(Record):
         verdict: in one line.
         variants: the figures of each variant; see ``measure.Variant.as_json``.
         differences: the trained variant's paired difference to every other one, by its name.
+        cheapest: the variant with the fewest bytes that is not shown to be worse than the best one.
+        without_near_duplicates: each variant's scores on the rows whose prompt is nearly that of no training row.
         forgetting: lines about what the training made worse on general benchmarks.
         benchmarks: the figures of each benchmark.
         eval: the settings.
@@ -59,6 +61,8 @@ class Report(Record):
     verdict: str
     variants: list[dict[str, Any]]
     differences: dict[str, dict[str, Any]]
+    cheapest: str | None = None
+    without_near_duplicates: dict[str, dict[str, Any]] = Field(default_factory=dict)
     forgetting: list[str] = Field(default_factory=list)
     benchmarks: list[dict[str, Any]] = Field(default_factory=list)
     eval: dict[str, Any]

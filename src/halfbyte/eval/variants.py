@@ -150,7 +150,7 @@ def _own_renderer(base: Base, template: str | None, run: Run, stop: str = "templ
 
 
 def _full_size(comparison: Comparison) -> Iterator[Contender]:
-    """Yield the base without quantisation, without and with examples in the prompt, and asked in other ways."""
+    """Yield the base without quantisation, without and with examples in the prompt, and with other prompts."""
     run = comparison.run
     base, renderer, plain = base_side(comparison)
     loaded = _load_full(base, run, comparison.compute)
@@ -164,8 +164,10 @@ def _full_size(comparison: Comparison) -> Iterator[Contender]:
         shown = f"{what}, {run.eval.fewshot} training examples in the prompt"
         yield Contender(FEWSHOT, shown, loaded.model, size, longer, renderer, stored)
     for one in comparison.opponents:
-        asked = f"{what}, {one.what}"
-        yield Contender(one.name, asked, loaded.model, size, one.questions, renderer, stored, one)
+        opponent = f"{what}, {one.what}"
+        yield Contender(
+            one.name, opponent, loaded.model, size, one.questions, renderer, stored, one
+        )
 
 
 def _quantised(comparison: Comparison) -> Iterator[Contender]:

@@ -104,10 +104,8 @@ class SlotGenerator:
             ValueError: ``wanted`` with ``begun``, or with ``ends`` or a grammar, which judge one token after the
                 other; or ``begun`` tokens with a grammar.
         """
-        if wanted and (begun or ends or self.matcher):
-            raise ValueError("wanted cannot be given with begun, ends or a grammar")
-        if self.matcher and any(begun or ()):
-            raise ValueError("begun cannot be given with a grammar")
+        if (wanted and (begun or ends or self.matcher)) or (self.matcher and any(begun or ())):
+            raise ValueError("wanted excludes begun, ends and a grammar; a grammar excludes begun")
         nothing: list[list[int]] = [[] for _ in prompts]
         begun, wanted = begun or nothing, wanted or nothing
         spent = spent or Spent()
@@ -125,10 +123,8 @@ class SlotGenerator:
             while scheduler.waiting or scheduler.running:
                 step = scheduler.admit(slot_model) or scheduler.decode()
                 num_done = len(scheduler.answers)
-                inputs, references = (
-                    [slot_input for _, slot_input in step],
-                    scheduler.references(step),
-                )
+                inputs = [slot_input for _, slot_input in step]
+                references = scheduler.references(step)
                 states = [matchers[row] for row, _ in step] if matchers else []
                 scheduler.receive(step, _run(slot_model, inputs, spent, references, states))
                 if progress is not None and len(scheduler.answers) > num_done:
