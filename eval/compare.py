@@ -1,18 +1,22 @@
 """Compare a trained run with its full-size base on the same held-out rows, or finished runs with each other.
 
 python eval/compare.py runs/quickstart [eval.rows=100 …]
-python eval/compare.py runs/a runs/b …    (each compared before; --out FOLDER keeps the table)
+python eval/compare.py runs/a runs/b …    (one that was not compared yet is; --out FOLDER keeps the table)
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.config import read_run_folder
 from halfbyte.errors import ConfigError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from halfbyte.run_dir import RunDir
 
 
 def main() -> None:
@@ -22,7 +26,11 @@ def main() -> None:
         _several(arguments)
         return
     (path,) = arguments.runs
-    run = read_run_folder(path, arguments.overrides)
+    _one(path, arguments.overrides, workspace=arguments.workspace)
+
+
+def _one(path: Path, overrides: list[str], *, workspace: bool = False) -> None:
+    run = read_run_folder(path, overrides)
 
     from halfbyte.libraries import quiet_libraries
 
@@ -36,15 +44,15 @@ def main() -> None:
     from halfbyte.run_dir import RunDir, read_jsonl
 
     folder = RunDir(path.resolve())
-    if arguments.workspace:
+    if workspace:
         check_workspace(run)
     benchmarks = load_benchmarks(run)
     trained, variants, notes = compare(folder.path, run, benchmarks)
     rows = held_out_rows(folder, run.eval.rows, run.seed)
-    command = shlex.join(["python", "eval/compare.py", *sys.argv[1:]])
+    command = shlex.join(["python", "eval/compare.py", str(path), *overrides])
     report = write_report(trained, rows, variants, benchmarks, command=command, notes=notes)
     answered = list(read_jsonl(folder.eval / "answers.jsonl"))
-    where = track_report(run, folder, report, answered, save_view=arguments.workspace)
+    where = track_report(run, folder, report, answered, save_view=workspace)
     print(as_markdown(report))
     print(f"W&B: {where}\nread it: {folder.eval / 'report.html'}")
 
@@ -76,12 +84,26 @@ def _several(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             ["several runs are compared as they were measured: no keys, no --workspace"]
         )
-    found = compare_runs([RunDir(path.resolve()) for path in arguments.runs])
+    folders = [RunDir(path.resolve()) for path in arguments.runs]
+    for path, folder in zip(arguments.runs, folders, strict=True):
+        if not (folder.eval / "report.json").is_file():
+            _one(path, [] if folder is folders[0] else _as_the_first(folders[0]))
+    found = compare_runs(folders)
     print(as_markdown(found))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out / "runs.json", found)
         write_text(arguments.out / "runs.md", as_markdown(found))
+
+
+def _as_the_first(first: RunDir) -> list[str]:
+    """Return the settings that measure a run's adapter as those of the first run were."""
+    from halfbyte.eval.report_record import Report
+
+    settings = Report.read(first.eval / "report.json").eval
+    alike = ("rows", "metrics", "max_new_tokens", "answer_pattern", "json_schema")
+    keys = [f"eval.{key}={json.dumps(settings[key])}" for key in alike]
+    return ["eval.variants=[adapter]", "eval.opponents=[]", *keys]
 
 
 if __name__ == "__main__":

@@ -1,27 +1,55 @@
 """Fine-tune a model with QLoRA.
 
-accelerate launch train/sft.py configs/gemma3_qlora.yaml [section.key=value …]
+accelerate launch train/sft.py configs/gemma3_qlora.yaml [section.key=value …] [--seeds N]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from halfbyte.config import load_run
+from halfbyte.config import Run, load_run
 from halfbyte.errors import exit_on_user_error
+
+if TYPE_CHECKING:
+    from halfbyte.train.session import Session
 
 
 def main() -> None:
-    """Config → data → 4-bit base with LoRA → trained adapter in a run folder."""
+    """Config → data → 4-bit base with LoRA → trained adapter in a run folder, or in one for each seed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train N times, with train.seed, train.seed + 1 and so on, in folders NAME-s1, NAME-s2 …",
+    )
+    arguments = parser.parse_intermixed_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds is {arguments.seeds}; allowed: 1 or more")
     run = load_run(arguments.config, arguments.overrides)
+    if arguments.seeds == 1:
+        train(run)
+        return
+    folders = []
+    for number in range(arguments.seeds):
+        section = run.train.model_copy(update={"seed": run.training_seed + number})
+        name = f"{run.name}-s{number + 1}"
+        session = train(run.model_copy(update={"name": name, "train": section}))
+        folders.append(str(session.folder.path))
+        release()
+    session.say(f"the trainings together: python eval/compare.py {' '.join(folders)}")
 
+
+def train(run: Run) -> Session:
+    """Train a run and return its session."""
     # Heavy libraries come after the config, so that a fault in it is told at once.
     from halfbyte.libraries import quiet_libraries
 
@@ -53,7 +81,7 @@ def main() -> None:
     if session.finished:
         say(f"{folder.path} is trained already; train.existing=replace starts over")
         say(session.next_commands)
-        return
+        return session
 
     base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
     check_base(session, base)
@@ -77,6 +105,16 @@ def main() -> None:
         write_manifest(session, setup, numbers | {"finished": True, "wandb": where})
     say(f"trained: {folder.path}\n  adapter  {folder.adapter}\n  numbers  {folder.metrics}")
     say(f"  W&B      {where}", session.next_commands)
+    return session
+
+
+def release() -> None:
+    """Free the memory of a training that has ended."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

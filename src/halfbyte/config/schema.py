@@ -98,6 +98,12 @@ Scheduler = Literal[
 class Train(Section):
     """The settings of the optimisation."""
 
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
+        None,
+        description="Seed of the training alone: of the adapter's first weights, of dropout and of the order of"
+        " rows. null: `seed`. Runs that differ in it alone hold out the same rows; `--seeds N` of"
+        " train/sft.py trains N of them.",
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(description="Peak learning rate.")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the training rows.")
     max_steps: Positive | None = Field(
@@ -264,6 +270,11 @@ class Run(Section):
     merge: Merge = Merge()
     export: Export = Export()
     track: Track = Track()
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of the training."""
+        return self.seed if self.train.seed is None else self.train.seed
 
     @property
     def allowed_speed(self) -> Speed:

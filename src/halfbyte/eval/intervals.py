@@ -60,6 +60,65 @@ def paired_difference(
     return _bootstrap(values, confidence, resamples, seed)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A mean difference of trainings, and where its uncertainty comes from.
+
+    Attributes:
+        estimate: the mean over rows and trainings.
+        over_rows: standard error that other rows would give.
+        over_trainings: standard error that other trainings would give.
+        training_sd: standard deviation of the score of one training, in which the rows have no part.
+    """
+
+    estimate: Estimate
+    over_rows: float
+    over_trainings: float
+    training_sd: float
+
+
+def crossed_difference(
+    ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64], confidence: float
+) -> Spread:
+    """Return by how much trainings are better than a model or than other trainings, on the same rows.
+
+    Rows and trainings are both drawn from more of them (a crossed design with two random effects): the variance
+    of the mean is that of the rows' means, plus that of the trainings' means, less what is in both. With few
+    trainings a bootstrap of them is too narrow, so the interval is Student's, with Satterthwaite's (1946)
+    degrees of freedom. Why trainings count: Bouthillier et al. 2021.
+
+    Args:
+        ours: scores, (trainings, rows), of two trainings at least.
+        theirs: as ``ours``; a single row of scores is taken as the only one of its kind.
+        confidence: of the interval.
+    """
+    num_rows = ours.shape[1]
+    by_row = ours.mean(axis=0) - theirs.mean(axis=0)  # (rows,)
+    parts = [(float(by_row.var(ddof=1)) / num_rows, num_rows - 1)]
+    twice, spread = 0.0, []
+    for scores in (ours, theirs):
+        count = len(scores)
+        if count < 2:
+            continue
+        means = scores.mean(axis=1)  # (trainings,)
+        rest = scores - means[:, None] - scores.mean(axis=0) + scores.mean()
+        residual = float((rest**2).sum()) / ((count - 1) * (num_rows - 1))
+        parts.append((float(means.var(ddof=1)) / count, count - 1))
+        twice += residual / (count * num_rows)
+        spread.append(max(0.0, float(means.var(ddof=1)) - residual / num_rows))
+    (rows, _), *trainings = parts
+    over_trainings = sum(variance for variance, _ in trainings)
+    variance = max(rows + over_trainings - twice, rows, over_trainings)
+    weight = sum(one**2 / freedom for one, freedom in parts)
+    value = float(by_row.mean())
+    reach = 0.0
+    if variance > 0:
+        freedom = max(1.0, variance**2 / weight)
+        reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+    estimate = Estimate(value, value - reach, value + reach, num_rows)
+    return Spread(estimate, math.sqrt(rows), math.sqrt(over_trainings), math.sqrt(max(spread)))
+
+
 def ratio_interval(
     sums: list[float], counts: list[int], confidence: float, resamples: int, seed: int
 ) -> Estimate:

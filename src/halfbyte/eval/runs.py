@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from halfbyte.config import Run, read_run_folder
 from halfbyte.config.evaluation import Eval
 from halfbyte.errors import RunError
 from halfbyte.eval.intervals import evidence, judge_together, mean_interval, paired_difference
 from halfbyte.eval.pages import interval, signed
 from halfbyte.eval.report_record import Report
-from halfbyte.eval.variants import trained_name
+from halfbyte.eval.seeds import over_seeds, seed_lines
+from halfbyte.eval.variants import is_trained, trained_name
 from halfbyte.run_dir import RunDir, read_jsonl
 from halfbyte.scoring.rows import LOSS_METRIC
 from halfbyte.trained.manifest import finished_manifest
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
+SEEDS = {"seed", "train.seed"}  # keys in which trainings of the same settings differ
 UNCOMPARED = ("runs_dir", "name")  # config keys that say where a run is, not how it trained
 
 
@@ -69,15 +73,15 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
             f"{', '.join(str(one.folder.path) for one in runs)}: no row was answered by all runs; their rows"
             " were held out from different data or drawn with different seeds"
         )
-    settings = first.run.eval
-    level = (settings.confidence, settings.resamples, first.run.seed)
+    chosen = first.run.eval
+    level = (chosen.confidence, chosen.resamples, first.run.seed)
     first_scores = [first.scores[row] for row in common]
     differences = []
     for other in others:
         scores = [other.scores[row] for row in common]
         difference = paired_difference(scores, first_scores, *level)
         differences.append({**difference.as_json(), **evidence(scores, first_scores, *level)})
-    judged = judge_together(differences, settings.confidence, BETTER, WORSE, NOT_SHOWN)
+    judged = judge_together(differences, chosen.confidence, BETTER, WORSE, NOT_SHOWN)
     entries = []
     setups = {entry["task"]: _setup(entry) for entry in first.report.benchmarks}
     for one in runs:
@@ -85,7 +89,18 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
         entries.append({**_entry(one, setups), metric: estimate.as_json()})
     for entry, against_first in zip(entries[1:], judged, strict=True):
         entry["against_first"] = against_first
-    return {"metric": metric, "n": len(common), "runs": entries, "settings": _differing(runs)}
+    settings = _differing(runs)
+    seeds = {}
+    if len(runs) > 1 and {key for key in settings if not key.startswith("eval.")} <= SEEDS:
+        ours = np.array([[one.scores[row] for row in common] for one in runs])
+        seeds = over_seeds(ours, _others(first, common), chosen.confidence)
+    return {
+        "metric": metric,
+        "n": len(common),
+        "runs": entries,
+        "settings": settings,
+        "seeds": seeds,
+    }
 
 
 def _read(folder: RunDir) -> Compared:
@@ -106,6 +121,16 @@ def _read(folder: RunDir) -> Compared:
     run = read_run_folder(folder.path)
     run = run.model_copy(update={"eval": Eval.model_validate(report.eval)})
     return Compared(folder, run, report, entry, scores)
+
+
+def _others(one: Compared, rows: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Return the scores, (rows,), of the variants of a run that it did not train."""
+    scores: dict[str, dict[str, float]] = {}
+    for row in read_jsonl(one.folder.eval / "answers.jsonl"):
+        for name, by_metric in row["scores"].items():
+            if one.report.metric in by_metric and not is_trained(name):
+                scores.setdefault(name, {})[row["id"]] = float(by_metric[one.report.metric])
+    return {name: np.array([by_row[row] for row in rows]) for name, by_row in scores.items()}
 
 
 def _setup(benchmark: dict[str, Any]) -> str:
@@ -181,4 +206,4 @@ def as_markdown(comparison: dict[str, Any]) -> str:
         lines.append("|" + " --- |" * (len(runs) + 1))
         for key, values in comparison["settings"].items():
             lines.append(f"| `{key}` | " + " | ".join(str(value) for value in values) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *seed_lines(comparison), ""])

@@ -226,6 +226,11 @@ def is_artefact(variant: str) -> bool:
     return variant.startswith(("gguf-", "awq"))
 
 
+def is_trained(variant: str) -> bool:
+    """Return whether a variant holds what the run trained."""
+    return variant in TRAINED or is_artefact(variant)
+
+
 def _artefact(comparison: Comparison, name: str) -> Iterator[Contender]:
     """Yield an exported model, loaded in the engine that serves it."""
     trained, plain = comparison.trained, comparison.questions

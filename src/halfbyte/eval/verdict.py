@@ -21,7 +21,7 @@ from halfbyte.eval.measure import Variant
 from halfbyte.eval.opponents import WITHOUT_MODEL
 from halfbyte.eval.pages import interval, signed
 from halfbyte.eval.plots import estimate_of
-from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, MERGED, is_artefact, trained_name
+from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, is_trained, trained_name
 from halfbyte.scoring.rows import LOSS_METRIC
 
 OPPONENTS = (*WITHOUT_MODEL, *WITH_BASE)
@@ -67,7 +67,7 @@ def _difference(run: Run, ours: Variant, other: Variant, metric: str) -> Estimat
 
 def overall(differences: dict[str, dict[str, Any]]) -> str:
     """Return the worst verdict against the other variants, leaving out its merged and exported copies."""
-    others = [name for name in differences if name != MERGED and not is_artefact(name)]
+    others = [name for name in differences if not is_trained(name)]
     verdicts = {differences[name]["verdict"] for name in others}
     for verdict in (LOSS, NO_GAIN, GAIN):
         if verdict in verdicts:

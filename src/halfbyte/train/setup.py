@@ -112,7 +112,7 @@ def set_up(
     check_vocabulary(base.name, published, renderer, parts, new_ids(renderer.tokenizer, base))
     planner, plan = gate(run, config, device, lengths, held_out_lengths)
     loaded = load_for_training(base, run.model)
-    model = attach_adapter(loaded, run.adapter, run.seed, scratch, is_main=is_main)
+    model = attach_adapter(loaded, run.adapter, run.training_seed, scratch, is_main=is_main)
     settled = settle_compute(run, loaded, model, prepared.train)
     if settled is not run:
         planner, plan = gate(settled, planner.config, device, lengths, held_out_lengths)
