@@ -19,7 +19,7 @@ from halfbyte.eval.judge import judge_answers
 from halfbyte.eval.measure import Variant
 from halfbyte.eval.pages import as_html, as_markdown
 from halfbyte.eval.report_record import Decoding, Report, TrainingRows
-from halfbyte.eval.variants import BASE_FULL, BASE_NF4, MERGED
+from halfbyte.eval.variants import BASE_FULL, BASE_NF4, MERGED, trained_name
 from halfbyte.eval.verdict import cheapest, differences, ours_of, overall, verdict_line
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.run_dir import RunDir, read_jsonl, write_jsonl, write_text
@@ -27,6 +27,12 @@ from halfbyte.scoring import metrics
 from halfbyte.trained.run import TrainedRun
 
 MAX_DIFFERENCES = 8  # kinds of them, in a note
+# The share is that of tests/test_seeds.py, for 300 rows.
+ONE_TRAINING = (
+    "The verdict rests on the rows of one training; one with another seed would score differently (Zhou et al. 2025,"
+    " arXiv:2503.07329). Where trainings vary by 3 points (standard deviation), two equally good ones are told"
+    " apart in one of six comparisons of 300 rows, not in one of twenty. train/sft.py --seeds 3 measures it."
+)
 MAX_CUT_OFF_FRAC = 0.01  # share of cut-off answers above which the report has a note
 
 
@@ -193,6 +199,8 @@ def _notes(
             notes.append(
                 f"{entry['name']}: no one number in some answers, which are wrong: {reasons}."
             )
+    if trained_name([entry["name"] for entry in entries]):
+        notes.append(ONE_TRAINING)
     notes.append(
         "tokens/s were measured in this session, in batches; compare them with each other, not with those of"
         " other machines."
