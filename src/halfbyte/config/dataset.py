@@ -148,6 +148,11 @@ class Data(Section):
         description="What to do with a training row whose prompt is also held out: stop, or leave it"
         " out of training.",
     )
+    train_frac: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Share of the training rows to train on, chosen by the hash of the prompt: a smaller share is part"
+        " of a larger one, and what is held out stays the same. train/curve.py trains on several.",
+    )
     validation_frac: Fraction = Field(
         0.0,
         description="Share of prompts whose rows are held out for the loss during training, chosen by the"

@@ -38,6 +38,7 @@ from halfbyte.data.shares import (
     divide,
     draw_rows,
     drop_leaks,
+    keep_share,
 )
 from halfbyte.data.sources import files_sha256, open_table
 from halfbyte.errors import DataError
@@ -126,6 +127,7 @@ def _prepare_anew(
     used = draw_rows(file, sources, seed, drops)
     parts = divide(file, sources, data, used)
     drop_leaks(file, parts, data, drops)
+    keep_share(file, parts, data, drops)
     near = _near_duplicates(file, parts, identity)
     copies = copies_of_rows(file, sources, parts, seed, drops)
     encoded = encode_rows(file, parts, data, renderer, drops)

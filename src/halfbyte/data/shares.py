@@ -101,6 +101,16 @@ def drop_leaks(file: SampleFile, parts: NDArray[np.uint8], data: Data, drops: Dr
         drops.add("prompt is held out", file.rows[row].place, file.row_sources[row])
 
 
+def keep_share(file: SampleFile, parts: NDArray[np.uint8], data: Data, drops: Drops) -> None:
+    """Mark the training rows beyond ``train_frac`` as unused: those whose hashes are the lowest."""
+    rows = np.flatnonzero(parts == TRAIN)
+    order = np.argsort(-fraction_of(np.array(file.row_digests))[rows], kind="stable")
+    left_out = rows[order[max(1, round(data.train_frac * len(rows))) :]]
+    parts[left_out] = UNUSED
+    for row in left_out.tolist():
+        drops.add("beyond data.train_frac", file.rows[row].place, file.row_sources[row])
+
+
 def copies_of_rows(
     file: SampleFile, sources: Sources, parts: NDArray[np.uint8], seed: int, drops: Drops
 ) -> NDArray[np.int64]:

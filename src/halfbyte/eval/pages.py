@@ -13,12 +13,13 @@ from halfbyte.eval.plots import (
     answer_lengths,
     difference_bars,
     estimate_of,
+    learning_curve,
     loss_curve,
     memory_against_quality,
     metric_bars,
     time_against_quality,
 )
-from halfbyte.eval.report_record import Report
+from halfbyte.eval.report_record import Curve, Report
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, trained_name
 from halfbyte.scoring.rows import LOSS_METRIC
 
@@ -148,6 +149,7 @@ def as_html(
     answered: list[dict[str, Any]],
     training: list[dict[str, Any]],
     manifest: dict[str, Any],
+    curve: Curve | None = None,
 ) -> str:
     """Format the report as an HTML page: figures, charts, every row with its answers, and the settings.
 
@@ -156,6 +158,7 @@ def as_html(
         answered: the rows of answers.jsonl.
         training: the records of metrics.jsonl.
         manifest: the manifest of the run.
+        curve: the learning curve, if there is one.
     """
     import jinja2
 
@@ -170,6 +173,7 @@ def as_html(
         (f"How much better {ours} is", difference_bars(report)),
         ("Length of answers", answer_lengths(report)),
         ("Loss during training", loss_curve(training)),
+        *([(f"Training rows: {curve.line}", learning_curve(curve))] if curve else []),
     ]
     has_energy = any(entry["watts"] is not None for entry in report.variants)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from halfbyte.eval.report_record import Report
+from halfbyte.eval.report_record import Curve, Report
 from halfbyte.eval.variants import TRAINED
 
 # Size of a label in the chart of memory and quality, as shares of its axes.
@@ -172,6 +172,27 @@ def loss_curve(records: list[dict[str, Any]]) -> str:
     axes.set_ylabel("loss, nats per token")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def learning_curve(curve: Curve) -> str:
+    """Draw the score of each variant against the number of training rows, on a logarithmic scale."""
+    figure, axes = _figure(height=2.8)
+    sizes = [point.rows for point in curve.points]
+    for name in curve.points[-1].scores:
+        estimates = [point.scores[name] for point in curve.points]
+        values = [estimate["value"] for estimate in estimates]
+        below = [one["value"] - one["ci_low"] for one in estimates]
+        above = [one["ci_high"] - one["value"] for one in estimates]
+        colour = OURS if name == curve.ours else OTHERS
+        axes.errorbar(sizes, values, yerr=[below, above], fmt="o-", color=colour, markersize=4)
+        axes.text(sizes[-1] * 1.05, values[-1], name, va="center", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlim(sizes[0] * 0.8, sizes[-1] * 2.5)
+    axes.set_xlabel("training rows")
+    axes.set_ylabel(curve.metric.replace("_", " "))
     return _svg(figure)
 
 

@@ -14,11 +14,12 @@ from halfbyte.data.conversation import Row
 from halfbyte.data.ledger import Ledger
 from halfbyte.eval.benchmarks import LoadedBenchmark
 from halfbyte.eval.contamination import duplicate_note, memory_note, scores_without_duplicates
+from halfbyte.eval.curve import as_markdown as curve_as_markdown
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
 from halfbyte.eval.judge import judge_answers
 from halfbyte.eval.measure import Variant
 from halfbyte.eval.pages import as_html, as_markdown
-from halfbyte.eval.report_record import Decoding, Report, TrainingRows
+from halfbyte.eval.report_record import Curve, Decoding, Report, TrainingRows
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, MERGED, trained_name
 from halfbyte.eval.verdict import cheapest, differences, ours_of, overall, verdict_line
 from halfbyte.model.identity import BaseIdentity
@@ -26,6 +27,7 @@ from halfbyte.run_dir import RunDir, read_jsonl, write_jsonl, write_text
 from halfbyte.scoring import metrics
 from halfbyte.trained.run import TrainedRun
 
+CURVE = "curve.json"
 MAX_DIFFERENCES = 8  # kinds of them, in a note
 # The share is that of tests/test_seeds.py, for 300 rows.
 ONE_TRAINING = (
@@ -69,13 +71,24 @@ def write_report(
     return report
 
 
-def _write_pages(trained: TrainedRun, report: Report, answered: list[dict[str, Any]]) -> None:
-    """Write report.json, report.md and report.html."""
+def write_curve(trained: TrainedRun, curve: Curve) -> None:
+    """Write curve.json and curve.md, and the report's pages anew with the picture of the curve."""
     folder = trained.folder
+    curve.write(folder.eval / CURVE)
+    write_text(folder.eval / "curve.md", curve_as_markdown(curve))
+    report = Report.read(folder.eval / "report.json")
+    _write_pages(trained, report, list(read_jsonl(folder.eval / "answers.jsonl")))
+
+
+def _write_pages(trained: TrainedRun, report: Report, answered: list[dict[str, Any]]) -> None:
+    """Write report.json, report.md and report.html; with the learning curve, if there is one."""
+    folder = trained.folder
+    path = folder.eval / CURVE
+    curve = Curve.read(path) if path.is_file() else None
     report.write(folder.eval / "report.json")
     write_text(folder.eval / "report.md", as_markdown(report))
     losses, manifest = list(read_jsonl(folder.metrics)), trained.manifest.as_json()
-    write_text(folder.eval / "report.html", as_html(report, answered, losses, manifest))
+    write_text(folder.eval / "report.html", as_html(report, answered, losses, manifest, curve))
 
 
 def _judged(

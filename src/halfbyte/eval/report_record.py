@@ -1,4 +1,4 @@
-"""Owns the content of report.json: the figures and the verdict of a comparison."""
+"""Owns the content of report.json, the figures and the verdict of a comparison, and of curve.json."""
 
 from __future__ import annotations
 
@@ -71,3 +71,35 @@ class Report(Record):
     notes: list[str]
     command: str = ""
     judged: dict[str, Any] = Field(default_factory=dict)
+
+
+class Point(RecordPart):
+    """The scores at one number of training rows, by variant."""
+
+    rows: int
+    scores: dict[str, dict[str, Any]]
+
+
+class Curve(Record):
+    """``curve.json``.
+
+    Attributes:
+        metric: that was scored.
+        ours: the trained variant.
+        best: the opponent with the highest score on all rows; None without one.
+        points: by growing number of rows.
+        crossing: the number of rows at which ours would have the score of the best opponent; None for none.
+        crossing_low: where it would at the earliest, and ``crossing_high`` at the latest, at the confidence of the report.
+        share: of the resamples of rows in which it would.
+        line: what that says, in a sentence.
+    """
+
+    metric: str
+    ours: str
+    best: str | None
+    points: list[Point]
+    crossing: float | None
+    crossing_low: float | None
+    crossing_high: float | None
+    share: float
+    line: str
