@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +97,7 @@ def base_opponents(
         if opponent is None or opponent.name not in run.eval.opponents:
             continue
         cost = _num_tokens(opponent)
+        print(f"{opponent.name}: about {cost:,} tokens", file=sys.stderr)
         if is_named(run) or cost <= room:
             opponents.append(opponent)
         else:
