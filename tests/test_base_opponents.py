@@ -47,10 +47,10 @@ def renderer(tiny_llama: Path) -> Renderer:
 
 
 def opponents_of(
-    train: list[Row], held: list[Row], renderer: Renderer, run: Run
+    train: list[Row], held: list[Row], renderer: Renderer, run: Run, context: int = 9999
 ) -> tuple[dict[str, BaseOpponent], list[str]]:
     likeness = Likeness(Examples.of(train, renderer), Examples.of(held, renderer))
-    made, notes = base_opponents(likeness, questions(held, renderer), renderer, run)
+    made, notes = base_opponents(likeness, questions(held, renderer), renderer, run, context)
     return {one.name: one for one in made}, notes
 
 
@@ -70,6 +70,19 @@ def test_retrieval_shows_each_question_its_nearest_rows(renderer: Renderer) -> N
     assert "green" not in question
     assert before.count("green") == 2
     assert before.count("leaf, please, 1") == 2  # the same prompt is the most similar one
+
+
+def test_retrieval_shows_as_many_rows_as_the_base_can_read(renderer: Renderer) -> None:
+    run = model_run("org/tiny", [ALL, "eval.fewshot=4", "eval.max_new_tokens=8"])
+    held = [row("leaf, please, 1", "green")]
+    made, _ = opponents_of(labelled(60, 0), held, renderer, run)
+    (whole,) = made["base-full-retrieval"].questions
+    made, _ = opponents_of(labelled(60, 0), held, renderer, run, len(whole.ids) + 7)
+    (cut,) = made["base-full-retrieval"].questions
+    assert whole.ids[-len(cut.ids) :] == cut.ids
+    assert renderer.decode(cut.prompt).count("green") == 3
+    made, _ = opponents_of(labelled(60, 0), held, renderer, run, 1)
+    assert made["base-full-retrieval"].questions == questions(held, renderer)
 
 
 def test_ranked_answers_are_scored_as_the_harness_scores_choices(

@@ -88,7 +88,7 @@ def test_the_best_variant_comes_first_and_the_cheapest_as_good_is_marked(compare
     report = report_of(compared)
     page = (compared / "eval" / "report.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    table = rows[1 : 1 + len(report["variants"])]
+    table = rows[2 : 2 + len(report["variants"])]
     shown = [float(cells[1].split()[0]) for cells in table]
     assert shown == sorted(shown, reverse=True)
     assert report["cheapest"] in OPPONENTS  # no row is answered right by the random model
@@ -183,7 +183,7 @@ def test_thoughts_that_no_answer_has_are_reported(compared: Path, tmp_path: Path
             f"<think>\nHm.\n</think>\n\n{row['messages'][-1]['content']}"
         )
     write_rows(path, rows)
-    run_script("eval/compare.py", copy, "eval.variants=[adapter]")
+    run_script("eval/compare.py", copy, "eval.variants=[adapter]", "eval.opponents=[]")
     (entry,) = report_of(copy)["variants"]
     assert (entry["thoughts"], entry["thoughts_wanted"]) == (0, len(rows))
     lines = (copy / "eval" / "report.md").read_text().splitlines()

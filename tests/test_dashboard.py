@@ -28,7 +28,8 @@ def compared(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         names = ", ".join(VARIANTS)
-        run_script("eval/compare.py", copy, f"eval.variants=[{names}]", "track.wandb=offline")
+        keys = [f"eval.variants=[{names}]", "eval.opponents=[]", "track.wandb=offline"]
+        run_script("eval/compare.py", copy, *keys)
     return copy
 
 

@@ -60,9 +60,8 @@ def test_files_are_the_trained_model(exported_run: Path) -> None:
 
 
 def test_artefacts_are_variants_of_the_comparison(exported_run: Path) -> None:
-    run_script(
-        "eval/compare.py", exported_run, "eval.variants=[adapter,merged,gguf-f16,gguf-q4_k_m]"
-    )
+    variants = "eval.variants=[adapter,merged,gguf-f16,gguf-q4_k_m]"
+    run_script("eval/compare.py", exported_run, variants, "eval.opponents=[]")
     report = json.loads((exported_run / "eval" / "report.json").read_text())
     found = {each["name"]: each for each in report["variants"]}
     assert list(found) == ["adapter", "merged", "gguf-f16", "gguf-q4_k_m"]

@@ -74,7 +74,7 @@ class BaseOpponent:
 
 
 def base_opponents(
-    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run
+    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run, context: int
 ) -> tuple[list[BaseOpponent], list[str]]:
     """Return the opponents with the base that apply to these rows, and a note for each that costs too much.
 
@@ -85,9 +85,10 @@ def base_opponents(
         plain: the questions of the base.
         renderer: of the base.
         run: the config.
+        context: the most tokens that the base reads.
     """
     made = [
-        _with_retrieved(likeness, plain, renderer, run),
+        _with_retrieved(likeness, plain, renderer, run, context - run.eval.max_new_tokens),
         _choices(likeness, plain, renderer),
         _instructed(likeness, plain, renderer, run),
     ]
@@ -125,20 +126,25 @@ def _num_tokens(opponent: BaseOpponent) -> int:
 
 
 def _with_retrieved(
-    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run
+    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run, room: int
 ) -> BaseOpponent | None:
-    """Put the most similar training rows into each prompt, the most similar one last."""
+    """Put the most similar training rows into each prompt, the most similar one last, as far as there is room."""
     count = min(run.eval.fewshot, len(likeness.known.rows))
     rendered = []
     for one, neighbours in zip(plain, likeness.nearest(count), strict=True):
         shown = [likeness.known.rows[number] for number, _ in reversed(neighbours)]
-        turns = tuple(
-            turn for row in shown for turn in row.messages if turn.role not in OPENING_ROLES
-        )
-        rendered.append(question(one.row, renderer, turns))
-    return BaseOpponent(
-        RETRIEVAL, f"the {count} most similar training rows in the prompt", rendered
-    )
+        longer = question(one.row, renderer, _turns(shown))
+        while shown and len(longer.ids) > room:
+            shown = shown[1:]
+            longer = question(one.row, renderer, _turns(shown))
+        rendered.append(longer)
+    what = f"the {count} most similar training rows in the prompt, or as many as fit"
+    return BaseOpponent(RETRIEVAL, what, rendered)
+
+
+def _turns(rows: Sequence[Row]) -> tuple[Message, ...]:
+    """Return the turns of rows, without their system messages."""
+    return tuple(turn for row in rows for turn in row.messages if turn.role not in OPENING_ROLES)
 
 
 def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> BaseOpponent | None:

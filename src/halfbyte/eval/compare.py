@@ -29,12 +29,14 @@ from halfbyte.eval.variants import (
     is_artefact,
 )
 from halfbyte.llamacpp.model import GgufModel
+from halfbyte.model.load import load_config
 from halfbyte.model.merged import MERGE_REPORT, merge_command, merged_report
 from halfbyte.model.resolve import resolve_base
 from halfbyte.scoring.rows import LOSS_METRIC, parse_answers, row_scorers, with_tool_metrics
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.run import TrainedRun, read_trained_run
 
+MAX_CONTEXT = 1 << 20  # tokens, of a base without positions
 UNSCORABLE = {  # why an answer does not even match itself
     "exact_match": "matches eval.answer_pattern {0.answer_pattern!r} nowhere",
     "numeric_match": "holds no number",
@@ -117,12 +119,14 @@ def _with_opponents(
         return comparison, [], ["No opponents: the run kept no training rows."]
     renderer = trained.renderer
     likeness = Likeness(Examples.of(known, renderer), Examples.of(rows, renderer))
-    _, base_renderer, plain = base_side(comparison)
+    base, base_renderer, plain = base_side(comparison)
     has_full = bool({BASE_FULL, FEWSHOT} & {*run.eval.variants})
     with_base: list[BaseOpponent] = []
     notes: list[str] = []
     if has_full or is_named(run):
-        with_base, notes = base_opponents(likeness, plain, base_renderer, run)
+        text = load_config(base).get_text_config()
+        context = getattr(text, "max_position_embeddings", None) or MAX_CONTEXT
+        with_base, notes = base_opponents(likeness, plain, base_renderer, run, context)
     counted = opponents(likeness, renderer, run)
     return replace(comparison, opponents=tuple(with_base)), counted, notes
 

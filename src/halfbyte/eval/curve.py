@@ -61,8 +61,8 @@ def read_curve(folders: Sequence[RunDir]) -> Curve:
     ]
     others = [name for name in names if name != ours]
     best = max(others, key=lambda name: scores[name][-1].mean(), default=None)
-    found = _crossing(sizes, scores[ours], scores[best], last.confidence) if best else None
-    crossing, low, high, share = found or (None, None, None, 0.0)
+    crossed = _crossing(sizes, scores[ours], scores[best], last.confidence) if best else None
+    crossing, low, high, share = crossed or (None, None, None, 0.0)
     return Curve(
         metric=last.metric,
         ours=ours,
@@ -72,7 +72,7 @@ def read_curve(folders: Sequence[RunDir]) -> Curve:
         crossing_low=low,
         crossing_high=high,
         share=share,
-        line=_line(points, ours, best, found),
+        line=_line(points, ours, best, crossed),
     )
 
 
@@ -130,16 +130,16 @@ def _line(
     points: Sequence[Point],
     ours: str,
     best: str | None,
-    found: tuple[float | None, float | None, float | None, float] | None,
+    crossed: tuple[float | None, float | None, float | None, float] | None,
 ) -> str:
     """Say from how many rows on the trained variant is ahead of the best opponent, or would be."""
-    if best is None or found is None:
+    if best is None or crossed is None:
         return "There is no opponent to cross."
     ahead = [one.scores[ours]["value"] > one.scores[best]["value"] for one in points]
     if ahead[-1]:
         first = next(number for number in range(len(points)) if all(ahead[number:]))
         return f"{ours} is ahead of {best}, the best opponent, from {points[first].rows:,} rows on."
-    at, low, high, share = found
+    at, low, high, share = crossed
     if at is None or low is None or high is None:
         return (
             f"{ours} is behind {best}, the best opponent, and does not approach it within"

@@ -196,6 +196,8 @@ def _generate(
     progress = _progress(contender.name, len(questions))
     if refusal:
         print(f"{contender.name}: generating in padded batches: {refusal}", file=sys.stderr)
+        if contender.opponent is not None and contender.opponent.allowed is not None:
+            variant.what += f"; not constrained, as {refusal}"
         start = time.perf_counter()
         answers = generate(
             model,
