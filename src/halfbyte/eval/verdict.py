@@ -79,10 +79,10 @@ def cheapest(run: Run, variants: Sequence[Variant], metric: str) -> str | None:
     """Return the cheapest variant that is not shown to be worse than the one with the highest score.
 
     The cheapest has the fewest bytes of weights; of equal ones, it takes the least time. None where the metric
-    does not score answers.
+    does not score answers, or those of one variant alone.
     """
     scored = [variant for variant in variants if variant.scores.get(metric)]
-    if not scored:
+    if len(scored) < 2:
         return None
     best = max(scored, key=lambda variant: sum(variant.scores[metric]))
     level = (run.eval.confidence, run.eval.resamples, run.seed)
