@@ -28,6 +28,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     return json.loads(plan(capsys, *arguments, "--json"))
 
 
+@pytest.mark.slow
 def test_plan_of_gemma_4b_fits_on_a_t4_and_shows_its_margin(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

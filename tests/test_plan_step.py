@@ -309,6 +309,7 @@ def test_model_that_cannot_be_traced_is_a_user_error() -> None:
         make_step(configuration(heads), Adapter(r=4, targets=["in_proj"])).cache(LENGTH)
 
 
+@pytest.mark.slow
 def test_longer_rows_and_more_of_them_take_more(llama: TracedStep) -> None:
     for checkpointing in (False, True):
         peaks = [

@@ -52,14 +52,16 @@ def test_longest_rows_come_first_with_the_labels_that_are_predicted() -> None:
     "overrides",
     [
         [],
-        ["train.checkpointing=on"],
+        pytest.param(["train.checkpointing=on"], marks=pytest.mark.slow),
         pytest.param(["train.micro_batch_size=4"], marks=pytest.mark.slow),
-        ["model.precision=fp32"],
+        pytest.param(["model.precision=fp32"], marks=pytest.mark.slow),
         pytest.param(["model.double_quant=false"], marks=pytest.mark.slow),
         pytest.param(["model.precision=fp4"], marks=pytest.mark.slow),
         ["model.compute_dtype=bf16"],
         pytest.param(["adapter.dropout=0.1"], marks=pytest.mark.slow),
-        ["adapter.rslora=true", "adapter.targets=[q_proj, v_proj]"],
+        pytest.param(
+            ["adapter.rslora=true", "adapter.targets=[q_proj, v_proj]"], marks=pytest.mark.slow
+        ),
     ],
     ids=" ".join,
 )
@@ -88,6 +90,7 @@ def test_probe_of_a_real_model_is_within_a_percent(
     assert "off by" in found.as_text()
 
 
+@pytest.mark.slow
 def test_probe_scores_test_rows_where_no_row_is_for_validation(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -153,7 +153,7 @@ def test_training_without_held_out_rows(make_config: MakeConfig, tmp_path: Path)
             {"model": {"precision": "fp32", "compute_dtype": "auto"}, "adapter": {"init": "pissa"}},
             marks=pytest.mark.slow,
         ),
-        {"adapter": {"dora": True}},
+        pytest.param({"adapter": {"dora": True}}, marks=pytest.mark.slow),
         pytest.param(
             {"adapter": {"rslora": True, "targets": ["q_proj", "v_proj"]}}, marks=pytest.mark.slow
         ),

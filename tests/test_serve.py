@@ -82,8 +82,8 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 def test_base_and_adapters_answer_as_evaluation_does(
     client: openai.OpenAI, merged_run: Path, other_run: Path
 ) -> None:
-    wanted = [(model, text) for text in QUESTIONS for model in ("base", "first", "other")] * 5
-    assert len(wanted) > 100
+    wanted = [(model, text) for text in QUESTIONS for model in ("base", "first", "other")] * 2
+    assert len(wanted) > 40
     alone = {pair: ask(client, *pair).choices[0].message.content for pair in dict.fromkeys(wanted)}
     with ThreadPoolExecutor(len(wanted)) as pool:
         together = list(pool.map(lambda pair: ask(client, *pair), wanted))
@@ -378,7 +378,7 @@ def test_sigterm_lets_answers_end_and_refuses_new_ones(guarded: Process) -> None
 
     def long(number: int) -> None:
         stream = ask(
-            client, "tiny", QUESTIONS[number], stream=True, max_tokens=200, temperature=2.0
+            client, "tiny", QUESTIONS[number], stream=True, max_tokens=100, temperature=2.0
         )
         first = next(iter(stream))
         assert first.choices[0].delta.role == "assistant"

@@ -76,6 +76,7 @@ def start(path: Path, *arguments: object, key: str = "") -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_vllm_is_started_with_the_proven_adapter(exported_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(exported_run, run)
