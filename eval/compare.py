@@ -87,7 +87,7 @@ def _several(arguments: argparse.Namespace) -> None:
     folders = [RunDir(path.resolve()) for path in arguments.runs]
     for path, folder in zip(arguments.runs, folders, strict=True):
         if not (folder.eval / "report.json").is_file():
-            _one(path, [] if folder is folders[0] else _as_the_first(folders[0]))
+            _one(path, _unmerged(folder) if folder is folders[0] else _as_the_first(folders[0]))
     found = compare_runs(folders)
     print(as_markdown(found))
     if arguments.out:
@@ -103,7 +103,16 @@ def _as_the_first(first: RunDir) -> list[str]:
     settings = Report.read(first.eval / "report.json").eval
     alike = ("rows", "metrics", "max_new_tokens", "answer_pattern", "json_schema")
     keys = [f"eval.{key}={json.dumps(settings[key])}" for key in alike]
+    keys += ["eval.baselines=[]", "eval.benchmarks=[]", "eval.judge=null"]
     return ["eval.variants=[adapter]", "eval.opponents=[]", *keys]
+
+
+def _unmerged(folder: RunDir) -> list[str]:
+    """Return the settings that leave the merged model out, if there is none."""
+    variants = read_run_folder(folder.path).eval.variants
+    if "merged" not in variants or folder.merged.is_dir():
+        return []
+    return [f"eval.variants={json.dumps([name for name in variants if name != 'merged'])}"]
 
 
 if __name__ == "__main__":

@@ -154,16 +154,64 @@ def test_instructed_answers_follow_the_schema(
     assert all(set(json.loads(answer)) == {"colour"} for answer in variant.answers)
 
 
-def test_what_costs_too_much_is_left_out_with_a_note_unless_it_is_named(renderer: Renderer) -> None:
+def test_what_costs_too_much_is_left_out_with_a_note(renderer: Renderer) -> None:
     words = [f"{a}{b}" for a in "abcdefgh" for b in "klmnopqr"]
     train = [row(f"{n} {word}", f"{word} and {word}") for word in words for n in range(2)]
     held = train[:4]
     made, notes = opponents_of(train, held, renderer, model_run("org/tiny", []))
     assert "base-full-choices" not in made
     assert [note.split(" was")[0] for note in notes] == ["base-full-choices"]
-    made, notes = opponents_of(train, held, renderer, model_run("org/tiny", [ALL]))
+    free = ["eval.max_opponent_growth=null"]
+    made, notes = opponents_of(train, held, renderer, model_run("org/tiny", free))
     assert "base-full-choices" in made
     assert notes == []
+
+
+def test_a_schema_that_no_grammar_follows_leaves_a_note(renderer: Renderer, tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({**SCHEMA, "not": {"required": ["x"]}}))
+    run = model_run("org/tiny", ["eval.metrics=[schema_valid]", f"eval.json_schema={path}"])
+    rows = [row(f"thing {n}", json.dumps({"colour": "blue", "n": n})) for n in range(9)]
+    made, notes = opponents_of(rows, rows[:3], renderer, run)
+    assert "base-full-instructed" not in made
+    assert notes[0].startswith("base-full-instructed was left out: ")
+
+
+def test_a_template_without_system_messages_reads_the_instruction_first(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(resolve_base(str(tiny_llama)))
+    template = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}\
+<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+    renderer = Renderer(tokenizer, template)
+    run = model_run("org/tiny", [ALL])
+    made, notes = opponents_of(labelled(60, 0), labelled(3, 1), renderer, run)
+    assert notes == []
+    text = renderer.decode(made["base-full-instructed"].questions[0].prompt)
+    assert "Answer with one of these:\nblue\ngreen\nred\n\n" in text
+
+
+def test_thoughts_that_the_prompt_opens_are_no_part_of_the_set(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(resolve_base(str(tiny_llama)))
+    template = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}<think>
+{{ m.reasoning_content or '' }}</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+    renderer = Renderer(tokenizer, template)
+    run = model_run("org/tiny", [ALL])
+    made, notes = opponents_of(labelled(60, 0), labelled(3, 1), renderer, run)
+    assert notes == []
+    text = renderer.decode(made["base-full-instructed"].questions[0].prompt)
+    assert "Answer with one of these:\nblue\ngreen\nred" in text
+    choices = made["base-full-choices"].choices
+    assert choices is not None
+    assert choices.texts == ["blue", "green", "red"]
+    assert all(renderer.decode(ids).count("</think>") <= 1 for ids in choices.ids)
 
 
 def test_free_answers_have_the_retrieval_alone(renderer: Renderer) -> None:

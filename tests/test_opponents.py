@@ -29,7 +29,7 @@ def scores(train: list[Row], held: list[Row], renderer: Renderer, *keys: str) ->
     run = model_run("org/tiny", list(keys))
     metric = run.eval.metrics[0]
     likeness = Likeness(Examples.of(train, renderer), Examples.of(held, renderer))
-    found = opponents(likeness, renderer, run)
+    found, _ = opponents(likeness, renderer, run)
     return {one.name: sum(one.scores[metric]) / len(held) for one in found}
 
 

@@ -33,6 +33,8 @@ def main() -> None:
             ]
         )
     run = load_run(arguments.config, arguments.overrides)
+    if run.eval.metrics[0] == "held_out_loss":
+        raise ConfigError(["eval.metrics: a curve needs a metric that scores each answer first"])
     paths = []
     for fraction in fractions:
         path = Path(run.runs_dir) / f"{run.name}-r{fraction:g}"

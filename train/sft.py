@@ -38,11 +38,13 @@ def main() -> None:
     if arguments.seeds == 1:
         train(run)
         return
-    folders = []
+    folders: list[str] = []
+    first_seed = run.training_seed
     for number in range(arguments.seeds):
-        section = run.train.model_copy(update={"seed": run.training_seed + number})
+        section = run.train.model_copy(update={"seed": first_seed + number})
         name = f"{run.name}-s{number + 1}"
         session = train(run.model_copy(update={"name": name, "train": section}))
+        run = run.model_copy(update={"data": session.run.data})  # the same day in each
         folders.append(str(session.folder.path))
         release()
     session.say(f"the trainings together: python eval/compare.py {' '.join(folders)}")

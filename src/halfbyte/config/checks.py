@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from halfbyte.config.evaluation import Baseline
 from halfbyte.config.schema import Run
-from halfbyte.config.section import FOUR_BIT, OwnVariant
+from halfbyte.config.section import FOUR_BIT, Opponent, OwnVariant
 from halfbyte.config.source import SECRET, KeyPath, Source
 
 RUN_NAME = re.compile(r"(?!\.+$)[\w.=+,~-]{1,120}", re.ASCII)
@@ -211,7 +211,7 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     tasks = [benchmark.task for benchmark in run.eval.benchmarks]
     twice = sorted({task for task in tasks if tasks.count(task) > 1})
-    taken = sorted(set(names) & {*get_args(OwnVariant), *run.eval.variants})
+    taken = sorted(set(names) & {*get_args(OwnVariant), *get_args(Opponent), *run.eval.variants})
     return [
         (
             not run.eval.variants and not run.eval.baselines,
@@ -219,9 +219,11 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
             "is empty, and eval.baselines too: there is nothing to compare",
         ),
         (
-            written("eval.fewshot") and "base-full-fewshot" not in run.eval.variants,
+            written("eval.fewshot")
+            and "base-full-fewshot" not in run.eval.variants
+            and "base-full-retrieval" not in run.eval.opponents,
             "eval.fewshot",
-            "has no effect without base-full-fewshot in eval.variants",
+            "has no effect without base-full-fewshot in eval.variants or base-full-retrieval in eval.opponents",
         ),
         (
             written("track.project") and run.track.wandb == "off",

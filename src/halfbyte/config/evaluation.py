@@ -99,7 +99,13 @@ class Eval(Section):
         " training rows with the most similar words, logistic regression (where answers are a closed set), the"
         " likeliest span of the prompt (where answers are such spans). With the base: the most similar training rows"
         " as examples, the answers of a closed set ranked by likelihood, the set or the JSON Schema in the prompt with"
-        " constrained decoding. Of the default ones, those that cost too much are left out with a note.",
+        " constrained decoding. Without `base-full` or `base-full-fewshot` in `variants`, those with the base take part"
+        " only where this key is not the default.",
+    )
+    max_opponent_growth: Annotated[float, Field(gt=0)] | None = Field(
+        8.0,
+        description="An opponent with the base that reads more than so many times the tokens of the rows is left out,"
+        " and a note says so; null: none is.",
     )
     baselines: list[Baseline] = Field(
         default_factory=list,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from halfbyte.data.conversation import OPENING_ROLES, Message, Row
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question, question, questions
 from halfbyte.data.render import Renderer
+from halfbyte.errors import DataError
 from halfbyte.eval.likeness import Likeness, is_closed_set
 from halfbyte.forward.scoring import row_losses
 from halfbyte.generate.grammar import Grammars
@@ -25,7 +27,6 @@ from halfbyte.scoring.rows import answer_scores, parse_answers
 RETRIEVAL, CHOICES = "base-full-retrieval", "base-full-choices"
 INSTRUCTED = "base-full-instructed"
 WITH_BASE = (RETRIEVAL, CHOICES, INSTRUCTED)
-MAX_GROWTH = 8  # tokens of an opponent's prompts, as a multiple of those of the rows
 MAX_LISTED_CHARS = 8_000  # of a set of answers that a prompt names
 NUM_TUNING = 32  # training rows on which the way to rank answers is chosen
 QUESTIONS_PER_CALL = 32  # whose choices are scored together
@@ -41,11 +42,13 @@ class Choices:
 
     Attributes:
         texts: the C answers.
+        forms: as the chat template would have them written.
         ids: their tokens.
         tuning: questions on training rows.
     """
 
     texts: list[str]
+    forms: list[str]
     ids: list[list[int]]
     tuning: list[Question]
 
@@ -76,9 +79,7 @@ class BaseOpponent:
 def base_opponents(
     likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run, context: int
 ) -> tuple[list[BaseOpponent], list[str]]:
-    """Return the opponents with the base that apply to these rows, and a note for each that costs too much.
-
-    Those that the config names are not left out for what they cost.
+    """Return the opponents with the base that apply to these rows, and a note for each that is left out.
 
     Args:
         likeness: the training rows that the run kept, one at least, and the rows of the comparison.
@@ -87,24 +88,32 @@ def base_opponents(
         run: the config.
         context: the most tokens that the base reads.
     """
-    made = [
-        _with_retrieved(likeness, plain, renderer, run, context - run.eval.max_new_tokens),
-        _choices(likeness, plain, renderer),
-        _instructed(likeness, plain, renderer, run),
-    ]
-    room = MAX_GROWTH * sum(len(one.ids) for one in plain)
+    ways: dict[str, Callable[[], BaseOpponent | None]] = {
+        RETRIEVAL: lambda: _with_retrieved(likeness, plain, renderer, run, context),
+        CHOICES: lambda: _choices(likeness, plain, renderer),
+        INSTRUCTED: lambda: _instructed(likeness, plain, renderer, run),
+    }
+    growth = run.eval.max_opponent_growth
+    room = math.inf if growth is None else growth * sum(len(one.ids) for one in plain)
     opponents, notes = [], []
-    for opponent in made:
-        if opponent is None or opponent.name not in run.eval.opponents:
+    for name, way in ways.items():
+        if name not in run.eval.opponents:
+            continue
+        try:
+            opponent = way()
+        except DataError as error:  # the template or the grammar takes no such prompt or answer
+            notes.append(f"{name} was left out: {error}")
+            continue
+        if opponent is None:
             continue
         cost = _num_tokens(opponent)
-        print(f"{opponent.name}: about {cost:,} tokens", file=sys.stderr)
-        if is_named(run) or cost <= room:
+        print(f"{name}: about {cost:,} tokens", file=sys.stderr)
+        if cost <= room:
             opponents.append(opponent)
         else:
             notes.append(
-                f"{opponent.name} was left out: it reads {cost:,} tokens, more than {MAX_GROWTH} times those of the"
-                " rows. Name it in eval.opponents to have it in the comparison."
+                f"{name} was left out: it reads {cost:,} tokens, more than {growth:g} times those of the rows;"
+                " eval.max_opponent_growth=null lets it take part."
             )
     return opponents, notes
 
@@ -126,10 +135,11 @@ def _num_tokens(opponent: BaseOpponent) -> int:
 
 
 def _with_retrieved(
-    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run, room: int
+    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run, context: int
 ) -> BaseOpponent | None:
     """Put the most similar training rows into each prompt, the most similar one last, as far as there is room."""
     count = min(run.eval.fewshot, len(likeness.known.rows))
+    room = context - run.eval.max_new_tokens
     rendered = []
     for one, neighbours in zip(plain, likeness.nearest(count), strict=True):
         shown = [likeness.known.rows[number] for number, _ in reversed(neighbours)]
@@ -152,11 +162,12 @@ def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> B
     known = likeness.known
     if not is_closed_set(known.answers) or _has_calls(known.rows):
         return None
-    texts = sorted(set(known.answers))
+    form_of = dict(zip(known.texts, known.answers, strict=True))
+    texts = sorted(form_of)
     ids = [_answer_ids(plain[0].row, text, renderer) for text in texts]
     step = max(1, len(known.rows) // NUM_TUNING)
     tuning = questions(known.rows[::step][:NUM_TUNING], renderer)
-    choices = Choices(texts, ids, tuning)
+    choices = Choices(texts, [form_of[text] for text in texts], ids, tuning)
     return BaseOpponent(CHOICES, f"the likeliest of {len(texts)} answers", plain, choices)
 
 
@@ -183,7 +194,7 @@ def _instructed(
             return grammars.of_schema(schema, closer=closer)
 
     elif is_closed_set(known.answers) and not _has_calls(known.rows):
-        texts = sorted(set(known.answers))
+        texts = sorted(set(known.texts))
         if sum(map(len, texts)) > MAX_LISTED_CHARS:
             return None
         instruction = "\n".join(["Answer with one of these:", *texts])
@@ -194,8 +205,15 @@ def _instructed(
 
     else:
         return None
-    rows = [_with_instruction(one.row, instruction) for one in plain]
-    return BaseOpponent(INSTRUCTED, what, questions(rows, renderer), allowed=allowed)
+    # A grammar that cannot be compiled is a DataError here, before any model is loaded.
+    grammars = Grammars(renderer, len(renderer.tokenizer), may_think=False)
+    allowed(grammars, renderer.answer_format.closer)
+    rows = [one.row for one in plain]
+    try:
+        longer = questions([_with_instruction(row, instruction) for row in rows], renderer)
+    except DataError:  # the template has no system message
+        longer = questions([_with_first_words(row, instruction) for row in rows], renderer)
+    return BaseOpponent(INSTRUCTED, what, longer, allowed=allowed)
 
 
 def _has_calls(rows: Sequence[Row]) -> bool:
@@ -209,6 +227,13 @@ def _with_instruction(row: Row, instruction: str) -> Row:
     if first.role not in OPENING_ROLES:
         return replace(row, messages=(Message("system", instruction), *row.messages))
     opening = replace(first, content=f"{first.content}\n{instruction}")
+    return replace(row, messages=(opening, *others))
+
+
+def _with_first_words(row: Row, instruction: str) -> Row:
+    """Return a row with an instruction before what its first turn says."""
+    first, *others = row.messages
+    opening = replace(first, content=f"{instruction}\n\n{first.content}")
     return replace(row, messages=(opening, *others))
 
 
@@ -245,10 +270,10 @@ def likeliest(
     ways = {"": np.ones_like(lengths), " per character": lengths}
     rows, means = [one.row for one in choices.tuning], {}
     for way, scale in ways.items():
-        texts = [choices.texts[best] for best in (tuning / scale).argmax(axis=1)]
+        texts = [choices.forms[best] for best in (tuning / scale).argmax(axis=1)]
         parsed = parse_answers(texts, rows, renderer.answer_format)
         means[way] = float(np.mean(answer_scores(parsed, rows, run)[run.eval.metrics[0]]))
     way = max(means, key=lambda name: means[name])  # the first of equal ones
     scores = rank(model, opponent.questions, choices.ids, num_rows)
-    answers = [choices.texts[best] for best in (scores / ways[way]).argmax(axis=1)]
+    answers = [choices.forms[best] for best in (scores / ways[way]).argmax(axis=1)]
     return f" by likelihood{way}", answers

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
+from halfbyte.data.ledger import Ledger
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions, training_rows
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
@@ -28,6 +29,7 @@ from halfbyte.eval.variants import (
     contenders,
     is_artefact,
 )
+from halfbyte.generate.grammar import GrammarError
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.load import load_config
 from halfbyte.model.merged import MERGE_REPORT, merge_command, merged_report
@@ -66,24 +68,8 @@ def compare(
         RunError: the run is not trained, is not merged although ``merged`` is a variant, or a file differs
             from the one that was measured.
     """
-    trained = read_trained_run(path, run)
-    folder, wanted = trained.folder, list(run.eval.variants)
-    if MERGED in wanted:
-        advice = f"{merge_command(folder)} (or leave it out with eval.variants)"
-        folder.need(folder.merged / MERGE_REPORT, advice)
-        merged_report(folder)
-    for name in wanted:
-        if is_artefact(name):
-            read_artefact(folder, name)
-    rows = held_out_rows(folder, run.eval.rows, run.seed)
-    run = with_tool_metrics(run, rows)
-    trained = replace(trained, run=run)
-    check_answers(rows, run, trained.renderer)
-    if FEWSHOT in wanted:
-        fewshot_examples(folder, run.eval.fewshot, run.seed)
-    for baseline in run.eval.baselines:
-        resolve_base(baseline.model, baseline.revision)
-        fewshot_examples(folder, baseline.fewshot, run.seed)
+    trained, rows = _checked(path, run)
+    run = trained.run
     plain = questions(rows, trained.renderer)
     comparison = Comparison(trained, trained.trained_compute(), plain)
     counted: list[Variant] = []
@@ -93,7 +79,11 @@ def compare(
 
     variants = {}
     for contender in contenders(comparison):
-        variants[contender.name] = variant = measure(contender, run)
+        try:
+            variants[contender.name] = variant = measure(contender, run)
+        except GrammarError as error:
+            notes.append(f"{contender.name} was left out: {error}")
+            continue
         is_plain = contender.name != FEWSHOT and contender.opponent is None
         if is_plain and not isinstance(contender.model, GgufModel):
             for benchmark in benchmarks:
@@ -104,9 +94,31 @@ def compare(
                 )
         # Drop the reference before the next model is loaded.
         del contender
-    order = [*wanted, *(baseline.name for baseline in run.eval.baselines)]
-    order += [opponent.name for opponent in comparison.opponents]
+    order = [*run.eval.variants, *(baseline.name for baseline in run.eval.baselines)]
+    order += [one.name for one in comparison.opponents if one.name in variants]
     return trained, [*(variants[name] for name in order), *counted], notes
+
+
+def _checked(path: Path, run: Run) -> tuple[TrainedRun, list[Row]]:
+    """Return a run with the settings of its comparison, and its rows, once all that is compared is there."""
+    trained = read_trained_run(path, run)
+    folder, wanted = trained.folder, run.eval.variants
+    if MERGED in wanted:
+        advice = f"{merge_command(folder)} (or leave it out with eval.variants)"
+        folder.need(folder.merged / MERGE_REPORT, advice)
+        merged_report(folder)
+    for name in wanted:
+        if is_artefact(name):
+            read_artefact(folder, name)
+    rows = held_out_rows(folder, run.eval.rows, run.seed)
+    run = with_tool_metrics(run, rows)
+    check_answers(rows, run, trained.renderer)
+    if FEWSHOT in wanted:
+        fewshot_examples(folder, run.eval.fewshot, run.seed)
+    for baseline in run.eval.baselines:
+        resolve_base(baseline.model, baseline.revision)
+        fewshot_examples(folder, baseline.fewshot, run.seed)
+    return replace(trained, run=run), rows
 
 
 def _with_opponents(
@@ -114,20 +126,24 @@ def _with_opponents(
 ) -> tuple[Comparison, list[Variant], list[str]]:
     """Return the comparison with its opponents that ask the base, those without a model, and notes."""
     trained, run = comparison.trained, comparison.run
-    known = training_rows(trained.folder)
+    known = [row for row in training_rows(trained.folder) if row.text is None]
     if not known:
-        return comparison, [], ["No opponents: the run kept no training rows."]
+        return comparison, [], ["No opponents: the run kept no training rows with answers."]
+    notes = []
+    num_trained = Ledger.read(trained.folder.ledger).trained
+    if len(known) < num_trained:
+        notes.append(f"The opponents know {len(known):,} of {num_trained:,} training rows.")
     renderer = trained.renderer
     likeness = Likeness(Examples.of(known, renderer), Examples.of(rows, renderer))
-    base, base_renderer, plain = base_side(comparison)
-    has_full = bool({BASE_FULL, FEWSHOT} & {*run.eval.variants})
+    counted, left_out = opponents(likeness, renderer, run)
+    notes += left_out
     with_base: list[BaseOpponent] = []
-    notes: list[str] = []
-    if has_full or is_named(run):
+    if {BASE_FULL, FEWSHOT} & {*run.eval.variants} or is_named(run):
+        base, base_renderer, plain = base_side(comparison)
         text = load_config(base).get_text_config()
         context = getattr(text, "max_position_embeddings", None) or MAX_CONTEXT
-        with_base, notes = base_opponents(likeness, plain, base_renderer, run, context)
-    counted = opponents(likeness, renderer, run)
+        with_base, left_out = base_opponents(likeness, plain, base_renderer, run, context)
+        notes += left_out
     return replace(comparison, opponents=tuple(with_base)), counted, notes
 
 

@@ -20,8 +20,10 @@ def scores_without_duplicates(
 ) -> dict[str, dict[str, Any]]:
     """Return each variant's scores on the rows whose prompt is nearly that of no training row.
 
-    Empty where that are all rows, or none.
+    Empty where that are all rows, or none, and where the ledger does not name all pairs.
     """
+    if ledger.total("near_duplicates") > len(ledger.near_duplicates):
+        return {}
     near = {pair.held_out for pair in ledger.near_duplicates}
     kept = [number for number, row in enumerate(rows) if row.place.split(", turn ")[0] not in near]
     if len(kept) in (0, len(rows)):

@@ -14,6 +14,7 @@ from halfbyte.eval.pages import interval
 from halfbyte.eval.report_record import Curve, Point, Report
 from halfbyte.eval.variants import trained_name
 from halfbyte.run_dir import RunDir, read_jsonl
+from halfbyte.scoring.rows import LOSS_METRIC
 
 RESAMPLES = 400
 MAX_GROWTH = 100  # times the rows that there are, beyond which nothing is extrapolated
@@ -34,6 +35,13 @@ def read_curve(folders: Sequence[RunDir]) -> Curve:
         reports.append((Report.read(path), _scores(folder)))
     reports.sort(key=lambda pair: pair[0].rows.trained)
     last, whole = reports[-1]
+    kinds = {(report.metric, report.metrics_version) for report, _ in reports}
+    if len(kinds) > 1 or last.metric == LOSS_METRIC:
+        raise RunError(
+            f"{', '.join(str(folder.path) for folder in folders)}: a curve needs one metric that scores each"
+            f" answer, in one version; the reports have {', '.join(f'{m} {v}' for m, v in sorted(kinds))}."
+            " Compare each run again with the same eval.metrics"
+        )
     ours = trained_name([entry["name"] for entry in last.variants])
     common = set.intersection(*(set(by_row) for _, by_row in reports))
     if ours is None or not common:
@@ -102,7 +110,8 @@ def _cross(sizes: Sequence[int], ours: Scores, theirs: Scores) -> float | None:
     if slope >= other_slope:
         return None
     at = (other_start - start) / (slope - other_slope)
-    return math.exp(at) if at < math.log(MAX_GROWTH * max(sizes)) else None
+    largest = max(sizes)
+    return math.exp(at) if math.log(largest) < at < math.log(MAX_GROWTH * largest) else None
 
 
 def _crossing(

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from halfbyte.errors import RunError
+
 GAIN, NO_GAIN, LOSS = "gain", "no gain", "loss"
 POWER = 0.8  # share of comparisons that should find a difference, for counts of rows
 
@@ -91,8 +93,15 @@ def crossed_difference(
         ours: scores, (trainings, rows), of two trainings at least.
         theirs: as ``ours``; a single row of scores is taken as the only one of its kind.
         confidence: of the interval.
+
+    Raises:
+        RunError: there is one row alone.
     """
     num_rows = ours.shape[1]
+    if num_rows < 2:
+        raise RunError(
+            "one row was answered by all trainings; two are needed to tell rows from trainings"
+        )
     by_row = ours.mean(axis=0) - theirs.mean(axis=0)  # (rows,)
     parts = [(float(by_row.var(ddof=1)) / num_rows, num_rows - 1)]
     twice, spread = 0.0, []

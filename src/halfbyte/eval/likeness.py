@@ -31,18 +31,23 @@ class Examples:
         rows: the rows.
         prompts: of each, what was said before its last answer, without system messages.
         answers: the last answer of each as a model would write it, with calls and without thoughts.
+        texts: what each answer says: without calls, thoughts and what the template writes before it.
     """
 
     rows: list[Row]
     prompts: list[str]
     answers: list[str]
+    texts: list[str]
 
     @classmethod
     def of(cls, rows: Sequence[Row], renderer: Renderer) -> Examples:
         """Take the texts of rows."""
-        prompts = [prompt_text(row) for row in rows]
+        plain = [_without_thoughts(row) for row in rows]
         return cls(
-            list(rows), prompts, [renderer.wanted_text(_without_thoughts(row)) for row in rows]
+            rows=list(rows),
+            prompts=[prompt_text(row) for row in rows],
+            answers=[renderer.wanted_text(row) for row in plain],
+            texts=[row.answer for row in plain],
         )
 
 
@@ -71,7 +76,7 @@ def is_closed_set(answers: Sequence[str]) -> bool:
 
 def is_copied(examples: Examples) -> bool:
     """Return whether answers are spans of their prompts."""
-    pairs = zip(examples.prompts, examples.answers, strict=True)
+    pairs = zip(examples.prompts, examples.texts, strict=True)
     copied = sum(bool(answer) and answer in prompt for prompt, answer in pairs)
     return copied >= MIN_COPIED * len(examples.answers) > 0
 

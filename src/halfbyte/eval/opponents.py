@@ -20,10 +20,11 @@ WITHOUT_MODEL = (MAJORITY, NEAREST, LINEAR, COPY)
 NEIGHBOURS = (1, 3, 5, 9)
 NUM_CHOOSING = 500  # training rows on which the number of neighbours is chosen
 MAX_SPAN_WORDS = 12
+MAX_COEFFICIENTS = 30_000_000  # of a logistic regression, which holds twenty times their bytes
 NUM_COPYING = 500  # training rows whose spans are counted
 
 
-def opponents(likeness: Likeness, renderer: Renderer, run: Run) -> list[Variant]:
+def opponents(likeness: Likeness, renderer: Renderer, run: Run) -> tuple[list[Variant], list[str]]:
     """Answer the held-out rows without a model, and score the answers as those of models.
 
     Args:
@@ -33,29 +34,39 @@ def opponents(likeness: Likeness, renderer: Renderer, run: Run) -> list[Variant]
 
     Returns:
         ``majority`` and ``nearest``; ``linear`` where answers are a closed set, ``copy`` where they are spans
-        of their prompts.
+        of their prompts. And a note for each that would cost too much.
     """
     known, held = likeness.known, likeness.held
     ways: dict[str, Callable[[], tuple[str, list[str]]]] = {
         MAJORITY: lambda: _majority(known, held),
         NEAREST: lambda: _nearest(likeness, renderer, run),
     }
-    if is_closed_set(known.answers):
-        ways[LINEAR] = lambda: _linear(likeness)
+    notes: list[str] = []
+    if LINEAR in run.eval.opponents and is_closed_set(known.answers):
+        size = len(set(known.answers)) * likeness.features[0].shape[1]
+        if size <= MAX_COEFFICIENTS:
+            ways[LINEAR] = lambda: _linear(likeness)
+        else:
+            notes.append(f"{LINEAR} was left out: it would have {size:,} coefficients.")
     if is_copied(known):
         ways[COPY] = lambda: _copy(known, held)
     variants: list[Variant] = []
+    shared = time.perf_counter()
+    if {NEAREST, LINEAR} & {*run.eval.opponents}:
+        likeness.features  # noqa: B018  (of both, and counted for each)
+    shared = time.perf_counter() - shared
     for name, way in ways.items():
         if name not in run.eval.opponents:
             continue
         start = time.perf_counter()
         what, answers = way()
         variant = Variant(name, what, seconds=time.perf_counter() - start)
+        variant.seconds += shared if name in (NEAREST, LINEAR) else 0.0
         variant.row_seconds = variant.seconds / len(answers)
         variant.finish_reasons = ["stop"] * len(answers)
         record_scores(variant, answers, held.rows, renderer, run)
         variants.append(variant)
-    return variants
+    return variants, notes
 
 
 def _majority(known: Examples, held: Examples) -> tuple[str, list[str]]:
@@ -107,7 +118,7 @@ def _copy(known: Examples, held: Examples) -> tuple[str, list[str]]:
     """Choose the span of each prompt whose surroundings and words are most like those of training answers."""
     in_spans: Counter[tuple[str, str]] = Counter()
     everywhere: Counter[tuple[str, str]] = Counter()
-    for prompt, answer in list(zip(known.prompts, known.answers, strict=True))[:NUM_COPYING]:
+    for prompt, answer in list(zip(known.prompts, known.texts, strict=True))[:NUM_COPYING]:
         for text, signs in _spans(prompt):
             everywhere.update(signs)
             if text == answer:

@@ -6,8 +6,9 @@ import difflib
 import json
 import re
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
+from halfbyte.config.section import Opponent
 from halfbyte.data.thoughts import split_thoughts, without_thoughts
 from halfbyte.eval.plots import (
     answer_lengths,
@@ -202,7 +203,8 @@ def as_html(
 def _ours(report: Report) -> str:
     """Return the name of the variant that the others are compared with."""
     names = [entry["name"] for entry in report.variants]
-    return trained_name(names) or str(names[-1])
+    models = [name for name in names if name not in get_args(Opponent)]
+    return trained_name(names) or str((models or names)[-1])
 
 
 def _opponent_rank(name: str) -> tuple[int, str]:

@@ -16,6 +16,7 @@ from halfbyte.eval.variants import TRAINED
 
 # Size of a label in the chart of memory and quality, as shares of its axes.
 LABEL_WIDTH, LABEL_HEIGHT = 0.25, 0.085
+MIN_SECONDS = 0.1  # that the chart of time and quality shows
 INK, OURS, OTHERS, BAD = "#1f2933", "#0f766e", "#94a3b8", "#b91c1c"
 
 
@@ -53,9 +54,9 @@ def memory_against_quality(report: Report) -> str:
 def time_against_quality(report: Report) -> str:
     """Draw each variant's seconds per 1,000 rows, on a logarithmic scale, against the deciding metric."""
     seconds = {
-        entry["name"]: math.log10(entry["seconds_per_1000_rows"])
+        entry["name"]: math.log10(max(entry["seconds_per_1000_rows"], MIN_SECONDS))
         for entry in report.variants
-        if entry["seconds_per_1000_rows"]
+        if entry["seconds_per_1000_rows"] is not None
     }
     return _cost_against_quality(report, seconds, "seconds per 1,000 rows", is_log=True)
 

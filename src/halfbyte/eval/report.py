@@ -21,7 +21,7 @@ from halfbyte.eval.measure import Variant
 from halfbyte.eval.pages import as_html, as_markdown
 from halfbyte.eval.report_record import Curve, Decoding, Report, TrainingRows
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, MERGED, trained_name
-from halfbyte.eval.verdict import cheapest, differences, ours_of, overall, verdict_line
+from halfbyte.eval.verdict import OPPONENTS, cheapest, differences, ours_of, overall, verdict_line
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.run_dir import RunDir, read_jsonl, write_jsonl, write_text
 from halfbyte.scoring import metrics
@@ -98,7 +98,7 @@ def _judged(
     ours = ours_of(variants)
     if ours is None or not answered:
         return {}
-    others = [v.name for v in variants if v is not ours and v.name != MERGED]
+    others = [v.name for v in variants if v is not ours and v.name not in (MERGED, *OPPONENTS)]
     return judge_answers(run, answered, ours.name, others, folder.eval / "judge.jsonl")
 
 

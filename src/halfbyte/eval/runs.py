@@ -23,6 +23,9 @@ from halfbyte.trained.manifest import finished_manifest
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
 SEEDS = {"seed", "train.seed"}  # keys in which trainings of the same settings differ
+# Sections and keys that change nothing in the weights, and those of eval that change scores.
+UNTRAINED = ("eval.", "merge.", "export.", "track.", "train.existing", "train.ignore_plan")
+SCORING = ("max_new_tokens", "answer_pattern", "json_schema", "metrics")
 UNCOMPARED = ("runs_dir", "name")  # config keys that say where a run is, not how it trained
 
 
@@ -91,7 +94,7 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
         entry["against_first"] = against_first
     settings = _differing(runs)
     seeds = {}
-    if len(runs) > 1 and {key for key in settings if not key.startswith("eval.")} <= SEEDS:
+    if _differ_in_the_seed(runs, settings):
         ours = np.array([[one.scores[row] for row in common] for one in runs])
         seeds = over_seeds(ours, _others(first, common), chosen.confidence)
     return {
@@ -121,6 +124,15 @@ def _read(folder: RunDir) -> Compared:
     run = read_run_folder(folder.path)
     run = run.model_copy(update={"eval": Eval.model_validate(report.eval)})
     return Compared(folder, run, report, entry, scores)
+
+
+def _differ_in_the_seed(runs: Sequence[Compared], settings: dict[str, list[Any]]) -> bool:
+    """Return whether runs are trainings of the same settings with different seeds, scored alike."""
+    trained = {key for key in settings if not key.startswith(UNTRAINED)}
+    scored = {f"eval.{key}" for key in SCORING} & settings.keys()
+    seeds = {one.run.training_seed for one in runs}
+    variants = {one.variant["name"] for one in runs}
+    return trained <= SEEDS and not scored and len(seeds) == len(runs) > 1 == len(variants)
 
 
 def _others(one: Compared, rows: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:

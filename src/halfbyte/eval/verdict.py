@@ -92,7 +92,13 @@ def cheapest(run: Run, variants: Sequence[Variant], metric: str) -> str | None:
         difference = paired_difference(ours, theirs, *level)
         if judge(difference, ours, theirs, run.eval.confidence) != GAIN:
             as_good.append(variant)
-    return min(as_good, key=lambda one: (one.weights_bytes, one.row_seconds or 0.0)).name
+    return min(as_good, key=_cost).name
+
+
+def _cost(variant: Variant) -> tuple[int, float]:
+    """Return bytes and time of a variant; the time of one that was not measured is the longest."""
+    seconds = variant.row_seconds
+    return variant.weights_bytes, float("inf") if seconds is None else seconds
 
 
 def verdict_line(
@@ -104,7 +110,9 @@ def verdict_line(
     baselines = [BASE_FULL, FEWSHOT, *(baseline.name for baseline in run.eval.baselines), BASE_NF4]
     verdicts = {name: difference["verdict"] for name, difference in against.items()}
     # The smaller the difference, the stronger the opponent.
-    strongest = sorted(set(OPPONENTS) & against.keys(), key=lambda name: against[name]["value"])
+    strongest = sorted(
+        (name for name in OPPONENTS if name in against), key=lambda name: against[name]["value"]
+    )
     unbeaten = [name for name in strongest if verdicts[name] != GAIN]
     shown = [name for name in baselines if name in against] + (unbeaten or strongest[:1])
     parts = [
@@ -113,7 +121,8 @@ def verdict_line(
     ]
     if ours is None or not parts:
         return "No verdict: the comparison lacks a trained variant or a baseline."
-    if unbeaten and GAIN in map(verdicts.get, baselines):
+    bases = {verdicts[name] for name in (BASE_FULL, FEWSHOT, BASE_NF4) if name in verdicts}
+    if unbeaten and bases == {GAIN}:
         parts.insert(0, f"gain over the base, not over {' and '.join(unbeaten)}")
     elif strongest and not unbeaten:
         parts[-1] += ", the strongest opponent"
