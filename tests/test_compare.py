@@ -57,7 +57,7 @@ def test_report_has_every_variant_with_its_figures(compared: Path) -> None:
             assert found["n"] == 8
         assert sum(entry["finish_reasons"].values()) == 8
         assert entry["verdict"] in ("gain", "no gain", "loss")
-        if entry["name"] in (*OPPONENTS, "base-full-choices"):
+        if entry["name"] in (*OPPONENTS, *WITH_BASE[1:]):
             assert entry["held_out_loss"] is None
             assert (entry["weights_bytes"] == 0) == (entry["name"] in OPPONENTS)
             continue

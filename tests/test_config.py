@@ -551,9 +551,10 @@ BROKEN_RULES: dict[str, tuple[dict[str, str], str, str]] = {
         "eval.variants is empty, and eval.baselines too: there is nothing to compare",
     ),
     "no_fewshot": (
-        {"eval": "variants: [adapter]\nfewshot: 3"},
+        {"eval": "variants: [adapter]\nopponents: [nearest]\nfewshot: 3"},
         "fewshot",
-        "eval.fewshot has no effect without base-full-fewshot in eval.variants",
+        "eval.fewshot has no effect without base-full-fewshot in eval.variants or base-full-retrieval in"
+        " eval.opponents",
     ),
     "no_tracking": (
         {"track": "wandb: off\nproject: mine"},

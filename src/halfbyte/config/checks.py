@@ -212,6 +212,7 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
     tasks = [benchmark.task for benchmark in run.eval.benchmarks]
     twice = sorted({task for task in tasks if tasks.count(task) > 1})
     taken = sorted(set(names) & {*get_args(OwnVariant), *get_args(Opponent), *run.eval.variants})
+    shown = {"base-full-fewshot", "base-full-retrieval"} & {*run.eval.variants, *run.eval.opponents}
     return [
         (
             not run.eval.variants and not run.eval.baselines,
@@ -219,9 +220,7 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
             "is empty, and eval.baselines too: there is nothing to compare",
         ),
         (
-            written("eval.fewshot")
-            and "base-full-fewshot" not in run.eval.variants
-            and "base-full-retrieval" not in run.eval.opponents,
+            written("eval.fewshot") and not shown,
             "eval.fewshot",
             "has no effect without base-full-fewshot in eval.variants or base-full-retrieval in eval.opponents",
         ),

@@ -124,14 +124,16 @@ def measure(contender: Contender, run: Run) -> Variant:
     else:
         unpack_for_speed(contender.model)
         refusal = slots_refusal(contender.model)
-        is_free = opponent is None or opponent.allowed is None
-        if refusal or not is_free or not all(map(_has_short_answer, contender.questions)):
+        if opponent is not None and opponent.allowed is not None:
+            # Its loss without the grammar would say nothing about it.
+            begun: list[list[int]] = [[] for _ in rows]
+            _generate(variant, contender.model, contender, run, refusal, begun)
+        elif refusal or not all(map(_has_short_answer, contender.questions)):
             size = max(1, run.eval.batch_size // ROWS_PER_SCORED)
             scored = row_scores(contender.model, rows, size)
             variant.losses = [(loss, len(hits)) for loss, hits in scored]
             begun = [
-                _correct_prefix(*pair) if is_free else []
-                for pair in zip(contender.questions, scored, strict=True)
+                _correct_prefix(*pair) for pair in zip(contender.questions, scored, strict=True)
             ]
             _generate(variant, contender.model, contender, run, refusal, begun)
         else:
