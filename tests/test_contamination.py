@@ -10,6 +10,7 @@ from halfbyte.data.ledger import Ledger, NearDuplicate
 from halfbyte.eval.contamination import duplicate_note, memory_note, scores_without_duplicates
 from halfbyte.eval.measure import Variant
 
+RUN = model_run("org/tiny", [])
 ROWS = [
     Row(place, (Message("user", place), Message("assistant", "x")))
     for place in ("test:1", "test:2, turn 4", "test:3", "test:4")
@@ -30,7 +31,7 @@ def variant(name: str, scores: list[float]) -> Variant:
 def test_scores_without_the_rows_that_training_nearly_has() -> None:
     variants = [variant("adapter", [1, 1, 0, 1]), variant("nearest", [1, 1, 0, 0])]
     found = ledger("test:1", "test:2")
-    clean = scores_without_duplicates(found, ROWS, variants, model_run("org/tiny", []))
+    clean = scores_without_duplicates(found, ROWS, variants, RUN)
     assert clean["adapter"]["exact_match"]["value"] == 0.5
     assert clean["nearest"]["exact_match"]["value"] == 0.0
     assert clean["adapter"]["exact_match"]["n"] == 2
@@ -55,3 +56,11 @@ def test_answers_that_the_base_knows_are_counted() -> None:
     assert "certain of 2 of 3 wanted answers" in note
     base.losses = [(20.0, 5)]
     assert memory_note([base]) == []
+
+
+def test_scores_are_not_given_where_the_ledger_names_only_some_pairs() -> None:
+    found = ledger("test:1")
+    found.totals["near_duplicates"] = 2
+    clean = scores_without_duplicates(found, ROWS, [variant("adapter", [1, 1, 0, 1])], RUN)
+    assert clean == {}
+    assert duplicate_note(found, clean, "exact_match").startswith("2 pairs")

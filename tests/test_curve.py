@@ -50,6 +50,15 @@ def test_what_does_not_approach_never_crosses() -> None:
     assert curves._crossing([9, 9], scored(2.0, -0.1)[:2], scored(1.0, -0.3)[:2], 0.95)[0] is None
 
 
+def test_what_is_behind_has_not_crossed_yet() -> None:
+    ours = scored(12.0, -0.5)
+    theirs = ours.copy()
+    theirs[-1] = 1.0  # ahead on all rows, though the fitted lines cross among fewer
+    at, _, _, share = curves._crossing(SIZES, ours, theirs, 0.95)
+    assert at is None or at > SIZES[-1]
+    assert share < 1
+
+
 def points(ours: Sequence[float], theirs: Sequence[float]) -> list[Point]:
     pairs = zip(SIZES, ours, theirs, strict=True)
     return [

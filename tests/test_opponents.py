@@ -70,6 +70,24 @@ def test_spans_of_the_prompt_are_copied(renderer: Renderer) -> None:
     assert found["copy"] == 1.0 > found["nearest"]
 
 
+def test_answers_close_the_thoughts_that_the_prompt_opens() -> None:
+    template = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}<think>
+{{ m.reasoning_content or '' }}</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+    renderer = Renderer(chatml_tokenizer(), template)
+    names = ("Anara", "Bole", "Cymi", "Dito", "Eva", "Fred", "Gus", "Hal")
+    rows = [row(f"On day {n} my name is {name}, I said.", name) for n, name in enumerate(names)]
+    held = [row("On day 7 my name is Zoltan, I said.", "Zoltan")]
+    assert scores(rows, held, renderer)["copy"] == 1.0
+    found = scores(labelled(90, 0), labelled(30, 1), renderer)
+    assert found["nearest"] == found["linear"] == 1.0
+
+
 @pytest.mark.parametrize(
     "prompts",
     [["", " ", "\n"], ["🙂", "?", "。"], ["x" * 10_000] * 3, ["a"]],

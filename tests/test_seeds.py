@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from conftest import MakeConfig
 from toys import run_script
 
 from halfbyte.config import read_run_folder
+from halfbyte.errors import RunError
 from halfbyte.eval.intervals import Spread, crossed_difference, judge, paired_difference
+from halfbyte.eval.runs import compare_runs
 from halfbyte.eval.seeds import Scores, over_seeds
-from halfbyte.run_dir import read_jsonl
+from halfbyte.run_dir import RunDir, read_jsonl
 
 NUM_ROWS, SEED_SD, STUDIES = 300, 0.03, 400
 
@@ -84,6 +87,18 @@ def test_equal_scores_have_no_spread() -> None:
     same = crossed_difference(np.ones((3, 9)), np.ones((1, 9)), 0.95)
     assert same == Spread(same.estimate, 0.0, 0.0, 0.0)
     assert (same.estimate.ci_low, same.estimate.ci_high) == (0.0, 0.0)
+
+
+def test_one_row_cannot_tell_rows_from_trainings() -> None:
+    with pytest.raises(RunError, match="one row"):
+        crossed_difference(np.ones((3, 1)), np.ones((1, 1)), 0.95)
+
+
+def test_a_run_beside_itself_is_no_second_training(trained_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained_run, copy)
+    run_script("eval/compare.py", copy, "eval.variants=[adapter]", "eval.opponents=[nearest]")
+    assert compare_runs([RunDir(copy), RunDir(copy)])["seeds"] == {}
 
 
 def test_each_other_variant_gets_a_verdict() -> None:

@@ -127,8 +127,10 @@ def _copy(known: Examples, held: Examples) -> tuple[str, list[str]]:
     def evidence(signs: list[tuple[str, str]]) -> float:
         return sum(math.log((in_spans[sign] + 0.1) / (everywhere[sign] + 1.0)) for sign in signs)
 
+    # What the template has a model write before an answer, such as the end of thoughts that it opens.
+    before = known.answers[0].removesuffix(known.texts[0])
     answers = [
-        max(_spans(prompt), key=lambda span: evidence(span[1]), default=("", []))[0]
+        before + max(_spans(prompt), key=lambda span: evidence(span[1]), default=("", []))[0]
         for prompt in held.prompts
     ]
     return "the span of the prompt that is most like a training answer", answers
