@@ -79,6 +79,7 @@ def test_the_line_says_where_it_is_ahead_or_would_be() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_config_is_trained_on_growing_shares(
     make_config: MakeConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def test_gate_refuses_with_lines_that_make_it_fit(run: Run) -> None:
     assert message.endswith("train.ignore_plan=true trains in spite of it")
 
 
+@pytest.mark.slow
 def test_gate_only_warns_when_the_plan_is_to_be_ignored(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def test_write_plots_writes_a_whole_png_and_page(fitting: Plan, tmp_path: Path) 
     assert requests_of(page) == []
 
 
+@pytest.mark.slow
 def test_write_plots_replaces_its_own_suffix_and_older_files_when_asked_again(
     fitting: Plan, tmp_path: Path
 ) -> None:

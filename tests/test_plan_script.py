@@ -86,6 +86,7 @@ def test_suggest_prints_lines_to_paste_and_each_of_them_fits(
         assert report["device"]["fits"], line
 
 
+@pytest.mark.slow
 def test_plan_reads_a_folder_that_holds_only_a_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

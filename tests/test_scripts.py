@@ -211,6 +211,7 @@ def test_generate_refuses_flags_that_a_run_has_settled(
     assert "--precision has no effect on a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_chat_keeps_the_conversation_and_forgets_on_reset(tiny_llama: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "eval/generate.py"), str(tiny_llama), "--max-new-tokens", "2"],

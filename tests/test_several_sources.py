@@ -223,6 +223,7 @@ def test_paths_of_entries_are_read_from_the_folder_of_the_config(tmp_path: Path)
     assert paths == [str(tmp_path / "x.jsonl"), "org/rows"]
 
 
+@pytest.mark.slow
 def test_run_logs_the_loss_of_each_source_and_resumes_the_same(
     tmp_path: Path, tiny_llama: Path, sources: dict[str, Path]
 ) -> None:
