@@ -51,12 +51,16 @@ def test_what_does_not_approach_never_crosses() -> None:
 
 
 def test_what_is_behind_has_not_crossed_yet() -> None:
-    ours = scored(12.0, -0.5)
-    theirs = ours.copy()
-    theirs[-1] = 1.0  # ahead on all rows, though the fitted lines cross among fewer
-    at, _, _, share = curves._crossing(SIZES, ours, theirs, 0.95)
-    assert at is None or at > SIZES[-1]
-    assert share < 1
+    """Ahead in the middle and behind on all rows: the fitted errors are equal at about 128 rows."""
+
+    def rows(*right: int) -> Any:
+        return np.array([[1.0] * count + [0.0] * (100 - count) for count in right])
+
+    ours, theirs = rows(50, 72, 82, 83), rows(60, 66, 74, 85)
+    sizes = [100, 200, 400, 800]
+    (start, slope), (other, slower) = (power_law(sizes, one.mean(axis=1)) for one in (ours, theirs))
+    assert np.exp((other - start) / (slope - slower)) == pytest.approx(128, rel=0.01)
+    assert curves._crossing(sizes, ours, theirs, 0.95)[0] is None
 
 
 def points(ours: Sequence[float], theirs: Sequence[float]) -> list[Point]:
