@@ -11,6 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from test_opponents import COLOURS, labelled, row
+from toys import OPENS_THOUGHTS
 
 from halfbyte.config import Run, model_run
 from halfbyte.data.chat_template import load_template
@@ -194,15 +195,7 @@ def test_a_template_without_system_messages_reads_the_instruction_first(tiny_lla
 
 def test_thoughts_that_the_prompt_opens_are_no_part_of_the_set(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(resolve_base(str(tiny_llama)))
-    template = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}<think>
-{{ m.reasoning_content or '' }}</think>
-
-{% endif %}{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-<think>
-{% endif %}"""
-    renderer = Renderer(tokenizer, template)
+    renderer = Renderer(tokenizer, OPENS_THOUGHTS)
     run = model_run("org/tiny", [ALL])
     made, notes = opponents_of(labelled(60, 0), labelled(3, 1), renderer, run)
     assert notes == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from toys import chatml_tokenizer
+from toys import OPENS_THOUGHTS, chatml_tokenizer
 
 from halfbyte.config import model_run
 from halfbyte.data.chat_template import load_template
@@ -71,15 +71,7 @@ def test_spans_of_the_prompt_are_copied(renderer: Renderer) -> None:
 
 
 def test_answers_close_the_thoughts_that_the_prompt_opens() -> None:
-    template = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}<think>
-{{ m.reasoning_content or '' }}</think>
-
-{% endif %}{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-<think>
-{% endif %}"""
-    renderer = Renderer(chatml_tokenizer(), template)
+    renderer = Renderer(chatml_tokenizer(), OPENS_THOUGHTS)
     names = ("Anara", "Bole", "Cymi", "Dito", "Eva", "Fred", "Gus", "Hal")
     rows = [row(f"On day {n} my name is {name}, I said.", name) for n, name in enumerate(names)]
     held = [row("On day 7 my name is Zoltan, I said.", "Zoltan")]

@@ -14,9 +14,9 @@ from toys import run_script
 
 from halfbyte.config import read_run_folder
 from halfbyte.errors import RunError
-from halfbyte.eval.intervals import Spread, crossed_difference, judge, paired_difference
+from halfbyte.eval.intervals import Scores, Spread, crossed_difference, judge, paired_difference
 from halfbyte.eval.runs import compare_runs
-from halfbyte.eval.seeds import Scores, over_seeds
+from halfbyte.eval.seeds import over_seeds
 from halfbyte.run_dir import RunDir, read_jsonl
 
 NUM_ROWS, SEED_SD, STUDIES = 300, 0.03, 400

@@ -35,6 +35,17 @@ CORPUS = [
 VOCABULARY = 480
 
 
+# Its generation prompt opens the thoughts that each answer closes.
+OPENS_THOUGHTS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}<think>
+{{ m.reasoning_content or '' }}</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+
 def chatml_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with ChatML tokens; adds no BOS (as SmolLM2's)."""
     core = Tokenizer(models.BPE())

@@ -13,6 +13,7 @@ from pathlib import Path
 from halfbyte.config import load_run
 from halfbyte.errors import ConfigError, exit_on_user_error
 
+OPPONENTS = "[majority, nearest, linear, copy]"  # those without a model
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -53,9 +54,6 @@ def main() -> None:
     write_curve(read_trained_run(paths[-1]), curve)
     print(as_markdown(curve))
     print(f"read it: {paths[-1] / 'eval' / 'report.html'}")
-
-
-OPPONENTS = "[majority, nearest, linear, copy]"
 
 
 def _run(script: str, *arguments: object) -> None:

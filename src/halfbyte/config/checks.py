@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from halfbyte.config.evaluation import Baseline
 from halfbyte.config.schema import Run
-from halfbyte.config.section import FOUR_BIT, Opponent, OwnVariant
+from halfbyte.config.section import FOUR_BIT, OPPONENTS, OwnVariant
 from halfbyte.config.source import SECRET, KeyPath, Source
 
 RUN_NAME = re.compile(r"(?!\.+$)[\w.=+,~-]{1,120}", re.ASCII)
@@ -211,7 +211,7 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     tasks = [benchmark.task for benchmark in run.eval.benchmarks]
     twice = sorted({task for task in tasks if tasks.count(task) > 1})
-    taken = sorted(set(names) & {*get_args(OwnVariant), *get_args(Opponent), *run.eval.variants})
+    taken = sorted(set(names) & {*get_args(OwnVariant), *OPPONENTS, *run.eval.variants})
     shown = {"base-full-fewshot", "base-full-retrieval"} & {*run.eval.variants, *run.eval.opponents}
     return [
         (

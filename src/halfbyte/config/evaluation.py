@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from halfbyte.config.section import (
+    OPPONENTS,
     Count,
     Metric,
     Name,
@@ -86,15 +87,7 @@ class Eval(Section):
         " train/export.py are also allowed by name, such as `awq` or `gguf-q4_k_m`.",
     )
     opponents: list[Opponent] = Field(
-        default=[
-            "majority",
-            "nearest",
-            "linear",
-            "copy",
-            "base-full-retrieval",
-            "base-full-choices",
-            "base-full-instructed",
-        ],
+        default=list(OPPONENTS),
         description="Opponents, each where it applies. Without a model: the most frequent training answer, a vote of the"
         " training rows with the most similar words, logistic regression (where answers are a closed set), the"
         " likeliest span of the prompt (where answers are such spans). With the base: the most similar training rows"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +34,7 @@ Opponent = Literal[
     "base-full-choices",
     "base-full-instructed",
 ]
+OPPONENTS: tuple[Opponent, ...] = get_args(Opponent)
 
 BRANCH = "|"  # begins the name of a union's branch, which pydantic puts into the places of errors
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

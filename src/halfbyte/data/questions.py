@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row, row_from_json
@@ -29,6 +30,11 @@ class Question:
     prompt: list[int]
     ids: list[int]
     labels: list[int]
+
+    @property
+    def labelled(self) -> list[int]:
+        """The labelled tokens, which are the wanted answer."""
+        return [label for label in self.labels if label != IGNORED]
 
 
 def held_out_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
@@ -84,7 +90,12 @@ def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ..
     if len(rows) < count:
         raise RunError(f"eval.fewshot is {count}, but the run kept {len(rows)} training examples")
     chosen = random.Random(seed).sample(rows, count)
-    return tuple(turn for row in chosen for turn in row.messages if turn.role not in OPENING_ROLES)
+    return turns_of(chosen)
+
+
+def turns_of(rows: Sequence[Row]) -> tuple[Message, ...]:
+    """Return the turns of rows, without their system messages."""
+    return tuple(turn for row in rows for turn in row.messages if turn.role not in OPENING_ROLES)
 
 
 def training_examples(folder: RunDir) -> list[Row]:

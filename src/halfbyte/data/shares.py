@@ -103,6 +103,8 @@ def drop_leaks(file: SampleFile, parts: NDArray[np.uint8], data: Data, drops: Dr
 
 def keep_share(file: SampleFile, parts: NDArray[np.uint8], data: Data, drops: Drops) -> None:
     """Mark the training rows beyond ``train_frac`` as unused: those whose hashes are the lowest."""
+    if data.train_frac == 1:
+        return
     rows = np.flatnonzero(parts == TRAIN)
     order = np.argsort(-fraction_of(np.array(file.row_digests))[rows], kind="stable")
     left_out = rows[order[max(1, round(data.train_frac * len(rows))) :]]

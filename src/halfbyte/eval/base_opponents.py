@@ -14,26 +14,27 @@ import numpy as np
 from torch import nn
 
 from halfbyte.config import Run
-from halfbyte.data.conversation import OPENING_ROLES, Message, Row
+from halfbyte.config.evaluation import Eval
+from halfbyte.data.conversation import OPENING_ROLES, Message, Row, system_in_question
 from halfbyte.data.encoded import IGNORED
-from halfbyte.data.questions import Question, question, questions
+from halfbyte.data.questions import Question, question, questions, turns_of
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError
+from halfbyte.eval.intervals import Scores
 from halfbyte.eval.likeness import Likeness, is_closed_set
 from halfbyte.forward.scoring import row_losses
+from halfbyte.generate.batched import until_stop
 from halfbyte.generate.grammar import Grammars
-from halfbyte.scoring.rows import answer_scores, parse_answers
+from halfbyte.scoring.rows import mean_score
 
 RETRIEVAL, CHOICES = "base-full-retrieval", "base-full-choices"
 INSTRUCTED = "base-full-instructed"
-WITH_BASE = (RETRIEVAL, CHOICES, INSTRUCTED)
 MAX_LISTED_CHARS = 8_000  # of a set of answers that a prompt names
 NUM_TUNING = 32  # training rows on which the way to rank answers is chosen
 QUESTIONS_PER_CALL = 32  # whose choices are scored together
 
-Allowed = Callable[
-    [Grammars, str | None], Any
-]  # the grammar of answers, given what closes open thoughts
+# Makes the grammar of answers, given what closes open thoughts.
+Allowed = Callable[[Grammars, str | None], Any]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def base_opponents(
 
 def is_named(run: Run) -> bool:
     """Return whether a config says which opponents to compare with."""
-    return run.eval.opponents != type(run.eval)().opponents
+    return run.eval.opponents != Eval().opponents
 
 
 def _num_tokens(opponent: BaseOpponent) -> int:
@@ -143,18 +144,13 @@ def _with_retrieved(
     rendered = []
     for one, neighbours in zip(plain, likeness.nearest(count), strict=True):
         shown = [likeness.known.rows[number] for number, _ in reversed(neighbours)]
-        longer = question(one.row, renderer, _turns(shown))
+        longer = question(one.row, renderer, turns_of(shown))
         while shown and len(longer.ids) > room:
             shown = shown[1:]
-            longer = question(one.row, renderer, _turns(shown))
+            longer = question(one.row, renderer, turns_of(shown))
         rendered.append(longer)
     what = f"the {count} most similar training rows in the prompt, or as many as fit"
     return BaseOpponent(RETRIEVAL, what, rendered)
-
-
-def _turns(rows: Sequence[Row]) -> tuple[Message, ...]:
-    """Return the turns of rows, without their system messages."""
-    return tuple(turn for row in rows for turn in row.messages if turn.role not in OPENING_ROLES)
 
 
 def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> BaseOpponent | None:
@@ -174,10 +170,7 @@ def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> B
 def _answer_ids(row: Row, text: str, renderer: Renderer) -> list[int]:
     """Return the tokens of an answer to a row, without those that end it."""
     answered = replace(row, messages=(*row.messages[:-1], Message("assistant", text)))
-    labels = question(answered, renderer, ()).labels
-    ids = [label for label in labels if label != IGNORED]
-    ends = (at for at, token in enumerate(ids) if token in renderer.stop_ids)
-    return ids[: next(ends, len(ids))]
+    return until_stop(question(answered, renderer, ()).labelled, set(renderer.stop_ids)).ids
 
 
 def _instructed(
@@ -208,11 +201,12 @@ def _instructed(
     # A grammar that cannot be compiled is a DataError here, before any model is loaded.
     grammars = Grammars(renderer, len(renderer.tokenizer), may_think=False)
     allowed(grammars, renderer.answer_format.closer)
-    rows = [one.row for one in plain]
+    rows = [_with_instruction(one.row, instruction) for one in plain]
     try:
-        longer = questions([_with_instruction(row, instruction) for row in rows], renderer)
+        longer = questions(rows, renderer)
     except DataError:  # the template has no system message
-        longer = questions([_with_first_words(row, instruction) for row in rows], renderer)
+        rows = [replace(row, messages=system_in_question(row.messages)) for row in rows]
+        longer = questions(rows, renderer)
     return BaseOpponent(INSTRUCTED, what, longer, allowed=allowed)
 
 
@@ -230,16 +224,9 @@ def _with_instruction(row: Row, instruction: str) -> Row:
     return replace(row, messages=(opening, *others))
 
 
-def _with_first_words(row: Row, instruction: str) -> Row:
-    """Return a row with an instruction before what its first turn says."""
-    first, *others = row.messages
-    opening = replace(first, content=f"{instruction}\n\n{first.content}")
-    return replace(row, messages=(opening, *others))
-
-
 def rank(
     model: nn.Module, ranked: Sequence[Question], choices: Sequence[list[int]], num_rows: int
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+) -> Scores:
     """Return the log-likelihood of each answer to each question: (questions, choices), in nats.
 
     As lm-evaluation-harness scores multiple choice: the sum over the tokens of the answer, without its end.
@@ -268,12 +255,13 @@ def likeliest(
     num_rows = run.eval.batch_size
     tuning = rank(model, choices.tuning, choices.ids, num_rows)
     ways = {"": np.ones_like(lengths), " per character": lengths}
-    rows, means = [one.row for one in choices.tuning], {}
-    for way, scale in ways.items():
-        texts = [choices.forms[best] for best in (tuning / scale).argmax(axis=1)]
-        parsed = parse_answers(texts, rows, renderer.answer_format)
-        means[way] = float(np.mean(answer_scores(parsed, rows, run)[run.eval.metrics[0]]))
-    way = max(means, key=lambda name: means[name])  # the first of equal ones
+    rows = [one.row for one in choices.tuning]
+
+    def score(way: str) -> float:
+        texts = [choices.forms[best] for best in (tuning / ways[way]).argmax(axis=1)]
+        return mean_score(texts, rows, renderer.answer_format, run)
+
+    way = max(ways, key=score)  # the first of equal ones
     scores = rank(model, opponent.questions, choices.ids, num_rows)
     answers = [choices.forms[best] for best in (scores / ways[way]).argmax(axis=1)]
     return f" by likelihood{way}", answers

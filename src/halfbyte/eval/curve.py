@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from halfbyte.errors import RunError
-from halfbyte.eval.intervals import mean_interval
+from halfbyte.eval.intervals import Scores, mean_interval
 from halfbyte.eval.pages import interval
 from halfbyte.eval.report_record import Curve, Point, Report
+from halfbyte.eval.runs import variant_scores
 from halfbyte.eval.variants import trained_name
-from halfbyte.run_dir import RunDir, read_jsonl
+from halfbyte.run_dir import RunDir
 from halfbyte.scoring.rows import LOSS_METRIC
 
 RESAMPLES = 400
 MAX_GROWTH = 100  # times the rows that there are, beyond which nothing is extrapolated
 MIN_ERROR = 1e-3  # of a score of 1, whose logarithm does not exist
 
-Scores = np.ndarray[Any, np.dtype[np.float64]]
+# The number of rows, its lower and upper end, and in which share of the resamples there is one.
+Crossing = tuple[float | None, float | None, float | None, float]
 
 
 def read_curve(folders: Sequence[RunDir]) -> Curve:
@@ -29,31 +30,21 @@ def read_curve(folders: Sequence[RunDir]) -> Curve:
     Raises:
         RunError: a run was not compared, or two have no rows in common.
     """
-    reports = []
-    for folder in folders:
-        path = folder.need(folder.eval / "report.json", f"python eval/compare.py {folder.path}")
-        reports.append((Report.read(path), _scores(folder)))
-    reports.sort(key=lambda pair: pair[0].rows.trained)
+    reports = _read(folders)
     last, whole = reports[-1]
-    kinds = {(report.metric, report.metrics_version) for report, _ in reports}
-    if len(kinds) > 1 or last.metric == LOSS_METRIC:
-        raise RunError(
-            f"{', '.join(str(folder.path) for folder in folders)}: a curve needs one metric that scores each"
-            f" answer, in one version; the reports have {', '.join(f'{m} {v}' for m, v in sorted(kinds))}."
-            " Compare each run again with the same eval.metrics"
-        )
     ours = trained_name([entry["name"] for entry in last.variants])
-    common = set.intersection(*(set(by_row) for _, by_row in reports))
-    if ours is None or not common:
+    names = [name for name in whole if all(name in by_variant for _, by_variant in reports)]
+    ids: list[str] = []
+    if ours in names:
+        ids = [row for row in whole[ours] if all(row in by[ours] for _, by in reports)]
+    if ours is None or not ids:
         raise RunError(
             f"{', '.join(str(folder.path) for folder in folders)}: the runs were compared without their trained"
             " variant, or on rows that they have not in common"
         )
-    ids = [row for row in whole if row in common]
-    names = [name for name in whole[ids[0]] if all(name in by_row[ids[0]] for _, by_row in reports)]
     sizes = [report.rows.trained for report, _ in reports]
     scores = {
-        name: np.array([[by_row[row][name] for row in ids] for _, by_row in reports])
+        name: np.array([[by_variant[name][row] for row in ids] for _, by_variant in reports])
         for name in names
     }
     level = (last.confidence, int(last.eval["resamples"]), 0)
@@ -69,8 +60,10 @@ def read_curve(folders: Sequence[RunDir]) -> Curve:
     ]
     others = [name for name in names if name != ours]
     best = max(others, key=lambda name: scores[name][-1].mean(), default=None)
-    crossed = _crossing(sizes, scores[ours], scores[best], last.confidence) if best else None
-    crossing, low, high, share = crossed or (None, None, None, 0.0)
+    crossed: Crossing = (None, None, None, 0.0)
+    if best is not None:
+        crossed = _crossing(sizes, scores[ours], scores[best], last.confidence)
+    crossing, low, high, share = crossed
     return Curve(
         metric=last.metric,
         ours=ours,
@@ -84,17 +77,22 @@ def read_curve(folders: Sequence[RunDir]) -> Curve:
     )
 
 
-def _scores(folder: RunDir) -> dict[str, dict[str, float]]:
-    """Return the scores of a run by the deciding metric, by row and variant."""
-    report = Report.read(folder.eval / "report.json")
-    return {
-        row["id"]: {
-            name: float(by_metric[report.metric])
-            for name, by_metric in row["scores"].items()
-            if report.metric in by_metric
-        }
-        for row in read_jsonl(folder.eval / "answers.jsonl")
-    }
+def _read(folders: Sequence[RunDir]) -> list[tuple[Report, dict[str, dict[str, float]]]]:
+    """Return the report and the scores, by variant and row, of each run, by growing number of its rows."""
+    reports = []
+    for folder in folders:
+        path = folder.need(folder.eval / "report.json", f"python eval/compare.py {folder.path}")
+        report = Report.read(path)
+        reports.append((report, variant_scores(folder, report.metric)))
+    reports.sort(key=lambda pair: pair[0].rows.trained)
+    kinds = {(report.metric, report.metrics_version) for report, _ in reports}
+    if len(kinds) > 1 or reports[0][0].metric == LOSS_METRIC:
+        raise RunError(
+            f"{', '.join(str(folder.path) for folder in folders)}: a curve needs one metric that scores each"
+            f" answer, in one version; the reports have {', '.join(f'{m} {v}' for m, v in sorted(kinds))}."
+            " Compare each run again with the same eval.metrics"
+        )
+    return reports
 
 
 def power_law(sizes: Sequence[int], means: Scores) -> tuple[float, float]:
@@ -114,9 +112,7 @@ def _cross(sizes: Sequence[int], ours: Scores, theirs: Scores) -> float | None:
     return math.exp(at) if math.log(largest) < at < math.log(MAX_GROWTH * largest) else None
 
 
-def _crossing(
-    sizes: Sequence[int], ours: Scores, theirs: Scores, confidence: float
-) -> tuple[float | None, float | None, float | None, float]:
+def _crossing(sizes: Sequence[int], ours: Scores, theirs: Scores, confidence: float) -> Crossing:
     """Return where ours crosses theirs, its interval over resampled rows, and in which share it does."""
     if len(set(sizes)) < 2:
         return None, None, None, 0.0
@@ -135,14 +131,9 @@ def _crossing(
     return at, low, high, len(drawn) / RESAMPLES
 
 
-def _line(
-    points: Sequence[Point],
-    ours: str,
-    best: str | None,
-    crossed: tuple[float | None, float | None, float | None, float] | None,
-) -> str:
+def _line(points: Sequence[Point], ours: str, best: str | None, crossed: Crossing) -> str:
     """Say from how many rows on the trained variant is ahead of the best opponent, or would be."""
-    if best is None or crossed is None:
+    if best is None:
         return "There is no opponent to cross."
     ahead = [one.scores[ours]["value"] > one.scores[best]["value"] for one in points]
     if ahead[-1]:

@@ -14,6 +14,8 @@ from scipy import stats
 
 from halfbyte.errors import RunError
 
+Scores = npt.NDArray[np.float64]
+
 GAIN, NO_GAIN, LOSS = "gain", "no gain", "loss"
 POWER = 0.8  # share of comparisons that should find a difference, for counts of rows
 
@@ -79,9 +81,7 @@ class Spread:
     training_sd: float
 
 
-def crossed_difference(
-    ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64], confidence: float
-) -> Spread:
+def crossed_difference(ours: Scores, theirs: Scores, confidence: float) -> Spread:
     """Return by how much trainings are better than a model or than other trainings, on the same rows.
 
     Rows and trainings are both drawn from more of them (a crossed design with two random effects): the variance
@@ -140,11 +140,9 @@ def ratio_interval(
     return Estimate(value, low, high, len(totals))
 
 
-def _ratio(
-    totals: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], axis: int = -1
-) -> npt.NDArray[np.float64]:
+def _ratio(totals: Scores, weights: Scores, axis: int = -1) -> Scores:
     """Divide the sum of totals by the sum of weights along an axis."""
-    quotient: npt.NDArray[np.float64] = totals.sum(axis=axis) / weights.sum(axis=axis)
+    quotient: Scores = totals.sum(axis=axis) / weights.sum(axis=axis)
     return quotient
 
 
@@ -256,9 +254,7 @@ def judge(difference: Estimate, ours: list[float], theirs: list[float], confiden
     return LOSS if difference.ci_high < 0 else NO_GAIN
 
 
-def _bootstrap(
-    values: npt.NDArray[np.float64], confidence: float, resamples: int, seed: int
-) -> Estimate:
+def _bootstrap(values: Scores, confidence: float, resamples: int, seed: int) -> Estimate:
     """Return the mean of values with a bootstrap interval."""
     mean = float(values.mean())
     if np.ptp(values) == 0:
@@ -268,7 +264,7 @@ def _bootstrap(
 
 
 def _resampled(
-    data: list[npt.NDArray[np.float64]],
+    data: list[Scores],
     statistic: Callable[..., Any],
     confidence: float,
     resamples: int,

@@ -15,9 +15,8 @@ from halfbyte.data.render import Renderer
 from halfbyte.data.thoughts import without_thoughts
 
 MAX_UNSEEN = 0.02  # of answers, up to which those of training are taken for a closed set
-MIN_COPIED = (
-    0.9  # share of training answers that stand in their prompts, from which on answers are spans
-)
+# Share of training answers that stand in their prompts, from which on answers are spans.
+MIN_COPIED = 0.9
 BLOCK = 256  # rows compared with all training rows at once
 MAX_CHARS = 4_000_000  # of all prompts together
 WORD = r"(?u)\w+|[^\w\s]"

@@ -14,7 +14,6 @@ from torch import nn
 
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
-from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question
 from halfbyte.data.render import Renderer
 from halfbyte.data.thoughts import message_thoughts
@@ -151,10 +150,10 @@ def _rank(variant: Variant, contender: Contender, run: Run) -> None:
     start = time.perf_counter()
     how, answers = likeliest(contender.model, opponent, opponent.choices, renderer, run)
     variant.what += how
-    variant.row_seconds = (time.perf_counter() - start) / len(answers)
-    variant.finish_reasons = ["stop"] * len(answers)
-    rows = [question.row for question in contender.questions]
-    record_scores(variant, answers, rows, renderer, run)
+    variant.seconds = time.perf_counter() - start
+    record_chosen(
+        variant, answers, [question.row for question in contender.questions], renderer, run
+    )
 
 
 def _generate_gguf(variant: Variant, model: GgufModel, contender: Contender, run: Run) -> None:
@@ -218,7 +217,7 @@ def _generate(
             stop_ids=renderer.stop_ids,
             max_new_tokens=run.eval.max_new_tokens,
             begun=begun,
-            wanted=None if begun else [_labelled_tokens(question) for question in questions],
+            wanted=None if begun else [question.labelled for question in questions],
             progress=progress,
             spent=spent,
         )
@@ -239,14 +238,9 @@ def _matcher(model: Any, contender: Contender) -> Any:
     return opponent.allowed(grammars, renderer.answer_format.closer)
 
 
-def _labelled_tokens(question: Question) -> list[int]:
-    """Return the labelled tokens of a row, which are the wanted answer."""
-    return [label for label in question.labels if label != IGNORED]
-
-
 def _has_short_answer(question: Question) -> bool:
     """Return whether the labelled tokens are one short answer that directly follows the prompt."""
-    answer = _labelled_tokens(question)
+    answer = question.labelled
     whole = [*question.prompt, *answer]
     fits = bool(question.prompt) and 0 < len(answer) <= MAX_LABELLED_TOKENS
     return fits and question.ids[: len(whole)] == whole
@@ -254,7 +248,7 @@ def _has_short_answer(question: Question) -> bool:
 
 def _correct_prefix(question: Question, scored: tuple[float, list[bool]]) -> list[int]:
     """Return the prefix of the wanted answer that the model would generate itself."""
-    answer, hits = _labelled_tokens(question), scored[1]
+    answer, hits = question.labelled, scored[1]
     return answer[: hits.index(False)] if False in hits else answer
 
 
@@ -267,6 +261,15 @@ def _record_answers(
     rows = [question.row for question in contender.questions]
     texts = [contender.renderer.decode(one.ids) for one in answers]
     record_scores(variant, texts, rows, contender.renderer, run)
+
+
+def record_chosen(
+    variant: Variant, answers: list[str], rows: list[Row], renderer: Renderer, run: Run
+) -> None:
+    """Record answers that were chosen whole in ``variant.seconds``, and their scores; as ``record_scores``."""
+    variant.row_seconds = variant.seconds / len(answers)
+    variant.finish_reasons = ["stop"] * len(answers)
+    record_scores(variant, answers, rows, renderer, run)
 
 
 def record_scores(

@@ -8,15 +8,13 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from halfbyte.config import Run
 from halfbyte.data.render import Renderer
 from halfbyte.eval.likeness import WORD, Examples, Likeness, is_closed_set, is_copied
-from halfbyte.eval.measure import Variant, record_scores
+from halfbyte.eval.measure import Variant, record_chosen
+from halfbyte.scoring.rows import mean_score
 
 MAJORITY, NEAREST, LINEAR, COPY = "majority", "nearest", "linear", "copy"
-WITHOUT_MODEL = (MAJORITY, NEAREST, LINEAR, COPY)
 NEIGHBOURS = (1, 3, 5, 9)
 NUM_CHOOSING = 500  # training rows on which the number of neighbours is chosen
 MAX_SPAN_WORDS = 12
@@ -62,9 +60,7 @@ def opponents(likeness: Likeness, renderer: Renderer, run: Run) -> tuple[list[Va
         what, answers = way()
         variant = Variant(name, what, seconds=time.perf_counter() - start)
         variant.seconds += shared if name in (NEAREST, LINEAR) else 0.0
-        variant.row_seconds = variant.seconds / len(answers)
-        variant.finish_reasons = ["stop"] * len(answers)
-        record_scores(variant, answers, held.rows, renderer, run)
+        record_chosen(variant, answers, held.rows, renderer, run)
         variants.append(variant)
     return variants, notes
 
@@ -81,16 +77,16 @@ def _nearest(likeness: Likeness, renderer: Renderer, run: Run) -> tuple[str, lis
     known = likeness.known
     sample = range(0, len(known.prompts), max(1, len(known.prompts) // NUM_CHOOSING))
     others = likeness.nearest_others(sample, max(NEIGHBOURS))
-    scored = {}
-    for count in NEIGHBOURS:
-        trial = Variant(NEAREST, "")
+    rows = [known.rows[number] for number in sample]
+
+    def score(count: int) -> float:
         answers = [_vote(row[:count], known.answers) for row in others]
-        record_scores(trial, answers, [known.rows[i] for i in sample], renderer, run)
-        scored[count] = float(np.mean(trial.scores[run.eval.metrics[0]]))
-    best = max(NEIGHBOURS, key=lambda count: scored[count])  # the first of equal ones
+        return mean_score(answers, rows, renderer.answer_format, run)
+
+    best = max(NEIGHBOURS, key=score)  # the first of equal ones
     answers = [_vote(row, known.answers) for row in likeness.nearest(best)]
-    rows = "row" if best == 1 else f"{best} rows"
-    return f"vote of the {rows} of training with the most similar words", answers
+    voters = "row" if best == 1 else f"{best} rows"
+    return f"vote of the {voters} of training with the most similar words", answers
 
 
 def _vote(neighbours: Sequence[tuple[int, float]], answers: Sequence[str]) -> str:

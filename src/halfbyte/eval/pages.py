@@ -6,9 +6,9 @@ import difflib
 import json
 import re
 from importlib import resources
-from typing import Any, get_args
+from typing import Any
 
-from halfbyte.config.section import Opponent
+from halfbyte.config.section import OPPONENTS
 from halfbyte.data.thoughts import split_thoughts, without_thoughts
 from halfbyte.eval.plots import (
     answer_lengths,
@@ -203,7 +203,7 @@ def as_html(
 def _ours(report: Report) -> str:
     """Return the name of the variant that the others are compared with."""
     names = [entry["name"] for entry in report.variants]
-    models = [name for name in names if name not in get_args(Opponent)]
+    models = [name for name in names if name not in OPPONENTS]
     return trained_name(names) or str((models or names)[-1])
 
 

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from halfbyte.config import Run
+from halfbyte.config.section import OPPONENTS
 from halfbyte.data.conversation import Row
 from halfbyte.data.ledger import Ledger
 from halfbyte.eval.benchmarks import LoadedBenchmark
@@ -21,7 +22,7 @@ from halfbyte.eval.measure import Variant
 from halfbyte.eval.pages import as_html, as_markdown
 from halfbyte.eval.report_record import Curve, Decoding, Report, TrainingRows
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, MERGED, trained_name
-from halfbyte.eval.verdict import OPPONENTS, cheapest, differences, ours_of, overall, verdict_line
+from halfbyte.eval.verdict import cheapest, differences, ours_of, overall, verdict_line
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.run_dir import RunDir, read_jsonl, write_jsonl, write_text
 from halfbyte.scoring import metrics

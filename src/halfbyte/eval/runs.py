@@ -38,14 +38,19 @@ class Compared:
         run: its config, as it was compared.
         report: the content of its report.json.
         variant: the entry of its trained variant.
-        scores: that variant's scores by conversation.
+        by_variant: the scores of each variant by conversation.
     """
 
     folder: RunDir
     run: Run
     report: Report
     variant: dict[str, Any]
-    scores: dict[str, float]
+    by_variant: dict[str, dict[str, float]]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores of the trained variant by conversation."""
+        return self.by_variant.get(self.variant["name"], {})
 
 
 def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
@@ -93,16 +98,13 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
     for entry, against_first in zip(entries[1:], judged, strict=True):
         entry["against_first"] = against_first
     settings = _differing(runs)
-    seeds = {}
-    if _differ_in_the_seed(runs, settings):
-        ours = np.array([[one.scores[row] for row in common] for one in runs])
-        seeds = over_seeds(ours, _others(first, common), chosen.confidence)
+    is_one_setup = _differ_in_the_seed(runs, settings)
     return {
         "metric": metric,
         "n": len(common),
         "runs": entries,
         "settings": settings,
-        "seeds": seeds,
+        "seeds": _over_seeds(runs, common) if is_one_setup else {},
     }
 
 
@@ -114,16 +116,11 @@ def _read(folder: RunDir) -> Compared:
     ours = trained_name(entries)
     if ours is None:
         raise RunError(f"{folder.path}: was compared without its trained variant. Run: {command}")
-    entry = entries[ours]
-    scores = {}
-    for row in read_jsonl(folder.need(folder.eval / "answers.jsonl", command)):
-        by_metric = row["scores"][entry["name"]]
-        if report.metric in by_metric:
-            scores[row["id"]] = float(by_metric[report.metric])
+    scores = variant_scores(folder, report.metric)
     # With the settings of the comparison, which may differ from those of the training.
     run = read_run_folder(folder.path)
     run = run.model_copy(update={"eval": Eval.model_validate(report.eval)})
-    return Compared(folder, run, report, entry, scores)
+    return Compared(folder, run, report, entries[ours], scores)
 
 
 def _differ_in_the_seed(runs: Sequence[Compared], settings: dict[str, list[Any]]) -> bool:
@@ -135,14 +132,27 @@ def _differ_in_the_seed(runs: Sequence[Compared], settings: dict[str, list[Any]]
     return trained <= SEEDS and not scored and len(seeds) == len(runs) > 1 == len(variants)
 
 
-def _others(one: Compared, rows: Sequence[str]) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Return the scores, (rows,), of the variants of a run that it did not train."""
+def _over_seeds(runs: Sequence[Compared], rows: Sequence[str]) -> dict[str, Any]:
+    """Compare trainings of the same settings with what the first run was compared with, on common rows."""
+    first = runs[0]
+    ours = np.array([[one.scores[row] for row in rows] for one in runs])
+    others = {
+        name: np.array([by_row[row] for row in rows])
+        for name, by_row in first.by_variant.items()
+        if not is_trained(name)
+    }
+    return over_seeds(ours, others, first.run.eval.confidence)
+
+
+def variant_scores(folder: RunDir, metric: str) -> dict[str, dict[str, float]]:
+    """Return the scores of a compared run's answers by a metric, by variant and conversation."""
     scores: dict[str, dict[str, float]] = {}
-    for row in read_jsonl(one.folder.eval / "answers.jsonl"):
+    path = folder.need(folder.eval / "answers.jsonl", f"python eval/compare.py {folder.path}")
+    for row in read_jsonl(path):
         for name, by_metric in row["scores"].items():
-            if one.report.metric in by_metric and not is_trained(name):
-                scores.setdefault(name, {})[row["id"]] = float(by_metric[one.report.metric])
-    return {name: np.array([by_row[row] for row in rows]) for name, by_row in scores.items()}
+            if metric in by_metric:
+                scores.setdefault(name, {})[row["id"]] = float(by_metric[metric])
+    return scores
 
 
 def _setup(benchmark: dict[str, Any]) -> str:

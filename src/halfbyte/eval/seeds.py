@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.eval.intervals import GAIN, LOSS, NO_GAIN, crossed_difference
+from halfbyte.eval.intervals import Scores, crossed_difference, judge
 from halfbyte.eval.pages import interval, signed
-
-Scores = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def over_seeds(ours: Scores, others: Mapping[str, Scores], confidence: float) -> dict[str, Any]:
@@ -26,12 +24,11 @@ def over_seeds(ours: Scores, others: Mapping[str, Scores], confidence: float) ->
     for name, theirs in others.items():
         spread = crossed_difference(ours, theirs[None], confidence)
         estimate = spread.estimate
-        verdict = GAIN if estimate.ci_low > 0 else LOSS if estimate.ci_high < 0 else NO_GAIN
         against[name] = {
             **estimate.as_json(),
             "over_rows": spread.over_rows,
             "over_trainings": spread.over_trainings,
-            "verdict": verdict,
+            "verdict": judge(estimate, [], [], confidence),
         }
     return {
         "trainings": len(ours),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from halfbyte.config import Run
-from halfbyte.eval.base_opponents import WITH_BASE
+from halfbyte.config.section import OPPONENTS
 from halfbyte.eval.intervals import (
     GAIN,
     LOSS,
@@ -18,13 +18,10 @@ from halfbyte.eval.intervals import (
     ratio_interval,
 )
 from halfbyte.eval.measure import Variant
-from halfbyte.eval.opponents import WITHOUT_MODEL
 from halfbyte.eval.pages import interval, signed
 from halfbyte.eval.plots import estimate_of
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, is_trained, trained_name
 from halfbyte.scoring.rows import LOSS_METRIC
-
-OPPONENTS = (*WITHOUT_MODEL, *WITH_BASE)
 
 
 def differences(run: Run, variants: list[Variant], metric: str) -> dict[str, dict[str, Any]]:

@@ -70,6 +70,13 @@ def answer_scores(
     }
 
 
+def mean_score(answers: Sequence[str], rows: Sequence[Row], form: AnswerFormat, run: Run) -> float:
+    """Return the mean score of answers to rows by the first of the run's metrics."""
+    score = row_scorer(run.eval.metrics[0], run.eval)
+    parsed = parse_answers(answers, rows, form)
+    return sum(score(*pair) for pair in zip(parsed, rows, strict=True)) / len(rows)
+
+
 def row_scorers(run: Run) -> dict[str, RowScore]:
     """Return the function of each of the run's metrics except the loss.
 

@@ -188,9 +188,9 @@ def record_data(session: Session, prepared: Prepared) -> None:
     for name in ("validation", "test"):
         rows = getattr(prepared, name)
         write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in rows.rows()))
-    for name, count in (("fewshot", NUM_FEWSHOT_POOL), ("train", MAX_KEPT_ROWS)):
-        pool = prepared.train.rows_by_digest(count)
-        write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in pool))
+    kept = [row.as_json() for row in prepared.train.rows_by_digest(MAX_KEPT_ROWS)]
+    write_jsonl(folder.data / "train.jsonl", kept)
+    write_jsonl(folder.data / "fewshot.jsonl", kept[:NUM_FEWSHOT_POOL])
 
 
 def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> None:
