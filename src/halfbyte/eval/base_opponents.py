@@ -89,13 +89,13 @@ def base_opponents(
         run: the config.
         context: the most tokens that the base reads.
     """
+    growth = None if is_named(run) else run.eval.max_opponent_growth
+    room = math.inf if growth is None else growth * sum(len(one.ids) for one in plain)
     ways: dict[str, Callable[[], BaseOpponent | None]] = {
-        RETRIEVAL: lambda: _with_retrieved(likeness, plain, renderer, run, context),
+        RETRIEVAL: lambda: _with_retrieved(likeness, plain, renderer, run, context, room),
         CHOICES: lambda: _choices(likeness, plain, renderer),
         INSTRUCTED: lambda: _instructed(likeness, plain, renderer, run),
     }
-    growth = run.eval.max_opponent_growth
-    room = math.inf if growth is None else growth * sum(len(one.ids) for one in plain)
     opponents, notes = [], []
     for name, way in ways.items():
         if name not in run.eval.opponents:
@@ -113,8 +113,8 @@ def base_opponents(
             opponents.append(opponent)
         else:
             notes.append(
-                f"{name} was left out: it reads {cost:,} tokens, more than {growth:g} times those of the rows;"
-                " eval.max_opponent_growth=null lets it take part."
+                f"{name} was left out: it reads {cost:,} tokens, more than {growth:g} times those of the rows"
+                " (eval.max_opponent_growth); named in eval.opponents, it takes part."
             )
     return opponents, notes
 
@@ -136,21 +136,37 @@ def _num_tokens(opponent: BaseOpponent) -> int:
 
 
 def _with_retrieved(
-    likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run, context: int
+    likeness: Likeness,
+    plain: list[Question],
+    renderer: Renderer,
+    run: Run,
+    context: int,
+    room: float,
 ) -> BaseOpponent | None:
     """Put the most similar training rows into each prompt, the most similar one last, as far as there is room."""
-    count = min(run.eval.fewshot, len(likeness.known.rows))
-    room = context - run.eval.max_new_tokens
-    rendered = []
-    for one, neighbours in zip(plain, likeness.nearest(count), strict=True):
-        shown = [likeness.known.rows[number] for number, _ in reversed(neighbours)]
-        longer = question(one.row, renderer, turns_of(shown))
-        while shown and len(longer.ids) > room:
-            shown = shown[1:]
-            longer = question(one.row, renderer, turns_of(shown))
-        rendered.append(longer)
+    wanted = min(run.eval.fewshot, len(likeness.known.rows))
+    neighbours = likeness.nearest(wanted)
+    longest = context - run.eval.max_new_tokens
+
+    def shown(count: int) -> list[Question]:
+        rendered = []
+        for one, likest in zip(plain, neighbours, strict=True):
+            rows = [likeness.known.rows[number] for number, _ in reversed(likest[:count])]
+            longer = question(one.row, renderer, turns_of(rows))
+            while rows and len(longer.ids) > longest:
+                rows = rows[1:]
+                longer = question(one.row, renderer, turns_of(rows))
+            rendered.append(longer)
+        return rendered
+
+    count, questions_shown = wanted, shown(wanted)
+    while count > 1 and sum(len(one.ids) for one in questions_shown) > room:
+        count -= 1
+        questions_shown = shown(count)
     what = f"the {count} most similar training rows in the prompt, or as many as fit"
-    return BaseOpponent(RETRIEVAL, what, rendered)
+    if count < wanted:
+        what += f" (eval.max_opponent_growth leaves {wanted - count} out)"
+    return BaseOpponent(RETRIEVAL, what, questions_shown)
 
 
 def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> BaseOpponent | None:

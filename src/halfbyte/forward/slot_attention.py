@@ -3,9 +3,12 @@
 Inputs are laid end to end without padding (continuous batching, Orca, OSDI 2022 §3.2), and the tokens of each
 attend to the cache of its own slot. An input of one token is decoded, an input of several is prefilled.
 
-Shapes: T tokens of the pass, t of one prefill input, M decode inputs, S neighbouring slots that hold them, C
-cached tokens of a slot, H query heads, G key-value heads (grouped-query attention, arXiv 2305.13245), D head
-size.
+A beginning that all slots share is kept and read once (Hydragen, arXiv 2402.05099 §3), so that a slot holds
+what comes after it.
+
+Shapes: T tokens of the pass, t of one prefill input, M decode inputs, S neighbouring slots that hold them, P
+shared tokens, C cached tokens of a slot, H query heads, G key-value heads (grouped-query attention, arXiv
+2305.13245), D head size.
 """
 
 from __future__ import annotations
@@ -54,6 +57,10 @@ class KVCache:
         dtype: of keys and values.
         device: where they lie.
         growth: number of tokens by which each slot grows.
+
+    Attributes:
+        shared: keys and values (G, P, D) of each layer, of the tokens that all slots begin with.
+        num_shared: P. A slot holds the tokens from position P on.
     """
 
     def __init__(
@@ -62,6 +69,14 @@ class KVCache:
         self.num_slots, self.dtype, self.device = num_slots, dtype, device
         self.growth = growth
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.num_shared = 0
+
+    def share(self, beginning: KVCache, length: int) -> None:
+        """Let all slots, which are empty, begin with the ``length`` tokens of the only slot of another cache."""
+        self.num_shared = length
+        for layer, (keys, values) in beginning.layers.items():
+            self.shared[layer] = (keys[0, :, :length], values[0, :, :length])
 
     @property
     def num_bytes(self) -> int:
@@ -140,7 +155,8 @@ class SlotBatch:
             for index in range(tokens.stop - slot_input.num_logits, tokens.stop)
         ]
         self.logit_indices = torch.tensor(logit_indices, device=device)
-        self.longest = max(slot_input.end for slot_input in inputs)
+        self.num_shared = cache.num_shared
+        self.longest = max(slot_input.end for slot_input in inputs) - self.num_shared
         self.decode = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) == 1]
         self.prefill = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) > 1]
         slots = [inputs[number].slot for number in self.decode]
@@ -179,13 +195,13 @@ class SlotBatch:
         )  # (slots, G, C, D) each
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))  # (T, H, D)
         if self.decode:
-            keys[self._slots, :, self._positions] = (
+            own = self._positions - self.num_shared
+            keys[self._slots, :, own] = (
                 key[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
             )
-            values[self._slots, :, self._positions] = (
+            values[self._slots, :, own] = (
                 value[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
             )
-            mask, length = self._decode_mask(window)  # (S, 1, 1, C)
             groups = key.shape[0]
             q_decode = query[:, self._tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
             q = query.new_zeros(
@@ -193,27 +209,59 @@ class SlotBatch:
             )  # (S, H, D)
             q[self._offsets] = q_decode
             # Heads that share keys stand where queries do, so that no key is copied for them.
-            o = functional.scaled_dot_product_attention(
+            o = self._attend_decode(
+                layer,
                 q.view(q.shape[0], groups, -1, q.shape[2]).to(keys.dtype),  # (S, G, H/G, D)
-                keys[self._first_slot : self._stop_slot, :, :length],  # (S, G, C, D)
-                values[self._first_slot : self._stop_slot, :, :length],  # (S, G, C, D)
-                attn_mask=mask.to(keys.dtype),
-                scale=scale,
+                keys[self._first_slot : self._stop_slot],
+                values[self._first_slot : self._stop_slot],
+                window,
+                scale,
             )  # (S, G, H/G, D)
             # (S, G, H/G, D) → (S, H, D) → (M, H, D)
             out[self._tokens] = o.flatten(1, 2)[self._offsets].to(out.dtype)
         for number in self.prefill:
             slot_input, tokens = self.inputs[number], self.ranges[number]
-            new = slice(slot_input.start, slot_input.end)
+            new = slice(slot_input.start - self.num_shared, slot_input.end - self.num_shared)
             keys[slot_input.slot, :, new] = key[:, tokens].to(keys.dtype)  # (G, t, D)
             values[slot_input.slot, :, new] = value[:, tokens].to(keys.dtype)  # (G, t, D)
             out[tokens] = self._attend_prefill(
-                number, query[:, tokens], keys, values, window, scale
+                layer, number, query[:, tokens], keys, values, window, scale
             )  # (t, H, D)
+        return out
+
+    def _attend_decode(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Compute the attention output (S, G, H/G, D) of queries (S, G, H/G, D) to slots (S, G, C, D)."""
+        mask, length = self._decode_mask(window)  # (S, 1, 1, P + C)
+        mask = mask.to(keys.dtype)
+        keys, values = keys[:, :, :length], values[:, :, :length]  # (S, G, C, D) each
+        if not self.num_shared:
+            return functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=mask, scale=scale
+            )
+        shared_keys, shared_values = self.cache.shared[layer]  # (G, P, D) each
+        slots, groups, heads, size = query.shape
+        query = query * (size**-0.5 if scale is None else scale)
+        # One product for all slots: (G, S·H/G, D) by (G, D, P).
+        before = query.transpose(0, 1).flatten(1, 2) @ shared_keys.transpose(1, 2)
+        before = before.view(groups, slots, heads, -1).transpose(0, 1)  # (S, G, H/G, P)
+        scores = torch.cat([before, query @ keys.transpose(2, 3)], dim=3)
+        weights = (scores.float() + mask).softmax(dim=3).to(keys.dtype)  # (S, G, H/G, P + C)
+        rows = weights[..., : self.num_shared].transpose(0, 1).flatten(1, 2)  # (G, S·H/G, P)
+        seen = (rows @ shared_values).view(groups, slots, heads, size)
+        out: torch.Tensor = seen.transpose(0, 1) + weights[..., self.num_shared :] @ values
         return out
 
     def _attend_prefill(
         self,
+        layer: int,
         number: int,
         query: torch.Tensor,
         keys: torch.Tensor,
@@ -224,12 +272,18 @@ class SlotBatch:
         """Compute the attention output (t, H, D) of one input's queries (H, t, D)."""
         slot_input = self.inputs[number]
         groups = keys.shape[1]
-        mask = self._prefill_mask(number, window)  # (t, C)
+        mask = self._prefill_mask(number, window)  # (t, P + C)
         q = query.view(groups, -1, *query.shape[1:])  # (G, H/G, t, D)
-        k, v = (
-            tensor[slot_input.slot, :, None, : slot_input.end].expand(-1, q.shape[1], -1, -1)
+        pair = [
+            tensor[slot_input.slot, :, : slot_input.end - self.num_shared]
             for tensor in (keys, values)
-        )  # (G, H/G, C, D) each
+        ]  # (G, C, D) each
+        if self.num_shared:
+            shared = self.cache.shared[layer]  # (G, P, D) each
+            pair = [
+                torch.cat([first, then], dim=1) for first, then in zip(shared, pair, strict=True)
+            ]
+        k, v = (tensor[:, None].expand(-1, q.shape[1], -1, -1) for tensor in pair)
         o = functional.scaled_dot_product_attention(
             q.to(keys.dtype),
             k,
@@ -242,31 +296,31 @@ class SlotBatch:
         return o.flatten(0, 1).transpose(0, 1).to(query.dtype)
 
     def _decode_mask(self, window: int | None) -> tuple[torch.Tensor, int]:
-        """Return an additive mask (S, 1, 1, C) of the decode inputs, and the C that they need."""
+        """Return an additive mask (S, 1, 1, P + C) of the decode inputs, and the C that they need."""
         if window not in self._decode_masks:
             length = max(self.inputs[number].end for number in self.decode)
-            key_positions = torch.arange(length, device=self.device)  # (C,)
+            key_positions = torch.arange(length, device=self.device)  # (P + C,)
             positions = self._positions[:, None]  # (M, 1)
-            seen = key_positions <= positions  # (M, C)
+            seen = key_positions <= positions  # (M, P + C)
             if window is not None:
                 seen &= key_positions > positions - window
             mask = torch.zeros((self._stop_slot - self._first_slot, length), device=self.device)
-            mask[self._offsets] = mask[self._offsets].masked_fill_(~seen, float("-inf"))  # (S, C)
-            self._decode_masks[window] = mask[:, None, None], length  # (S, 1, 1, C)
+            mask[self._offsets] = mask[self._offsets].masked_fill_(~seen, float("-inf"))
+            self._decode_masks[window] = mask[:, None, None], length - self.num_shared
         return self._decode_masks[window]
 
     def _prefill_mask(self, number: int, window: int | None) -> torch.Tensor | None:
-        """Return an additive mask (t, C), or None where order within the input alone decides."""
+        """Return an additive mask (t, P + C), or None where order within the input alone decides."""
         slot_input = self.inputs[number]
         if slot_input.start == 0 and (window is None or slot_input.end <= window):
             return None
         if (number, window) not in self._prefill_masks:
-            key_positions = torch.arange(slot_input.end, device=self.device)  # (C,)
+            key_positions = torch.arange(slot_input.end, device=self.device)  # (P + C,)
             positions = torch.arange(slot_input.start, slot_input.end, device=self.device)  # (t,)
             hidden = key_positions > positions[:, None]  # (t, C)
             if window is not None:
                 hidden |= key_positions <= positions[:, None] - window
-            mask = torch.zeros(hidden.shape, device=self.device)  # (t, C)
+            mask = torch.zeros(hidden.shape, device=self.device)  # (t, P + C)
             self._prefill_masks[number, window] = mask.masked_fill_(hidden, float("-inf"))
         return self._prefill_masks[number, window]
 

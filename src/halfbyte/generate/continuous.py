@@ -24,7 +24,7 @@ from halfbyte.forward.probes import (
 )
 from halfbyte.forward.slot_attention import GROWTH, SlotInput
 from halfbyte.generate.batched import Answer, until_stop
-from halfbyte.generate.grammar import consume, masked
+from halfbyte.generate.grammar import follow, masked
 from halfbyte.generate.slot_model import SlotModel, token_bytes
 from halfbyte.host import free_bytes
 
@@ -35,7 +35,7 @@ CACHE_FRAC = 0.5  # of the free memory, for keys and values
 LOGIT_TOKENS = 512  # of one pass whose logits are computed
 PROBE_TOKENS = 24
 
-Prediction = tuple[list[int], float | None]  # likeliest tokens; summed loss of the wanted ones
+Prediction = tuple[list[int], float | None]  # the next tokens; summed loss of the wanted ones
 Step = list[tuple[int, SlotInput]]  # inputs of a pass, each with the row that it belongs to
 
 
@@ -56,6 +56,13 @@ class Spent:
     answer_tokens: int = 0
     answer_s: float = 0.0
     scores: dict[int, tuple[float, list[bool]]] = field(default_factory=dict)
+
+    def add(self, tokens: int, seconds: float, *, prompts: bool) -> None:
+        """Count a pass that reads prompts, or one that decodes."""
+        if prompts:
+            self.prompt_tokens, self.prompt_s = self.prompt_tokens + tokens, self.prompt_s + seconds
+        else:
+            self.answer_tokens, self.answer_s = self.answer_tokens + tokens, self.answer_s + seconds
 
 
 class SlotGenerator:
@@ -110,34 +117,39 @@ class SlotGenerator:
         begun, wanted = begun or nothing, wanted or nothing
         spent = spent or Spent()
         matchers = [self.matcher.deep_copy() for _ in prompts] if self.matcher else []
-        longest = max(map(len, prompts), default=0)
+        scheduler = _Scheduler(prompts, begun, wanted, stop_ids, ends, max_new_tokens)
+        longest = max(map(len, prompts), default=0) - scheduler.num_shared
         max_tokens = longest + max([max_new_tokens, *map(len, wanted)])
         growth = min(max_tokens, longest + GROWTH)  # where answers may be long, most end sooner
         capacity = -(-max_tokens // growth) * growth
         num_slots = min(self.num_slots, max(1, len(prompts)), self._max_slots(capacity))
-        scheduler = _Scheduler(prompts, begun, wanted, stop_ids, ends, max_new_tokens, num_slots)
-        with _slot_model(self.model, num_slots + 1, growth) as slot_model:
-            if scheduler.waiting and scheduler.prefix_length:
-                prefix = list(prompts[0][: scheduler.prefix_length])
-                _run(slot_model, [SlotInput(num_slots, None, prefix, 0)], spent)
+        scheduler.add_slots(num_slots)
+        with _slot_model(self.model, num_slots, growth) as slot_model:
+            if scheduler.waiting and scheduler.num_shared:
+                start = time.perf_counter()
+                slot_model.share(list(prompts[0][: scheduler.num_shared]))
+                spent.add(scheduler.num_shared, time.perf_counter() - start, prompts=True)
             while scheduler.waiting or scheduler.running:
-                step = scheduler.admit(slot_model) or scheduler.decode()
+                admitted = scheduler.admit()
+                step = admitted or scheduler.decode()
                 num_done = len(scheduler.answers)
-                inputs = [slot_input for _, slot_input in step]
-                references = scheduler.references(step)
                 states = [matchers[row] for row, _ in step] if matchers else []
-                scheduler.receive(step, _run(slot_model, inputs, spent, references, states))
+                start = time.perf_counter()
+                predictions = _run(slot_model, step, scheduler.references(step), states)
+                num_tokens = sum(len(slot_input.ids) for _, slot_input in step)
+                spent.add(num_tokens, time.perf_counter() - start, prompts=bool(admitted))
+                scheduler.receive(step, predictions)
                 if progress is not None and len(scheduler.answers) > num_done:
                     progress(len(scheduler.answers))
         spent.scores |= scheduler.scores
         return [scheduler.answers[row] for row in range(len(prompts))]
 
     def _max_slots(self, tokens: int) -> int:
-        """Return how many slots of so many tokens have room in memory, besides that of the common prefix."""
+        """Return how many slots of so many tokens have room in memory."""
         weight = self.model.get_input_embeddings().weight
         text_config = self.model.config.get_text_config()
         slot_bytes = tokens * token_bytes(text_config, weight.dtype)
-        return max(1, int(CACHE_FRAC * free_bytes(weight.device)) // max(1, slot_bytes) - 1)
+        return max(1, int(CACHE_FRAC * free_bytes(weight.device)) // max(1, slot_bytes))
 
 
 class _Scheduler:
@@ -146,9 +158,10 @@ class _Scheduler:
     Attributes:
         answers: by row, those that have ended.
         scores: by row, as in ``Spent``.
-        prefix_length: number of tokens that all prompts begin with; they lie in slot ``num_slots``.
+        num_shared: number of tokens that all slots begin with.
         waiting: rows without a slot, taken from the end.
         running: the row of each slot that is used.
+        num_computed: by row, how many of its generated tokens are in its slot.
     """
 
     def __init__(
@@ -159,26 +172,26 @@ class _Scheduler:
         stop_ids: list[int],
         ends: Callable[[list[int]], bool] | None,
         max_new_tokens: int,
-        num_slots: int,
     ) -> None:
         self.prompts, self.ends = prompts, ends
         self.generated = [list(ids[:max_new_tokens]) for ids in begun]
         self.wanted = wanted
-        self.stop_ids, self.max_new_tokens, self.num_slots = (
-            set(stop_ids),
-            max_new_tokens,
-            num_slots,
-        )
+        self.stop_ids, self.max_new_tokens = set(stop_ids), max_new_tokens
         self.answers: dict[int, Answer] = {}
         self.scores: dict[int, tuple[float, list[bool]]] = {}
         shortest = min(map(len, prompts), default=1)
-        self.prefix_length = max(0, min(common_prefix(prompts), shortest - 1))
+        self.num_shared = max(0, min(common_prefix(prompts), shortest - 1))
+        self.num_computed: dict[int, int] = {}
         self.waiting = [row for row in range(len(prompts)) if not self._has_ended(row)]
         self.waiting.sort(key=lambda row: len(prompts[row]), reverse=True)
         self.running: dict[int, int] = {}
-        self.free_slots = list(range(num_slots))
+        self.num_slots, self.free_slots = 0, list[int]()
 
-    def admit(self, slot_model: SlotModel) -> Step:
+    def add_slots(self, count: int) -> None:
+        """Let so many answers grow at once."""
+        self.num_slots, self.free_slots = count, list(range(count))
+
+    def admit(self) -> Step:
         """Give free slots to the next prompts, once several are free; return what to prefill."""
         step: Step = []
         enough = min(REFILL_FRAC * self.num_slots, len(self.waiting))
@@ -192,22 +205,23 @@ class _Scheduler:
             and num_logits < LOGIT_TOKENS
         ):
             row, slot = self.waiting.pop(), self.free_slots.pop()
-            if self.prefix_length:
-                slot_model.copy(self.num_slots, slot, self.prefix_length)
             self.running[slot] = row
             wanted = self.wanted[row]
-            ids = [*self.prompts[row], *self.generated[row], *wanted[:-1]][self.prefix_length :]
-            slot_input = SlotInput(slot, None, ids, self.prefix_length, max(1, len(wanted)))
+            ids = [*self.prompts[row], *self.generated[row], *wanted[:-1]][self.num_shared :]
+            slot_input = SlotInput(slot, None, ids, self.num_shared, max(1, len(wanted)))
+            self.num_computed[row] = len(self.generated[row])
             step.append((row, slot_input))
             num_tokens, num_logits = num_tokens + len(ids), num_logits + slot_input.num_logits
         return step
 
     def decode(self) -> Step:
-        """Return the last token of each running answer."""
+        """Return the last token of each running answer, or those that its grammar has added to it."""
         step = []
         for slot, row in self.running.items():
-            start = len(self.prompts[row]) + len(self.generated[row]) - 1
-            step.append((row, SlotInput(slot, None, self.generated[row][-1:], start)))
+            count = self.num_computed[row]
+            start = len(self.prompts[row]) + count
+            step.append((row, SlotInput(slot, None, self.generated[row][count:], start)))
+            self.num_computed[row] = len(self.generated[row])
         return step
 
     def references(self, step: Step) -> list[list[int]]:
@@ -215,16 +229,17 @@ class _Scheduler:
         return [[] if row in self.scores else self.wanted[row] for row, _ in step]
 
     def receive(self, step: Step, predictions: list[Prediction]) -> None:
-        """Append what each input generates: the likeliest token, or those up to the first unwanted one."""
+        """Append what each input generates: its next tokens, of wanted ones those up to the first unwanted one."""
         for (row, slot_input), (tokens, loss) in zip(step, predictions, strict=True):
             if loss is None:
-                self.generated[row].append(tokens[0])
+                self.generated[row] = [*self.generated[row], *tokens][: self.max_new_tokens]
             else:
                 hits = [a == b for a, b in zip(tokens, self.wanted[row], strict=True)]
                 self.scores[row] = (loss, hits)
                 count = hits.index(False) + 1 if False in hits else len(hits)
                 generated = [*self.generated[row], *tokens[:count]]
                 self.generated[row] = generated[: self.max_new_tokens]
+                self.num_computed[row] = len(self.generated[row]) - 1
             if self._has_ended(row):
                 del self.running[slot_input.slot]
                 self.free_slots.append(slot_input.slot)
@@ -260,44 +275,27 @@ def _slot_model(model: Any, num_slots: int, growth: int) -> Iterator[SlotModel]:
 
 @torch.inference_mode()
 def _run(
-    slot_model: SlotModel,
-    inputs: list[SlotInput],
-    spent: Spent,
-    references: Sequence[list[int]] = (),
-    matchers: Sequence[Any] = (),
+    slot_model: SlotModel, step: Step, references: Sequence[list[int]], matchers: Sequence[Any]
 ) -> list[Prediction]:
     """Compute a pass; return the likeliest tokens after each input, and the loss of its reference tokens.
 
-    Where inputs have matchers, the likeliest token is the likeliest that each allows, and is taken.
+    Where inputs have matchers, the likeliest token is the likeliest that each allows; those that its grammar
+    leaves no choice about then follow it.
     """
-    start = time.perf_counter()
-    logits, rows = slot_model.logits(inputs)  # (N, V)
+    logits, rows = slot_model.logits([slot_input for _, slot_input in step])  # (N, V)
     # The first of equals, as argmax, which takes four times as long on a CPU in bf16.
     likeliest: list[int] = logits.max(dim=1).indices.tolist()  # N
-    for input_rows, matcher in zip(rows, matchers, strict=False):
-        allowed = masked(matcher, logits[input_rows.stop - 1].float().cpu())  # (V,)
-        likeliest[input_rows.stop - 1] = int(allowed.argmax())
-        consume(matcher, likeliest[input_rows.stop - 1])
-    losses: list[float | None] = [None] * len(inputs)
-    for number, labels in enumerate(references):
-        if labels:
-            input_logits = logits[rows[number].start : rows[number].stop].float()  # (n, V)
-            target = torch.tensor(labels, device=input_logits.device)  # (n,)
-            losses[number] = float(functional.cross_entropy(input_logits, target, reduction="sum"))
-    predictions = [
-        (likeliest[input_rows.start : input_rows.stop], loss)
-        for input_rows, loss in zip(rows, losses, strict=True)
-    ]
-    seconds, num_tokens = (
-        time.perf_counter() - start,
-        sum(len(slot_input.ids) for slot_input in inputs),
-    )
-    if any(len(slot_input.ids) > 1 for slot_input in inputs):
-        spent.prompt_tokens += num_tokens
-        spent.prompt_s += seconds
-    else:
-        spent.answer_tokens += num_tokens
-        spent.answer_s += seconds
+    predictions: list[Prediction] = []
+    for number, input_rows in enumerate(rows):
+        tokens, loss = likeliest[input_rows.start : input_rows.stop], None
+        if matchers:
+            allowed = masked(matchers[number], logits[input_rows.stop - 1].float().cpu())  # (V,)
+            tokens = follow(matchers[number], int(allowed.argmax()))
+        elif references[number]:
+            input_logits = logits[input_rows.start : input_rows.stop].float()  # (n, V)
+            target = torch.tensor(references[number], device=input_logits.device)  # (n,)
+            loss = float(functional.cross_entropy(input_logits, target, reduction="sum"))
+        predictions.append((tokens, loss))
     return predictions
 
 
@@ -305,7 +303,8 @@ def _run(
 def slots_refusal(model: nn.Module) -> str:
     """Return why a model cannot answer in slots, or "".
 
-    A probe reads some tokens in pieces, beside others, and compares the logits with those of the plain pass.
+    A probe reads some tokens in pieces, behind a shared beginning and beside others, and compares the logits with
+    those of the plain pass.
     """
     causal = causal_of(model)
     name = type(causal).__name__
@@ -328,9 +327,9 @@ def _probe_slots(causal: Any, attempt: int) -> tuple[str, bool]:
     cache = causal(both[:1, :half], use_cache=True).past_key_values
     in_pieces = causal(both[:1, half:], past_key_values=cache).logits[0, -1].cpu()  # (V,)
     with _slot_model(causal, 3, PROBE_TOKENS) as slot_model:
-        slot_model.run([SlotInput(0, None, ids[:half], 0)])
-        slot_model.copy(0, 2, half)
-        slot_model.run([SlotInput(2, None, ids[half:-1], half), SlotInput(1, None, ids[3:], 0)])
+        slot_model.share(ids[:half])
+        others = SlotInput(1, None, ids[half + 3 :], half)
+        slot_model.run([SlotInput(2, None, ids[half:-1], half), others])
         last = SlotInput(2, None, ids[-1:], PROBE_TOKENS - 1)
         logits = slot_model.run([last])[0]  # (V,)
     gap = relative_gap(logits, expected)

@@ -62,6 +62,28 @@ def consume(matcher: Any, token: int) -> None:
     check(matcher)
 
 
+def follow(matcher: Any, token: int) -> list[int]:
+    """Follow a grammar by a token, and by those that it then leaves no choice about; return them all.
+
+    Raises:
+        GrammarError: the grammar cannot be followed any further.
+    """
+    followed = [token]
+    consume(matcher, token)
+    while not matcher.is_stopped():
+        forced = matcher.compute_ff_tokens()
+        if not forced and matcher.is_accepting():
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            (allowed,) = np.unpackbits(bits, bitorder="little").nonzero()
+            forced = [int(allowed[0])] if len(allowed) == 1 else []  # it can only end here
+        if not forced:
+            break
+        for one in forced:
+            consume(matcher, one)
+        followed += forced
+    return followed
+
+
 def check(matcher: Any) -> None:
     """Raise a ``GrammarError`` if a grammar cannot be followed any further."""
     if matcher.is_error():

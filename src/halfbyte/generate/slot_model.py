@@ -125,6 +125,18 @@ class SlotModel:
         Raises:
             ModelError: an adapter is unknown, or some layers bypass transformers' attention interface.
         """
+        return self._pass(inputs, self._cache)
+
+    @torch.inference_mode()
+    def share(self, ids: list[int]) -> None:
+        """Let all slots begin with the same tokens, which are computed and kept once; before any other pass."""
+        beginning = KVCache(1, self.dtype, self.device, growth=len(ids))
+        self._pass([SlotInput(0, None, ids, 0)], beginning)
+        self._cache.share(beginning, len(ids))
+
+    def _pass(
+        self, inputs: Sequence[SlotInput], cache: KVCache
+    ) -> tuple[torch.Tensor, list[range]]:
         order = sorted(
             range(len(inputs)), key=lambda n: (inputs[n].adapter or "", len(inputs[n].ids))
         )
@@ -132,7 +144,7 @@ class SlotModel:
         unknown = {slot_input.adapter for slot_input in inputs} - self.adapters - {None}
         if unknown:
             raise ModelError(f"no layer has the adapter {', '.join(map(str, unknown))}")
-        slot_batch = SlotBatch(ordered, self._cache, self.device)
+        slot_batch = SlotBatch(ordered, cache, self.device)
         ids = [token for slot_input in ordered for token in slot_input.ids]
         positions = [at for slot_input in ordered for at in range(slot_input.start, slot_input.end)]
         for layer in self.mixed:
