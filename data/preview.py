@@ -1,6 +1,7 @@
 """Show the data of a config as it is trained on: coloured tokens, lengths, duplicates, the ledger.
 
 python data/preview.py configs/quickstart.yaml [section.key=value …] [--rows 3] [--html rows.html] [--check]
+                       [--opponents]
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def main() -> None:
         action="store_true",
         help="exit with 1 if rows are malformed, dropped or too long",
     )
+    parser.add_argument(
+        "--opponents",
+        action="store_true",
+        help="also say what a comparison will hold the tuned model against, and what that costs",
+    )
     arguments = parser.parse_intermixed_args()
     run = load_run(arguments.config, arguments.overrides)
 
@@ -49,6 +55,11 @@ def main() -> None:
     prepared = prepare(unlimited, renderer, run.seed)
     colour = arguments.colour == "always" or (arguments.colour == "auto" and sys.stdout.isatty())
     print(show_preview(prepared, renderer, run.data, arguments.rows, colour=colour))
+    if arguments.opponents:
+        from halfbyte.eval.base_opponents import context_of
+        from halfbyte.eval.expected_opponents import expected_opponents
+
+        print("\nOPPONENTS\n" + expected_opponents(prepared, renderer, run, context_of(base)))
     if arguments.html:
         write_text(arguments.html, preview_page(prepared, renderer, run.data, arguments.rows))
     if arguments.check and (faults := faults_of(prepared, run.data)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,10 @@ from halfbyte.eval.base_opponents import BaseOpponent, base_opponents, rank
 from halfbyte.eval.likeness import Examples, Likeness
 from halfbyte.eval.measure import Variant, measure
 from halfbyte.eval.variants import Contender, load_scored
+from halfbyte.generate import continuous
+from halfbyte.generate.continuous import SlotGenerator
+from halfbyte.generate.grammar import Grammars, consume
+from halfbyte.generate.slot_model import SlotModel
 from halfbyte.model.load import Loaded
 from halfbyte.model.precision import Compute
 from halfbyte.model.resolve import resolve_base
@@ -158,14 +164,58 @@ def test_instructed_answers_follow_the_schema(
 def test_what_costs_too_much_is_left_out_with_a_note(renderer: Renderer) -> None:
     words = [f"{a}{b}" for a in "abcdefgh" for b in "klmnopqr"]
     train = [row(f"{n} {word}", f"{word} and {word}") for word in words for n in range(2)]
-    held = train[:4]
+    held = train[:60]
     made, notes = opponents_of(train, held, renderer, model_run("org/tiny", []))
     assert "base-full-choices" not in made
     assert [note.split(" was")[0] for note in notes] == ["base-full-choices"]
-    free = ["eval.max_opponent_growth=null"]
-    made, notes = opponents_of(train, held, renderer, model_run("org/tiny", free))
-    assert "base-full-choices" in made
-    assert notes == []
+    for free in ("eval.max_opponent_growth=null", ALL):
+        made, notes = opponents_of(train, held, renderer, model_run("org/tiny", [free]))
+        assert "base-full-choices" in made
+        assert notes == []
+
+
+def test_retrieval_shows_as_many_rows_as_the_limit_leaves(renderer: Renderer) -> None:
+    held = labelled(12, 1)
+    plain = sum(len(one.ids) for one in questions(held, renderer))
+    sizes = {}
+    for growth in (0.1, 2.5, 4.0, 99.0):
+        run = model_run("org/tiny", [f"eval.max_opponent_growth={growth}"])
+        made, _ = opponents_of(labelled(60, 0), held, renderer, run)
+        opponent = made.get("base-full-retrieval")
+        if opponent is not None:
+            sizes[growth] = sum(len(one.ids) for one in opponent.questions) / plain
+            assert (" leaves " in opponent.what) == (growth < 99)
+    assert sorted(sizes) == [2.5, 4.0, 99.0]
+    assert sizes[2.5] <= 2.5 < sizes[4.0] <= 4.0 < sizes[99.0]
+
+
+def test_tokens_without_a_choice_are_not_generated(
+    loaded: Loaded, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab_size = len(loaded.model.get_output_embeddings().weight)
+    grammars = Grammars(renderer, vocab_size, may_think=False)
+    texts = ["the colour of leaves is green", "red as the colour of tomatoes", "the sky: blue"]
+    prompts = [one.prompt for one in questions(labelled(12, 1), renderer)]
+
+    def answers_and_passes() -> tuple[list[str], int]:
+        with mock.patch.object(SlotModel, "logits", autospec=True, side_effect=logits) as passes:
+            answers = SlotGenerator(loaded.model, 5, grammars.of_texts(texts)).generate(
+                prompts, stop_ids=renderer.stop_ids, max_new_tokens=40
+            )
+        assert {answer.finish_reason for answer in answers} == {"stop"}
+        return [renderer.decode(answer.ids) for answer in answers], passes.call_count
+
+    def one_token(matcher: Any, token: int) -> list[int]:
+        consume(matcher, token)
+        return [token]
+
+    logits = SlotModel.logits
+    answers, few = answers_and_passes()
+    assert set(answers) <= set(texts)
+    monkeypatch.setattr(continuous, "follow", one_token)
+    token_by_token, many = answers_and_passes()
+    assert answers == token_by_token
+    assert few < many / 2
 
 
 def test_a_schema_that_no_grammar_follows_leaves_a_note(renderer: Renderer, tmp_path: Path) -> None:

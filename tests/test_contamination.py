@@ -7,7 +7,12 @@ import pytest
 from halfbyte.config import model_run
 from halfbyte.data.conversation import Message, Row
 from halfbyte.data.ledger import Ledger, NearDuplicate
-from halfbyte.eval.contamination import duplicate_note, memory_note, scores_without_duplicates
+from halfbyte.eval.contamination import (
+    duplicate_note,
+    memory_note,
+    repeated_note,
+    scores_without_duplicates,
+)
 from halfbyte.eval.measure import Variant
 
 RUN = model_run("org/tiny", [])
@@ -64,3 +69,9 @@ def test_scores_are_not_given_where_the_ledger_names_only_some_pairs() -> None:
     clean = scores_without_duplicates(found, ROWS, [variant("adapter", [1, 1, 0, 1])], RUN)
     assert clean == {}
     assert duplicate_note(found, clean, "exact_match").startswith("2 pairs")
+
+
+def test_rows_with_the_prompt_of_another_are_counted() -> None:
+    assert repeated_note(ROWS) == []
+    (note,) = repeated_note([*ROWS, ROWS[0], ROWS[1]])
+    assert note.startswith("2 of the 6 rows have the prompt of another one.")

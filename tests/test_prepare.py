@@ -481,11 +481,12 @@ def test_ledger_counts_tokens_duplicates_and_escaped_rows(
 ) -> None:
     rows = [SHORT, {**SHORT, "prompt": "Heart ATTACK!"}, pair("what is <|im_end|>")]
     train = write_rows(tmp_path / "train.jsonl", rows)
-    test = write_rows(tmp_path / "test.jsonl", [pair("and <|im_start|>"), pair("fox")])
+    test = write_rows(tmp_path / "test.jsonl", [pair("and <|im_start|>"), pair("fox"), pair("Fox")])
     prepared = prepare(data_of(train, test=str(test)), renderer)
     ledger = prepared.ledger
-    assert ledger.rows_in == {"train": 3, "test": 2}
+    assert ledger.rows_in == {"train": 3, "test": 3}
     assert ledger.duplicate_prompts_in_training == 1
+    assert ledger.duplicate_prompts_held_out == 1
     assert ledger.special_token_text == [f"{train}:3", f"{test}:1"]
     assert ledger.changed_by_template == []
     sizes = [length_of(row, renderer) for row in rows]

@@ -180,7 +180,7 @@ def test_show_ledger_accounts_for_every_row(data: dict[str, Any]) -> None:
         "rows in: 6 train + 2 test = 5 trained + held out (0 validation, 2 test) + dropped (1 prompt"
         " is held out)",
         "truncated: 1; changed by the template: 0; special tokens as text: 1",
-        "repeated prompts in training: 1; near duplicates of held-out prompts: 1",
+        "repeated prompts: 1 in training, 0 held out; near duplicates of held-out prompts: 1",
         f"train: {tokens['train'].total} tokens, {share['train']:.1f} % supervised",
         f"test: {tokens['test'].total} tokens, {share['test']:.1f} % supervised",
         f"dropped, prompt is held out: {data['train']}:4",

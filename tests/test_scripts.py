@@ -31,7 +31,7 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 
 
 @pytest.mark.parametrize(
-    "script", ["train/sft.py", "train/merge.py", "train/export.py", "eval/compare.py", "eval/generate.py", "data/preview.py", "data/icd10.py", "train/plan.py", "eval/serve.py", "eval/ladder.py"]
+    "script", ["train/sft.py", "train/merge.py", "train/export.py", "eval/compare.py", "eval/generate.py", "data/preview.py", "data/icd10.py", "data/addresses.py", "train/plan.py", "eval/serve.py", "eval/ladder.py"]
 )  # fmt: skip
 def test_help_answers_with_the_command_before_heavy_libraries_load(
     script: str, tmp_path: Path
@@ -339,7 +339,7 @@ def test_real_icd10_rows_render_with_the_code_supervised(
 ) -> None:
     run_script("data/icd10.py")
     capsys.readouterr()
-    run_script("data/preview.py", ROOT / "configs/quickstart.yaml", "--rows", "1")
+    run_script("data/preview.py", ROOT / "configs/icd10.yaml", "--rows", "1")
     text = capsys.readouterr().out
     assert "‹Rheumatic fever without heart involvement (I00)<|im_end|>›" in text
     assert "rows in: 1798 train + 596 test" in text

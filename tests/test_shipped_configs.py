@@ -26,9 +26,11 @@ POINTERS = (
     "accelerate launch ",
     "Relative paths start from this file's folder. All keys: docs/config.md",
     "built by data/icd10.py",
+    "built by data/addresses.py",
+    "An example of what not to fine-tune for: answers from a closed set (docs/evaluate.md",
     "1. Accept the licence at https://huggingface.co/google/gemma-3-4b-it",
     "2. python train/plan.py configs/gemma3_qlora.yaml",
-    "3. python data/icd10.py",
+    "3. python data/addresses.py",
     "4. accelerate launch train/sft.py configs/gemma3_qlora.yaml",
 )
 
@@ -91,14 +93,21 @@ def without_the_hub() -> None:
         assert load_run(ROOT / f"configs/{name}.yaml", []).model.name.startswith("pypi:")
 
 
+def parts_are_scored() -> None:
+    assert load_run(ROOT / "configs/quickstart.yaml", []).eval.metrics == [
+        "exact_match",
+        "field_match",
+    ]
+
+
 def in_4_bits() -> None:
-    for name in ("quickstart", "gemma3_qlora"):
+    for name in ("quickstart", "icd10", "gemma3_qlora"):
         assert load_run(ROOT / f"configs/{name}.yaml", []).model.precision == "nf4"
 
 
 # Facts that other tests hold on real data or real overflows: the comment, the file and the test.
 HELD_ELSEWHERE = {
-    "Medical coding with Gemma-3-4b-it in 4 bits, from the Hub; runs as it stands on a T4": (
+    "US addresses to JSON with Gemma-3-4b-it in 4 bits, from the Hub; runs as it stands on a T4": (
         "test_plan_script.py",
         "test_plan_of_gemma_4b_fits_on_a_t4_and_shows_its_margin",
     ),
@@ -112,12 +121,14 @@ HELD_ELSEWHERE = {
     ),
 }
 FACTS: dict[str, Callable[[], None]] = {
-    "Medical coding with Gemma-3-270M (base), real weights without the Hub; about 15 minutes": without_the_hub,
+    "US addresses to JSON with Gemma-3-270M (base), real weights without the Hub; about 15 minutes": without_the_hub,
     "a base model has none": base_model_has_no_template,
     "On a T4, which has no bf16, products run in fp16 beside": t4_computes_in_fp16_beside_fp32,
     "only its language model is loaded": only_the_language_model,
     "bf16 keeps 8 bits of each weight and misses": bf16_keeps_eight_bits,
     "Medical coding with SmolLM2-135M in 4 bits": in_4_bits,
+    "US addresses to JSON with SmolLM2-135M in 4 bits": in_4_bits,
+    "the whole address, and the share of its parts": parts_are_scored,
     "`make quickstart` runs it in minutes on two CPU cores, without the Hub": without_the_hub,
     "SmolLM2-135M-Instruct, from a Python package": from_a_python_package,
     "Two GPUs of one machine; each holds the whole 4-bit base": two_gpus,

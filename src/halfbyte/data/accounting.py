@@ -61,8 +61,6 @@ def ledger_of(
         )
     }
     train = samples["train"].distinct_rows
-    prompts = np.array(samples["train"].file.row_digests)[train]
-    num_distinct = 1 if split_by == "answer" else len(np.unique(prompts))
     weights = np.array(samples["train"].file.row_weights)[train]
     held_out = {name: len(samples[name].distinct_rows) for name in HELD_OUT}
     num_rows = held_out | {"train": len(train)}
@@ -72,7 +70,8 @@ def ledger_of(
         held_out=held_out,
         dropped=drops.by_reason(),
         fingerprints={name: table.fingerprint for name, table in zip(names, tables, strict=True)},
-        duplicate_prompts_in_training=len(train) - num_distinct,
+        duplicate_prompts_in_training=_repeated(samples["train"], split_by),
+        duplicate_prompts_held_out=sum(_repeated(samples[name], split_by) for name in HELD_OUT),
         tokens={name: _tokens(part) for name, part in samples.items()},
         dropped_places=drops.places,
         ignored=dict(account.ignored),
@@ -86,6 +85,13 @@ def ledger_of(
     )
     assert ledger.adds_up, ledger
     return ledger
+
+
+def _repeated(part: Samples, split_by: str) -> int:
+    """Return how many rows of a part have the prompt of another of its rows."""
+    prompts = np.array(part.file.row_digests)[part.distinct_rows]
+    num_distinct = min(1, len(prompts)) if split_by == "answer" else len(np.unique(prompts))
+    return len(prompts) - num_distinct
 
 
 def _places(samples: dict[str, Samples], encoded: EncodedRows, near: NearPairs) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Ledger(Record):
     changed_by_template: list[str] = Field(default_factory=list)
     special_token_text: list[str] = Field(default_factory=list, alias="control_tokens_as_text")
     duplicate_prompts_in_training: int = 0
+    duplicate_prompts_held_out: int = 0
     near_duplicates: list[NearDuplicate] = Field(default_factory=list)
     tokens: dict[str, PartTokens] = Field(default_factory=dict)
     dropped_places: dict[str, list[str]] = Field(default_factory=dict)

@@ -80,8 +80,9 @@ def show_ledger(prepared: Prepared) -> str:
         f"truncated: {ledger.total('truncated')}; changed by the template:"
         f" {ledger.total('changed_by_template')}; special tokens as text:"
         f" {ledger.total('special_token_text')}",
-        f"repeated prompts in training: {ledger.duplicate_prompts_in_training}; near duplicates of"
-        f" held-out prompts: {ledger.total('near_duplicates')}",
+        f"repeated prompts: {ledger.duplicate_prompts_in_training} in training,"
+        f" {ledger.duplicate_prompts_held_out} held out; near duplicates of held-out prompts:"
+        f" {ledger.total('near_duplicates')}",
     ]
     lines += [_source_line(name, source) for name, source in ledger.sources.items()]
     for name, tokens in ledger.tokens.items():

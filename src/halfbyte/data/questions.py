@@ -12,6 +12,8 @@ from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, read_jsonl
 
+MAX_KEPT_ROWS = 20_000  # of the training, for opponents without a model
+
 
 @dataclass(frozen=True)
 class Question:

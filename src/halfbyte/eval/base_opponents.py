@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +24,13 @@ from halfbyte.eval.likeness import Likeness, is_closed_set
 from halfbyte.forward.scoring import row_losses
 from halfbyte.generate.batched import until_stop
 from halfbyte.generate.grammar import Grammars
+from halfbyte.model.load import load_config
+from halfbyte.model.resolve import Base
 from halfbyte.scoring.rows import mean_score
 
 RETRIEVAL, CHOICES = "base-full-retrieval", "base-full-choices"
 INSTRUCTED = "base-full-instructed"
+MAX_CONTEXT = 1 << 20  # tokens, of a base without positions
 MAX_LISTED_CHARS = 8_000  # of a set of answers that a prompt names
 NUM_TUNING = 32  # training rows on which the way to rank answers is chosen
 QUESTIONS_PER_CALL = 32  # whose choices are scored together
@@ -76,6 +78,17 @@ class BaseOpponent:
     choices: Choices | None = None
     allowed: Allowed | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """About how many tokens the base reads; what all prompts begin with counts once."""
+        sizes = [len(one.ids) for one in self.questions]
+        if self.choices is not None:
+            return (len(sizes) + len(self.choices.tuning)) * self.choices.num_tokens
+        if self.allowed is not None:  # the set of answers stands at the beginning
+            prompts = [len(one.prompt) for one in self.questions]
+            return max(prompts) + sum(sizes) - sum(prompts)
+        return sum(sizes)
+
 
 def base_opponents(
     likeness: Likeness, plain: list[Question], renderer: Renderer, run: Run, context: int
@@ -107,32 +120,25 @@ def base_opponents(
             continue
         if opponent is None:
             continue
-        cost = _num_tokens(opponent)
-        print(f"{name}: about {cost:,} tokens", file=sys.stderr)
-        if cost <= room:
+        if opponent.num_tokens <= room:
             opponents.append(opponent)
         else:
             notes.append(
-                f"{name} was left out: it reads {cost:,} tokens, more than {growth:g} times those of the rows"
+                f"{name} was left out: it reads {opponent.num_tokens:,} tokens, more than {growth:g} times those of the rows"
                 " (eval.max_opponent_growth); named in eval.opponents, it takes part."
             )
     return opponents, notes
 
 
+def context_of(base: Base) -> int:
+    """Return the most tokens that a base reads."""
+    text = load_config(base).get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or MAX_CONTEXT)
+
+
 def is_named(run: Run) -> bool:
     """Return whether a config says which opponents to compare with."""
     return run.eval.opponents != Eval().opponents
-
-
-def _num_tokens(opponent: BaseOpponent) -> int:
-    """Return about how many tokens an opponent makes the base read; a beginning of all prompts counts once."""
-    if opponent.choices is not None:
-        rows = len(opponent.questions) + len(opponent.choices.tuning)
-        return rows * opponent.choices.num_tokens
-    if opponent.allowed is not None:  # the set of answers stands at the beginning
-        longest = max(len(one.prompt) for one in opponent.questions)
-        return longest + sum(len(one.ids) - len(one.prompt) for one in opponent.questions)
-    return sum(len(one.ids) for one in opponent.questions)
 
 
 def _with_retrieved(

@@ -13,7 +13,7 @@ from halfbyte.data.ledger import Ledger
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions, training_rows
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
-from halfbyte.eval.base_opponents import BaseOpponent, base_opponents, is_named
+from halfbyte.eval.base_opponents import BaseOpponent, base_opponents, context_of, is_named
 from halfbyte.eval.benchmarks import LoadedBenchmark, ask
 from halfbyte.eval.likeness import Examples, Likeness
 from halfbyte.eval.measure import Variant, measure
@@ -31,14 +31,12 @@ from halfbyte.eval.variants import (
 )
 from halfbyte.generate.grammar import GrammarError
 from halfbyte.llamacpp.model import GgufModel
-from halfbyte.model.load import load_config
 from halfbyte.model.merged import MERGE_REPORT, merge_command, merged_report
 from halfbyte.model.resolve import resolve_base
 from halfbyte.scoring.rows import LOSS_METRIC, parse_answers, row_scorers, with_tool_metrics
 from halfbyte.trained.artefact import read_artefact
 from halfbyte.trained.run import TrainedRun, read_trained_run
 
-MAX_CONTEXT = 1 << 20  # tokens, of a base without positions
 UNSCORABLE = {  # why an answer does not even match itself
     "exact_match": "matches eval.answer_pattern {0.answer_pattern!r} nowhere",
     "numeric_match": "holds no number",
@@ -140,9 +138,10 @@ def _with_opponents(
     with_base: list[BaseOpponent] = []
     if {BASE_FULL, FEWSHOT} & {*run.eval.variants} or is_named(run):
         base, base_renderer, plain = base_side(comparison)
-        text = load_config(base).get_text_config()
-        context = getattr(text, "max_position_embeddings", None) or MAX_CONTEXT
+        context = context_of(base)
         with_base, left_out = base_opponents(likeness, plain, base_renderer, run, context)
+        for one in with_base:
+            print(f"{one.name}: about {one.num_tokens:,} tokens", file=sys.stderr)
         notes += left_out
     return replace(comparison, opponents=tuple(with_base)), counted, notes
 

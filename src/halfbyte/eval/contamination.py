@@ -8,6 +8,7 @@ from typing import Any
 from halfbyte.config import Run
 from halfbyte.data.conversation import Row
 from halfbyte.data.ledger import NEAR_DUPLICATE, Ledger
+from halfbyte.data.normal import normalised
 from halfbyte.eval.measure import Variant, score_intervals
 from halfbyte.eval.variants import BASE_FULL
 
@@ -55,6 +56,17 @@ def duplicate_note(ledger: Ledger, clean: dict[str, dict[str, Any]], metric: str
         return note
     count = next(iter(clean.values()))[metric]["n"]
     return f"{note} {metric} on the {count} rows without one: {', '.join(figures)}."
+
+
+def repeated_note(rows: Sequence[Row]) -> list[str]:
+    """Say how many held-out rows have the prompt of another one; nothing if none has."""
+    count = len(rows) - len({normalised(row.prompt) for row in rows})
+    if not count:
+        return []
+    return [
+        f"{count} of the {len(rows)} rows have the prompt of another one. Intervals count them as rows of their own, so"
+        " that they are narrower than they should be: take such rows out of the test set."
+    ]
 
 
 def memory_note(variants: Sequence[Variant]) -> list[str]:

@@ -13,14 +13,13 @@ from halfbyte.data.thoughts import split_thoughts, without_thoughts
 from halfbyte.eval.plots import (
     answer_lengths,
     difference_bars,
-    estimate_of,
     learning_curve,
     loss_curve,
     memory_against_quality,
     metric_bars,
     time_against_quality,
 )
-from halfbyte.eval.report_record import Curve, Report
+from halfbyte.eval.report_record import Curve, Report, by_score
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, trained_name
 from halfbyte.scoring.rows import LOSS_METRIC
 
@@ -74,14 +73,6 @@ def as_markdown(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def by_score(report: Report) -> list[dict[str, Any]]:
-    """Return the entries of the variants, the best one by the deciding metric first."""
-    sign = 1 if report.metric == LOSS_METRIC else -1
-    return sorted(
-        report.variants, key=lambda entry: sign * estimate_of(entry, report.metric)["value"]
-    )
 
 
 def has_thoughts(report: Report) -> bool:

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from halfbyte.eval.report_record import Curve, Report
+from halfbyte.eval.report_record import Curve, Report, by_score, estimate_of
 from halfbyte.eval.variants import TRAINED
 
 # Size of a label in the chart of memory and quality, as shares of its axes.
@@ -20,16 +20,9 @@ MIN_SECONDS = 0.1  # that the chart of time and quality shows
 INK, OURS, OTHERS, BAD = "#1f2933", "#0f766e", "#94a3b8", "#b91c1c"
 
 
-def estimate_of(entry: dict[str, Any], metric: str) -> dict[str, Any]:
-    """Return a variant's estimate of a metric; that of the held-out loss is stored under another key."""
-    key = "held_out_loss_interval" if metric == "held_out_loss" else metric
-    estimate: dict[str, Any] = entry[key]
-    return estimate
-
-
 def metric_bars(report: Report) -> str:
-    """Draw the deciding metric of each variant with its confidence interval."""
-    entries = report.variants
+    """Draw the deciding metric of each variant with its confidence interval, the best one first."""
+    entries = by_score(report)
     figure, axes = _figure(height=0.5 + 0.42 * len(entries))
     for row, entry in enumerate(reversed(entries)):
         estimate = estimate_of(entry, report.metric)

@@ -14,7 +14,12 @@ from halfbyte.config.section import OPPONENTS
 from halfbyte.data.conversation import Row
 from halfbyte.data.ledger import Ledger
 from halfbyte.eval.benchmarks import LoadedBenchmark
-from halfbyte.eval.contamination import duplicate_note, memory_note, scores_without_duplicates
+from halfbyte.eval.contamination import (
+    duplicate_note,
+    memory_note,
+    repeated_note,
+    scores_without_duplicates,
+)
 from halfbyte.eval.curve import as_markdown as curve_as_markdown
 from halfbyte.eval.forgetting import benchmark_entries, forgetting_line
 from halfbyte.eval.judge import judge_answers
@@ -120,7 +125,7 @@ def build_report(
         difference = against.get(entry["name"])
         entry["verdict"] = difference["verdict"] if difference else overall(against)
     clean = scores_without_duplicates(ledger, rows, variants, run)
-    hints = [duplicate_note(ledger, clean, metric), *memory_note(variants)]
+    hints = [duplicate_note(ledger, clean, metric), *repeated_note(rows), *memory_note(variants)]
     return Report(
         run=str(run.name),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

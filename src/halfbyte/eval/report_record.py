@@ -6,6 +6,7 @@ from typing import Any
 
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.record import Field, Record, RecordPart
+from halfbyte.scoring.rows import LOSS_METRIC
 
 
 class Decoding(RecordPart):
@@ -103,3 +104,18 @@ class Curve(Record):
     crossing_high: float | None
     share: float
     line: str
+
+
+def estimate_of(entry: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Return a variant's estimate of a metric; that of the held-out loss is stored under another key."""
+    key = "held_out_loss_interval" if metric == "held_out_loss" else metric
+    estimate: dict[str, Any] = entry[key]
+    return estimate
+
+
+def by_score(report: Report) -> list[dict[str, Any]]:
+    """Return the entries of the variants, the best one by the deciding metric first."""
+    sign = 1 if report.metric == LOSS_METRIC else -1
+    return sorted(
+        report.variants, key=lambda entry: sign * estimate_of(entry, report.metric)["value"]
+    )

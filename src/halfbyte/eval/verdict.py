@@ -19,7 +19,7 @@ from halfbyte.eval.intervals import (
 )
 from halfbyte.eval.measure import Variant
 from halfbyte.eval.pages import interval, signed
-from halfbyte.eval.plots import estimate_of
+from halfbyte.eval.report_record import estimate_of
 from halfbyte.eval.variants import BASE_FULL, BASE_NF4, FEWSHOT, is_trained, trained_name
 from halfbyte.scoring.rows import LOSS_METRIC
 

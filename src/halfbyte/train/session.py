@@ -16,6 +16,7 @@ from halfbyte.config import Run, read_run_folder, run_as_yaml
 from halfbyte.config.read import UNNAMED
 from halfbyte.data.ledger import Ledger
 from halfbyte.data.prepared import Prepared
+from halfbyte.data.questions import MAX_KEPT_ROWS
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import save_adapter
 from halfbyte.model.identity import check_same_base
@@ -54,7 +55,6 @@ CHECKPOINT_FILES = (
     "trainer_state.json",
 )
 NUM_FEWSHOT_POOL = 64
-MAX_KEPT_ROWS = 20_000  # of the training, for opponents without a model
 
 
 @dataclass(frozen=True)
