@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte.errors import ModelError
-from halfbyte.forward import prefix_attention, slot_attention
+from halfbyte.forward import prefix_attention, kv_cache, slot_attention
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.prefix_attention import tree_attention
 from halfbyte.forward.probes import refusal_of
@@ -77,7 +77,7 @@ def test_no_memory_for_slots_is_no_refusal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert add_token_loss(model) == ""
-    monkeypatch.setattr(slot_attention.KVCache, "storage", allocate)
+    monkeypatch.setattr(kv_cache.KVCache, "storage", allocate)
     with pytest.raises(kind, match=text):
         slots_refusal(model)
     assert model.config._attn_implementation == "halfbyte"
@@ -101,7 +101,7 @@ def test_a_bug_of_ours_is_no_refusal(model: Any, monkeypatch: pytest.MonkeyPatch
     assert model.config._attn_implementation == "sdpa"
     assert add_token_loss(model) == ""
     with monkeypatch.context() as patch:
-        patch.setattr(slot_attention.KVCache, "storage", lambda self, *arguments: None)
+        patch.setattr(kv_cache.KVCache, "storage", lambda self, *arguments: None)
         with pytest.raises(TypeError, match="cannot unpack"):
             slots_refusal(model)
     with monkeypatch.context() as patch:

@@ -20,9 +20,9 @@ import torch
 from torch.nn import functional
 
 from halfbyte.errors import ModelError
+from halfbyte.forward.kv_cache import KVCache
 
 NAME = "halfbyte-slots"  # of this attention in transformers
-GROWTH = 256  # tokens by which the cache grows
 
 
 @dataclass(frozen=True)
@@ -47,72 +47,6 @@ class SlotInput:
     def end(self) -> int:
         """Number of tokens in the slot after the pass."""
         return self.start + len(self.ids)
-
-
-class KVCache:
-    """Keys and values (slots, G, C, D) of each layer; the storage grows as it is needed.
-
-    Args:
-        num_slots: number of slots.
-        dtype: of keys and values.
-        device: where they lie.
-        growth: number of tokens by which each slot grows.
-
-    Attributes:
-        shared: keys and values (G, P, D) of each layer, of the tokens that all slots begin with.
-        num_shared: P. A slot holds the tokens from position P on.
-    """
-
-    def __init__(
-        self, num_slots: int, dtype: torch.dtype, device: torch.device, growth: int
-    ) -> None:
-        self.num_slots, self.dtype, self.device = num_slots, dtype, device
-        self.growth = growth
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.num_shared = 0
-
-    def share(self, beginning: KVCache, length: int) -> None:
-        """Let all slots, which are empty, begin with the ``length`` tokens of the only slot of another cache."""
-        self.num_shared = length
-        for layer, (keys, values) in beginning.layers.items():
-            self.shared[layer] = (keys[0, :, :length], values[0, :, :length])
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the storage now."""
-        return sum(tensor.nbytes for pair in self.layers.values() for tensor in pair)
-
-    def storage(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values (slots, G, C, D) of a layer, with room for ``length`` tokens.
-
-        Args:
-            layer: number of the layer.
-            key: new keys (1, G, T, D), whose shape counts.
-            value: new values, likewise.
-            length: smallest C.
-        """
-        current = self.layers.get(layer)
-        if current is not None and current[0].shape[2] >= length:
-            return current
-        capacity = -(-length // self.growth) * self.growth
-        pair = []
-        for number, tensor in enumerate((key, value)):
-            shape = (self.num_slots, tensor.shape[1], capacity, tensor.shape[3])
-            grown = torch.zeros(shape, dtype=self.dtype, device=self.device)  # (slots, G, C, D)
-            if current is not None:
-                grown[:, :, : current[number].shape[2]] = current[number]
-            pair.append(grown)
-        self.layers[layer] = (pair[0], pair[1])
-        return self.layers[layer]
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of one slot to another."""
-        for tensors in self.layers.values():
-            for tensor in tensors:
-                tensor[target, :, :length] = tensor[source, :, :length]
 
 
 class SlotBatch:

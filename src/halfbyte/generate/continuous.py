@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from halfbyte.data.prefix_tree import common_prefix
+from halfbyte.forward.kv_cache import GROWTH
 from halfbyte.forward.packed import attention_of, causal_of, has_tree_attention
 from halfbyte.forward.probes import (
     Tolerance,
@@ -22,7 +23,7 @@ from halfbyte.forward.probes import (
     refusal_of,
     relative_gap,
 )
-from halfbyte.forward.slot_attention import GROWTH, SlotInput
+from halfbyte.forward.slot_attention import SlotInput
 from halfbyte.generate.batched import Answer, until_stop
 from halfbyte.generate.grammar import follow, masked
 from halfbyte.generate.slot_model import SlotModel, token_bytes
@@ -113,8 +114,7 @@ class SlotGenerator:
         """
         if (wanted and (begun or ends or self.matcher)) or (self.matcher and any(begun or ())):
             raise ValueError("wanted excludes begun, ends and a grammar; a grammar excludes begun")
-        nothing: list[list[int]] = [[] for _ in prompts]
-        begun, wanted = begun or nothing, wanted or nothing
+        begun, wanted = begun or [[]] * len(prompts), wanted or [[]] * len(prompts)
         spent = spent or Spent()
         matchers = [self.matcher.deep_copy() for _ in prompts] if self.matcher else []
         scheduler = _Scheduler(prompts, begun, wanted, stop_ids, ends, max_new_tokens)
@@ -132,14 +132,13 @@ class SlotGenerator:
             while scheduler.waiting or scheduler.running:
                 admitted = scheduler.admit()
                 step = admitted or scheduler.decode()
-                num_done = len(scheduler.answers)
+                num_done, start = len(scheduler.answers), time.perf_counter()
                 states = [matchers[row] for row, _ in step] if matchers else []
-                start = time.perf_counter()
                 predictions = _run(slot_model, step, scheduler.references(step), states)
-                num_tokens = sum(len(slot_input.ids) for _, slot_input in step)
+                num_tokens = sum(len(one.ids) for _, one in step)
                 spent.add(num_tokens, time.perf_counter() - start, prompts=bool(admitted))
                 scheduler.receive(step, predictions)
-                if progress is not None and len(scheduler.answers) > num_done:
+                if progress and len(scheduler.answers) > num_done:
                     progress(len(scheduler.answers))
         spent.scores |= scheduler.scores
         return [scheduler.answers[row] for row in range(len(prompts))]

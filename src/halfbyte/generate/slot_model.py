@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from halfbyte.errors import ModelError
+from halfbyte.forward.kv_cache import GROWTH, KVCache
 from halfbyte.forward.multi_lora import MERGE_ADVICE, MixedLinear
-from halfbyte.forward.slot_attention import GROWTH, NAME, KVCache, SlotBatch, SlotInput, register
+from halfbyte.forward.slot_attention import NAME, SlotBatch, SlotInput, register
 
 # Kinds of layers whose only state is keys and values.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
