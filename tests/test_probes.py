@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte.errors import ModelError
-from halfbyte.forward import prefix_attention, kv_cache, slot_attention
+from halfbyte.forward import kv_cache, prefix_attention
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.prefix_attention import tree_attention
 from halfbyte.forward.probes import refusal_of
