@@ -121,7 +121,7 @@ HELD_ELSEWHERE = {
     ),
 }
 FACTS: dict[str, Callable[[], None]] = {
-    "US addresses to JSON with Gemma-3-270M (base), real weights without the Hub; about 15 minutes": without_the_hub,
+    "US addresses to JSON with Gemma-3-270M (base), real weights without the Hub": without_the_hub,
     "a base model has none": base_model_has_no_template,
     "On a T4, which has no bf16, products run in fp16 beside": t4_computes_in_fp16_beside_fp32,
     "only its language model is loaded": only_the_language_model,

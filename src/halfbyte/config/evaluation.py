@@ -98,7 +98,7 @@ class Eval(Section):
     max_opponent_growth: Annotated[float, Field(gt=0)] | None = Field(
         3.0,
         description="An opponent with the base reads at most so many times the tokens of the rows: `base-full-retrieval`"
-        " shows fewer examples, one that still reads more is left out with a note. null, or `opponents` set: no limit.",
+        " shows fewer examples, one that still reads more is left out with a note. No limit if null, or where `opponents` is not the default.",
     )
     baselines: list[Baseline] = Field(
         default_factory=list,
