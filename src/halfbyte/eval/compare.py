@@ -13,7 +13,7 @@ from halfbyte.data.ledger import Ledger
 from halfbyte.data.questions import fewshot_examples, held_out_rows, questions, training_rows
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
-from halfbyte.eval.base_opponents import BaseOpponent, base_opponents, context_of, is_named
+from halfbyte.eval.base_opponents import BaseOpponent, base_opponents, context_of
 from halfbyte.eval.benchmarks import LoadedBenchmark, ask
 from halfbyte.eval.likeness import Examples, Likeness
 from halfbyte.eval.measure import Variant, measure
@@ -25,6 +25,7 @@ from halfbyte.eval.variants import (
     FEWSHOT,
     MERGED,
     Comparison,
+    asks_base,
     base_side,
     contenders,
     is_artefact,
@@ -136,7 +137,7 @@ def _with_opponents(
     counted, left_out = opponents(likeness, renderer, run)
     notes += left_out
     with_base: list[BaseOpponent] = []
-    if {BASE_FULL, FEWSHOT} & {*run.eval.variants} or is_named(run):
+    if asks_base(run):
         base, base_renderer, plain = base_side(comparison)
         context = context_of(base)
         with_base, left_out = base_opponents(likeness, plain, base_renderer, run, context)

@@ -8,7 +8,8 @@ from halfbyte.data.questions import MAX_KEPT_ROWS, questions
 from halfbyte.data.render import Renderer
 from halfbyte.eval.base_opponents import base_opponents
 from halfbyte.eval.likeness import Examples, Likeness, is_closed_set, is_copied
-from halfbyte.eval.opponents import COPY, LINEAR, MAJORITY, NEAREST
+from halfbyte.eval.opponents import opponent_names
+from halfbyte.eval.variants import asks_base
 from halfbyte.scoring.rows import LOSS_METRIC
 
 
@@ -28,17 +29,17 @@ def expected_opponents(prepared: Prepared, renderer: Renderer, run: Run, context
         return "none: they need training rows and held-out rows with answers, and a metric that scores answers"
     likeness = Likeness(Examples.of(known, renderer), Examples.of(held, renderer))
     answers = likeness.known.answers
-    kind, counted = "free", [MAJORITY, NEAREST]
-    if is_closed_set(answers):
-        kind, counted = f"a closed set of {len(set(answers))}", [*counted, LINEAR]
+    kind = f"a closed set of {len(set(answers))}" if is_closed_set(answers) else "free"
     if is_copied(likeness.known):
-        kind, counted = f"{kind}, spans of their prompts", [*counted, COPY]
-    plain = questions(held, renderer)
-    with_base, notes = base_opponents(likeness, plain, renderer, run, context)
-    lines = [
-        f"answers: {kind}",
-        "without a model: " + ", ".join(name for name in counted if name in run.eval.opponents),
-        f"the variants read {sum(len(one.ids) for one in plain):,} tokens each",
-        *(f"{one.name}: about {one.num_tokens:,} tokens ({one.what})" for one in with_base),
-    ]
-    return "\n".join([*lines, *notes])
+        kind += ", spans of their prompts"
+    counted, left_out = opponent_names(likeness, run)
+    lines = [f"answers: {kind}", f"without a model: {', '.join(counted) or 'none'}", *left_out]
+    if asks_base(run):
+        plain = questions(held, renderer)
+        with_base, left_out = base_opponents(likeness, plain, renderer, run, context)
+        lines += [
+            f"the variants read {sum(len(one.ids) for one in plain):,} tokens each",
+            *(f"{one.name}: about {one.num_tokens:,} tokens ({one.what})" for one in with_base),
+            *left_out,
+        ]
+    return "\n".join(lines)

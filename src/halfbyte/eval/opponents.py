@@ -38,31 +38,43 @@ def opponents(likeness: Likeness, renderer: Renderer, run: Run) -> tuple[list[Va
     ways: dict[str, Callable[[], tuple[str, list[str]]]] = {
         MAJORITY: lambda: _majority(known, held),
         NEAREST: lambda: _nearest(likeness, renderer, run),
+        LINEAR: lambda: _linear(likeness),
+        COPY: lambda: _copy(known, held),
     }
-    notes: list[str] = []
-    if LINEAR in run.eval.opponents and is_closed_set(known.answers):
-        size = len(set(known.answers)) * likeness.features[0].shape[1]
-        if size <= MAX_COEFFICIENTS:
-            ways[LINEAR] = lambda: _linear(likeness)
-        else:
-            notes.append(f"{LINEAR} was left out: it would have {size:,} coefficients.")
-    if is_copied(known):
-        ways[COPY] = lambda: _copy(known, held)
-    variants: list[Variant] = []
     shared = time.perf_counter()
     if {NEAREST, LINEAR} & {*run.eval.opponents}:
         likeness.features  # noqa: B018  (of both, and counted for each)
     shared = time.perf_counter() - shared
-    for name, way in ways.items():
-        if name not in run.eval.opponents:
-            continue
+    names, notes = opponent_names(likeness, run)
+    variants: list[Variant] = []
+    for name in names:
         start = time.perf_counter()
-        what, answers = way()
+        what, answers = ways[name]()
         variant = Variant(name, what, seconds=time.perf_counter() - start)
         variant.seconds += shared if name in (NEAREST, LINEAR) else 0.0
         record_chosen(variant, answers, held.rows, renderer, run)
         variants.append(variant)
     return variants, notes
+
+
+def opponent_names(likeness: Likeness, run: Run) -> tuple[list[str], list[str]]:
+    """Return the opponents without a model that apply to these rows, and a note for each that would cost too much."""
+    known = likeness.known
+    applies = {
+        MAJORITY: True,
+        NEAREST: True,
+        LINEAR: is_closed_set(known.answers),
+        COPY: is_copied(known),
+    }
+    names: list[str] = [
+        name for name, does in applies.items() if does and name in run.eval.opponents
+    ]
+    if LINEAR in names:
+        size = len(set(known.answers)) * likeness.features[0].shape[1]
+        if size > MAX_COEFFICIENTS:
+            names.remove(LINEAR)
+            return names, [f"{LINEAR} was left out: it would have {size:,} coefficients."]
+    return names, []
 
 
 def _majority(known: Examples, held: Examples) -> tuple[str, list[str]]:
