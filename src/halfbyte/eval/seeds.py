@@ -47,7 +47,7 @@ def seed_lines(comparison: dict[str, Any]) -> list[str]:
         "",
         f"The runs differ in the seed alone. {comparison['metric']} of {seeds['trainings']} trainings:"
         f" {interval(seeds['score'])}, over rows and trainings. From one training to another it varies by"
-        f" {seeds['training_sd']:.3f} (standard deviation).",
+        f" {seeds['training_sd']:.3f} (standard deviation) beyond what so few rows let it vary.",
     ]
     if not seeds["against"]:
         return lines
