@@ -20,9 +20,10 @@ from halfbyte.data.chat_template import load_template
 from halfbyte.data.conversation import Row
 from halfbyte.data.questions import questions
 from halfbyte.data.render import Renderer
-from halfbyte.eval.base_opponents import BaseOpponent, base_opponents, rank
+from halfbyte.eval.base_opponents import NEEDS, BaseOpponent, base_opponents, rank
 from halfbyte.eval.likeness import Examples, Likeness
 from halfbyte.eval.measure import Variant, measure
+from halfbyte.eval.opponents import opponent_names
 from halfbyte.eval.variants import Contender, load_scored
 from halfbyte.generate import continuous
 from halfbyte.generate.continuous import SlotGenerator
@@ -172,6 +173,22 @@ def test_what_costs_too_much_is_left_out_with_a_note(renderer: Renderer) -> None
         made, notes = opponents_of(train, held, renderer, model_run("org/tiny", [free]))
         assert "base-full-choices" in made
         assert notes == []
+
+
+@pytest.mark.parametrize(("named", "reason"), NEEDS.items())
+def test_one_that_is_named_and_does_not_apply_is_said(
+    renderer: Renderer, named: str, reason: str
+) -> None:
+    rows = [row(f"Which {word} is it?", f"{word} it is") for word in "abcdefghijkl"]
+    likeness = Likeness(Examples.of(rows[:9], renderer), Examples.of(rows[9:], renderer))
+    run = model_run("org/tiny", [f"eval.opponents=[{named}]"])
+    names, notes = opponent_names(likeness, run)
+    plain = questions(rows[9:], renderer)
+    made, more = base_opponents(likeness, plain, renderer, run, 4096)
+    assert [*names, *made] == []
+    assert [*notes, *more] == [f"{named} was left out: {reason}."]
+    _, notes = opponent_names(likeness, model_run("org/tiny", []))
+    assert notes == []
 
 
 def test_retrieval_shows_as_many_rows_as_the_limit_leaves(renderer: Renderer) -> None:

@@ -556,6 +556,11 @@ BROKEN_RULES: dict[str, tuple[dict[str, str], str, str]] = {
         "eval.fewshot has no effect without base-full-fewshot in eval.variants or base-full-retrieval in"
         " eval.opponents",
     ),
+    "no_answers": (
+        {"eval": "opponents: [nearest]\nmetrics: [held_out_loss]"},
+        "opponents",
+        "eval.opponents has no effect where held_out_loss is the first of eval.metrics: opponents answer, and have no loss",
+    ),
     "no_tracking": (
         {"track": "wandb: off\nproject: mine"},
         "project",
@@ -622,7 +627,7 @@ BROKEN_RULES: dict[str, tuple[dict[str, str], str, str]] = {
     "baseline_taken": (
         {"eval": "baselines: [{name: merged, model: org/a}]"},
         "baselines",
-        "eval.baselines names merged, which halfbyte's own variant has",
+        "eval.baselines names merged, which a variant has",
     ),
     "llama_cpp_without_gguf": (
         {"eval": "baselines: [{name: x, model: a/b, engine: llama.cpp}]"},

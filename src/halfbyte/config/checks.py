@@ -34,6 +34,7 @@ def cross_faults(run: Run, source: Source, *, resolved: bool) -> list[str]:
         *_adapter_rules(run),
         *_train_rules(run, written),
         *_data_rules(run, written),
+        *_opponent_rules(run, written),
         *_eval_rules(run, written),
     ]
     return [
@@ -206,23 +207,35 @@ def _baseline_rules(baseline: Baseline) -> list[Rule]:
     ]
 
 
+def _opponent_rules(run: Run, written: Written) -> list[Rule]:
+    answering = {*run.eval.variants, *run.eval.allowed_opponents}
+    shown = {"base-full-fewshot", "base-full-retrieval"} & answering
+    return [
+        (
+            written("eval.fewshot") and not shown,
+            "eval.fewshot",
+            "has no effect without base-full-fewshot in eval.variants or base-full-retrieval in eval.opponents",
+        ),
+        (
+            bool(run.eval.opponents) and run.eval.metrics[0] == "held_out_loss",
+            "eval.opponents",
+            "has no effect where held_out_loss is the first of eval.metrics: opponents answer, and have no loss",
+        ),
+    ]
+
+
 def _eval_rules(run: Run, written: Written) -> list[Rule]:
     pattern, names = run.eval.answer_pattern, [baseline.name for baseline in run.eval.baselines]
     repeated = sorted({name for name in names if names.count(name) > 1})
     tasks = [benchmark.task for benchmark in run.eval.benchmarks]
     twice = sorted({task for task in tasks if tasks.count(task) > 1})
+    without = "has no effect without eval.benchmarks"
     taken = sorted(set(names) & {*get_args(OwnVariant), *OPPONENTS, *run.eval.variants})
-    shown = {"base-full-fewshot", "base-full-retrieval"} & {*run.eval.variants, *run.eval.opponents}
     return [
         (
             not run.eval.variants and not run.eval.baselines,
             "eval.variants",
             "is empty, and eval.baselines too: there is nothing to compare",
-        ),
-        (
-            written("eval.fewshot") and not shown,
-            "eval.fewshot",
-            "has no effect without base-full-fewshot in eval.variants or base-full-retrieval in eval.opponents",
         ),
         (
             written("track.project") and run.track.wandb == "off",
@@ -236,20 +249,12 @@ def _eval_rules(run: Run, written: Written) -> list[Rule]:
         ),
         (bool(twice), "eval.benchmarks", f"names {', '.join(twice)} more than once"),
         *(
-            (
-                written(f"eval.{key}") and not tasks,
-                f"eval.{key}",
-                "has no effect without eval.benchmarks",
-            )
+            (written(f"eval.{key}") and not tasks, f"eval.{key}", without)
             for key in ("benchmark_data", "benchmark_chat", "run_code")
         ),
         (bool(repeated), "eval.baselines", f"names {', '.join(repeated)} more than once"),
         *(rule for baseline in run.eval.baselines for rule in _baseline_rules(baseline)),
-        (
-            bool(taken),
-            "eval.baselines",
-            f"names {', '.join(taken)}, which halfbyte's own variant has",
-        ),
+        (bool(taken), "eval.baselines", f"names {', '.join(taken)}, which a variant has"),
         (
             ("schema_valid" in run.eval.metrics) != (run.eval.json_schema is not None),
             "eval.json_schema",

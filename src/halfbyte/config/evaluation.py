@@ -86,19 +86,19 @@ class Eval(Section):
         description="Variants to compare, on the same prompts with the same decoding. Artefacts of"
         " train/export.py are also allowed by name, such as `awq` or `gguf-q4_k_m`.",
     )
-    opponents: list[Opponent] = Field(
-        default=list(OPPONENTS),
-        description="Opponents, each where it applies. Without a model: the most frequent training answer, a vote of the"
+    opponents: list[Opponent] | None = Field(
+        None,
+        description="Opponents, each where it applies; null: all within `max_opponent_growth`. Without a model: the most frequent training answer, a vote of the"
         " training rows with the most similar words, logistic regression (where answers are a closed set), the"
         " likeliest span of the prompt (where answers are such spans). With the base: the most similar training rows"
         " as examples, the answers of a closed set ranked by likelihood, the set or the JSON Schema in the prompt with"
         " constrained decoding. Without `base-full` or `base-full-fewshot` in `variants`, those with the base take part"
-        " only where this key is not the default.",
+        " only where they are named here.",
     )
     max_opponent_growth: Annotated[float, Field(gt=0)] | None = Field(
         3.0,
         description="An opponent with the base reads at most so many times the tokens of the rows: `base-full-retrieval`"
-        " shows fewer examples, one that still reads more is left out with a note. No limit if null, or where `opponents` is not the default.",
+        " shows fewer examples, one that still reads more is left out with a note. No limit if null, or where `opponents` names them.",
     )
     baselines: list[Baseline] = Field(
         default_factory=list,
@@ -166,3 +166,8 @@ class Eval(Section):
         " scores of 0 and 1.",
     )
     resamples: Annotated[int, Field(ge=200)] = Field(5000, description="Bootstrap resamples.")
+
+    @property
+    def allowed_opponents(self) -> tuple[Opponent, ...]:
+        """The opponents that take part where they apply."""
+        return OPPONENTS if self.opponents is None else tuple(self.opponents)

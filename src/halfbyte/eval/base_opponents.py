@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 from torch import nn
 
 from halfbyte.config import Run
-from halfbyte.config.evaluation import Eval
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row, system_in_question
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.questions import Question, question, questions, turns_of
@@ -34,6 +33,12 @@ MAX_CONTEXT = 1 << 20  # tokens, of a base without positions
 MAX_LISTED_CHARS = 8_000  # of a set of answers that a prompt names
 NUM_TUNING = 32  # training rows on which the way to rank answers is chosen
 QUESTIONS_PER_CALL = 32  # whose choices are scored together
+NEEDS = {
+    "linear": "the training answers are no closed set",
+    "copy": "fewer than nine of ten training answers stand in their prompts",
+    "base-full-choices": "the training answers are no closed set of texts",
+    "base-full-instructed": "the training answers are no closed set of few characters, and there is no eval.json_schema",
+}
 
 # Makes the grammar of answers, given what closes open thoughts.
 Allowed = Callable[[Grammars, str | None], Any]
@@ -102,7 +107,7 @@ def base_opponents(
         run: the config.
         context: the most tokens that the base reads.
     """
-    growth = None if is_named(run) else run.eval.max_opponent_growth
+    growth = None if run.eval.opponents is not None else run.eval.max_opponent_growth
     room = math.inf if growth is None else growth * sum(len(one.ids) for one in plain)
     ways: dict[str, Callable[[], BaseOpponent | None]] = {
         RETRIEVAL: lambda: _with_retrieved(likeness, plain, renderer, run, context, room),
@@ -111,7 +116,7 @@ def base_opponents(
     }
     opponents, notes = [], []
     for name, way in ways.items():
-        if name not in run.eval.opponents:
+        if name not in run.eval.allowed_opponents:
             continue
         try:
             opponent = way()
@@ -119,8 +124,8 @@ def base_opponents(
             notes.append(f"{name} was left out: {error}")
             continue
         if opponent is None:
-            continue
-        if opponent.num_tokens <= room:
+            notes += not_applying({name}, run)
+        elif opponent.num_tokens <= room:
             opponents.append(opponent)
         else:
             notes.append(
@@ -136,9 +141,10 @@ def context_of(base: Base) -> int:
     return int(getattr(text, "max_position_embeddings", None) or MAX_CONTEXT)
 
 
-def is_named(run: Run) -> bool:
-    """Return whether a config says which opponents to compare with."""
-    return run.eval.opponents != Eval().opponents
+def not_applying(names: Collection[str], run: Run) -> list[str]:
+    """Return a note for each of these opponents that was named, and does not apply to the rows."""
+    named = run.eval.opponents or []
+    return [f"{name} was left out: {NEEDS[name]}." for name in named if name in names]
 
 
 def _with_retrieved(

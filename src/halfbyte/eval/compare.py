@@ -73,7 +73,7 @@ def compare(
     comparison = Comparison(trained, trained.trained_compute(), plain)
     counted: list[Variant] = []
     notes: list[str] = []
-    if run.eval.opponents and run.eval.metrics[0] != LOSS_METRIC:
+    if run.eval.allowed_opponents and run.eval.metrics[0] != LOSS_METRIC:
         comparison, counted, notes = _with_opponents(comparison, rows)
 
     variants = {}

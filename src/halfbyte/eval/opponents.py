@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from halfbyte.config import Run
 from halfbyte.data.render import Renderer
+from halfbyte.eval.base_opponents import not_applying
 from halfbyte.eval.likeness import WORD, Examples, Likeness, is_closed_set, is_copied
 from halfbyte.eval.measure import Variant, record_chosen
 from halfbyte.scoring.rows import mean_score
@@ -42,7 +43,7 @@ def opponents(likeness: Likeness, renderer: Renderer, run: Run) -> tuple[list[Va
         COPY: lambda: _copy(known, held),
     }
     shared = time.perf_counter()
-    if {NEAREST, LINEAR} & {*run.eval.opponents}:
+    if {NEAREST, LINEAR} & {*run.eval.allowed_opponents}:
         likeness.features  # noqa: B018  (of both, and counted for each)
     shared = time.perf_counter() - shared
     names, notes = opponent_names(likeness, run)
@@ -58,7 +59,7 @@ def opponents(likeness: Likeness, renderer: Renderer, run: Run) -> tuple[list[Va
 
 
 def opponent_names(likeness: Likeness, run: Run) -> tuple[list[str], list[str]]:
-    """Return the opponents without a model that apply to these rows, and a note for each that would cost too much."""
+    """Return the opponents without a model that apply to these rows, and a note for each that was expected and is left out."""
     known = likeness.known
     applies = {
         MAJORITY: True,
@@ -66,15 +67,15 @@ def opponent_names(likeness: Likeness, run: Run) -> tuple[list[str], list[str]]:
         LINEAR: is_closed_set(known.answers),
         COPY: is_copied(known),
     }
-    names: list[str] = [
-        name for name, does in applies.items() if does and name in run.eval.opponents
-    ]
+    allowed = [name for name in applies if name in run.eval.allowed_opponents]
+    names: list[str] = [name for name in allowed if applies[name]]
+    notes = not_applying(set(allowed) - set(names), run)
     if LINEAR in names:
         size = len(set(known.answers)) * likeness.features[0].shape[1]
         if size > MAX_COEFFICIENTS:
             names.remove(LINEAR)
-            return names, [f"{LINEAR} was left out: it would have {size:,} coefficients."]
-    return names, []
+            notes.append(f"{LINEAR} was left out: it would have {size:,} coefficients.")
+    return names, notes
 
 
 def _majority(known: Examples, held: Examples) -> tuple[str, list[str]]:

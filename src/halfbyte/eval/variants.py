@@ -18,7 +18,7 @@ from halfbyte.config.section import Precision
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.questions import Question, fewshot_examples, questions
 from halfbyte.data.render import Renderer
-from halfbyte.eval.base_opponents import BaseOpponent, is_named
+from halfbyte.eval.base_opponents import BaseOpponent
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.host import USABLE_FRAC, free_bytes
 from halfbyte.llamacpp.model import GgufModel
@@ -124,7 +124,8 @@ def contenders(comparison: Comparison) -> Iterator[Contender]:
 
 def asks_base(run: Run) -> bool:
     """Return whether the opponents with the base take part in a comparison."""
-    return bool({BASE_FULL, FEWSHOT} & {*run.eval.variants}) or is_named(run)
+    named = run.eval.opponents is not None
+    return named or bool({BASE_FULL, FEWSHOT} & {*run.eval.variants})
 
 
 def base_side(comparison: Comparison) -> tuple[Base, Renderer, list[Question]]:

@@ -288,7 +288,7 @@ def _probe_tree(model: Any, attempt: int) -> tuple[str, bool]:
         gap = relative_gap(hidden[path], row_states)
         if not gap <= tolerance.gap:
             refusal = f"hidden states differ by {gap:.1g} from those of padded rows"
-            return refusal, tolerance.is_conclusive
+            return refusal, not gap <= tolerance.fault
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if "sliding_attention" in layer_types and inputs["tree"].windows == {None}:
         return "its layers do not pass the sliding window to the attention", True

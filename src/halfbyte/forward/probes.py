@@ -49,12 +49,12 @@ class Tolerance:
 
     Attributes:
         gap: the largest allowed ``relative_gap``.
-        is_conclusive: whether a larger gap is a fault; else the plain pass differs from itself too much to
-            say.
+        fault: a larger gap is a fault whatever the tokens; one in between may be rounding, which only other
+            tokens tell.
     """
 
     gap: float
-    is_conclusive: bool
+    fault: float
 
     @classmethod
     def of(cls, model: Any, noise: float, context_effect: float) -> Tolerance:
@@ -68,8 +68,9 @@ class Tolerance:
         dtype = model.get_input_embeddings().weight.dtype
         least, most = TREE_TOLERANCE[dtype], CONTEXT_FRAC * context_effect
         if dtype == torch.float32:
-            return cls(least, True)
-        return cls(max(least, min(NOISE_FACTOR * noise, most)), NOISE_FACTOR * noise <= most)
+            return cls(least, least)
+        gap = max(least, min(NOISE_FACTOR * noise, most))
+        return cls(gap, max(gap, NOISE_FACTOR * noise, most))
 
 
 def probe_ids(model: Any, count: int, attempt: int) -> list[int]:

@@ -6,9 +6,8 @@ attend to the cache of its own slot. An input of one token is decoded, an input 
 A beginning that all slots share is kept and read once (Hydragen, arXiv 2402.05099 §3), so that a slot holds
 what comes after it.
 
-Shapes: T tokens of the pass, t of one prefill input, M decode inputs, S neighbouring slots that hold them, P
-shared tokens, C cached tokens of a slot, H query heads, G key-value heads (grouped-query attention, arXiv
-2305.13245), D head size.
+Shapes: T tokens of the pass, t of one prefill input, M decode inputs, P shared tokens, C cached tokens of a slot,
+H query heads, G key-value heads (grouped-query attention, arXiv 2305.13245), D head size.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from halfbyte.errors import ModelError
 from halfbyte.forward.kv_cache import KVCache
+from halfbyte.forward.slot_decode import blocks_of
 
 NAME = "halfbyte-slots"  # of this attention in transformers
 
@@ -94,14 +94,13 @@ class SlotBatch:
         self.decode = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) == 1]
         self.prefill = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) > 1]
         slots = [inputs[number].slot for number in self.decode]
-        # Neighbouring slots are read where they lie; those in between that decode nothing cost little.
-        self._first_slot, self._stop_slot = (min(slots), max(slots) + 1) if slots else (0, 0)
-        # Of each decode input (M,): its slot, that slot among the S, its token in the pass, its position.
+        places = [self.ranges[number].start for number in self.decode]
+        positions = [inputs[number].start for number in self.decode]
+        self._blocks = blocks_of(slots, places, positions, device)
+        # Of each decode input (M,): its slot, its token in the pass, its place in the slot.
         self._slots = torch.tensor(slots, device=device)
-        self._offsets = torch.tensor([slot - self._first_slot for slot in slots], device=device)
-        self._tokens = torch.tensor([self.ranges[n].start for n in self.decode], device=device)
-        self._positions = torch.tensor([inputs[n].start for n in self.decode], device=device)
-        self._decode_masks: dict[int | None, tuple[torch.Tensor, int]] = {}
+        self._tokens = torch.tensor(places, device=device)
+        self._own = torch.tensor(positions, device=device) - self.num_shared
         self._prefill_masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
     def attend(
@@ -129,30 +128,17 @@ class SlotBatch:
         )  # (slots, G, C, D) each
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))  # (T, H, D)
         if self.decode:
-            own = self._positions - self.num_shared
-            keys[self._slots, :, own] = (
+            keys[self._slots, :, self._own] = (
                 key[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
             )
-            values[self._slots, :, own] = (
+            values[self._slots, :, self._own] = (
                 value[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
             )
-            groups = key.shape[0]
-            q_decode = query[:, self._tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
-            q = query.new_zeros(
-                (self._stop_slot - self._first_slot, *q_decode.shape[1:])
-            )  # (S, H, D)
-            q[self._offsets] = q_decode
-            # Heads that share keys stand where queries do, so that no key is copied for them.
-            o = self._attend_decode(
-                layer,
-                q.view(q.shape[0], groups, -1, q.shape[2]).to(keys.dtype),  # (S, G, H/G, D)
-                keys[self._first_slot : self._stop_slot],
-                values[self._first_slot : self._stop_slot],
-                window,
-                scale,
-            )  # (S, G, H/G, D)
-            # (S, G, H/G, D) → (S, H, D) → (M, H, D)
-            out[self._tokens] = o.flatten(1, 2)[self._offsets].to(out.dtype)
+            factor = query.shape[2] ** -0.5 if scale is None else scale
+            for block in self._blocks:
+                q = query[:, block.tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
+                shared = self.cache.shared.get(layer)
+                out[block.tokens] = block.attend(q, (keys, values), shared, window, factor)
         for number in self.prefill:
             slot_input, tokens = self.inputs[number], self.ranges[number]
             new = slice(slot_input.start - self.num_shared, slot_input.end - self.num_shared)
@@ -161,36 +147,6 @@ class SlotBatch:
             out[tokens] = self._attend_prefill(
                 layer, number, query[:, tokens], keys, values, window, scale
             )  # (t, H, D)
-        return out
-
-    def _attend_decode(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        window: int | None,
-        scale: float | None,
-    ) -> torch.Tensor:
-        """Compute the attention output (S, G, H/G, D) of queries (S, G, H/G, D) to slots (S, G, C, D)."""
-        mask, length = self._decode_mask(window)  # (S, 1, 1, P + C)
-        mask = mask.to(keys.dtype)
-        keys, values = keys[:, :, :length], values[:, :, :length]  # (S, G, C, D) each
-        if not self.num_shared:
-            return functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, scale=scale
-            )
-        shared_keys, shared_values = self.cache.shared[layer]  # (G, P, D) each
-        slots, groups, heads, size = query.shape
-        query = query * (size**-0.5 if scale is None else scale)
-        # One product for all slots: (G, S·H/G, D) by (G, D, P).
-        before = query.transpose(0, 1).flatten(1, 2) @ shared_keys.transpose(1, 2)
-        before = before.view(groups, slots, heads, -1).transpose(0, 1)  # (S, G, H/G, P)
-        scores = torch.cat([before, query @ keys.transpose(2, 3)], dim=3)
-        weights = (scores.float() + mask).softmax(dim=3).to(keys.dtype)  # (S, G, H/G, P + C)
-        rows = weights[..., : self.num_shared].transpose(0, 1).flatten(1, 2)  # (G, S·H/G, P)
-        seen = (rows @ shared_values).view(groups, slots, heads, size)
-        out: torch.Tensor = seen.transpose(0, 1) + weights[..., self.num_shared :] @ values
         return out
 
     def _attend_prefill(
@@ -228,20 +184,6 @@ class SlotBatch:
         )  # (G, H/G, t, D)
         # (G, H/G, t, D) → (H, t, D) → (t, H, D)
         return o.flatten(0, 1).transpose(0, 1).to(query.dtype)
-
-    def _decode_mask(self, window: int | None) -> tuple[torch.Tensor, int]:
-        """Return an additive mask (S, 1, 1, P + C) of the decode inputs, and the C that they need."""
-        if window not in self._decode_masks:
-            length = max(self.inputs[number].end for number in self.decode)
-            key_positions = torch.arange(length, device=self.device)  # (P + C,)
-            positions = self._positions[:, None]  # (M, 1)
-            seen = key_positions <= positions  # (M, P + C)
-            if window is not None:
-                seen &= key_positions > positions - window
-            mask = torch.zeros((self._stop_slot - self._first_slot, length), device=self.device)
-            mask[self._offsets] = mask[self._offsets].masked_fill_(~seen, float("-inf"))
-            self._decode_masks[window] = mask[:, None, None], length - self.num_shared
-        return self._decode_masks[window]
 
     def _prefill_mask(self, number: int, window: int | None) -> torch.Tensor | None:
         """Return an additive mask (t, P + C), or None where order within the input alone decides."""

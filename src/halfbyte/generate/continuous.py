@@ -336,4 +336,4 @@ def _probe_slots(causal: Any, attempt: int) -> tuple[str, bool]:
     tolerance = Tolerance.of(causal, noise, context_effect)
     if gap <= tolerance.gap:
         return "", True
-    return f"logits differ by {gap:.1g} from the plain pass", tolerance.is_conclusive
+    return f"logits differ by {gap:.1g} from the plain pass", not gap <= tolerance.fault
