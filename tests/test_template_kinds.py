@@ -25,6 +25,7 @@ from halfbyte.data.conversation import Message, Row, ToolCall, tools_of
 from halfbyte.data.encoded import IGNORED, Encoded
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError
+from halfbyte.generate.grammar import Grammars
 
 GOLDEN = Path(__file__).parent / "golden/template_kinds.json"
 DAY = date(2026, 3, 9)
@@ -675,6 +676,25 @@ def test_an_answer_behind_text_does_not_begin_a_text(scheme: str) -> None:
     ] or "▁" not in "".join(tokenizer.convert_ids_to_tokens(words))
     prompt = renderer.encode_prompt(row.messages[:3])
     assert encoded.ids[: len(prompt)] == prompt
+
+
+LLAMA_2 = (
+    "{%- for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_grammar_lets_answers_be_as_the_template_writes_them(scheme: str) -> None:
+    # dottxt-ai/outlines#1456
+    tokenizer = llama_2_tokenizer(scheme)
+    for template in (LLAMA_2, LLAMA_2.replace("' ' + m.content + ' ' +", "m.content +")):
+        renderer = Renderer(tokenizer, template)
+        (encoded,) = renderer.encode_rows([Row("r", (u("Name a port."), a("Brest Vigo")))])
+        ids = [i for i, t in zip(encoded.ids, encoded.labels, strict=True) if t != IGNORED]
+        grammars = Grammars(renderer, len(tokenizer), may_think=False)
+        assert grammars.of_texts(["Brest Vigo", "Name"]).validate_tokens(ids) == len(ids)
+        assert grammars.of_texts(["Brest", "Name"]).validate_tokens(ids) < len(ids)
 
 
 def test_what_stands_elsewhere_too_is_dropped_all_the_same() -> None:

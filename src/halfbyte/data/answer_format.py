@@ -63,6 +63,7 @@ class AnswerFormat:
         closer: what ends such thoughts; None where prompts open none.
         marks: what closes thoughts, by what opens them.
         own_marks: what the template itself opens and closes them with; None if it writes none.
+        spaces: white space that it writes before the text of an answer, and behind it.
         calls: how it writes calls; None if it writes none, or in no way that is known.
     """
 
@@ -71,6 +72,7 @@ class AnswerFormat:
         self.own_marks = next(iter(own.items()), None)
         self.marks = {**own, **MARKS}
         self.closer = self.marks[opener] if opener else None
+        self.spaces = _spaces(form) if form else ("", "")
         self.calls = call_format(form) if form else None
 
     def parse(self, text: str, tools: str = "") -> ParsedAnswer:
@@ -246,6 +248,19 @@ class AnswerReader:
         """Return how many characters at the end of the buffer may be the beginning of a mark."""
         sizes = range(min(len(mark) - 1, len(self._buffer)), 0, -1)
         return next((size for size in sizes if self._buffer.endswith(mark[:size])), 0)
+
+
+def _spaces(form: ChatFormat) -> tuple[str, str]:
+    """Return the white space that a template writes before the text of an answer, and behind it."""
+    messages = (Message("user", "alpha"), Message("assistant", REPLY))
+    try:
+        (sample, *_) = samples_of(form, messages, [1], PLACE, "")
+    except DataError:
+        return "", ""
+    span = sample.spans[-1]
+    before, _, after = sample.text[span.start : span.end].partition(REPLY)
+    after = form.special_tokens.split(after)[0]
+    return "" if before.strip() else before, "" if after.strip() else after
 
 
 def _thought_marks(form: ChatFormat) -> dict[str, str]:

@@ -216,7 +216,14 @@ class Grammars:
         from llguidance import LLMatcher
 
         thoughts = self._thoughts(closer)
-        rules = f"start: {'thoughts ' if thoughts else ''}{answer}\n{thoughts}"
+        # As the template writes answers: Llama 2 has learnt them between spaces (dottxt-ai/outlines#1456).
+        before, behind = (
+            f"({json.dumps(space)})?" if space else ""
+            for space in self.renderer.answer_format.spaces
+        )
+        answer, *rest = answer.split("\n", 1)
+        rules = f"start: {'thoughts ' if thoughts else before} {answer} {behind}\n{thoughts}"
+        rules = "\n".join([rules, *rest])
         try:
             matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(rules), log_level=0)
         except (ValueError, TypeError) as error:
