@@ -6,12 +6,15 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from halfbyte.eval.intervals import (
     GAIN,
     LOSS,
     Estimate,
+    evidence,
     holm,
     judge,
     mean_interval,
@@ -300,6 +303,7 @@ def test_p_values_are_those_of_the_exact_tests() -> None:
     # 8 rows won, 3 lost: 2·(C(11,0) + … + C(11,3)) / 2^11
     assert p_value(ours, theirs, 1000, 0) == pytest.approx(2 * (1 + 11 + 55 + 165) / 2**11)
     assert p_value([0.5], [0.5], 1000, 0) == 1
+    assert p_value([0.5, 0.0, 1.0], [0.0, 0.0, 1.0], 1000, 0) == 1  # one row alone differs
     # Four fractions, all better: 2 of the 2^4 sign patterns are as large.
     assert p_value([0.9, 0.8, 0.7, 0.6], [0.1, 0.1, 0.2, 0.1], 1000, 0) == pytest.approx(2 / 16)
     draw = np.random.default_rng(0)
@@ -319,3 +323,24 @@ def test_holm_corrects_as_by_hand() -> None:
 def test_equal_scores_beyond_one_keep_their_mean_in_the_interval() -> None:
     found = mean_interval([35.0] * 20, 0.95, 200, 0)
     assert found.ci_low < found.value == 35 == found.ci_high
+
+
+SCORES = st.sampled_from([0.0, 1 / 3, 0.5, 1.0])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 4).flatmap(lambda n: st.lists(st.tuples(SCORES, SCORES), min_size=n, max_size=n))
+)
+def test_few_rows_have_an_interval_and_evidence(pairs: list[tuple[float, float]]) -> None:
+    ours, theirs = map(list, zip(*pairs, strict=True))
+    for estimate in (
+        mean_interval(ours, 0.95, 200, 0),
+        paired_difference(ours, theirs, 0.95, 200, 0),
+    ):
+        assert estimate.ci_low <= estimate.value + 1e-12
+        assert estimate.value <= estimate.ci_high + 1e-12
+    found = evidence(ours, theirs, 0.95, 200, 0)
+    assert 0 < found["p_value"] <= 1
+    if sum(a != b for a, b in pairs) < 2:
+        assert found["p_value"] == 1

@@ -154,7 +154,7 @@ def p_value(ours: list[float], theirs: list[float], resamples: int, seed: int) -
     """
     values = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     differing = values[values != 0]
-    if not len(differing):
+    if len(differing) < 2:  # one row that is swapped differs as much
         return 1.0
     if np.isin(differing, (-1.0, 1.0)).all():
         return float(stats.binomtest(int((differing > 0).sum()), len(differing)).pvalue)

@@ -32,7 +32,7 @@ from halfbyte.model.cpu_speed import unpack_for_speed
 from halfbyte.scoring.numbers import read_number
 from halfbyte.scoring.rows import answer_scores, count_differences, parse_answers
 
-MAX_LABELLED_TOKENS = 64  # of a row whose logits are all held at once
+MAX_LABELLED_TOKENS = 128  # of a row whose logits are all held at once
 
 
 @dataclass
