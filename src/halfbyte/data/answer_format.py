@@ -250,28 +250,27 @@ class AnswerReader:
         return next((size for size in sizes if self._buffer.endswith(mark[:size])), 0)
 
 
+def _written(form: ChatFormat, answer: Message) -> str:
+    """Return what a template writes of an answer; "" if it takes none like this."""
+    try:
+        (sample, *_) = samples_of(form, (Message("user", "alpha"), answer), [1], PLACE, "")
+    except DataError:
+        return ""
+    span = sample.spans[-1]
+    return sample.text[span.start : span.end]
+
+
 def _spaces(form: ChatFormat) -> tuple[str, str]:
     """Return the white space that a template writes before the text of an answer, and behind it."""
-    messages = (Message("user", "alpha"), Message("assistant", REPLY))
-    try:
-        (sample, *_) = samples_of(form, messages, [1], PLACE, "")
-    except DataError:
-        return "", ""
-    span = sample.spans[-1]
-    before, _, after = sample.text[span.start : span.end].partition(REPLY)
+    before, _, after = _written(form, Message("assistant", REPLY)).partition(REPLY)
     after = form.special_tokens.split(after)[0]
     return "" if before.strip() else before, "" if after.strip() else after
 
 
 def _thought_marks(form: ChatFormat) -> dict[str, str]:
     """Return the marks between which a template writes thoughts; none if it writes none."""
-    messages = (Message("user", "alpha"), Message("assistant", REPLY, reasoning=THOUGHT))
-    try:
-        (sample, *_) = samples_of(form, messages, [1], PLACE, "")
-    except DataError:
-        return {}
-    span = sample.spans[-1]
-    opener, thought, rest = sample.text[span.start : span.end].partition(THOUGHT)
+    answer = Message("assistant", REPLY, reasoning=THOUGHT)
+    opener, thought, rest = _written(form, answer).partition(THOUGHT)
     closer = rest.partition(REPLY)[0].strip()
     opener = opener.strip()
     return {opener: closer} if thought and opener and closer else {}

@@ -62,10 +62,14 @@ class TreeAttention(torch.autograd.Function):
         within, above = parts
         for part in within:
             i, j = part.queries, part.keys
-            o[:, :, i], lse[:, :, i] = _flash(q[:, :, i], k[:, :, j], v[:, :, j], part, scale)
+            o[:, :, i], lse[:, :, i] = flash(
+                q[:, :, i], k[:, :, j], v[:, :, j], scale, part.mask, is_causal=part.is_causal
+            )
         for part in above:
             i, j = part.queries, part.keys
-            o2, lse2 = _flash(q[:, :, i], k[:, :, j], v[:, :, j], part, scale)
+            o2, lse2 = flash(
+                q[:, :, i], k[:, :, j], v[:, :, j], scale, part.mask, is_causal=part.is_causal
+            )
             lse1 = lse[:, :, i]  # (G, H/G, i)
             lse12 = torch.logaddexp(lse1, lse2)  # L = log(exp L₁ + exp L₂)
             w1 = (lse1 - lse12).exp_()[..., None]  # (G, H/G, i, 1)
@@ -97,7 +101,7 @@ class TreeAttention(torch.autograd.Function):
             inputs = [do[:, :, i], q[:, :, i], k[:, :, j], v[:, :, j], o[:, :, i]]
             if i.stop - i.start <= MOST_QUERIES_IN_32_BITS:
                 inputs = [one.float() for one in inputs]
-            # Private operator, see _flash.
+            # Private operator, see flash.
             dq_part, dk_part, dv_part = (
                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     *inputs,
@@ -123,10 +127,25 @@ def _grouped(
     return q, key[:, None].expand(shape), value[:, None].expand(shape)  # (G, H/G, T, D) each
 
 
-def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: Part, scale: float
+def flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention (G, H/G, i, D) over one part, and the log-sum-exp (G, H/G, i) of its scores."""
+    """Compute attention (B, H, i, D) on a CPU, and the log-sum-exp (B, H, i) of its scores.
+
+    Args:
+        q: queries, (B, H, i, D).
+        k: keys, (B, H, j, D).
+        v: values, (B, H, j, D).
+        scale: factor of the scores.
+        mask: additive, broadcast to (B, H, i, j).
+        is_causal: a query attends to the keys up to its own number.
+    """
     # Private operator, tried with torch 2.13: scaled_dot_product_attention calls it on a CPU, and does not
     # return the log-sum-exp, without which parts cannot be combined; flex_attention returns it, and has no
     # backward pass on a CPU. Can go, with its backward, when a public function of torch has both.
@@ -136,8 +155,8 @@ def _flash(
             k,
             v,
             0.0,
-            part.is_causal,
-            attn_mask=None if part.mask is None else part.mask.to(q.dtype),
+            is_causal,
+            attn_mask=None if mask is None else mask.to(q.dtype),
             scale=scale,
         )
     )

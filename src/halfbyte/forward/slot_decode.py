@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
+from halfbyte.forward.prefix_attention import flash
+
 # On a CPU, where a call costs little beside reading keys, so many slots have a common length.
 SLOTS_PER_BLOCK = 32
 
@@ -33,7 +35,7 @@ class Block:
     tokens: torch.Tensor
     positions: torch.Tensor
     length: int
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def attend(
         self,
@@ -58,20 +60,22 @@ class Block:
         q[self.offsets] = query
         # Heads that share keys stand where queries do, so that no key is copied for them.
         q = q.view(q.shape[0], keys.shape[1], -1, q.shape[2]).to(keys.dtype)  # (S, G, H/G, D)
-        mask = self._mask(window)  # (S, 1, 1, P + C)
         if shared is None:
+            mask = self._mask(window, keys.dtype)
             out = functional.scaled_dot_product_attention(
-                q, keys, values, attn_mask=mask.to(keys.dtype), scale=scale
+                q, keys, values, attn_mask=mask, scale=scale
             )
         elif query.device.type == "cpu" and (window is None or self.length <= window):
+            mask = self._mask(window, keys.dtype)
             out = _attend_in_parts(q, keys, values, shared, mask, scale)
         else:
+            mask = self._mask(window, torch.float32)
             out = _attend_at_once(q, keys, values, shared, mask, scale)
         return out.flatten(1, 2)[self.offsets].to(query.dtype)  # (S, G, H/G, D) → (M, H, D)
 
-    def _mask(self, window: int | None) -> torch.Tensor:
-        """Return an additive mask (S, 1, 1, P + C) in fp32."""
-        if window not in self._masks:
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Return an additive mask (S, 1, 1, P + C), the same for all layers."""
+        if (window, dtype) not in self._masks:
             device = self.positions.device
             key_positions = torch.arange(self.length, device=device)  # (P + C,)
             positions = self.positions[:, None]  # (M, 1)
@@ -80,8 +84,8 @@ class Block:
                 seen &= key_positions > positions - window
             mask = torch.zeros((self.slots.stop - self.slots.start, self.length), device=device)
             mask[self.offsets] = mask[self.offsets].masked_fill_(~seen, float("-inf"))
-            self._masks[window] = mask[:, None, None]
-        return self._masks[window]
+            self._masks[window, dtype] = mask[:, None, None].to(dtype)
+        return self._masks[window, dtype]
 
 
 def blocks_of(
@@ -127,18 +131,15 @@ def _attend_in_parts(
     The fused attention of the CPU, which also returns the logarithms of these sums (FlashAttention, arXiv
     2205.14135 §3.1). Shapes as in ``_attend_at_once``.
     """
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     slots, groups, heads, size = query.shape
     num_shared = shared[0].shape[1]
-    own_mask = mask[..., num_shared:].to(keys.dtype)
-    own, own_sum = attention(query, keys, values, attn_mask=own_mask, scale=scale)
+    own, own_sum = flash(query, keys, values, scale, mask[..., num_shared:])
     rows = query.transpose(0, 1).reshape(1, groups, slots * heads, size)
-    seen, seen_sum = attention(rows, shared[0][None], shared[1][None], scale=scale)
+    seen, seen_sum = flash(rows, shared[0][None], shared[1][None], scale)
     seen = seen.view(groups, slots, heads, size).transpose(0, 1)
     seen_sum = seen_sum.view(groups, slots, heads).transpose(0, 1)
     weight = (seen_sum - own_sum).sigmoid()[..., None]  # (S, G, H/G, 1)
-    out: torch.Tensor = own.float().lerp(seen.float(), weight)
-    return out
+    return own.float().lerp(seen.float(), weight)
 
 
 def _attend_at_once(
