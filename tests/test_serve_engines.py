@@ -12,6 +12,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from serving import serving
 from toys import ROOT, run_script
 
@@ -19,6 +20,20 @@ from halfbyte.llamacpp.model import GgufModel
 
 pytestmark = pytest.mark.real
 QUESTIONS = [f"diagnosis {n} of the heart" for n in range(6)]
+
+
+def test_gguf_files_answer_beside_computations_in_bf16(exported_run: Path) -> None:
+    """Where both have AMX, a decode on PyTorch's own thread dies of an illegal instruction."""
+    file = next(exported_run.glob("export/gguf-q8_0/*.gguf"))
+    layer = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    with GgufModel(file) as model:
+        prompt = model.prompt([{"role": "user", "content": QUESTIONS[0]}])[1]
+        answers = []
+        for _ in range(3):
+            answers += model.answers([prompt], stop_ids=None, max_new_tokens=4)
+            model.logits(prompt, [0])  # the cache anew, in one batch
+            layer(torch.randn(64, 64, dtype=torch.bfloat16)).sum().backward()
+    assert answers == answers[:1] * 3
 
 
 def test_gguf_files_answer_as_evaluation_does(exported_run: Path, tmp_path: Path) -> None:

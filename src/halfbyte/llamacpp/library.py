@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ class Library:
         self.lines: list[str] = []
         handles = _open(path)
         self._dll = handles[-1]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp")
         for name, (result, arguments) in (SIGNATURES | OPTIONAL_SIGNATURES).items():
             if hasattr(self._dll, name):
                 function = getattr(self._dll, name)
@@ -153,6 +155,19 @@ class Library:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return getattr(self._dll, name)  # type: ignore[no-any-return]
+
+    def llama_decode(self, context: int, batch: LlamaBatch) -> int:
+        """Call the C function on a thread where nothing but this library computes.
+
+        The configuration of AMX tiles (Intel SDM vol. 1, chapter 18) belongs to a thread, and ggml loads it
+        once in each. Where PyTorch computes in bf16 on that thread, oneDNN releases or replaces it, and the
+        next decode dies of an illegal instruction.
+        """
+        future = self._thread.submit(self._dll.llama_decode, context, batch)
+        try:
+            return int(future.result())
+        finally:
+            wait([future])  # after Ctrl-C too: the caller frees what it reads
 
     def has(self, name: str) -> bool:
         """Return whether this build has a function."""
