@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ from halfbyte.trained.run import TrainedRun, read_trained_run
 MAX_SLOTS = 16  # without --slots
 DEFAULT_CONTEXT = 4096
 CACHE_FRAC = 0.5  # of the available memory, for keys and values
-KEPT_KERNELS = 128  # by oneDNN
 PROBE = (Message("user", "Hello, what is 2 + 2?"),)
 
 
@@ -80,10 +78,6 @@ def open_models(
     Raises:
         UserError: a model cannot be loaded or is not the trained one, or two models have the same name.
     """
-    # PyTorch's oneDNN caches up to 1,024 kernels of 0.3 MB, one per shape of a bf16 product, and prefills
-    # have hundreds of lengths. The kernels of decoding fit into this limit; recompiling one takes 0.5 ms.
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KEPT_KERNELS))
     # Load in a thread that ends: OpenMP keeps idle workers for each thread that has computed, and once they
     # and the engine thread's workers outnumber the cores, all of them wait in OpenMP's slow mode.
     done: Future[list[ServedModel]] = Future()
