@@ -27,8 +27,10 @@ STEM = [11, 12, 13, 14, 15, 16]
 PROMPTS = [[*STEM, *range(20, 20 + n)] for n in (3, 9, 1, 5, 17, 2, 30, 4)]
 
 
-@pytest.fixture
-def model(tiny_llama: Path) -> Any:
+@pytest.fixture(params=[1, 128], ids=["stem apart", "stem copied"])
+def model(tiny_llama: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model in slots that keep what all prompts begin with once, or each for itself."""
+    monkeypatch.setattr(continuous, "MIN_SHARED_TOKENS", request.param)
     loaded = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU32)
     assert add_token_loss(loaded.model) == ""
     return loaded.model
@@ -157,7 +159,8 @@ def test_slots_are_as_many_as_memory_has_room_for(
 ) -> None:
     wanted = plain(model, PROMPTS, [2])
     text = model.config.get_text_config()
-    a_slot = (max(map(len, PROMPTS)) - len(STEM) + 12) * token_bytes(text, torch.float32)
+    apart = len(STEM) if continuous.MIN_SHARED_TOKENS == 1 else 0
+    a_slot = (max(map(len, PROMPTS)) - apart + 12) * token_bytes(text, torch.float32)
     used: list[int] = []
 
     def noted(*given: Any, num_slots: int, **options: Any) -> Any:

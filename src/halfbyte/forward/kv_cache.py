@@ -20,7 +20,7 @@ class KVCache:
         growth: number of tokens by which each slot grows.
 
     Attributes:
-        shared: keys and values (G, P, D) of each layer, of the tokens that all slots begin with.
+        shared: keys and values (G, P, D) of each layer, of the tokens that all slots begin with and none holds.
         num_shared: P. A slot holds the tokens from position P on.
     """
 
@@ -33,11 +33,19 @@ class KVCache:
         self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.num_shared = 0
 
-    def share(self, beginning: KVCache, length: int) -> None:
-        """Let all slots, which are empty, begin with the ``length`` tokens of the only slot of another cache."""
-        self.num_shared = length
-        for layer, (keys, values) in beginning.layers.items():
-            self.shared[layer] = (keys[0, :, :length], values[0, :, :length])
+    def share(self, beginning: KVCache, length: int, *, apart: bool) -> None:
+        """Let all slots, which are empty, begin with the ``length`` tokens of the only slot of another cache.
+
+        ``apart``: keep them once, beside the slots; else each slot gets a copy.
+        """
+        self.num_shared = length if apart else 0
+        for layer, pair in beginning.layers.items():
+            keys, values = (one[0, :, :length] for one in pair)  # (G, P, D) each
+            if apart:
+                self.shared[layer] = (keys, values)
+                continue
+            for kept, first in zip(self.storage(layer, *pair, length), (keys, values), strict=True):
+                kept[:, :, :length] = first
 
     @property
     def num_bytes(self) -> int:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from halfbyte.errors import ModelError
 from halfbyte.forward.kv_cache import KVCache
+from halfbyte.forward.prefix_attention import flash
 from halfbyte.forward.slot_decode import blocks_of
 
 NAME = "halfbyte-slots"  # of this attention in transformers
@@ -101,6 +102,9 @@ class SlotBatch:
         self._slots = torch.tensor(slots, device=device)
         self._tokens = torch.tensor(places, device=device)
         self._own = torch.tensor(positions, device=device) - self.num_shared
+        self._prefill_tokens = torch.tensor(
+            [token for n in self.prefill for token in range(start)[self.ranges[n]]], device=device
+        )
         self._prefill_masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
 
     def attend(
@@ -127,6 +131,7 @@ class SlotBatch:
             layer, key[None], value[None], self.longest
         )  # (slots, G, C, D) each
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))  # (T, H, D)
+        factor = query.shape[2] ** -0.5 if scale is None else scale
         if self.decode:
             keys[self._slots, :, self._own] = (
                 key[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
@@ -134,20 +139,65 @@ class SlotBatch:
             values[self._slots, :, self._own] = (
                 value[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
             )
-            factor = query.shape[2] ** -0.5 if scale is None else scale
             for block in self._blocks:
                 q = query[:, block.tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
                 shared = self.cache.shared.get(layer)
                 out[block.tokens] = block.attend(q, (keys, values), shared, window, factor)
+        ends = [self.inputs[number].end for number in self.prefill]
+        in_window = window is None or max(ends, default=0) <= window
+        in_parts = bool(ends) and bool(self.num_shared) and in_window and query.device.type == "cpu"
         for number in self.prefill:
             slot_input, tokens = self.inputs[number], self.ranges[number]
             new = slice(slot_input.start - self.num_shared, slot_input.end - self.num_shared)
             keys[slot_input.slot, :, new] = key[:, tokens].to(keys.dtype)  # (G, t, D)
             values[slot_input.slot, :, new] = value[:, tokens].to(keys.dtype)  # (G, t, D)
-            out[tokens] = self._attend_prefill(
-                layer, number, query[:, tokens], keys, values, window, scale
-            )  # (t, H, D)
+            if not in_parts:
+                out[tokens] = self._attend_prefill(
+                    layer, number, query[:, tokens], keys, values, window, factor
+                )  # (t, H, D)
+        if in_parts:
+            out[self._prefill_tokens] = self._attend_in_parts(layer, query, keys, values, factor)
         return out
+
+    def _attend_in_parts(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Compute the attention output (N, H, D) of all prefill inputs' N tokens: shared ones, and each slot's.
+
+        All see all shared tokens, so one call reads these for all.
+        """
+        q = query[:, self._prefill_tokens].to(keys.dtype)  # (H, N, D)
+        groups = keys.shape[1]
+        q = q.view(groups, -1, *q.shape[1:])  # (G, H/G, N, D)
+        shared_keys, shared_values = self.cache.shared[layer]  # (G, P, D) each
+        rows = q.flatten(1, 2)[None]  # (1, G, H/G·N, D)
+        seen, seen_sum = flash(rows, shared_keys[None], shared_values[None], scale)
+        own, own_sum = torch.empty_like(q), torch.empty(q.shape[:3])  # (G, H/G, N, D), (G, H/G, N)
+        start = 0
+        for number in self.prefill:
+            slot_input = self.inputs[number]
+            tokens = slice(start, start + len(slot_input.ids))
+            start = tokens.stop
+            k, v = (
+                one[slot_input.slot, :, None, : slot_input.end - self.num_shared].expand(
+                    -1, q.shape[1], -1, -1
+                )
+                for one in (keys, values)
+            )  # (G, H/G, C, D) each
+            is_causal = slot_input.start == self.num_shared
+            mask = None if is_causal else self._prefill_mask(number, None)
+            own_mask = None if mask is None else mask[:, self.num_shared :]  # (t, C)
+            own[:, :, tokens], own_sum[:, :, tokens] = flash(
+                q[:, :, tokens], k, v, scale, own_mask, is_causal=is_causal
+            )
+        weight = (seen_sum.view_as(own_sum) - own_sum).sigmoid()[..., None]  # (G, H/G, N, 1)
+        o = own.float().lerp(seen.view_as(own).float(), weight)  # (G, H/G, N, D)
+        return o.flatten(0, 1).transpose(0, 1).to(query.dtype)  # (N, H, D)
 
     def _attend_prefill(
         self,

@@ -32,6 +32,8 @@ from halfbyte.host import free_bytes
 MAX_SLOTS = 512  # matrix products of more rows are no faster per row
 PROMPT_TOKENS = 2048  # of prompts in one pass
 REFILL_FRAC = 0.25  # of the slots are free before new prompts are read
+# A shorter beginning of all prompts is copied to each slot: attention to it beside the rest takes longer.
+MIN_SHARED_TOKENS = 128
 CACHE_FRAC = 0.5  # of the free memory, for keys and values
 LOGIT_TOKENS = 512  # of one pass whose logits are computed
 PROBE_TOKENS = 24
@@ -118,7 +120,8 @@ class SlotGenerator:
         spent = spent or Spent()
         matchers = [self.matcher.deep_copy() for _ in prompts] if self.matcher else []
         scheduler = _Scheduler(prompts, begun, wanted, stop_ids, ends, max_new_tokens)
-        longest = max(map(len, prompts), default=0) - scheduler.num_shared
+        apart = scheduler.num_shared >= MIN_SHARED_TOKENS
+        longest = max(map(len, prompts), default=0) - (scheduler.num_shared if apart else 0)
         max_tokens = longest + max([max_new_tokens, *map(len, wanted)])
         growth = min(max_tokens, longest + GROWTH)  # where answers may be long, most end sooner
         capacity = -(-max_tokens // growth) * growth
@@ -127,7 +130,7 @@ class SlotGenerator:
         with _slot_model(self.model, num_slots, growth) as slot_model:
             if scheduler.waiting and scheduler.num_shared:
                 start = time.perf_counter()
-                slot_model.share(list(prompts[0][: scheduler.num_shared]))
+                slot_model.share(list(prompts[0][: scheduler.num_shared]), apart=apart)
                 spent.add(scheduler.num_shared, time.perf_counter() - start, prompts=True)
             while scheduler.waiting or scheduler.running:
                 admitted = scheduler.admit()
@@ -326,7 +329,7 @@ def _probe_slots(causal: Any, attempt: int) -> tuple[str, bool]:
     cache = causal(both[:1, :half], use_cache=True).past_key_values
     in_pieces = causal(both[:1, half:], past_key_values=cache).logits[0, -1].cpu()  # (V,)
     with _slot_model(causal, 3, PROBE_TOKENS) as slot_model:
-        slot_model.share(ids[:half])
+        slot_model.share(ids[:half], apart=True)
         others = SlotInput(1, None, ids[half + 3 :], half)
         slot_model.run([SlotInput(2, None, ids[half:-1], half), others])
         last = SlotInput(2, None, ids[-1:], PROBE_TOKENS - 1)

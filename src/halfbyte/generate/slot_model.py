@@ -129,11 +129,14 @@ class SlotModel:
         return self._pass(inputs, self._cache)
 
     @torch.inference_mode()
-    def share(self, ids: list[int]) -> None:
-        """Let all slots begin with the same tokens, which are computed and kept once; before any other pass."""
+    def share(self, ids: list[int], *, apart: bool) -> None:
+        """Let all slots begin with the same tokens, which are computed once; before any other pass.
+
+        ``apart``: keep them once, too; else each slot gets a copy.
+        """
         beginning = KVCache(1, self.dtype, self.device, growth=len(ids))
         self._pass([SlotInput(0, None, ids, 0)], beginning)
-        self._cache.share(beginning, len(ids))
+        self._cache.share(beginning, len(ids), apart=apart)
 
     def _pass(
         self, inputs: Sequence[SlotInput], cache: KVCache
