@@ -40,8 +40,8 @@ def test_each_attends_to_its_own_slot_behind_the_shared_tokens(
         first, then = torch.randn((2, *shape, SIZE), generator=random).to(dtype)
         return first, then
 
-    cached, shared = pair(150, GROUPS, CAPACITY), pair(GROUPS, num_shared)
-    slots = [3, 130, 4, 66, 129, 143, 9]  # three blocks, none of them full
+    cached, shared = pair(300, GROUPS, CAPACITY), pair(GROUPS, num_shared)
+    slots = [3, 260, 4, 130, 259, 280, 9]  # three blocks, none of them full
     positions = [num_shared + own for own in (0, 5, 23, 11, 1, 17, 2)]
     queries = torch.randn((len(slots), HEADS, SIZE), generator=random).to(dtype)
     places = [2, 9, 4, 0, 1, 7, 3]

@@ -6,8 +6,8 @@ attend to the cache of its own slot. An input of one token is decoded, an input 
 A beginning that all slots share is kept and read once (Hydragen, arXiv 2402.05099 §3), so that a slot holds
 what comes after it.
 
-Shapes: T tokens of the pass, t of one prefill input, M decode inputs, P shared tokens, C cached tokens of a slot,
-H query heads, G key-value heads (grouped-query attention, arXiv 2305.13245), D head size.
+Shapes: T tokens of the pass, t of one prefill input, B of which are alike, N tokens of all prefill inputs, M decode
+inputs, P shared tokens, C cached tokens of a slot, H query heads, G key-value heads (grouped-query attention, arXiv 2305.13245), D head size.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ class SlotBatch:
         adapter_ranges: names of adapters, each with the range of its tokens in the pass.
         ranges: range of each input's tokens in the pass.
         logit_indices: indices in the pass of the tokens whose logits are computed.
-        decode: numbers of the inputs of one token.
-        prefill: numbers of the inputs of several tokens.
         attended_layers: numbers of the layers that were attended so far.
     """
 
@@ -92,20 +90,37 @@ class SlotBatch:
         self.logit_indices = torch.tensor(logit_indices, device=device)
         self.num_shared = cache.num_shared
         self.longest = max(slot_input.end for slot_input in inputs) - self.num_shared
-        self.decode = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) == 1]
-        self.prefill = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) > 1]
-        slots = [inputs[number].slot for number in self.decode]
-        places = [self.ranges[number].start for number in self.decode]
-        positions = [inputs[number].start for number in self.decode]
+        decode = [n for n, slot_input in enumerate(inputs) if len(slot_input.ids) == 1]
+        slots = [inputs[number].slot for number in decode]
+        places = [self.ranges[number].start for number in decode]
+        positions = [inputs[number].start for number in decode]
         self._blocks = blocks_of(slots, places, positions, device)
-        # Of each decode input (M,): its slot, its token in the pass, its place in the slot.
-        self._slots = torch.tensor(slots, device=device)
-        self._tokens = torch.tensor(places, device=device)
-        self._own = torch.tensor(positions, device=device) - self.num_shared
-        self._prefill_tokens = torch.tensor(
-            [token for n in self.prefill for token in range(start)[self.ranges[n]]], device=device
+        # Of each token of the pass (T,): its slot, and its place there.
+        self._slots, self._own = (
+            torch.tensor(numbers, device=device)
+            for numbers in (
+                [one.slot for one in inputs for _ in one.ids],
+                [at - self.num_shared for one in inputs for at in range(one.start, one.end)],
+            )
         )
-        self._prefill_masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
+        for number, one in enumerate(inputs):
+            if len(one.ids) > 1:
+                alike.setdefault((one.start, one.end), []).append(number)
+        self._prefills = [self._prefill(*span, numbers) for span, numbers in alike.items()]
+        self._prefill_masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
+
+    def _prefill(self, start: int, end: int, numbers: list[int]) -> Prefill:
+        """Put inputs together that begin and end at the same positions."""
+        slots = [self.inputs[number].slot for number in numbers]
+        tokens = [range(self.ranges[n].start, self.ranges[n].stop) for n in numbers]
+        one = slice(slots[0], slots[0] + 1)
+        return Prefill(
+            one if len(slots) == 1 else torch.tensor(slots, device=self.device),
+            torch.tensor([token for part in tokens for token in part], device=self.device),
+            start,
+            end,
+        )
 
     def attend(
         self,
@@ -132,123 +147,123 @@ class SlotBatch:
         )  # (slots, G, C, D) each
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))  # (T, H, D)
         factor = query.shape[2] ** -0.5 if scale is None else scale
-        if self.decode:
-            keys[self._slots, :, self._own] = (
-                key[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
-            )
-            values[self._slots, :, self._own] = (
-                value[:, self._tokens].transpose(0, 1).to(keys.dtype)  # (G, M, D) → (M, G, D)
-            )
-            for block in self._blocks:
-                q = query[:, block.tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
-                shared = self.cache.shared.get(layer)
-                out[block.tokens] = block.attend(q, (keys, values), shared, window, factor)
-        ends = [self.inputs[number].end for number in self.prefill]
-        in_window = window is None or max(ends, default=0) <= window
-        in_parts = bool(ends) and bool(self.num_shared) and in_window and query.device.type == "cpu"
-        for number in self.prefill:
-            slot_input, tokens = self.inputs[number], self.ranges[number]
-            new = slice(slot_input.start - self.num_shared, slot_input.end - self.num_shared)
-            keys[slot_input.slot, :, new] = key[:, tokens].to(keys.dtype)  # (G, t, D)
-            values[slot_input.slot, :, new] = value[:, tokens].to(keys.dtype)  # (G, t, D)
-            if not in_parts:
-                out[tokens] = self._attend_prefill(
-                    layer, number, query[:, tokens], keys, values, window, factor
-                )  # (t, H, D)
-        if in_parts:
-            out[self._prefill_tokens] = self._attend_in_parts(layer, query, keys, values, factor)
+        keys[self._slots, :, self._own] = key.transpose(0, 1).to(keys.dtype)  # (T, G, D)
+        values[self._slots, :, self._own] = value.transpose(0, 1).to(keys.dtype)  # (T, G, D)
+        shared = self.cache.shared.get(layer)
+        for block in self._blocks:
+            q = query[:, block.tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
+            out[block.tokens] = block.attend(q, (keys, values), shared, window, factor)
+        if not self._prefills:
+            return out
+        end = max(prefill.end for prefill in self._prefills)
+        if shared is not None and query.device.type == "cpu" and (window is None or end <= window):
+            tokens = torch.cat([prefill.tokens for prefill in self._prefills])
+            out[tokens] = self._attend_in_parts(query[:, tokens], keys, values, shared, factor)
+            return out
+        for prefill in self._prefills:
+            q, k, v = _rows(query[:, prefill.tokens], keys, values, prefill, self.num_shared)
+            if shared is not None:
+                first = (one.repeat(len(q) // len(one), 1, 1)[:, None] for one in shared)
+                k, v = (
+                    torch.cat([one.expand(-1, q.shape[1], -1, -1), then], dim=2)
+                    for one, then in zip(first, (k, v), strict=True)
+                )  # (B·G, H/G, P + C, D) each
+            mask = self._mask(prefill, window)  # (t, P + C)
+            o = functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if mask is None else mask.to(keys.dtype),
+                is_causal=mask is None,
+                scale=factor,
+            )  # (B·G, H/G, t, D)
+            # (B·G, H/G, t, D) → (B, H, t, D) → (B·t, H, D)
+            o = o.view(-1, query.shape[0], *o.shape[2:]).transpose(1, 2).flatten(0, 1)
+            out[prefill.tokens] = o.to(query.dtype)
         return out
 
     def _attend_in_parts(
         self,
-        layer: int,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        shared: tuple[torch.Tensor, torch.Tensor],
         scale: float,
     ) -> torch.Tensor:
-        """Compute the attention output (N, H, D) of all prefill inputs' N tokens: shared ones, and each slot's.
+        """Compute the attention output (N, H, D) of the N tokens of all prefills (H, N, D).
 
-        All see all shared tokens, so one call reads these for all.
+        All see all shared tokens, so one call reads these for all; the parts are weighed as in
+        ``prefix_attention``.
         """
-        q = query[:, self._prefill_tokens].to(keys.dtype)  # (H, N, D)
         groups = keys.shape[1]
-        q = q.view(groups, -1, *q.shape[1:])  # (G, H/G, N, D)
-        shared_keys, shared_values = self.cache.shared[layer]  # (G, P, D) each
-        rows = q.flatten(1, 2)[None]  # (1, G, H/G·N, D)
-        seen, seen_sum = flash(rows, shared_keys[None], shared_values[None], scale)
-        own, own_sum = torch.empty_like(q), torch.empty(q.shape[:3])  # (G, H/G, N, D), (G, H/G, N)
+        q = query.to(keys.dtype).view(groups, -1, *query.shape[1:])  # (G, H/G, N, D)
+        seen, seen_sum = flash(q.flatten(1, 2)[None], shared[0][None], shared[1][None], scale)
+        parts, sums = [], []
         start = 0
-        for number in self.prefill:
-            slot_input = self.inputs[number]
-            tokens = slice(start, start + len(slot_input.ids))
+        for prefill in self._prefills:
+            tokens = slice(start, start + len(prefill.tokens))
             start = tokens.stop
-            k, v = (
-                one[slot_input.slot, :, None, : slot_input.end - self.num_shared].expand(
-                    -1, q.shape[1], -1, -1
-                )
-                for one in (keys, values)
-            )  # (G, H/G, C, D) each
-            is_causal = slot_input.start == self.num_shared
-            mask = None if is_causal else self._prefill_mask(number, None)
+            rows, k, v = _rows(query[:, tokens], keys, values, prefill, self.num_shared)
+            is_causal = prefill.start == self.num_shared
+            mask = None if is_causal else self._mask(prefill, None)
             own_mask = None if mask is None else mask[:, self.num_shared :]  # (t, C)
-            own[:, :, tokens], own_sum[:, :, tokens] = flash(
-                q[:, :, tokens], k, v, scale, own_mask, is_causal=is_causal
-            )
+            o, o_sum = flash(rows, k, v, scale, own_mask, is_causal=is_causal)
+            split = (-1, groups, *o.shape[1:])
+            parts.append(o.view(split).permute(1, 2, 0, 3, 4).flatten(2, 3))  # (G, H/G, B·t, D)
+            sums.append(o_sum.view(split[:-1]).permute(1, 2, 0, 3).flatten(2))  # (G, H/G, B·t)
+        own, own_sum = torch.cat(parts, dim=2), torch.cat(sums, dim=2)
         weight = (seen_sum.view_as(own_sum) - own_sum).sigmoid()[..., None]  # (G, H/G, N, 1)
-        o = own.float().lerp(seen.view_as(own).float(), weight)  # (G, H/G, N, D)
-        return o.flatten(0, 1).transpose(0, 1).to(query.dtype)  # (N, H, D)
+        out = own.float().lerp(seen.view_as(own).float(), weight)  # (G, H/G, N, D)
+        return out.flatten(0, 1).transpose(0, 1).to(query.dtype)  # (N, H, D)
 
-    def _attend_prefill(
-        self,
-        layer: int,
-        number: int,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        window: int | None,
-        scale: float | None,
-    ) -> torch.Tensor:
-        """Compute the attention output (t, H, D) of one input's queries (H, t, D)."""
-        slot_input = self.inputs[number]
-        groups = keys.shape[1]
-        mask = self._prefill_mask(number, window)  # (t, P + C)
-        q = query.view(groups, -1, *query.shape[1:])  # (G, H/G, t, D)
-        pair = [
-            tensor[slot_input.slot, :, : slot_input.end - self.num_shared]
-            for tensor in (keys, values)
-        ]  # (G, C, D) each
-        if self.num_shared:
-            shared = self.cache.shared[layer]  # (G, P, D) each
-            pair = [
-                torch.cat([first, then], dim=1) for first, then in zip(shared, pair, strict=True)
-            ]
-        k, v = (tensor[:, None].expand(-1, q.shape[1], -1, -1) for tensor in pair)
-        o = functional.scaled_dot_product_attention(
-            q.to(keys.dtype),
-            k,
-            v,
-            attn_mask=None if mask is None else mask.to(keys.dtype),
-            is_causal=mask is None,
-            scale=scale,
-        )  # (G, H/G, t, D)
-        # (G, H/G, t, D) → (H, t, D) → (t, H, D)
-        return o.flatten(0, 1).transpose(0, 1).to(query.dtype)
-
-    def _prefill_mask(self, number: int, window: int | None) -> torch.Tensor | None:
+    def _mask(self, prefill: Prefill, window: int | None) -> torch.Tensor | None:
         """Return an additive mask (t, P + C), or None where order within the input alone decides."""
-        slot_input = self.inputs[number]
-        if slot_input.start == 0 and (window is None or slot_input.end <= window):
+        start, end = prefill.start, prefill.end
+        if start == 0 and (window is None or end <= window):
             return None
-        if (number, window) not in self._prefill_masks:
-            key_positions = torch.arange(slot_input.end, device=self.device)  # (P + C,)
-            positions = torch.arange(slot_input.start, slot_input.end, device=self.device)  # (t,)
-            hidden = key_positions > positions[:, None]  # (t, C)
+        if (start, end, window) not in self._prefill_masks:
+            key_positions = torch.arange(end, device=self.device)  # (P + C,)
+            positions = torch.arange(start, end, device=self.device)  # (t,)
+            hidden = key_positions > positions[:, None]  # (t, P + C)
             if window is not None:
                 hidden |= key_positions <= positions[:, None] - window
             mask = torch.zeros(hidden.shape, device=self.device)  # (t, P + C)
-            self._prefill_masks[number, window] = mask.masked_fill_(hidden, float("-inf"))
-        return self._prefill_masks[number, window]
+            self._prefill_masks[start, end, window] = mask.masked_fill_(hidden, float("-inf"))
+        return self._prefill_masks[start, end, window]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """B inputs of several tokens that begin and end at the same positions of their slots.
+
+    Attributes:
+        slots: their slots.
+        tokens: (B·t,), their tokens in the pass.
+        start: position of the first token of each.
+        end: position after the last one.
+    """
+
+    slots: torch.Tensor | slice
+    tokens: torch.Tensor
+    start: int
+    end: int
+
+
+def _rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefill: Prefill,
+    num_shared: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries (B·G, H/G, t, D) from (H, B·t, D), and what their slots hold, (B·G, H/G, C, D) each."""
+    own = [one[prefill.slots, :, : prefill.end - num_shared] for one in (keys, values)]
+    batch, groups = own[0].shape[:2]
+    q = query.reshape(query.shape[0], batch, -1, query.shape[2])  # (H, B, t, D)
+    q = q.transpose(0, 1).to(keys.dtype)  # (B, H, t, D)
+    q = q.reshape(batch * groups, -1, *q.shape[2:])  # (B·G, H/G, t, D)
+    k, v = (one.flatten(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for one in own)
+    return q, k, v
 
 
 def attend(

@@ -15,7 +15,7 @@ from torch.nn import functional
 from halfbyte.forward.prefix_attention import flash
 
 # On a CPU, where a call costs little beside reading keys, so many slots have a common length.
-SLOTS_PER_BLOCK = 64
+SLOTS_PER_BLOCK = 128
 
 
 @dataclass(frozen=True)
