@@ -118,19 +118,33 @@ def questions(
     rows: list[Row], renderer: Renderer, examples: tuple[Message, ...] = ()
 ) -> list[Question]:
     """Render rows for evaluation, with ``examples`` between the system message and the conversation."""
-    return [question(row, renderer, examples) for row in rows]
+    return questions_after(rows, renderer, [examples] * len(rows))
 
 
-def question(row: Row, renderer: Renderer, examples: tuple[Message, ...]) -> Question:
-    """Render a row for evaluation, with ``examples`` between the system message and the conversation."""
+def questions_after(
+    rows: Sequence[Row], renderer: Renderer, examples: Sequence[tuple[Message, ...]]
+) -> list[Question]:
+    """Render rows for evaluation, each after examples of its own."""
+    longer = [after_examples(*pair) for pair in zip(rows, examples, strict=True)]
+    prompts = [
+        []
+        if row.text is not None
+        else renderer.encode_prompt(row.messages[:-1], row.place, row.tools)
+        for row in longer
+    ]
+    rendered = []
+    for row, prompt, encoded in zip(rows, prompts, renderer.encode_rows(longer), strict=True):
+        labels = [IGNORED] * len(prompt) + encoded.labels[len(prompt) :]
+        rendered.append(Question(row, prompt, encoded.ids, labels))
+    return rendered
+
+
+def after_examples(row: Row, examples: tuple[Message, ...]) -> Row:
+    """Return a row with ``examples`` after its system message, whose last answer is to be predicted."""
     if row.text is not None:
-        encoded = renderer.encode_row(row)
-        return Question(row, [], encoded.ids, encoded.labels)
+        return row
     num_system = int(row.messages[0].role in OPENING_ROLES)
-    messages = (*row.messages[:num_system], *examples, *row.messages[num_system:])
     # What is asked is the last answer, whether or not it was to be learnt.
-    answer = replace(messages[-1], learnt=True)
-    prompt = renderer.encode_prompt(messages[:-1], row.place, row.tools)
-    encoded = renderer.encode_row(replace(row, messages=(*messages[:-1], answer)))
-    labels = [IGNORED] * len(prompt) + encoded.labels[len(prompt) :]
-    return Question(row, prompt, encoded.ids, labels)
+    answer = replace(row.messages[-1], learnt=True)
+    messages = (*row.messages[:num_system], *examples, *row.messages[num_system:-1], answer)
+    return replace(row, messages=messages)

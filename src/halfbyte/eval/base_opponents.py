@@ -15,7 +15,13 @@ from torch import nn
 from halfbyte.config import Run
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row, system_in_question
 from halfbyte.data.encoded import IGNORED
-from halfbyte.data.questions import Question, question, questions, turns_of
+from halfbyte.data.questions import (
+    Question,
+    after_examples,
+    questions,
+    questions_after,
+    turns_of,
+)
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError
 from halfbyte.eval.intervals import Scores
@@ -160,25 +166,28 @@ def _with_retrieved(
     neighbours = likeness.nearest(wanted)
     longest = context - run.eval.max_new_tokens
 
-    def shown(count: int) -> list[Question]:
-        rendered = []
-        for one, likest in zip(plain, neighbours, strict=True):
-            rows = [likeness.known.rows[number] for number, _ in reversed(likest[:count])]
-            longer = question(one.row, renderer, turns_of(rows))
-            while rows and len(longer.ids) > longest:
-                rows = rows[1:]
-                longer = question(one.row, renderer, turns_of(rows))
-            rendered.append(longer)
-        return rendered
+    rows = [one.row for one in plain]
+    shown = [
+        [likeness.known.rows[number] for number, _ in reversed(likest)] for likest in neighbours
+    ]
 
-    count, questions_shown = wanted, shown(wanted)
-    while count > 1 and sum(len(one.ids) for one in questions_shown) > room:
+    def lengths() -> list[int]:
+        longer = [after_examples(row, turns_of(few)) for row, few in zip(rows, shown, strict=True)]
+        return [len(encoded.ids) for encoded in renderer.encode_rows(longer)]
+
+    count, sizes = wanted, lengths()
+    while count > 1 and sum(sizes) > room:
         count -= 1
-        questions_shown = shown(count)
+        shown = [few[-count:] for few in shown]
+        sizes = lengths()
+    while any(size > longest and few for size, few in zip(sizes, shown, strict=True)):
+        shown = [few[1:] if size > longest else few for size, few in zip(sizes, shown, strict=True)]
+        sizes = lengths()
+    rendered = questions_after(rows, renderer, [turns_of(few) for few in shown])
     what = f"the {count} most similar training rows in the prompt, or as many as fit"
     if count < wanted:
         what += f" (eval.max_opponent_growth leaves {wanted - count} out)"
-    return BaseOpponent(RETRIEVAL, what, questions_shown)
+    return BaseOpponent(RETRIEVAL, what, rendered)
 
 
 def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> BaseOpponent | None:
@@ -198,7 +207,7 @@ def _choices(likeness: Likeness, plain: list[Question], renderer: Renderer) -> B
 def _answer_ids(row: Row, text: str, renderer: Renderer) -> list[int]:
     """Return the tokens of an answer to a row, without those that end it."""
     answered = replace(row, messages=(*row.messages[:-1], Message("assistant", text)))
-    return until_stop(question(answered, renderer, ()).labelled, set(renderer.stop_ids)).ids
+    return until_stop(questions([answered], renderer)[0].labelled, set(renderer.stop_ids)).ids
 
 
 def _instructed(

@@ -8,6 +8,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from halfbyte.config import Run
 from halfbyte.data.render import Renderer
 from halfbyte.eval.base_opponents import not_applying
@@ -116,11 +118,11 @@ def _linear(likeness: Likeness) -> tuple[str, list[str]]:
 
     ours, theirs = likeness.features
     model = LogisticRegression(C=10.0, max_iter=500)
-    model.fit(ours, likeness.known.answers)
+    model.fit(ours.astype(np.float32), likeness.known.answers)  # in half the time
     what = (
         f"logistic regression on words and characters of the prompt, {len(model.classes_)} answers"
     )
-    return what, [str(answer) for answer in model.predict(theirs)]
+    return what, [str(answer) for answer in model.predict(theirs.astype(np.float32))]
 
 
 def _copy(known: Examples, held: Examples) -> tuple[str, list[str]]:

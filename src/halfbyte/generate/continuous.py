@@ -120,8 +120,7 @@ class SlotGenerator:
         spent = spent or Spent()
         matchers = [self.matcher.deep_copy() for _ in prompts] if self.matcher else []
         scheduler = _Scheduler(prompts, begun, wanted, stop_ids, ends, max_new_tokens)
-        apart = scheduler.num_shared >= MIN_SHARED_TOKENS
-        longest = max(map(len, prompts), default=0) - (scheduler.num_shared if apart else 0)
+        longest = max(map(len, prompts), default=0) - scheduler.num_apart
         max_tokens = longest + max([max_new_tokens, *map(len, wanted)])
         growth = min(max_tokens, longest + GROWTH)  # where answers may be long, most end sooner
         capacity = -(-max_tokens // growth) * growth
@@ -130,7 +129,8 @@ class SlotGenerator:
         with _slot_model(self.model, num_slots, growth) as slot_model:
             if scheduler.waiting and scheduler.num_shared:
                 start = time.perf_counter()
-                slot_model.share(list(prompts[0][: scheduler.num_shared]), apart=apart)
+                beginning = list(prompts[0][: scheduler.num_shared])
+                slot_model.share(beginning, apart=scheduler.num_apart > 0)
                 spent.add(scheduler.num_shared, time.perf_counter() - start, prompts=True)
             while scheduler.waiting or scheduler.running:
                 admitted = scheduler.admit()
@@ -161,6 +161,7 @@ class _Scheduler:
         answers: by row, those that have ended.
         scores: by row, as in ``Spent``.
         num_shared: number of tokens that all slots begin with.
+        num_apart: number of those that no slot holds.
         waiting: rows without a slot, taken from the end.
         running: the row of each slot that is used.
         num_computed: by row, how many of its generated tokens are in its slot.
@@ -183,6 +184,7 @@ class _Scheduler:
         self.scores: dict[int, tuple[float, list[bool]]] = {}
         shortest = min(map(len, prompts), default=1)
         self.num_shared = max(0, min(common_prefix(prompts), shortest - 1))
+        self.num_apart = self.num_shared if self.num_shared >= MIN_SHARED_TOKENS else 0
         self.num_computed: dict[int, int] = {}
         self.waiting = [row for row in range(len(prompts)) if not self._has_ended(row)]
         self.waiting.sort(key=lambda row: len(prompts[row]), reverse=True)
