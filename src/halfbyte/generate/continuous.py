@@ -129,8 +129,7 @@ class SlotGenerator:
         with _slot_model(self.model, num_slots, growth) as slot_model:
             if scheduler.waiting and scheduler.num_shared:
                 start = time.perf_counter()
-                beginning = list(prompts[0][: scheduler.num_shared])
-                slot_model.share(beginning, apart=scheduler.num_apart > 0)
+                slot_model.share(scheduler.beginning, apart=scheduler.num_apart > 0)
                 spent.add(scheduler.num_shared, time.perf_counter() - start, prompts=True)
             while scheduler.waiting or scheduler.running:
                 admitted = scheduler.admit()
@@ -161,6 +160,7 @@ class _Scheduler:
         answers: by row, those that have ended.
         scores: by row, as in ``Spent``.
         num_shared: number of tokens that all slots begin with.
+        beginning: these tokens.
         num_apart: number of those that no slot holds.
         waiting: rows without a slot, taken from the end.
         running: the row of each slot that is used.
@@ -184,6 +184,7 @@ class _Scheduler:
         self.scores: dict[int, tuple[float, list[bool]]] = {}
         shortest = min(map(len, prompts), default=1)
         self.num_shared = max(0, min(common_prefix(prompts), shortest - 1))
+        self.beginning = [*prompts[0][: self.num_shared]] if prompts else []
         self.num_apart = self.num_shared if self.num_shared >= MIN_SHARED_TOKENS else 0
         self.num_computed: dict[int, int] = {}
         self.waiting = [row for row in range(len(prompts)) if not self._has_ended(row)]
