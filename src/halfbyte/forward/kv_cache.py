@@ -20,7 +20,8 @@ class KVCache:
         growth: number of tokens by which each slot grows.
 
     Attributes:
-        shared: keys and values (G, P, D) of each layer, of the tokens that all slots begin with and none holds.
+        shared: keys and values (G, P, D) of each layer, of the tokens that all slots begin with and none
+            holds.
         num_shared: P. A slot holds the tokens from position P on.
     """
 

@@ -163,6 +163,23 @@ def flash(
     return output
 
 
+def join_parts(
+    one: torch.Tensor, one_lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> torch.Tensor:
+    """Return the attention output (…, D), fp32, over the keys of two parts.
+
+    exp(L₁ - L) = sigmoid(L₁ - L₂) with L, L₁ and L₂ as above.
+
+    Args:
+        one: O₁, (…, D).
+        one_lse: L₁, (…).
+        other: O₂, (…, D).
+        other_lse: L₂, (…).
+    """
+    weight = (other_lse - one_lse).sigmoid()[..., None]  # (…, 1)
+    return one.float().lerp(other.float(), weight)
+
+
 def gathered_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -7,7 +7,8 @@ A beginning that all slots share is kept and read once (Hydragen, arXiv 2402.050
 what comes after it.
 
 Shapes: T tokens of the pass, t of one prefill input, B of which are alike, N tokens of all prefill inputs, M decode
-inputs, P shared tokens, C cached tokens of a slot, H query heads, G key-value heads (grouped-query attention, arXiv 2305.13245), D head size.
+inputs, P shared tokens, C cached tokens of a slot, H query heads, G key-value heads (grouped-query attention, arXiv
+2305.13245), D head size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional
 
 from halfbyte.errors import ModelError
 from halfbyte.forward.kv_cache import KVCache
-from halfbyte.forward.prefix_attention import flash
+from halfbyte.forward.prefix_attention import flash, join_parts
 from halfbyte.forward.slot_decode import blocks_of
 
 NAME = "halfbyte-slots"  # of this attention in transformers
@@ -108,6 +109,8 @@ class SlotBatch:
             if len(one.ids) > 1:
                 alike.setdefault((one.start, one.end), []).append(number)
         self._prefills = [self._prefill(*span, numbers) for span, numbers in alike.items()]
+        if self._prefills:
+            self._prefill_tokens = torch.cat([prefill.tokens for prefill in self._prefills])  # (N,)
         self._prefill_masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
     def _prefill(self, start: int, end: int, numbers: list[int]) -> Prefill:
@@ -157,8 +160,8 @@ class SlotBatch:
             return out
         end = max(prefill.end for prefill in self._prefills)
         if shared is not None and query.device.type == "cpu" and (window is None or end <= window):
-            tokens = torch.cat([prefill.tokens for prefill in self._prefills])
-            out[tokens] = self._attend_in_parts(query[:, tokens], keys, values, shared, factor)
+            q = query[:, self._prefill_tokens]  # (H, N, D)
+            out[self._prefill_tokens] = self._attend_in_parts(q, keys, values, shared, factor)
             return out
         for prefill in self._prefills:
             q, k, v = _rows(query[:, prefill.tokens], keys, values, prefill, self.num_shared)
@@ -212,8 +215,8 @@ class SlotBatch:
             parts.append(o.view(split).permute(1, 2, 0, 3, 4).flatten(2, 3))  # (G, H/G, B·t, D)
             sums.append(o_sum.view(split[:-1]).permute(1, 2, 0, 3).flatten(2))  # (G, H/G, B·t)
         own, own_sum = torch.cat(parts, dim=2), torch.cat(sums, dim=2)
-        weight = (seen_sum.view_as(own_sum) - own_sum).sigmoid()[..., None]  # (G, H/G, N, 1)
-        out = own.float().lerp(seen.view_as(own).float(), weight)  # (G, H/G, N, D)
+        seen, seen_sum = seen.view_as(own), seen_sum.view_as(own_sum)
+        out = join_parts(own, own_sum, seen, seen_sum)  # (G, H/G, N, D)
         return out.flatten(0, 1).transpose(0, 1).to(query.dtype)  # (N, H, D)
 
     def _mask(self, prefill: Prefill, window: int | None) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-from halfbyte.forward.prefix_attention import flash
+from halfbyte.forward.prefix_attention import flash, join_parts
 
 # On a CPU, where a call costs little beside reading keys, so many slots have a common length.
 SLOTS_PER_BLOCK = 128
@@ -138,8 +138,7 @@ def _attend_in_parts(
     seen, seen_sum = flash(rows, shared[0][None], shared[1][None], scale)
     seen = seen.view(groups, slots, heads, size).transpose(0, 1)
     seen_sum = seen_sum.view(groups, slots, heads).transpose(0, 1)
-    weight = (seen_sum - own_sum).sigmoid()[..., None]  # (S, G, H/G, 1)
-    return own.float().lerp(seen.float(), weight)
+    return join_parts(own, own_sum, seen, seen_sum)
 
 
 def _attend_at_once(

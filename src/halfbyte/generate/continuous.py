@@ -159,9 +159,9 @@ class _Scheduler:
     Attributes:
         answers: by row, those that have ended.
         scores: by row, as in ``Spent``.
-        num_shared: number of tokens that all slots begin with.
-        beginning: these tokens.
-        num_apart: number of those that no slot holds.
+        beginning: the tokens that all slots begin with.
+        num_shared: their number.
+        num_apart: how many of them no slot holds: all or none.
         waiting: rows without a slot, taken from the end.
         running: the row of each slot that is used.
         num_computed: by row, how many of its generated tokens are in its slot.
@@ -183,8 +183,9 @@ class _Scheduler:
         self.answers: dict[int, Answer] = {}
         self.scores: dict[int, tuple[float, list[bool]]] = {}
         shortest = min(map(len, prompts), default=1)
-        self.num_shared = max(0, min(common_prefix(prompts), shortest - 1))
-        self.beginning = [*prompts[0][: self.num_shared]] if prompts else []
+        count = max(0, min(common_prefix(prompts), shortest - 1))
+        self.beginning = [*prompts[0][:count]] if prompts else []
+        self.num_shared = len(self.beginning)
         self.num_apart = self.num_shared if self.num_shared >= MIN_SHARED_TOKENS else 0
         self.num_computed: dict[int, int] = {}
         self.waiting = [row for row in range(len(prompts)) if not self._has_ended(row)]
