@@ -167,8 +167,20 @@ def test_what_costs_too_much_is_left_out_with_a_note(renderer: Renderer) -> None
     train = [row(f"{n} {word}", f"{word} and {word}") for word in words for n in range(2)]
     held = train[:60]
     made, notes = opponents_of(train, held, renderer, model_run("org/tiny", []))
-    assert "base-full-choices" not in made
-    assert [note.split(" was")[0] for note in notes] == ["base-full-choices"]
+    assert list(made) == ["base-full-retrieval"]
+    assert [note.split(" was")[0] for note in notes] == [
+        "base-full-choices",
+        "base-full-instructed",
+    ]
+    assert "with base-full-retrieval it reads" in notes[1]
+    # Where the others leave enough, the set of answers is named too.
+    made, notes = opponents_of(
+        train,
+        held,
+        renderer,
+        model_run("org/tiny", ["eval.max_opponent_growth=9", "eval.fewshot=1"]),
+    )
+    assert list(made) == ["base-full-retrieval", "base-full-instructed"]
     for free in ("eval.max_opponent_growth=null", ALL):
         made, notes = opponents_of(train, held, renderer, model_run("org/tiny", [free]))
         assert "base-full-choices" in made

@@ -120,7 +120,8 @@ def base_opponents(
         CHOICES: lambda: _choices(likeness, plain, renderer),
         INSTRUCTED: lambda: _instructed(likeness, plain, renderer, run),
     }
-    opponents, notes = [], []
+    opponents: list[BaseOpponent] = []
+    notes = []
     for name, way in ways.items():
         if name not in run.eval.allowed_opponents:
             continue
@@ -131,11 +132,17 @@ def base_opponents(
             continue
         if opponent is None:
             notes += not_applying({name}, run)
-        elif opponent.num_tokens <= room:
+            continue
+        # Constrained answers take long for what is read, and were never the strongest where we measured them
+        # (docs/evaluate.md): they get what the others leave.
+        others = opponents if name == INSTRUCTED else []
+        num_tokens = sum(one.num_tokens for one in [*others, opponent])
+        if num_tokens <= room:
             opponents.append(opponent)
         else:
+            together = f"with {' and '.join(one.name for one in others)} " if others else ""
             notes.append(
-                f"{name} was left out: it reads {opponent.num_tokens:,} tokens, more than {growth:g} times those of the rows"
+                f"{name} was left out: {together}it reads {num_tokens:,} tokens, more than {growth:g} times those of the rows"
                 " (eval.max_opponent_growth); named in eval.opponents, it takes part."
             )
     return opponents, notes
