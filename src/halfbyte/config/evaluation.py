@@ -96,7 +96,7 @@ class Eval(Section):
         " only where they are named here.",
     )
     max_opponent_growth: Annotated[float, Field(gt=0)] | None = Field(
-        2.5,
+        2.25,
         description="An opponent with the base reads at most so many times the tokens of the rows: `base-full-retrieval`"
         " shows fewer examples, one that still reads more is left out with a note, and so is `base-full-instructed` where"
         " it would read more with the others. No limit if null, or where `opponents` names them.",
