@@ -15,7 +15,7 @@ from halfbyte.data.encoded import Encoded
 from halfbyte.data.prefix_tree import lay_out
 from halfbyte.data.samples import Example, Samples
 from halfbyte.forward.fp16_range import FP16_MAX, largest_product, settle_half
-from halfbyte.forward.fused_layers import fuse
+from halfbyte.forward.fuse import fuse
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import Loaded, load_model

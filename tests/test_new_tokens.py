@@ -189,7 +189,7 @@ def test_the_plan_counts_the_rows_and_nothing_of_the_size_of_the_head(tied: bool
 
     def step(num_new_tokens: int) -> TracedStep:
         model, speed = Model(name="x", precision="nf4"), Speed()
-        options = (Adapter(r=4), speed, torch.float32, "cpu", False)
+        options = (Adapter(r=4), speed, torch.float32, None)
         return TracedStep(config, model, *options, num_new_tokens)
 
     from test_plan_step import shape, sizes

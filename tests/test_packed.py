@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from halfbyte.config.schema import Adapter, Speed
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
-from halfbyte.forward.fused_layers import fuse, fuse_layers
+from halfbyte.forward.fuse import fuse
+from halfbyte.forward.fused_layers import fuse_layers
 from halfbyte.forward.packed import add_token_loss, has_tree_attention, pad_right
 from halfbyte.forward.scoring import row_losses
 from halfbyte.generate.continuous import slots_refusal
@@ -42,7 +43,13 @@ ROWS = [
 
 
 def build(
-    base: Path | str, speed: Speed, scratch: Path, precision: Any = "nf4", std: float = 0.1
+    base: Path | str,
+    speed: Speed,
+    scratch: Path,
+    precision: Any = "nf4",
+    std: float = 0.1,
+    *,
+    varlen: bool = True,
 ) -> Any:
     """A base in NF4 with a LoRA adapter that already does something."""
     loaded: Loaded = load_model(resolve_base(str(base)), precision, compute=CPU)
@@ -51,7 +58,7 @@ def build(
     for name, parameter in trainable_parameters(model).items():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=std)
-    refusal = add_token_loss(loaded.model, labelled_head=speed.labelled_head)
+    refusal = add_token_loss(loaded.model, labelled_head=speed.labelled_head, varlen=varlen)
     assert refusal == ""
     fuse(model, speed)
     return model

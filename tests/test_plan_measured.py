@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.config import model_run
 from halfbyte.data.prefix_tree import lay_out
-from halfbyte.forward.fused_layers import fuse
+from halfbyte.forward.fuse import fuse
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.model.adapter import attach_adapter, trainable_parameters
 from halfbyte.model.load import load_config, load_model

@@ -82,7 +82,7 @@ def test_epochs_are_shuffled_differently_through_accelerate(make_config: MakeCon
     orders = []
     for epoch in (0, 1, 0):
         loader.set_epoch(epoch)
-        orders.append([layout.rows for batch in loader for layout in batch["layouts"]])
+        orders.append([one.layout.rows for batch in loader for one in batch["layouts"]])
     assert orders[0] == orders[2] != orders[1]
 
 

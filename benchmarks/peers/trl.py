@@ -8,15 +8,14 @@ and no checkpointing.
 from __future__ import annotations
 
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.peers.job import Watch, as_dataset, four_bit, read_job, settings, train
+from benchmarks.peers.job import Job, Watch, as_dataset, four_bit, read_job, settings, train
 
 
-def main() -> None:
+def main(job: Job, *callbacks: TrainerCallback) -> None:
     """Base → trainer → adapter and result."""
-    job = read_job()
     watch = Watch(job)
     model = AutoModelForCausalLM.from_pretrained(
         job.model,
@@ -36,10 +35,10 @@ def main() -> None:
             lora_dropout=0.0,
             target_modules="all-linear",
         ),
-        callbacks=[watch],
+        callbacks=[watch, *callbacks],
     )
     train(job, trainer, watch)
 
 
 if __name__ == "__main__":
-    main()
+    main(read_job())

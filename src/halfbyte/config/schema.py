@@ -188,6 +188,21 @@ class Speed(Section):
         description="Use norms and gated MLPs that keep less for the backward pass and make fewer"
         " passes over memory. Off: transformers' own.",
     )
+    varlen_attention: bool = Field(
+        True,
+        description="On CUDA: compute attention over all rows of a pass in one call. Off: in padded"
+        " batches of rows of similar length.",
+    )
+    kernels: bool = Field(
+        True,
+        description="On CUDA: use kernels in Triton for norms, rotary embeddings, gated MLPs, unpacking"
+        " 4-bit weights and the loss. Off: PyTorch's operators.",
+    )
+    flat_adapter: bool = Field(
+        True,
+        description="On CUDA: keep the adapter in one block of memory, whose 16-bit copy is made once a"
+        " pass. Off: each matrix is cast where it is used.",
+    )
 
     def layout(self, refusal: str) -> tuple[bool, bool]:
         """Return whether rows share prefixes, and whether they are padded; ``refusal`` forces padding."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.config.schema import Speed
-from halfbyte.forward.fused_lora import apply_recipe, fuse_lora
+from halfbyte.forward.fused_lora import apply_recipe
+from halfbyte.kernels.operators import operator
 
 PROBE_ROWS = 4
 TOLERANCE = 1e-5
@@ -25,9 +25,7 @@ EPS_ATTRIBUTES = ("variance_epsilon", "eps")
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """The root-mean-square norm (arXiv 1910.07467 §4) as a recipe, computed in fp32.
-
-    y = x·s·w with s = (mean(x²) + eps)^(-1/2), and dx = s·(dy·w - x·s²·mean(dy·w·x)).
+    """The root-mean-square norm as a recipe; see ``kernels.norms``.
 
     Attributes:
         weight: w (E,), in fp32 and frozen.
@@ -40,31 +38,19 @@ class RMSNorm:
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Return the norm (…, E) of x, in the dtype of x."""
         (x,) = inputs
-        x32 = x.float()  # (…, E)
-        y: torch.Tensor = (x32 * self._scale(x32)).mul_(self.weight).to(x.dtype)
+        call = operator("rms_norm", x.device)
+        y: torch.Tensor = call(x, self.weight, self.eps, None)
         return y
 
     def backward(self, dy: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the gradient (…, E) of x."""
         (x,) = inputs
-        x32 = x.float()  # (…, E)
-        s = self._scale(x32)  # (…, 1)
-        dyw = dy.float() * self.weight  # (…, E)
-        c = torch.linalg.vecdot(dyw, x32)[..., None]  # (…, 1)
-        c.mul_(s).mul_(s).mul_(s).div_(-x.shape[-1])  # -s³·mean(dy·w·x)
-        return (dyw.mul_(s).addcmul_(x32, c).to(x.dtype),)
-
-    def _scale(self, x32: torch.Tensor) -> torch.Tensor:
-        """Return s (…, 1); mean(x²) is |x|² / E."""
-        norm: torch.Tensor = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)  # (…, 1)
-        return norm.square_().div_(x32.shape[-1]).add_(self.eps).rsqrt_()
+        return (operator("rms_norm_backward", x.device)(dy, x, self.weight, self.eps),)
 
 
 @dataclass(frozen=True)
 class GLU:
-    """The gated linear unit act(gate)·up (arXiv 2002.05202 §2) as a recipe.
-
-    d(up) = dy·act(gate), and d(gate) = dy·up·act'(gate).
+    """The gated linear unit act(gate)·up as a recipe; see ``kernels.gates``.
 
     Attributes:
         activation: ``silu`` or ``gelu_tanh``.
@@ -75,33 +61,16 @@ class GLU:
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Return the product (…, F)."""
         gate, up = inputs
-        return self._activate(gate).mul_(up)
+        y: torch.Tensor = operator("glu", gate.device)(gate, up, self.activation)
+        return y
 
     def backward(self, dy: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the gradients (…, F) of gate and up; the activation is computed again."""
         gate, up = inputs
-        dup = self._activate(gate).mul_(dy)
-        dact = dy * up
-        # Private operators, tried with torch 2.13: each computes dact·act'(gate) in one pass over memory,
-        # where public functions take several. Can go when torch has a public function for it.
-        if self.activation == "silu":
-            dgate = torch.ops.aten.silu_backward(dact, gate)
-        else:
-            dgate = torch.ops.aten.gelu_backward(dact, gate, approximate="tanh")
-        return dgate, dup
-
-    def _activate(self, gate: torch.Tensor) -> torch.Tensor:
-        if self.activation == "silu":
-            return nn.functional.silu(gate)
-        return nn.functional.gelu(gate, approximate="tanh")
-
-
-def fuse(model: nn.Module, speed: Speed, *, probe: bool = True) -> None:
-    """Replace the layers of PEFT and transformers by the fused ones that ``speed`` allows, in place."""
-    if speed.fused_lora:
-        fuse_lora(model)
-    if speed.fused_layers:
-        fuse_layers(model, probe=probe)
+        gradients: tuple[torch.Tensor, ...] = operator("glu_backward", gate.device)(
+            dy, gate, up, self.activation
+        )
+        return gradients
 
 
 def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
@@ -133,6 +102,13 @@ def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
         if is_same[type(mlp)]:
             mlp.forward = functools.partial(_mlp_forward, mlp, glu)
     return num_norms, sum(is_same[type(mlp)] for mlp in mlps)
+
+
+def recipe_of(norm: Any) -> RMSNorm | None:
+    """Return the recipe that a norm was replaced by, or None if it was not."""
+    function = getattr(norm, "forward", None)
+    recipe = function.args[0] if isinstance(function, functools.partial) else None
+    return recipe if isinstance(recipe, RMSNorm) else None
 
 
 def _eps(module: Any) -> float | None:

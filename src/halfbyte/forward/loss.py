@@ -2,8 +2,11 @@
 
 For a frozen head W, the hidden state h_i that makes prediction i, and its label y_i:
 
-    loss_i = logsumexp(W h_i) - W[y_i]·h_i
+    loss_i = logsumexp(W h_i) - (W h_i)[y_i]
     dh_i   = (softmax(W h_i) - onehot(y_i)) W
+
+Both terms of a loss come from the same logits, rounded once, so that it is never negative, and its gradient
+is its own. On CUDA the logits leave their product in fp32; on a CPU in the dtype of the head.
 
 The first terms are attention of h over the rows of W, with W as keys and as values. Like attention they are
 computed block by block with a running maximum m and a running sum ℓ (online softmax, arXiv 1805.02867 §3;
@@ -31,10 +34,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.kernels.capability import capability_of
+from halfbyte.kernels.operators import addmm_fp32_, mm_fp32, operator
 from halfbyte.model.new_tokens import slots_of, trained_rows
 
 # Larger temporaries are mapped and unmapped on every use by glibc, which costs more than the sums.
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 TILE_ROWS = 1024  # predictions that share a block's logits
 TRACED_BLOCKS = 3  # blocks of the vocabulary after which the live bytes of a tile repeat
 SCORED_ROWS = 64  # predictions whose logits are held at once when they are scored
@@ -60,13 +65,17 @@ class Head:
         layer = model.get_output_embeddings()
         return cls(layer.weight, *(trained_rows(layer) or ()))
 
-    def blocks(self, size: int) -> Iterator[torch.Tensor]:
-        """Yield all rows in blocks (K, E) of at most ``size``, those that are trained as the last one."""
+    def blocks(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield all rows in blocks (K, E) of at most ``size``, those that are trained as the last one.
+
+        With the id of each block's first row.
+        """
         end = self.start if self.rows is None else self.start + len(self.rows)
-        for part in (self.weight[: self.start], self.weight[end:]):
-            yield from torch.split(part, size) if len(part) else ()
+        for begin, stop in ((0, self.start), (end, len(self.weight))):
+            for first in range(begin, stop, size):
+                yield first, self.weight[first : min(first + size, stop)]
         if self.rows is not None:
-            yield self.rows.to(self.weight.dtype)
+            yield self.start, self.rows.to(self.weight.dtype)
 
     def whole(self) -> torch.Tensor:
         """Return all rows (V, E) in order."""
@@ -176,41 +185,27 @@ def _tile(
     block: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Compute the losses (R,) of a tile of hidden states (R, E), their gradient (R, E), and logsumexp (R, 1)."""
-    label_rows = head.of_labels(labels)  # (R, E): W[y]
-    z_label = (hidden.float() * label_rows.float()).sum(1, keepdim=True)  # (R, 1): W[y]·h
-    label_slope = None
-    if softcap is not None:
-        capped = torch.tanh(z_label / softcap)
-        z_label, label_slope = softcap * capped, 1 - capped * capped
-    m = torch.full_like(z_label, -torch.inf)  # (R, 1)
-    ell = torch.zeros_like(z_label)  # (R, 1)
+    running = torch.zeros((4, len(hidden)), dtype=torch.float32, device=hidden.device)  # (4, R)
+    running[0] = -torch.inf
     a = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None  # (R, E)
-    for w in head.blocks(block):  # (K, E)
-        z = (hidden @ w.T).float()  # (R, K)
-        slope = None
-        if softcap is not None:
-            capped = torch.tanh_(z.div_(softcap))
-            slope = 1 - capped * capped if needs_gradient else None
-            z = capped.mul_(softcap)
-        m_new = torch.maximum(m, z.amax(dim=1, keepdim=True))  # (R, 1)
-        p = z.sub_(m_new).exp_()  # (R, K)
-        decay = (m - m_new).exp_()  # (R, 1)
-        ell.mul_(decay).add_(p.sum(dim=1, keepdim=True))
-        m = m_new
+    softmax = operator("softmax_block", hidden.device)
+    for first, w in head.blocks(block):  # w: (K, E)
+        z = mm_fp32(hidden, w.T)  # (R, K)
+        p = softmax(z, labels, first, running, softcap or 0.0, w.dtype)  # (R, K)
+        del z
         if a is not None:
-            if slope is not None:
-                p.mul_(slope)
-            if w.dtype == torch.float32:
-                a.mul_(decay).addmm_(p, w)
-            else:
-                a.mul_(decay).add_(p.to(w.dtype) @ w)
-        del z, p  # before the next block's are allocated
-    normaliser = ell.log() + m  # (R, 1)
-    losses = (normaliser - z_label)[:, 0]  # (R,)
+            a.mul_(running[3, :, None])
+            addmm_fp32_(a, p, w)
+        del p  # before the next block's logits are allocated
+    maximum, total, label_logits, _ = running  # (R,) each
+    normaliser = total.log() + maximum  # (R,)
+    losses = normaliser - label_logits  # (R,)
     if a is None:
-        return losses, None, normaliser
-    d_label = label_rows.float() if label_slope is None else label_rows * label_slope  # (R, E)
-    return losses, a.div_(ell).sub_(d_label), normaliser
+        return losses, None, normaliser[:, None]
+    d_label = head.of_labels(labels).float()  # (R, E): W[y], times the slope of the cap
+    if softcap is not None:
+        d_label *= (1 - (label_logits / softcap).square())[:, None]
+    return losses, a.div_(total[:, None]).sub_(d_label), normaliser[:, None]
 
 
 def tile_starts(num_predictions: int) -> range:
@@ -218,9 +213,9 @@ def tile_starts(num_predictions: int) -> range:
     return range(0, num_predictions, TILE_ROWS)
 
 
-def block_bytes(device_type: str) -> int:
-    """Return the most bytes of logits that a block of the vocabulary has on such a device."""
-    return BLOCK_BYTES.get(device_type, BLOCK_BYTES["cpu"])
+def block_bytes(device: torch.device) -> int:
+    """Return the most bytes of logits that a block of the vocabulary has where passes are computed."""
+    return BLOCK_BYTES["cpu" if capability_of(device) is None else "cuda"]
 
 
 def head_losses(
@@ -228,7 +223,7 @@ def head_losses(
 ) -> torch.Tensor:
     """Return the losses (N,) of the hidden states (N, E) that predict ``labels`` (N,)."""
     return _head_losses(
-        head, hidden, labels, softcap, tile_starts(len(labels)), block_bytes(hidden.device.type)
+        head, hidden, labels, softcap, tile_starts(len(labels)), block_bytes(hidden.device)
     )
 
 
@@ -237,14 +232,13 @@ def traced_head_losses(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     softcap: float | None,
-    device_type: str,
 ) -> torch.Tensor:
-    """Do what ``head_losses`` does on such a device as far as its memory needs: the values are wrong.
+    """Do what ``head_losses`` does as far as its memory needs: the values are wrong.
 
     All tiles are alike, and so are all blocks of the vocabulary; the next one's tensors are allocated
     before the last one's are freed.
     """
-    size = block_bytes(device_type)
+    size = block_bytes(hidden.device)
     tiles = tile_starts(len(labels))[:2]
     rows = min(TILE_ROWS, len(labels))
     few = replace(head, weight=head.weight[: TRACED_BLOCKS * max(1, size // (4 * rows))])
@@ -271,7 +265,7 @@ def _head_losses(
 @torch.no_grad()
 def score_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return (2, N) from logits (N, V): losses in nats, and 1 where the label is the likeliest token."""
-    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")  # (N,)
+    losses = nn.functional.cross_entropy(logits.float(), labels.long(), reduction="none")  # (N,)
     return torch.stack([losses, (logits.argmax(dim=1) == labels).float()])  # (2, N)
 
 

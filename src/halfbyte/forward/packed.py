@@ -18,6 +18,8 @@ from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.forward import prefix_attention
 from halfbyte.forward.loss import Head, head_losses, head_scores, score_logits
+from halfbyte.forward.packed_layout import PackedLayout
+from halfbyte.forward.prefix_attention import Tree
 from halfbyte.forward.probes import (
     Tolerance,
     eval_mode,
@@ -27,6 +29,8 @@ from halfbyte.forward.probes import (
     relative_gap,
 )
 from halfbyte.forward.tree_parts import PrefixTree
+from halfbyte.forward.varlen_attention import VarlenTree
+from halfbyte.kernels.operators import uses_operators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +40,9 @@ PROBE_TOLERANCE = 1e-3
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str:
+def add_token_loss(
+    model: PreTrainedModel, *, labelled_head: bool = True, varlen: bool = True
+) -> str:
     """Teach ``model`` the call ``model(layout=…, token_loss="sum")``.
 
     The call returns the summed loss of a pass in nats; with ``"each"`` the loss of each of its predictions;
@@ -49,13 +55,14 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
     Args:
         model: any causal language model; its attention becomes ``halfbyte``, which is SDPA for other calls.
         labelled_head: compute the logits of labelled tokens alone; else take all of the model's own logits.
+        varlen: on CUDA, compute attention over a tree in one call; else in padded batches.
 
     Returns:
         why rows are padded instead of laid out as a tree, or "".
     """
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     in_blocks = labelled_head and _head_is_plain(model, softcap)
-    refusal = _use_tree_attention(model)
+    refusal = _use_tree_attention(model, varlen)
     model_forward = type(model).forward
 
     # The signature stays that of the model: generate() and the Trainer read it.
@@ -63,19 +70,14 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
     def forward(
         self: PreTrainedModel,
         *args: Any,
-        layout: Layout | None = None,
+        layout: Layout | PackedLayout | None = None,
         token_loss: Literal["sum", "each", "scores"] = "sum",
         **options: Any,
     ) -> Any:
         if layout is None:
             return model_forward(self, *args, **options)
-        device = self.get_input_embeddings().weight.device
-        targets = torch.tensor(layout.targets, dtype=torch.long, device=device)  # (N,)
-        counts = torch.tensor(layout.counts, device=device)  # (N,)
-        if layout.padded or not has_tree_attention(self):
-            inputs, sources = _padded_inputs(layout, device)
-        else:
-            inputs, sources = _layout_inputs(layout, device)
+        packed, inputs, sources = _begin_pass(self, layout, varlen)
+        targets, counts = packed["targets"], packed["counts"]  # (N,) each
         if in_blocks:
             hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, E)
             states = gather_rows(hidden, sources)  # (N, E)
@@ -88,11 +90,27 @@ def add_token_loss(model: PreTrainedModel, *, labelled_head: bool = True) -> str
             logits = gather_rows(model_forward(self, **inputs, use_cache=False).logits, sources)
             if token_loss == "scores":
                 return score_logits(logits, targets)  # (2, N) from (N, V)
-            losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+            losses = nn.functional.cross_entropy(logits.float(), targets.long(), reduction="none")
         return (losses * counts).sum() if token_loss == "sum" else losses
 
     model.forward = types.MethodType(forward, model)
     return refusal
+
+
+def _begin_pass(
+    model: Any, layout: Layout | PackedLayout, varlen: bool
+) -> tuple[PackedLayout, dict[str, Any], torch.Tensor]:
+    """Return a layout on the model's device, the arguments of its pass, and the tokens (N,) that predict."""
+    device = model.get_input_embeddings().weight.device
+    if isinstance(layout, Layout):
+        in_one_call = varlen and uses_operators(device)
+        layout = PackedLayout.of(layout, varlen=in_one_call).to(device)
+    flat_lora = getattr(model, "flat_lora", None)
+    if flat_lora is not None:
+        flat_lora.refresh(_compute_dtype(device))
+    if layout.layout.padded or not has_tree_attention(model):
+        return layout, *_padded_inputs(layout.layout, device)
+    return layout, *_layout_inputs(layout)
 
 
 def causal_of(model: nn.Module) -> Any:
@@ -140,7 +158,9 @@ def gather_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def tree_inputs(ids: torch.Tensor, positions: torch.Tensor, tree: PrefixTree) -> dict[str, Any]:
+def tree_inputs(
+    ids: torch.Tensor, positions: torch.Tensor, tree: PrefixTree | Tree
+) -> dict[str, Any]:
     """Return the arguments of a pass over the tree of tokens (1, T)."""
     return {
         "input_ids": ids,
@@ -151,13 +171,22 @@ def tree_inputs(ids: torch.Tensor, positions: torch.Tensor, tree: PrefixTree) ->
     }
 
 
-def _layout_inputs(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
+def _layout_inputs(packed: PackedLayout) -> tuple[dict[str, Any], torch.Tensor]:
     """Return the arguments of a pass over the tree, and the indices (N,) of the tokens that predict."""
-    ids, positions = (
-        torch.tensor([numbers], device=device) for numbers in (layout.ids, layout.positions)
-    )  # (1, T) each
-    inputs = tree_inputs(ids, positions, PrefixTree(layout.nodes, device))
-    return inputs, torch.tensor(layout.sources, dtype=torch.long, device=device)
+    tree: PrefixTree | VarlenTree
+    if "query_starts" in packed:
+        tree = VarlenTree.of(packed)
+    else:
+        tree = PrefixTree(packed.layout.nodes, packed.numbers.device)
+    ids, positions = (packed[name].long()[None] for name in ("ids", "positions"))  # (1, T) each
+    return tree_inputs(ids, positions, tree), packed["sources"]
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """Return what matrix products compute in now."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
 
 
 def _padded_inputs(layout: Layout, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
@@ -232,7 +261,7 @@ def tree_refusal(model: Any, attention: str) -> str:
 
 
 @torch.no_grad()
-def _use_tree_attention(model: Any) -> str:
+def _use_tree_attention(model: Any, varlen: bool) -> str:
     """Give the model our attention if a probe passes; return why it cannot have it, or "".
 
     The probe lays rows out as a tree, two of them with a common prefix, and compares their hidden states with
@@ -248,7 +277,7 @@ def _use_tree_attention(model: Any) -> str:
     passes = False
     try:
         with eval_mode(model):
-            difference = first_conclusive(lambda attempt: _probe_tree(model, attempt))
+            difference = first_conclusive(lambda attempt: _probe_tree(model, varlen, attempt))
         passes = not difference
         refusal = f"{name}: {difference}" if difference else ""
     except Exception as error:
@@ -259,7 +288,7 @@ def _use_tree_attention(model: Any) -> str:
     return refusal
 
 
-def _probe_tree(model: Any, attempt: int) -> tuple[str, bool]:
+def _probe_tree(model: Any, varlen: bool, attempt: int) -> tuple[str, bool]:
     """Compare a tree with padded rows; return the difference, or "", and whether it is conclusive."""
     ids = probe_ids(model, PROBE_TOKENS + 4, attempt)
     prefix, ends = ids[:PROBE_TOKENS], ids[PROBE_TOKENS:]
@@ -282,7 +311,8 @@ def _probe_tree(model: Any, attempt: int) -> tuple[str, bool]:
     context_effect = relative_gap(states(moved)[0, -1], together[0, -1])
     tolerance = Tolerance.of(model, noise, context_effect)
     model.set_attn_implementation(prefix_attention.NAME)
-    inputs, _ = _layout_inputs(layout, device)
+    packed = PackedLayout.of(layout, varlen=varlen and uses_operators(device)).to(device)
+    inputs, _ = _layout_inputs(packed)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # (T, E)
     for path, row_states in zip(layout.paths, expected, strict=True):
         gap = relative_gap(hidden[path], row_states)

@@ -17,7 +17,7 @@ batches B nodes of Q queries and K keys, and N queries that are no padding.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -215,20 +215,37 @@ def gathered_attention(
     return torch.cat(outputs)[inverse]  # (T, H, D)
 
 
+class Tree(Protocol):
+    """What computes attention over the nodes of a pass by itself."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Compute the attention output (T, H, D) of queries (H, T, D) over keys and values (G, T, D)."""
+        ...
+
+
 def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tree: PrefixTree,
+    tree: PrefixTree | Tree,
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
     """Compute the attention output (T, H, D) of queries (H, T, D) over keys and values (G, T, D)."""
     # Rotary embeddings leave queries and keys in fp32 where the residual stream is.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if tree.gathered:
-        return gathered_attention(query, key, value, tree, window, scale)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if not isinstance(tree, PrefixTree):
+        return tree.attend(query, key, value, window, factor)
+    if tree.gathered:
+        return gathered_attention(query, key, value, tree, window, factor)
     out: torch.Tensor = TreeAttention.apply(query, key, value, tree.parts(window), factor)  # type: ignore[no-untyped-call]
     return out
 
@@ -241,7 +258,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    tree: PrefixTree | None = None,
+    tree: PrefixTree | Tree | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention as transformers calls it: SDPA, or ours over a ``tree``.

@@ -140,16 +140,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def adapters_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the dtype and value of every trainable parameter on exit.
+    """Restore the memory, dtype and value of every trainable parameter on exit.
 
     TRL 1.16 casts the adapters of a quantised base to bf16 on construction. That loses small
     updates, is 24 times slower on a CPU without bf16, and breaks the GradScaler under fp16
     (TRL issue 4901). Remove this when TRL lets the caller choose.
     """
-    saved = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+    saved = {name: (p.data, p.data.clone()) for name, p in trainable_parameters(model).items()}
     yield
     for name, parameter in trainable_parameters(model).items():
-        parameter.data = saved[name]
+        parameter.data, values = saved[name]
+        parameter.data.copy_(values)
 
 
 def save_adapter(model: PeftModel, loaded: Loaded, folder: Path, scratch: Path) -> None:

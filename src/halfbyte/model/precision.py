@@ -14,6 +14,7 @@ from halfbyte.config.schema import Model
 from halfbyte.config.section import ComputeDtype
 from halfbyte.errors import ModelError
 from halfbyte.host import cpu_model
+from halfbyte.kernels.capability import AMPERE, capability_of
 
 PlainPrecision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -26,7 +27,7 @@ NAMES: dict[torch.dtype, PlainPrecision] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
-FIRST_BF16_CAPABILITY = (8, 0)  # Ampere; a T4 is 7.5 and only emulates bf16
+FIRST_BF16_CAPABILITY = AMPERE  # a T4 is 7.5 and only emulates bf16
 GEMM_TOKENS, GEMM_IN, GEMM_OUT = 256, 576, 1536  # an MLP layer of a 135M model
 GEMM_REPEATS = 3
 
@@ -54,10 +55,11 @@ def choose_compute(compute_dtype: ComputeDtype, device: torch.device | None = No
         ModelError: bf16 is set for a CUDA device that only emulates it.
     """
     device = device or default_device()
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+    capability = capability_of(device)
+    if capability is not None:
         native = capability >= FIRST_BF16_CAPABILITY
-        card = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+        card = f"{name}, compute capability {capability[0]}.{capability[1]}"
         if compute_dtype == "bf16" and not native:
             raise ModelError(
                 f"model.compute_dtype is bf16, but {card} only emulates it (8.0 is needed); use auto,"
@@ -97,9 +99,10 @@ def keep_residual_in_fp32(model: Any) -> None:
 
 def may_train_in_half(settings: Model, device: torch.device) -> bool:
     """Return whether ``auto`` may become fp16 for training: a 4- or 8-bit base on CUDA without bf16."""
-    if device.type != "cuda" or settings.compute_dtype != "auto" or settings.precision in DTYPES:
+    capability = capability_of(device)
+    if capability is None or settings.compute_dtype != "auto" or settings.precision in DTYPES:
         return False
-    return torch.cuda.get_device_capability(device) < FIRST_BF16_CAPABILITY
+    return capability < FIRST_BF16_CAPABILITY
 
 
 def device_name(device: torch.device | None = None) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.config.section import Precision
+from halfbyte.kernels.operators import operator, runs_operator
 
 BLOCK = 64  # weights that share one maximum (QLoRA §3)
 NESTED_BLOCK = 256  # block maxima that share one maximum in turn
@@ -142,6 +143,8 @@ def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     if state is None:
         stored: torch.Tensor = weight.detach().to(dtype)
         return stored
+    if runs_operator("unpack_4bit", weight.device):
+        return _unpacked(weight.data, state, dtype)
     from bitsandbytes.functional import dequantize_4bit
 
     # The state's dtype is the compute dtype, which may differ from the one requested.
@@ -149,6 +152,16 @@ def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     state_copy.dtype = dtype
     unpacked: torch.Tensor = dequantize_4bit(weight.data, state_copy)
     return unpacked.reshape(state.shape)
+
+
+def _unpacked(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight (out, in) that codes and a bitsandbytes state stand for, in one launch."""
+    nested = state.state2
+    parts = (None, None, None) if nested is None else (nested.code, nested.absmax, state.offset)
+    unpacked: torch.Tensor = operator("unpack_4bit", codes.device)(
+        codes, state.absmax, state.code, *parts, state.blocksize, list(state.shape), dtype
+    )
+    return unpacked
 
 
 def dequantised_weight(layer: nn.Module) -> torch.Tensor:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from halfbyte.data.prefix_tree import Node
+from halfbyte.forward.packed_layout import longest_of
 from halfbyte.forward.prefix_attention import attend
 from halfbyte.forward.tree_parts import Part, PrefixTree
+from halfbyte.forward.varlen_attention import VarlenTree
+from halfbyte.kernels.capability import capability_of
+from halfbyte.kernels.operators import uses_operators
 from halfbyte.model.quantised import replace_tensors
 
 ATTENTION = "halfbyte_plan"
@@ -42,6 +48,13 @@ def materialise(model: nn.Module) -> list[torch.Tensor]:
     return fakes
 
 
+def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Return what makes products compute in a dtype, as in training."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype)
+
+
 def register_attention() -> None:
     """Register two attentions for plans with transformers: SDPA, and SDPA without fused kernels.
 
@@ -67,6 +80,22 @@ def register_attention() -> None:
     for name, function in ((ATTENTION, attend), (MATH_ATTENTION, unfused)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask)
+
+
+def planned_tree(nodes: tuple[Node, ...], *, varlen: bool) -> PrefixTree | VarlenTree:
+    """Return a tree of these nodes without data; ``varlen``: for one attention call, where cards have it."""
+    device = torch.device("cpu")
+    if not varlen or not uses_operators(device):
+        return LargestParts(nodes, device, gathered=capability_of(device) is not None)
+    starts = torch.empty(len(nodes) + 1, dtype=torch.int32)
+    copies = None
+    if any(node.parent >= 0 for node in nodes):
+        num_keys = sum(node.position + node.length for node in nodes)
+        num_tokens = max(node.end for node in nodes)
+        sizes = (num_keys, num_tokens + 1, num_keys)
+        rows, places, order = (torch.empty(size, dtype=torch.int32) for size in sizes)
+        copies = rows, places, order
+    return VarlenTree(starts, torch.empty_like(starts), longest_of(nodes), copies)
 
 
 class LargestParts(PrefixTree):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 DEQUANTISED = "dequantised"
+UNPACKING = {"bitsandbytes::dequantize_4bit", "halfbyte::unpack_4bit"}
 
 
 @dataclass
@@ -130,7 +131,7 @@ class LiveBytes(StorageCounter):  # type: ignore[no-untyped-call]
         else:
             out = func(*args, **options)
         inside_bytes = 0
-        self._new_term = DEQUANTISED if name == "bitsandbytes::dequantize_4bit" else self.term
+        self._new_term = DEQUANTISED if name in UNPACKING else self.term
         if name == "bitsandbytes::gemm_4bit":
             inside_bytes = _gemm_inside_bytes(args, options)
         self._count(out, self._ignored)

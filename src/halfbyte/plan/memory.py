@@ -177,8 +177,7 @@ class Planner:
             self.run.adapter,
             self.run.allowed_speed,
             self.dtype,
-            self.device.kind,
-            flash=self.device.has_flash,
+            self.device.capability,
             num_new_tokens=len(self.run.data.new_tokens),
         )
 
@@ -271,7 +270,7 @@ class Planner:
         sizes = (
             self.stored.reported_bytes,
             self.stored.constants_bytes,
-            4 * self.step.num_trainable,
+            (4 + self.step.copy_bytes) * self.step.num_trainable,
             self._states_bytes - self.paged_bytes(),
             self.device.workspace_bytes,
             4 * self.step.num_trainable if self.world > 1 else 0,

@@ -20,25 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from halfbyte.config.schema import Adapter, Model, Speed
 from halfbyte.data.prefix_tree import shared_prefix_nodes
 from halfbyte.errors import UntraceableError
-from halfbyte.forward.fused_layers import fuse
+from halfbyte.forward.flat_lora import FlatLora
+from halfbyte.forward.fuse import fuse
 from halfbyte.forward.loss import Head, traced_head_losses
 from halfbyte.forward.packed import gather_rows, tree_inputs, tree_refusal
+from halfbyte.kernels.capability import AMPERE, Capability, planned_for
 from halfbyte.model.adapter import place_adapter, trainable_parameters
 from halfbyte.model.new_tokens import row_layers
 from halfbyte.model.precision import DTYPES, keep_residual_in_fp32
-from halfbyte.model.skeleton import (
-    build_for_step,
-    layer_list,
-    quantise,
-)
-from halfbyte.plan import phases
-from halfbyte.plan.fake import (
-    ATTENTION,
-    MATH_ATTENTION,
-    LargestParts,
-    materialise,
-    register_attention,
-)
+from halfbyte.model.skeleton import build_for_step, layer_list, quantise
+from halfbyte.plan import fake, phases
 from halfbyte.plan.layer_cut import Cut, cut, keep_layers, layer_kinds
 from halfbyte.plan.live import LiveBytes, Peak
 from halfbyte.plan.shape import StepShape
@@ -62,8 +53,7 @@ class TracedStep:
         adapter: the section with the LoRA settings.
         speed: the section with the optimisations to use.
         dtype: dtype of the matrix products.
-        device_type: ``cuda`` or ``cpu``.
-        flash: whether the device has attention kernels that never hold all attention scores.
+        capability: compute capability of the card; None for a CPU.
         num_new_tokens: tokens whose rows of embedding and head are trained.
 
     Raises:
@@ -77,23 +67,24 @@ class TracedStep:
         adapter: Adapter,
         speed: Speed,
         dtype: torch.dtype,
-        device_type: str,
-        flash: bool,
+        capability: Capability | None,
         num_new_tokens: int = 0,
     ) -> None:
-        register_attention()
+        fake.register_attention()
         text = config.get_text_config()
         heads = getattr(text, "num_attention_heads", None)
         grouped = getattr(text, "num_key_value_heads", None) not in (None, heads)
-        # On CUDA grouped heads use flash kernels, which need 16 bits and Ampere, or the unfused maths.
-        unfused = device_type == "cuda" and grouped and not (flash and dtype != torch.float32)
-        attention = MATH_ATTENTION if unfused else ATTENTION
+        # On CUDA grouped heads of padded rows use flash kernels, which need 16 bits and Ampere, or the unfused
+        # maths.
+        flash = capability is None or (capability >= AMPERE and dtype != torch.float32)
+        unfused = grouped and not flash
+        attention = fake.MATH_ATTENTION if unfused else fake.ATTENTION
         self.model, settled = build_for_step(config, dtype, model.attention, attention)
         self.speed = speed
         self.shares, self.padded = speed.layout(tree_refusal(self.model, settled))
         self.kinds = layer_kinds(self.model)
         self.cut: Cut = cut(self.kinds)
-        self.dtype, self.device_type = dtype, device_type
+        self.dtype, self.capability = dtype, capability
         types = getattr(self.model.config.get_text_config(), "layer_types", None)
         self.types: list[str] | None = list(types) if types else None
         all_layers = layer_list(self.model)
@@ -113,10 +104,14 @@ class TracedStep:
             self.adapted = place_adapter(self.model, default_init, seed=0, added=added)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
-            self.fixed = materialise(self.adapted)
+            self.fixed = fake.materialise(self.adapted)
             if dtype == torch.float16 and model.precision not in DTYPES:
                 keep_residual_in_fp32(self.model)
-            fuse(self.adapted, speed, probe=False)
+            with planned_for(capability):
+                fuse(self.adapted, speed, dtype, probe=False)
+            self.flat_lora: FlatLora | None = getattr(self.model, "flat_lora", None)
+            if self.flat_lora is not None:
+                self.fixed += [self.flat_lora.values, self.flat_lora.copies]
         self._traced: dict[tuple[Any, ...], LiveBytes] = {}
         self.num_trainable = self.over_trainable(lambda parameter: parameter.numel())
 
@@ -128,6 +123,11 @@ class TracedStep:
             return Counter(sum=sum(map(measure, trainable_parameters(self.adapted).values())))
 
         return self._extrapolate({layers: sum_over(layers) for layers in self._variants()})["sum"]
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the copy of a weight of the adapter that products read; 0 where there is none."""
+        return 0 if self.flat_lora is None else self.flat_lora.copies.element_size()
 
     def peaks(self, shape: StepShape) -> dict[str, Peak]:
         """Return the most live bytes of each phase, without weights, adapter and optimizer."""
@@ -178,7 +178,7 @@ class TracedStep:
         with self._live_bytes("prefill") as live, torch.no_grad():
             live.enter(phases.EVALUATION, phases.WORKING)
             ids = torch.zeros((1, context), dtype=torch.long)
-            with self._autocast():
+            with fake.autocast(self.dtype):
                 out = self.model(ids, use_cache=True, logits_to_keep=1)
             # A sliding window keeps a slice, whose whole storage is freed with the next token.
             cache = sum(
@@ -260,7 +260,7 @@ class TracedStep:
         """
         live = LiveBytes()
         try:
-            with self.fake, live:
+            with planned_for(self.capability), self.fake, live:
                 for tensor in self.fixed:
                     live.ignore(tensor)
                 yield live
@@ -279,8 +279,10 @@ class TracedStep:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
         live.enter(phases.FORWARD, phases.ACTIVATIONS)
+        if self.flat_lora is not None:
+            self.flat_lora.refresh(self.dtype)
         batch = self._batch(shape)
-        with self._autocast():
+        with fake.autocast(self.dtype):
             total = self._loss(live, phases.HEAD, batch)
         live.kept_bytes = live.total_bytes - live.terms[phases.GRADIENTS]
         live.enter(phases.BACKWARD, phases.WORKING)
@@ -295,7 +297,7 @@ class TracedStep:
         self.adapted.eval()
         live.enter(phases.EVALUATION, phases.WORKING)
         batch = self._batch(shape)
-        with self._autocast():
+        with fake.autocast(self.dtype):
             self._loss(live, phases.EVALUATION, batch)
 
     def _batch(self, shape: StepShape) -> Batch:
@@ -306,7 +308,7 @@ class TracedStep:
             return {"input_ids": ids}, positions, torch.zeros_like(positions)
         nodes = shape.nodes or shared_prefix_nodes(shape.lengths, shape.shared)
         ids = torch.zeros((1, max(node.end for node in nodes)), dtype=torch.long)
-        tree = LargestParts(nodes, torch.device("cpu"), gathered=self.device_type == "cuda")
+        tree = fake.planned_tree(nodes, varlen=self.speed.varlen_attention)
         return tree_inputs(ids, torch.zeros_like(ids), tree), positions, torch.zeros_like(positions)
 
     def _loss(self, live: LiveBytes, phase: str, batch: Batch) -> torch.Tensor:
@@ -324,7 +326,7 @@ class TracedStep:
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         states = gather_rows(hidden, sources)
         head = Head.of(self.model)
-        return traced_head_losses(head, states, targets, cap, self.device_type).sum()
+        return traced_head_losses(head, states, targets, cap).sum()
 
     @functools.cached_property
     def tiled(self) -> bool:
@@ -342,8 +344,3 @@ class TracedStep:
             return logits
 
         return logits_are_the_heads(self.model, run)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast("cpu", self.dtype)

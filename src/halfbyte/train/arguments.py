@@ -96,6 +96,8 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",
+        # Batches are copied to the device while the step before computes.
+        "accelerator_config": {"non_blocking": device.type == "cuda"},
         "average_tokens_across_devices": True,
         "ddp_find_unused_parameters": False,
     }

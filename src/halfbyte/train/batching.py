@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 
-from halfbyte.config.schema import Speed
+from halfbyte.config.schema import Run, Speed
 from halfbyte.data.prefix_tree import Layout, Tokens, cut_step, lay_out, pass_tokens
 from halfbyte.forward.scoring import row_losses
 
@@ -111,3 +111,14 @@ class StepwiseSampler(Sampler[int]):
             step.sort(key=lambda row: self.lengths[row])
             for first in range(self.num_processes):
                 yield from step[first :: self.num_processes]
+
+
+def warn_of_padding(run: Run, cutting: Cutting, refusal: str) -> None:
+    """Print why rows are padded, or that dropout differs from that of padded rows."""
+    if run.speed.no_padding and cutting.padded:
+        why = refusal or "train.neftune_alpha makes noise by the length of padded rows"
+        print(f"rows are padded, and what they share is computed for each: {why}")
+    elif cutting.share and run.adapter.dropout > 0:
+        print(
+            "adapter.dropout: what rows share is computed once, so that it drops out alike in all"
+        )

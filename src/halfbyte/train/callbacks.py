@@ -15,7 +15,7 @@ from halfbyte.data.render import Renderer
 from halfbyte.data.samples import Samples
 from halfbyte.errors import RunError
 from halfbyte.generate.batched import generate
-from halfbyte.model.adapter import trainable_parameters
+from halfbyte.kernels.operators import uses_operators
 from halfbyte.scoring.rows import parse_answers, row_scorers, with_tool_metrics
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Training(Protocol):
         tracker: records samples; None on ranks other than 0.
         sampler: orders the rows of an epoch.
         finite: whether all losses of the step so far are finite; None before its first pass.
+        gradient_norm: of all gradients of the step, before they are clipped.
     """
 
     model: torch.nn.Module
@@ -45,6 +46,7 @@ class Training(Protocol):
     tracker: Tracker | None
     sampler: StepwiseSampler
     finite: torch.Tensor | None
+    gradient_norm: torch.Tensor
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
         """Enter the autocast of training."""
@@ -100,16 +102,26 @@ class Progress(TrainerCallback):
 
 
 class FiniteGuard(TrainerCallback):
-    """Stops the run before an optimizer step that would write NaN or infinity into the adapter."""
+    """Stops the run where an optimizer step would have written NaN or infinity into the adapter.
+
+    On CUDA the optimizer itself leaves such a step out, and the verdict is read a step later, so that the host
+    never waits for the device; before anything is saved or evaluated it is read at once.
+    """
 
     def __init__(self, training: Training) -> None:
         self.training = training
         self.num_skipped = 0
+        self.pending: tuple[int, LateFlag] | None = None  # step, and whether it was finite
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **options: Any,
     ) -> None:
-        """Check the losses of the micro-batches and the gradients once per optimizer step.
+        """Check the losses of the micro-batches and the norm of the gradients once per optimizer step.
 
         Under fp16 the gradients are left to the scaler, which skips a step that overflows.
 
@@ -119,13 +131,26 @@ class FiniteGuard(TrainerCallback):
         assert self.training.finite is not None
         finite = self.training.finite
         if not args.fp16:
-            gradients = [p.grad for p in trainable_parameters(self.training.model).values()]
-            norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-            finite = finite & torch.isfinite(norm)
+            finite = finite & torch.isfinite(self.training.gradient_norm)
         self.training.finite = None
-        if not bool(finite):
+        self.settle()
+        self.pending = (state.global_step + 1, LateFlag(finite))
+        if not (uses_operators(finite.device) and leave_out(optimizer, ~finite)):
+            self.settle()
+
+    def settle(self) -> None:
+        """Read the verdict on the last step.
+
+        Raises:
+            RunError: its loss or a gradient was not finite.
+        """
+        if self.pending is None:
+            return
+        step, finite = self.pending
+        self.pending = None
+        if not finite.read():
             raise RunError(
-                f"step {state.global_step + 1}: the loss or a gradient is NaN or infinite. The adapter is"
+                f"step {step}: the loss or a gradient is NaN or infinite. The adapter is"
                 " untouched by this step; resume from the newest checkpoint with a lower"
                 " train.learning_rate, or set model.compute_dtype=fp32"
             )
@@ -133,11 +158,14 @@ class FiniteGuard(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        """Count the fp16 steps that the scaler skips in a row.
+        """Count the fp16 steps that the scaler skips in a row; settle before a checkpoint is written.
 
         Raises:
-            RunError: too many steps in a row were skipped; the run would continue without learning.
+            RunError: too many steps in a row were skipped; the run would continue without learning. Or as
+                ``settle``.
         """
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            self.settle()
         skipped = self.training.accelerator.optimizer_step_was_skipped
         self.num_skipped = self.num_skipped + 1 if skipped else 0
         if self.num_skipped > MAX_SKIPPED_STEPS:
@@ -145,6 +173,38 @@ class FiniteGuard(TrainerCallback):
                 f"step {state.global_step}: fp16 overflowed in {self.num_skipped} steps in a row, so that"
                 " nothing is learnt; set model.compute_dtype=fp32"
             )
+
+
+class LateFlag:
+    """A truth value () on a device, copied to the host without waiting for it, and read later.
+
+    Reading the tensor itself would wait for all that the device has been given since.
+    """
+
+    def __init__(self, flag: torch.Tensor) -> None:
+        self.flag = flag
+        self.event: Any = None
+        if flag.is_cuda:
+            self.flag = torch.empty((), dtype=flag.dtype, pin_memory=True)
+            self.flag.copy_(flag, non_blocking=True)
+            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.event.record()
+
+    def read(self) -> bool:
+        """Return the value; wait for the copy, should it still be under way."""
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.flag)
+
+
+def leave_out(optimizer: Any, step: torch.Tensor) -> bool:
+    """Let an optimizer leave out its next step where the tensor () says so; return whether it can."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # torch's fused optimizers read this attribute, which its GradScaler sets, on the device (torch 2.13).
+    if not getattr(inner, "_step_supports_amp_scaling", False):
+        return False
+    inner.found_inf = step.float()
+    return True
 
 
 class EpochOrder(TrainerCallback):

@@ -153,6 +153,13 @@ def _by_birth(
     )
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Return the peak bytes so far: allocated on CUDA, resident in this process on CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resident_bytes()
+
+
 def resident_bytes() -> int:
     """Return the peak resident size of this process so far, in bytes."""
     import resource

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte.data.prefix_tree import Layout
+from halfbyte.forward.packed_layout import PackedLayout
 from halfbyte.train.setup import Setup
 
 if TYPE_CHECKING:
@@ -40,14 +40,12 @@ class SourceLosses:
         names = [source.name or "" for _, source in sources]
         return cls(names, setup.train.sources.tolist(), setup.held_out.sources.tolist())
 
-    def add(self, layout: Layout, losses: torch.Tensor) -> torch.Tensor:
+    def add(self, layout: PackedLayout, losses: torch.Tensor) -> torch.Tensor:
         """Add the losses (N,) of a pass to those of its rows' sources; return their weighted sum."""
-        # (S, N): the counts of each prediction, divided among the sources.
-        shares = layout.counts_of_groups(len(self.names))
-        counts = torch.tensor(shares, dtype=torch.float32, device=losses.device)
+        counts = layout["shares"]  # (S, N): those of each prediction, divided among the sources
         found = torch.stack([counts @ losses.detach().float(), counts.sum(dim=1)])  # (2, S)
         self.sums = found if self.sums is None else self.sums + found
-        return (losses * torch.tensor(layout.counts, device=losses.device)).sum()
+        return (losses * layout["counts"]).sum()
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the mean loss of each source since this was last called, over all processes."""

@@ -15,17 +15,18 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from halfbyte.config.schema import Run
 from halfbyte.data.prefix_tree import Tokens
-from halfbyte.forward.fused_layers import fuse
+from halfbyte.forward.fuse import fuse
 from halfbyte.forward.packed import add_token_loss
+from halfbyte.forward.packed_layout import PackedLayout
 from halfbyte.forward.recompute import recompute_first
 from halfbyte.forward.restore import forward_kept
+from halfbyte.kernels.operators import use_kernels, uses_operators
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.train.arguments import num_steps, trainer_arguments
-from halfbyte.train.batching import Cutting, StepwiseSampler
+from halfbyte.train.batching import Cutting, StepwiseSampler, warn_of_padding
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, SampleAnswers
-from halfbyte.train.measure import resident_bytes
+from halfbyte.train.measure import memory_bytes
 from halfbyte.train.setup import Setup
 from halfbyte.train.source_losses import SourceLosses
 from halfbyte.train.tracking import Tracker
@@ -52,6 +53,9 @@ class TokenTrainer(SFTTrainer):
         self.rows, self.held_out = setup.train.tokens, setup.held_out.tokens
         self.weights, self.held_out_weights = setup.train.weights, setup.held_out.weights
         self.losses = SourceLosses.of(setup)
+        self.varlen = setup.run.allowed_speed.varlen_attention and uses_operators(
+            setup.loaded.compute.device
+        )
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
         self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
         self.saved_step = -1
@@ -59,6 +63,8 @@ class TokenTrainer(SFTTrainer):
         self.seconds = 0.0
         self.sampler: StepwiseSampler
         self.finite: torch.Tensor | None = None
+        self.gradient_norm = torch.tensor(0.0)
+        self.trained = list(trainable_parameters(setup.model).values())
         self._gradients: torch.Tensor | None = None
         self._since = (0, time.perf_counter())
         train, model = setup.run.train, setup.model
@@ -83,6 +89,10 @@ class TokenTrainer(SFTTrainer):
                 ],
             )
         self.remove_callback(PrinterCallback)
+        if self.args.fp16 and self.args.device.type == "cpu":
+            # accelerate scales losses and casts to fp16 on accelerators alone (1.15).
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
     def _collate(self, numbers: list[dict[str, int]]) -> dict[str, Any]:
         """Split the rows of an optimizer step into passes."""
@@ -90,12 +100,28 @@ class TokenTrainer(SFTTrainer):
         weights = self.weights and [self.weights[number["row"]] for number in numbers]
         groups = self.losses and [self.losses.train[number["row"]] for number in numbers]
         layouts = self.cutting.step(step, weights, groups or ())
+        num_groups = len(self.losses.names) if self.losses else 0
         return {
-            "divisor": weights and sum(sum(layout.counts) for layout in layouts),
-            "layouts": layouts,
-            "labels": torch.tensor([[label for _, labels in step for label in labels]]),
+            "layouts": [
+                PackedLayout.of(layout, varlen=self.varlen, num_groups=num_groups)
+                for layout in layouts
+            ],
+            "divisor": sum(sum(layout.counts) for layout in layouts),
             "num_tokens": sum(layout.num_tokens for layout in layouts),
         }
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> float | torch.Tensor:
+        """Return the weights of all labelled tokens of a step, over all processes.
+
+        The transformers method counts labels in a tensor of its own, which it copies to the device.
+        """
+        divisor: float = sum(batch["divisor"] for batch in batch_samples)
+        if self.accelerator.num_processes == 1:
+            return divisor
+        total: torch.Tensor = self.accelerator.reduce(torch.tensor(divisor, device=device), "sum")
+        return total
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         lengths = self.rows.sizes.tolist()
@@ -133,11 +159,8 @@ class TokenTrainer(SFTTrainer):
         The transformers method makes one pass of a fixed number of rows; this one makes as few as fit.
         """
         assert num_items_in_batch is not None, "transformers counted no labelled tokens"
-        divisor = num_items_in_batch
-        if inputs["divisor"] is not None:
-            weight = torch.tensor(inputs["divisor"], device=self.args.device)
-            divisor = self.accelerator.reduce(weight, "sum")
-        model.train()
+        if not model.training:  # to set it walks all modules
+            model.train()
         if len(inputs["layouts"]) > 1 and self.args.device.type == "cpu":
             self._lay_out_gradients()
         total: torch.Tensor | None = None
@@ -147,10 +170,10 @@ class TokenTrainer(SFTTrainer):
             with alone:
                 with self.compute_loss_context_manager():
                     if self.losses is None:
-                        loss = model(layout=layout) / divisor
+                        loss = model(layout=layout) / num_items_in_batch
                     else:
                         each = model(layout=layout, token_loss="each")
-                        loss = self.losses.add(layout, each) / divisor
+                        loss = self.losses.add(layout, each) / num_items_in_batch
                 # DDP averages gradients over processes, but the divisor already counts all their tokens.
                 loss = loss * self.accelerator.num_processes
                 self.accelerator.backward(loss)
@@ -160,6 +183,17 @@ class TokenTrainer(SFTTrainer):
         self.finite = finite if self.finite is None else self.finite & finite
         self.num_tokens += inputs["num_tokens"] * self.accelerator.num_processes
         return total
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        # Of the trained parameters alone: transformers walks all of the model's modules for them.
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # Internal to transformers, tried with 5.23: called once a step, after clipping, with its norm. Without
+        # the method the guard would not see gradients, and its tests would fail.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.gradient_norm = torch.as_tensor(norm, device=self.args.device)
+        return norm
 
     def _lay_out_gradients(self) -> None:
         """Place all gradients in one block of memory, filled with zeros.
@@ -282,13 +316,6 @@ class TokenTrainer(SFTTrainer):
         """Skip TRL's card, since shipped models get their own card with measured figures."""
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Return the peak bytes so far: allocated on CUDA, resident in this process on CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resident_bytes()
-
-
 def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> TokenTrainer:
     """Fuse the model, decide how its rows are laid out, and build TRL's trainer with both.
 
@@ -300,11 +327,14 @@ def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> T
     causal, speed = setup.model.get_base_model(), setup.run.allowed_speed
     if setup.passes.recompute is not None:
         recompute_first(causal, setup.passes.recompute)
-    refusal = add_token_loss(causal, labelled_head=speed.labelled_head)
-    fuse(setup.model, speed)
+    use_kernels(speed.kernels)
+    refusal = add_token_loss(
+        causal, labelled_head=speed.labelled_head, varlen=speed.varlen_attention
+    )
+    fuse(setup.model, speed, setup.loaded.compute.dtype)
     cutting = Cutting.of(setup.train.tokens, setup.passes.micro_batch_size, speed, refusal)
     if tracker is not None:
-        _warn_of_padding(setup.run, cutting, refusal)
+        warn_of_padding(setup.run, cutting, refusal)
     return TokenTrainer(setup, cutting, checkpoints, tracker)
 
 
@@ -315,14 +345,3 @@ def _sft_config(setup: Setup, checkpoints: Path) -> SFTConfig:
     if config.n_gpu > 1:
         config._n_gpu = 1
     return config
-
-
-def _warn_of_padding(run: Run, cutting: Cutting, refusal: str) -> None:
-    """Print why rows are padded, or that dropout differs from that of padded rows."""
-    if run.speed.no_padding and cutting.padded:
-        why = refusal or "train.neftune_alpha makes noise by the length of padded rows"
-        print(f"rows are padded, and what they share is computed for each: {why}")
-    elif cutting.share and run.adapter.dropout > 0:
-        print(
-            "adapter.dropout: what rows share is computed once, so that it drops out alike in all"
-        )
