@@ -217,7 +217,7 @@ def tool_run(built_once: Build, small_base: Path) -> Path:
             name="tools",
             adapter={"r": 32, "alpha": 64},
             data={"max_length": 600, "chat_template": "hermes"},
-            train={"max_steps": 54, "learning_rate": 6e-3, "micro_batch_size": 4, "eval_steps": 0},
+            train={"max_steps": 60, "learning_rate": 6e-3, "micro_batch_size": 4, "eval_steps": 0},
             eval={"max_new_tokens": 96, "fewshot": 1},
         )
         write_rows(folder / "train.jsonl", tool_rows("Brest"))
