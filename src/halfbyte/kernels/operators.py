@@ -182,7 +182,11 @@ define(
 define(
     "unpack_4bit(Tensor codes, Tensor maxima, Tensor table, Tensor? nested_table, Tensor? nested_maxima,"
     " Tensor? offset, int block, int[] shape, ScalarType dtype) -> Tensor",
-    Operator(unpack.unpack_4bit, unpack.unpack_4bit_shapes, _launch("unpack_4bit")),
+    Operator(
+        unpack.unpack_4bit,
+        lambda codes, *given: codes.new_empty(given[-2], dtype=given[-1]),
+        _launch("unpack_4bit"),
+    ),
 )
 define(
     f"varlen(Tensor query, Tensor key, Tensor value, {_STARTS}) -> (Tensor, Tensor, Tensor, Tensor)",

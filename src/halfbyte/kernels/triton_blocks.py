@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from halfbyte.kernels.unpack import NESTED_BLOCK
+
 UNPACK_BLOCKS = 16  # blocks of 64 weights for a program
 SOFTMAX_BLOCK = 4096
 COPIES_BLOCK = 512
@@ -57,7 +59,6 @@ def unpack_4bit(
     block: int,
     shape: list[int],
     dtype: torch.dtype,
-    nested_block: int = 256,
 ) -> torch.Tensor:
     """Launch ``unpack.unpack_4bit``."""
     weights = codes.new_empty(shape, dtype=dtype)
@@ -75,7 +76,7 @@ def unpack_4bit(
         weights.numel(),
         nested_table is not None,
         block // 2,
-        nested_block,
+        NESTED_BLOCK,
         rows,
     )
     return weights

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-NESTED_BLOCK = 256
+NESTED_BLOCK = 256  # block maxima that share one maximum in turn
 
 
 def unpack_4bit(
@@ -43,18 +43,3 @@ def unpack_4bit(
         maxima = nested_table[maxima.int()] * large + offset
     scales = maxima.repeat_interleave(block)[:num_weights]
     return (weights * scales).to(dtype).view(shape)
-
-
-def unpack_4bit_shapes(
-    codes: torch.Tensor,
-    maxima: torch.Tensor,
-    table: torch.Tensor,
-    nested_table: torch.Tensor | None,
-    nested_maxima: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    block: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return empty weights."""
-    return codes.new_empty(shape, dtype=dtype)

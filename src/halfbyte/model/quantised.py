@@ -12,9 +12,9 @@ from torch import nn
 
 from halfbyte.config.section import Precision
 from halfbyte.kernels.operators import operator, runs_operator
+from halfbyte.kernels.unpack import NESTED_BLOCK
 
 BLOCK = 64  # weights that share one maximum (QLoRA §3)
-NESTED_BLOCK = 256  # block maxima that share one maximum in turn
 NUM_CODES = {"nf4": 16, "fp4": 16}
 NUM_NESTED_CODES = 256
 
