@@ -16,6 +16,7 @@ from halfbyte.plan.advice import (
     override_line,
     suggest,
 )
+from halfbyte.plan.longest import longest_rows
 from halfbyte.plan.memory import Planner, TrainPlan
 from halfbyte.plan.shape import Lengths
 from halfbyte.plan.weights import Load, load_plan
@@ -116,6 +117,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "settings": _settings(plan),
         },
         "infer": _infer(plan.planner, plan.planner.stored.true_bytes),
+        "longest_rows": longest_rows(plan.run, plan.planner.config),
         "device": {
             "name": device.name,
             "title": device.title,

@@ -11,6 +11,7 @@ from halfbyte.plan.weights import load_plan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+CARDS_A_LINE = 4
 # Term → its description; docs/memory.md has the sources.
 TERMS = {
     "weights": "the base model; unpacked weights are in the compute dtype",
@@ -66,7 +67,10 @@ def as_text(report: dict[str, Any]) -> str:
                 f"the language model alone ({text['num_parameters']:,}), which is trained", text
             )
         )
-    parts += [_train_table(report), _infer_table(report), _verdict(report)]
+    parts += [_train_table(report), _infer_table(report)]
+    if report["longest_rows"]:
+        parts.append(_longest_table(report["longest_rows"]))
+    parts.append(_verdict(report))
     return "\n\n".join(parts)
 
 
@@ -136,6 +140,15 @@ def _infer_table(report: dict[str, Any]) -> str:
         f"{_gb(row['prefill_bytes'])}{_gb(row['total_bytes'])}"
         for row in report["infer"]
     ]
+    return "\n".join(lines)
+
+
+def _longest_table(tokens: dict[str, int]) -> str:
+    lines = ["LONGEST ROW, tokens: one row a pass, every token labelled, all layers recomputed"]
+    cards = list(tokens.items())
+    for begin in range(0, len(cards), CARDS_A_LINE):
+        columns = [f"{name:<15}{most:>9,}" for name, most in cards[begin : begin + CARDS_A_LINE]]
+        lines.append("  " + "   ".join(columns))
     return "\n".join(lines)
 
 
