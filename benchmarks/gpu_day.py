@@ -2,11 +2,11 @@
 
 python -m benchmarks.gpu_day [--out benchmarks/results/gpu_CARD] [--parts …] [--minutes 20] [--tiny]
 
-Kernels beside their formulas; attention beside softmax in fp32; the speed benchmark against the tools that are
-installed here; the plan beside what was allocated; operators of a step; the path of a T4 on this card. Each part is
-a process of its own, so that one that fails costs its own figures alone, and the report is written after each.
---tiny runs all of it on a CPU, with two layers and our operators' twins, to show that it runs. Not tried on a
-GPU yet.
+Kernels beside their formulas; attention beside softmax in fp32; served tokens; the speed benchmark against the
+tools that are installed here, with the plan beside what was allocated; the path of a T4 on this card; a profile and
+the operators of a step. Each part is a process of its own, so that one that fails costs its own figures alone, and
+the report is written after each: with --parts several calls share the work. --tiny runs all of it on a CPU, with two
+narrow layers and our operators' twins, to show that it runs. Not tried on a GPU yet.
 """
 
 from __future__ import annotations
@@ -14,154 +14,60 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import kernels
+from benchmarks.harness.gpu_parts import FOLDER, PARTS, Figures
 from benchmarks.harness.models import ROOT
-from halfbyte.kernels import varlen
-from halfbyte.kernels.capability import capability_of
-from halfbyte.kernels.library import OPERATORS
-from halfbyte.kernels.operators import triton_refusal
 
 TINY_CAPABILITY = "9.0"
-REPEATS = 20
-HEADS = {"gemma4b": (8, 4, 256, 1024), "llama8b": (32, 8, 128, 0)}  # H, G, D, window
-SPANS = {"chat": (0, [30, 55, 80, 81, 120, 160, 300, 500]), "prompt460": (460, [39] * 16)}
-DATASETS = ("chat", "equal", "prompt460")
-Figures = dict[str, Any]
+DATASETS, TINY_DATASETS = ("chat", "equal", "icd10", "prompt460"), ("chat", "icd10")
+TINY_SPEED = ("--steps", "3", "--reps", "1")
+CUDA_SPEED = ("--steps", "10", "--reps", "3", "--device", "cuda")
 
 
-# --- parts, each in its own process ---
-
-
-def machine(device: torch.device) -> Figures:
-    """Card, versions, and why Triton does not work here, if so."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    refusal = triton_refusal() if device.type == "cuda" else ""
-    return {"name": name, "capability": capability_of(device), "torch": torch.__version__} | {
-        "triton_refusal": refusal
-    }
-
-
-def kernel_times(device: torch.device) -> Figures:
-    """Distance of each kernel from its formula, and the time that both take."""
-    found: Figures = {}
-    dtype = torch.bfloat16 if (capability_of(device) or (0, 0)) >= (8, 0) else torch.float16
-    for name, formula, given in kernels.cases(dtype):
-        moved = [one.to(device) if isinstance(one, torch.Tensor) else one for one in given]
-        exact = [kernels.as_fp32(one) for one in moved]
-        wanted = formula(*exact)
-        call = getattr(torch.ops.halfbyte, name)
-        result = call(*moved)
-        results = (result, moved[3]) if name == "softmax_block" else kernels.as_tuple(result)
-        gap = max(map(kernels.distance, results, kernels.as_tuple(wanted)))
-        row = found.setdefault(name, {"distance": 0.0, "kernel_ms": 0.0, "formula_ms": 0.0})
-        row["distance"] = max(row["distance"], gap)
-        row["kernel_ms"] += _milliseconds(device, lambda: call(*moved))  # noqa: B023
-        row["formula_ms"] += _milliseconds(device, lambda: OPERATORS[name].twin(*moved))  # noqa: B023
-    return found
-
-
-def attention(device: torch.device) -> Figures:
-    """Distance from the formula in fp32, and the time of one call forward and backward."""
-    found: Figures = {}
-    for model, (heads, groups, size, window) in HEADS.items():
-        for rows, (stem, lengths) in SPANS.items():
-            shrink = 1 if device.type == "cuda" else 8
-            spans = [-(-n // shrink) for n in ([stem] if stem else []) + lengths]
-            keys = [spans[0], *(spans[0] + n for n in spans[1:])] if stem else spans
-            found[f"{model} {rows}"] = _attention(
-                device, (heads, groups, size), window, spans, keys
-            )
-    return found
-
-
-def _attention(
-    device: torch.device,
-    shape: tuple[int, int, int],
-    window: int,
-    queries: list[int],
-    keys: list[int],
-) -> Figures:
-    heads, groups, size = shape
-    dtype = torch.bfloat16 if (capability_of(device) or (0, 0)) >= (8, 0) else torch.float16
-    torch.manual_seed(0)
-    q, dy = (torch.randn(sum(queries), heads, size, device=device, dtype=dtype) for _ in range(2))
-    k, v = (torch.randn(sum(keys), groups, size, device=device, dtype=dtype) for _ in range(2))
-    starts = [
-        torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32, device=device)
-        for n in (queries, keys)
-    ]
-    given: Any = (*starts, [max(queries), max(keys)], window, size**-0.5)
-    exact: Any = [one.float() for one in (q, k, v, dy)]
-    output, *rest = varlen.varlen(*exact[:3], *given)
-    formula: Any = varlen.varlen_backward
-    wanted = (output, *formula(exact[3], *exact[:3], [output, *rest], *given))
-
-    def both() -> tuple[torch.Tensor, ...]:
-        out, *kept = torch.ops.halfbyte.varlen(q, k, v, *given)
-        return out, *torch.ops.halfbyte.varlen_backward(dy, q, k, v, [out, *kept], *given)
-
-    gaps = [kernels.distance(a, b) for a, b in zip(both(), wanted, strict=True)]
-    names = ("output", "dq", "dk", "dv")
-    flash = varlen.uses_flash(capability_of(device), dtype, size)
-    return dict(zip(names, gaps, strict=True)) | {
-        "ms": _milliseconds(device, lambda: both()),
-        "kernel": "flash" if flash else "memory-efficient",
-    }
-
-
-def _milliseconds(device: torch.device, call: Callable[[], Any]) -> float:
-    """Median time of a call, after three others."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - began)
-    times = []
-    for _ in range(REPEATS + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(float(begin.elapsed_time(end)))
-    return float(statistics.median(times[3:]))
-
-
-PARTS = {"machine": machine, "kernels": kernel_times, "attention": attention}
-
-
-# --- parts that are programs of their own ---
-
-
-def programs(tiny: bool, folder: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Command and environment of each, by name; each leaves its report in the folder."""
-    python = [sys.executable, "-m"]
-    speed = [*python, "benchmarks.speed", "--here", "--steps", "4" if tiny else "10"]
-    speed += ["--tiny", "--reps", "1"] if tiny else ["--device", "cuda", "--reps", "3"]
-    installed = ["halfbyte"] if tiny else ["halfbyte", "trl-tuned", "unsloth-tuned"]
-    found: dict[str, tuple[list[str], dict[str, str]]] = {}
-    for dataset in ("chat",) if tiny else DATASETS:
-        out = str(folder / f"speed_{dataset}")
-        command = [*speed, "--datasets", dataset, "--tools", *installed, "--out", out]
-        found[f"speed {dataset}"] = (command, {})
-    out = str(folder / "speed_t4")
-    found["speed as on a T4"] = (
-        [*speed, "--datasets", "chat", "--tools", "halfbyte", "--out", out],
-        {"HALFBYTE_CAPABILITY": "7.5"},
+def programs(tiny: bool) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Command and environment of each, by name, the most telling first; each leaves its report in ``FOLDER``."""
+    speed = ["benchmarks.speed", "--here", *(TINY_SPEED if tiny else CUDA_SPEED)]
+    shapes = {"gemma4b": "gemma4b-random", "llama8b": "llama8b-random"}
+    if tiny:
+        shapes = {"gemma4b": "gemma4b-narrow", "llama8b": "llama8b-narrow"}
+    tools = (
+        ["halfbyte", "trl-tuned"] if tiny else ["halfbyte", "trl-tuned", "unsloth-tuned", "liger"]
     )
-    out = str(folder / "step_ops.md")
+    as_t4 = [*speed, "--models", shapes["gemma4b"], "--datasets", "chat", "--tools", *tools[:2]]
+    as_t4 += [] if tiny else ["--dtype", "fp16"]
+    step_time = [
+        "benchmarks.step_time",
+        "--models",
+        shapes["gemma4b"],
+        "--datasets",
+        "chat",
+        "--device",
+    ]
+    step_time += ["cpu" if tiny else "cuda"]
     few = ["--kinds", "gemma", "--datasets", "chat"] if tiny else []
-    found["step_ops"] = ([*python, "benchmarks.step_ops", *few, "--out", out], {})
-    return found
+    found: dict[str, tuple[list[str], dict[str, str]]] = {}
+    for shape, model in shapes.items():
+        for dataset in TINY_DATASETS if tiny else DATASETS:
+            command = [*speed, "--models", model, "--datasets", dataset, "--tools", *tools]
+            found[f"speed {shape} {dataset}"] = (command, {})
+        if shape == "gemma4b":
+            found["speed as on a T4"] = (as_t4, {"HALFBYTE_CAPABILITY": "7.5"})
+            found["step profile"] = (step_time, {})
+    found["step operators"] = (["benchmarks.step_ops", *few], {})
+    return {
+        name: ([sys.executable, "-m", *command, "--out", str(_report_of(name))], more)
+        for name, (command, more) in found.items()
+    }
+
+
+def _report_of(part: str) -> Path:
+    return FOLDER / f"{part.replace(' ', '_')}.md"
 
 
 def main() -> None:
@@ -173,15 +79,18 @@ def main() -> None:
         return
     if not arguments.tiny and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; --tiny runs all parts on the CPU")
-    began, folder = time.time(), ROOT / ".bench" / "gpu_day"
-    folder.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    FOLDER.mkdir(parents=True, exist_ok=True)
     report: Figures = {"command": " ".join(["python -m benchmarks.gpu_day", *sys.argv[1:]])}
     own: dict[str, tuple[list[str], dict[str, str]]] = {
         name: ([sys.executable, "-m", "benchmarks.gpu_day", "--part", name], {}) for name in PARTS
     }
-    for name, (command, more) in (own | programs(arguments.tiny, folder)).items():
-        if arguments.parts and name not in arguments.parts:
-            continue
+    parts = own | programs(arguments.tiny)
+    unknown = set(arguments.parts or parts) - set(parts)
+    if unknown:
+        raise SystemExit(f"no parts: {', '.join(unknown)}; there are {', '.join(parts)}")
+    for name in arguments.parts or parts:
+        command, more = parts[name]
         left = arguments.minutes * 60 - (time.time() - began)
         report[name] = _run(command, more, left, arguments.tiny) if left > 0 else "no time left"
         print(name, json.dumps(report[name])[:300], flush=True)
@@ -207,33 +116,58 @@ def _run(command: list[str], more: dict[str, str], timeout_s: float, tiny: bool)
     figures: Figures = {"seconds": time.time() - began}
     if "--part" in command:
         return {**figures, **json.loads(result.stdout.splitlines()[-1])}
-    path = Path(command[command.index("--out") + 1]).with_suffix(".json")
+    path = Path(command[-1]).with_suffix(".json")
     return {**figures, **json.loads(path.read_text())}
 
 
 def _write(report: Figures, path: Path) -> None:
-    """Write the report as JSON, and what fits into tables as Markdown."""
+    """Write the report as JSON; as Markdown the reports of programs, and other figures in tables."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [f"`{report['command']}`", ""]
     for name, figures in report.items():
         if name == "command":
             continue
         lines += [f"## {name}", ""]
-        rows = (
-            {k: v for k, v in figures.items() if isinstance(v, dict)}
-            if isinstance(figures, dict)
-            else {}
-        )
-        flat = figures if not rows else {}
-        lines += (
-            [f"- {key}: {value}" for key, value in flat.items()]
-            if isinstance(flat, dict)
-            else [flat]
-        )
-        for key, row in rows.items():
-            lines.append(f"- {key}: " + ", ".join(f"{a} {b}" for a, b in row.items()))
-        lines.append("")
+        if not isinstance(figures, dict):
+            lines += [figures, ""]
+        elif "failed" in figures:
+            lines += ["failed:", "", "```", figures["failed"], "```", ""]
+        elif _report_of(name).exists():
+            lines += [_report_of(name).read_text().replace("\n## ", "\n### "), ""]
+            lines += _plan_lines(figures)
+        else:
+            lines += [*_table(figures), ""]
     path.with_suffix(".md").write_text("\n".join(lines))
+
+
+def _table(figures: Figures) -> list[str]:
+    """Return a table of rows of figures, or a list of facts."""
+    rows = {name: row for name, row in figures.items() if isinstance(row, dict)}
+    lines = [f"- {name}: {value}" for name, value in figures.items() if name not in rows]
+    if not rows:
+        return lines
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines += ["", f"| | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+    for name, row in rows.items():
+        cells = [f"{v:.3g}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _plan_lines(figures: Figures) -> list[str]:
+    """Return how far the plan was from what was allocated, where a part has trained with one."""
+    lines = []
+    for run in (run for cell in figures.get("cells", []) for run in cell["runs"]):
+        probe = run.get("memory", {}).get("probe")
+        if probe is not None:
+            predicted, measured = (
+                probe[f"{k}_bytes"]["peak"] / 1e9 for k in ("predicted", "measured")
+            )
+            lines.append(
+                f"- plan: {predicted:.3f} GB, measured {measured:.3f} GB ({probe['error_frac']:+.2%})"
+            )
+    return [*lines, ""]
 
 
 def _arguments() -> argparse.Namespace:

@@ -7,7 +7,7 @@ installed beside halfbyte. Tools run one after the other and in turns (A B C A B
 of its own. Tuned tools take the fastest of 16, 8, 4, 2 and 1 rows a forward pass, found in runs of three
 steps, fewer rows until they are no faster. There is no report unless losses of the first step agree.
 
-On the CPU every tool computes in fp32. For an environment without CUDA set
+On the CPU every tool computes in fp32 by default. For an environment without CUDA set
 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu where the package index has torch for CUDA.
 With --device cuda the model is Gemma-3-4B with random weights, in bf16. Not tried: the tool liger, which
 needs CUDA. Its model with two layers runs on the CPU: --tiny. Linux only.
@@ -28,6 +28,7 @@ from benchmarks.harness.report import Cell, as_markdown, check_losses, write
 from benchmarks.harness.rows import DATASETS, STEP_ROWS
 from benchmarks.harness.tools import TOOLS, tools_on
 from benchmarks.harness.work import work_of
+from benchmarks.peers.job import DTYPES
 from halfbyte.host import cpu_model
 
 SWEEP_STEPS = 3
@@ -45,6 +46,7 @@ def main() -> None:
         arguments.checkpointing,
         len(os.sched_getaffinity(0)),
         arguments.here,
+        arguments.dtype,
     )
     for name in arguments.tools:
         bench.python_of(TOOLS[name])
@@ -174,6 +176,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, help="default: all that run there")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, help="default: all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on the CPU, bf16 on CUDA")
     parser.add_argument("--tiny", action="store_true", help="Gemma-3-4B with two layers, random")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--reps", type=int, default=3)
@@ -192,12 +195,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md")
     arguments = parser.parse_args()
     arguments.micro_batch = dict(text.split("=") for text in arguments.micro_batch)
+    arguments.dtype = arguments.dtype or {"cpu": "fp32", "cuda": "bf16"}[arguments.device]
     real = ["smollm2", "gemma270m"]
     drawn = ["gemma4b-tiny" if arguments.tiny else "gemma4b-random"]
     random_weights = arguments.tiny or arguments.device == "cuda"
     arguments.models = arguments.models or (drawn if random_weights else real)
-    words = [name for name in DATASETS if not (random_weights and name == "icd10")]
-    arguments.datasets = arguments.datasets or words
+    arguments.datasets = arguments.datasets or list(DATASETS)
     able = tools_on(arguments.device)
     arguments.tools = arguments.tools or able
     unable = [name for name in arguments.tools if name not in able]

@@ -29,6 +29,7 @@ class Bench:
         checkpointing: on for every tool; else tuned tools have it off and the others their default.
         threads: of each process on the CPU.
         here: every tool runs in the environment of the benchmark itself.
+        dtype: what matrix products compute in.
     """
 
     folder: Path
@@ -38,11 +39,7 @@ class Bench:
     checkpointing: bool
     threads: int
     here: bool = False
-
-    @property
-    def dtype(self) -> str:
-        """What matrix products compute in."""
-        return "bf16" if self.device == "cuda" else "fp32"
+    dtype: str = "fp32"
 
     def python_of(self, tool: Tool) -> str:
         """The Python that runs a tool; its environment is made if it is not there as required."""

@@ -29,6 +29,7 @@ DATASETS = {
     "prompt460": "a shared prompt of 460 tokens, a turn of 20 and an answer of 20; words of ICD-10-CM",
 }
 ALPACA_MU, ALPACA_SIGMA = 4.41, 0.80
+ICD10_PROMPT, ICD10_ANSWER = 24, 12  # tokens
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def make_rows(
     """
     num_rows = steps * STEP_ROWS
     about = DATASETS[dataset]
-    if dataset == "icd10" or (dataset == "chat" and chat is not None):
+    if (dataset == "icd10" and not model.is_drawn) or (dataset == "chat" and chat is not None):
         train, held_out = _real(model, folder, chat if dataset == "chat" else None)
         about = f"rows of {chat.name}" if dataset == "chat" and chat else about
         random.Random(seed).shuffle(train)
@@ -139,7 +140,13 @@ def _prompt460(words: _Words) -> Row:
     return _row(words.first + words.prompt + words.text(40), 20)
 
 
-_MAKERS = {"chat": _chat, "equal": _equal, "prompt460": _prompt460}
+def _icd10(words: _Words) -> Row:
+    """As long as those of the data set are, for models without words."""
+    description = words.text(words.random.randrange(20, 50))
+    return _row(words.first + words.prompt[:ICD10_PROMPT] + description, ICD10_ANSWER)
+
+
+_MAKERS = {"chat": _chat, "equal": _equal, "prompt460": _prompt460, "icd10": _icd10}
 
 
 def _real(model: Model, folder: Path, chat: Path | None) -> tuple[list[Row], list[Row]]:

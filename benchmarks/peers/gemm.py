@@ -7,13 +7,15 @@ import time
 
 import torch
 
+from benchmarks.peers.job import DTYPES
+
 SIZES = {"cpu": 2048, "cuda": 8192}
 REPEATS = 12
 
 
 def main() -> None:
     """DEVICE DTYPE → FLOP/s."""
-    device, dtype = sys.argv[1], {"fp32": torch.float32, "bf16": torch.bfloat16}[sys.argv[2]]
+    device, dtype = sys.argv[1], DTYPES[sys.argv[2]]
     size = SIZES[device]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []

@@ -46,8 +46,9 @@ def main(job: Job, *callbacks: TrainerCallback) -> None:
     watch = Watch(job)
     for callback in (watch, *callbacks):
         trainer.add_callback(callback)
-    first_look(trainer, setup)
+    _, memory = first_look(trainer, setup)
     trainer.train_to_end(None)
+    watch.facts |= memory
     watch.write()
     save_adapter(setup.model, setup.loaded, out / "adapter", out)
 

@@ -33,6 +33,9 @@ LIBRARIES = (
 )
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of one tool.
@@ -68,7 +71,7 @@ class Job:
     @property
     def torch_dtype(self) -> torch.dtype:
         """What the matrix products compute in."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def adapter(self) -> str:
@@ -124,6 +127,7 @@ def settings(job: Job) -> dict[str, Any]:
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "bf16": job.dtype == "bf16",
+        "fp16": job.dtype == "fp16",
         "use_cpu": job.device == "cpu",
         "seed": job.seed,
         "data_seed": job.seed,
