@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.harness.tiny import KINDS, tiny_model
 from halfbyte.config.schema import Speed
 from halfbyte.data.prefix_tree import lay_out
+from halfbyte.forward.fuse import KEPT_LAYERS, plain_lines
 from halfbyte.forward.fused_attention import FusedAttention
 from halfbyte.forward.packed_layout import PackedLayout
 from halfbyte.kernels.operators import use_kernels
@@ -89,6 +90,17 @@ def test_each_kind_of_layer_takes_the_whole_path(kind: str, card: str, tmp_path:
     ]
     assert len(fused) == 2
     assert_same(outcome(model, ROWS, Speed()), wanted)
+
+
+def test_attention_that_the_probe_refuses_is_computed_plainly_and_said(
+    card: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.forward.fused_attention._proven", lambda candidate: None)
+    model = build(tiny_llama, Speed(), tmp_path)
+    assert plain_lines(model, Speed(), torch.device("cpu")) == [
+        f"2 of 2 attention layers are not fused: {KEPT_LAYERS}"
+    ]
+    assert_same(outcome(model, ROWS, Speed()), plain_outcome(tiny_llama, tmp_path))
 
 
 @given(rows=row_sets())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from halfbyte.config.schema import Adapter, Speed
 from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
-from halfbyte.forward.fuse import fuse
+from halfbyte.forward.fuse import KEPT_LAYERS, KEPT_LORA, fuse, plain_lines
 from halfbyte.forward.fused_layers import fuse_layers
 from halfbyte.forward.packed import add_token_loss, has_tree_attention, pad_right
 from halfbyte.forward.scoring import row_losses
@@ -224,6 +224,22 @@ def test_norm_of_another_kind_is_not_replaced(tiny_llama: Path) -> None:
     wanted = norm(x)
     assert fuse_layers(model) == (4, 2)
     assert torch.equal(norm(x), wanted)
+
+
+def test_what_is_not_fused_is_said_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    model = build(tiny_llama, Speed(), tmp_path)
+    assert plain_lines(model, Speed(), cpu) == []
+    loaded = load_model(resolve_base(str(tiny_llama)), "nf4", compute=CPU)
+    dropped = attach_adapter(loaded, Adapter(r=4, dropout=0.1), 0, tmp_path)
+    fuse(dropped, Speed())
+    assert plain_lines(dropped, Speed(), cpu) == [
+        f"14 of 14 LoRA layers are not fused: {KEPT_LORA}"
+    ]
+    assert plain_lines(dropped, Speed(fused_lora=False), cpu) == []
+    norm: Any = loaded.model.model.norm
+    del norm.forward
+    assert f"1 of 5 norms are not fused: {KEPT_LAYERS}" in plain_lines(dropped, Speed(), cpu)
 
 
 def test_adapter_switched_off_gives_the_base_alone(tiny_llama: Path, tmp_path: Path) -> None:

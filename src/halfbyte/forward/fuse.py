@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,11 +11,15 @@ from torch import nn
 
 from halfbyte.config.schema import Speed
 from halfbyte.forward.flat_lora import FlatLora
-from halfbyte.forward.fused_attention import fuse_attention
-from halfbyte.forward.fused_layers import fuse_layers
+from halfbyte.forward.fused_attention import PROJECTIONS, fuse_attention
+from halfbyte.forward.fused_layers import MLP_PARTS, fuse_layers
 from halfbyte.forward.fused_lora import LayerGroup, fuse_lora
 from halfbyte.forward.packed import causal_of
-from halfbyte.kernels.operators import uses_operators
+from halfbyte.kernels.operators import triton_refusal, uses_operators
+from halfbyte.model.adapter import adapted_layers
+
+KEPT_LORA = "dropout, DoRA, a bias, or a base that is neither plain nor 4-bit"
+KEPT_LAYERS = "their formula is another one, or is not known here"
 
 
 def fuse(
@@ -36,6 +42,42 @@ def fuse(
         _lay_flat(causal_of(model), groups, dtype)
     if speed.fused_layers and speed.kernels and speed.varlen_attention:
         fuse_attention(model, probe=probe)
+
+
+def plain_lines(model: nn.Module, speed: Speed, device: torch.device) -> list[str]:
+    """Return a line for each optimisation that ``speed`` allows and a fused model does without, saying why."""
+    modules: list[Any] = list(model.modules())
+    kinds: list[tuple[bool, str, Iterable[Any], str]] = [
+        (speed.fused_lora, "LoRA layers", adapted_layers(model).values(), KEPT_LORA),
+        (speed.fused_layers, "norms", filter(_is_norm, modules), KEPT_LAYERS),
+        (speed.fused_layers, "gated MLPs", filter(_is_mlp, modules), KEPT_LAYERS),
+    ]
+    if uses_operators(device) and speed.kernels and speed.varlen_attention:
+        attention = filter(_is_attention, modules)
+        kinds.append((speed.fused_layers, "attention layers", attention, KEPT_LAYERS))
+    lines = []
+    for is_allowed, name, found, why in kinds:
+        layers = list(found)
+        plain = sum(not isinstance(vars(m).get("forward"), functools.partial) for m in layers)
+        if is_allowed and plain:
+            lines.append(f"{plain} of {len(layers)} {name} are not fused: {why}")
+    if device.type == "cuda" and speed.kernels and uses_operators(device) and triton_refusal():
+        lines.append(
+            f"PyTorch's operators compute in place of Triton's kernels: {triton_refusal()}"
+        )
+    return lines
+
+
+def _is_norm(module: Any) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def _is_mlp(module: Any) -> bool:
+    return all(hasattr(module, name) for name in MLP_PARTS)
+
+
+def _is_attention(module: Any) -> bool:
+    return all(hasattr(module, name) for name in PROJECTIONS)
 
 
 def _lay_flat(causal: Any, groups: list[LayerGroup], dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ TOLERANCE = 1e-5
 # Classes of transformers 5.23 and torch 2.13, by name: transformers has no attribute that says which
 # function an activation is. Can go when it has one. A class that is missing here keeps its own MLP.
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 EPS_ATTRIBUTES = ("variance_epsilon", "eps")
 
 
@@ -142,7 +143,7 @@ def _weight_offset(norms: list[Any], kind: type[Any]) -> float | None:
 
 def _glu_of(module: Any) -> GLU | None:
     """Return the recipe of a gated MLP, or None if the module is none or its activation is not known."""
-    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+    if not all(hasattr(module, name) for name in MLP_PARTS):
         return None
     activation = ACTIVATIONS.get(type(module.act_fn).__name__)
     return GLU(activation) if activation else None

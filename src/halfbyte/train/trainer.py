@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.data.prefix_tree import Tokens
-from halfbyte.forward.fuse import fuse
+from halfbyte.forward.fuse import fuse, plain_lines
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.packed_layout import PackedLayout
 from halfbyte.forward.recompute import recompute_first
@@ -331,10 +331,13 @@ def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> T
     refusal = add_token_loss(
         causal, labelled_head=speed.labelled_head, varlen=speed.varlen_attention
     )
-    fuse(setup.model, speed, setup.loaded.compute.dtype)
+    compute = setup.loaded.compute
+    fuse(setup.model, speed, compute.dtype)
     cutting = Cutting.of(setup.train.tokens, setup.passes.micro_batch_size, speed, refusal)
     if tracker is not None:
         warn_of_padding(setup.run, cutting, refusal)
+        for line in plain_lines(setup.model, speed, compute.device):
+            print(line)
     return TokenTrainer(setup, cutting, checkpoints, tracker)
 
 
