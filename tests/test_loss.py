@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from halfbyte.forward.loss import TILE_ROWS, Head, TokenLoss, tile_starts
+from halfbyte.forward.loss import TILE_ROWS, Head, TokenLoss, head_losses, tile_starts
+from halfbyte.kernels.capability import planned_for
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -60,3 +63,48 @@ def test_token_loss_of_many_blocks_equals_that_of_one(
 
 def test_tiles_cover_all_predictions() -> None:
     assert list(tile_starts(2 * TILE_ROWS + 1)) == [0, TILE_ROWS, 2 * TILE_ROWS]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    vocabulary=st.integers(2, 3000),
+    sureness=st.sampled_from([0.0, 1.0, 10.0, 60.0]),
+    softcap=st.sampled_from([None, 5.0, 30.0]),
+    seed=st.integers(0, 1000),
+    as_on_cuda=st.booleans(),
+)
+def test_losses_are_never_negative_and_near_those_in_fp32(
+    dtype: torch.dtype,
+    vocabulary: int,
+    sureness: float,
+    softcap: float | None,
+    seed: int,
+    as_on_cuda: bool,
+) -> None:
+    """Also of tokens that the model is sure of, and sure to be wrong about."""
+    torch.manual_seed(seed)
+    weight = torch.randn(vocabulary, 32).to(dtype)
+    labels = torch.randint(0, vocabulary, (24,))
+    near = weight[torch.where(torch.arange(24) % 3 == 0, (labels + 1) % vocabulary, labels)]
+    hidden = (torch.randn(24, 32) + sureness * near.float() / 32).to(dtype)
+    with planned_for((8, 0) if as_on_cuda else None):
+        losses, gradient = losses_of(hidden, weight, labels, softcap)
+        plain, wanted_gradient = losses_of(hidden.float(), weight.float(), labels, softcap)
+    assert bool((losses >= 0).all())
+    scale = float((hidden.float() @ weight.float().T).abs().max())
+    rounding = torch.finfo(dtype).eps * scale if not as_on_cuda else 0.0
+    torch.testing.assert_close(losses, plain, rtol=1e-5, atol=1e-4 + rounding)
+    gap = (gradient.float() - wanted_gradient).norm() / wanted_gradient.norm().clamp(min=1e-6)
+    assert float(gap) < max(1e-4, 4 * torch.finfo(dtype).eps + 2 * rounding)
+
+
+def losses_of(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (N,) and the gradient (N, E) of their sum."""
+    hidden = hidden.clone().requires_grad_()
+    losses = head_losses(Head(weight), hidden, labels, softcap)
+    torch.autograd.backward(losses.sum())
+    assert hidden.grad is not None
+    return losses.detach(), hidden.grad

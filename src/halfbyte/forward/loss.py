@@ -5,8 +5,9 @@ For a frozen head W, the hidden state h_i that makes prediction i, and its label
     loss_i = logsumexp(W h_i) - (W h_i)[y_i]
     dh_i   = (softmax(W h_i) - onehot(y_i)) W
 
-Both terms of a loss come from the same logits, rounded once, so that it is never negative, and its gradient
-is its own. On CUDA the logits leave their product in fp32; on a CPU in the dtype of the head.
+Both terms of a loss come from the same logits, so that it is never negative, and its gradient is its own.
+On CUDA the logits leave their product in fp32. On a CPU they are rounded to the dtype of the head; that of the
+label, whose rounding would stand in the loss as it is, is then put right in both terms.
 
 The first terms are attention of h over the rows of W, with W as keys and as values. Like attention they are
 computed block by block with a running maximum m and a running sum ℓ (online softmax, arXiv 1805.02867 §3;
@@ -35,7 +36,7 @@ import torch
 from torch import nn
 
 from halfbyte.kernels.capability import capability_of
-from halfbyte.kernels.operators import addmm_fp32_, mm_fp32, operator
+from halfbyte.kernels.operators import addmm_fp32_, mm_fp32, operator, runs_operator
 from halfbyte.model.new_tokens import slots_of, trained_rows
 
 # Larger temporaries are mapped and unmapped on every use by glibc, which costs more than the sums.
@@ -189,6 +190,7 @@ def _tile(
     running[0] = -torch.inf
     a = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None  # (R, E)
     softmax = operator("softmax_block", hidden.device)
+    is_rounded = hidden.dtype != torch.float32 and not runs_operator("mm_fp32", hidden.device)
     for first, w in head.blocks(block):  # w: (K, E)
         z = mm_fp32(hidden, w.T)  # (R, K)
         p = softmax(z, labels, first, running, softcap or 0.0, w.dtype)  # (R, K)
@@ -197,15 +199,45 @@ def _tile(
             a.mul_(running[3, :, None])
             addmm_fp32_(a, p, w)
         del p  # before the next block's logits are allocated
-    maximum, total, label_logits, _ = running  # (R,) each
-    normaliser = total.log() + maximum  # (R,)
-    losses = normaliser - label_logits  # (R,)
-    if a is None:
-        return losses, None, normaliser[:, None]
-    d_label = head.of_labels(labels).float()  # (R, E): W[y], times the slope of the cap
-    if softcap is not None:
-        d_label *= (1 - (label_logits / softcap).square())[:, None]
-    return losses, a.div_(total[:, None]).sub_(d_label), normaliser[:, None]
+    exact, w_labels = None, None  # (R,), (R, E)
+    if a is not None or is_rounded:
+        w_labels = head.of_labels(labels).float()
+    if is_rounded and w_labels is not None:
+        exact = (hidden.float() * w_labels).sum(dim=1)
+        exact = exact if softcap is None else softcap * torch.tanh(exact / softcap)
+    losses, total, d_labels, label_logits = _label_terms(running, exact, softcap)  # (R,) each
+    normaliser = (losses + label_logits)[:, None]  # (R, 1)
+    if a is None or w_labels is None:
+        return losses, None, normaliser
+    return losses, a.div_(total[:, None]).add_(w_labels.mul_(d_labels[:, None])), normaliser
+
+
+def _label_terms(
+    running: torch.Tensor, exact: torch.Tensor | None, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return losses, ℓ, their derivatives by the labels' logits as far as ``a`` lacks them, and those logits.
+
+    Args:
+        running: (4, R) as ``softmax_block`` leaves it.
+        exact: (R,) capped logits of the labels where those of ``running`` are rounded.
+        softcap: the cap.
+
+    Returns:
+        (R,) each.
+    """
+    maximum, total, logits, _ = running
+    if exact is None:
+        return total.log() + maximum - logits, total, -_slope(logits, softcap), logits
+    rounded_p, p = (logits - maximum).exp(), (exact - maximum).exp()
+    others = (total - rounded_p).clamp_(min=0)
+    losses = nn.functional.softplus(others.log() + maximum - exact)  # log(1 + others / p)
+    total, slope = others + p, _slope(exact, softcap)
+    return losses, total, (slope * p - _slope(logits, softcap) * rounded_p) / total - slope, exact
+
+
+def _slope(capped: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Return the derivative (R,) of capped logits (R,) by the logits."""
+    return torch.ones_like(capped) if softcap is None else 1 - (capped / softcap).square()
 
 
 def tile_starts(num_predictions: int) -> range:

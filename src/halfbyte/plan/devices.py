@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from halfbyte.errors import PlanError
 from halfbyte.host import (
     GIB_BYTES,
@@ -17,6 +19,7 @@ from halfbyte.host import (
     host_facts,
     ram_bytes,
 )
+from halfbyte.kernels.capability import capability_of
 from halfbyte.model.precision import FIRST_BF16_CAPABILITY, default_device
 
 MIB_BYTES = 1 << 20
@@ -55,7 +58,7 @@ class Device:
     total_bytes: int  # as PyTorch reports it; for the CPU the RAM, or the control group's limit
     context_bytes: int  # what the process takes besides tensors
     workspace_bytes: int  # cuBLAS
-    capability: tuple[int, int] | None
+    capability: tuple[int, int] | None  # that passes are computed for
     in_use_bytes: int = 0  # by other processes at this moment; known only for this machine
     facts: tuple[str, ...] = ()  # lines to print about this machine
 
@@ -210,8 +213,6 @@ def this_machine() -> Device:
 
 
 def _this_card(index: int) -> Device:
-    import torch
-
     count = torch.cuda.device_count()
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
@@ -237,7 +238,7 @@ def _this_card(index: int) -> Device:
         total_bytes=total,
         context_bytes=context_bytes(capability),
         workspace_bytes=workspace_bytes(capability),
-        capability=capability,
+        capability=capability_of(torch.device("cuda", index)),
         in_use_bytes=in_use,
         facts=(*facts, *([f"driver: {driver}"] if driver else []), *host_facts()),
     )
@@ -257,7 +258,7 @@ def _this_cpu() -> Device:
         total_bytes=total,
         context_bytes=PROCESS_BYTES,
         workspace_bytes=0,
-        capability=None,
+        capability=capability_of(torch.device("cpu")),
         in_use_bytes=max(0, total - available - private_bytes),
         facts=host_facts(),
     )

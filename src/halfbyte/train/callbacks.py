@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from halfbyte.train.tracking import Tracker
 
 SAMPLE_BATCH = 8
-# The scaler starts at 65,536 and halves at each overflow, so a few skipped steps are normal.
+# The scaler halves its scale at each overflow, so a few skipped steps are normal.
 MAX_SKIPPED_STEPS = 8
 
 

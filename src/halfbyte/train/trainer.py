@@ -27,6 +27,7 @@ from halfbyte.train.arguments import num_steps, trainer_arguments
 from halfbyte.train.batching import Cutting, StepwiseSampler, warn_of_padding
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, SampleAnswers
 from halfbyte.train.measure import memory_bytes
+from halfbyte.train.settle_dtype import scale_losses
 from halfbyte.train.setup import Setup
 from halfbyte.train.source_losses import SourceLosses
 from halfbyte.train.tracking import Tracker
@@ -89,10 +90,8 @@ class TokenTrainer(SFTTrainer):
                 ],
             )
         self.remove_callback(PrinterCallback)
-        if self.args.fp16 and self.args.device.type == "cpu":
-            # accelerate scales losses and casts to fp16 on accelerators alone (1.15).
-            self.accelerator.native_amp = True
-            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+        if self.args.fp16:
+            scale_losses(self.accelerator)
 
     def _collate(self, numbers: list[dict[str, int]]) -> dict[str, Any]:
         """Split the rows of an optimizer step into passes."""
