@@ -327,7 +327,7 @@ def compute_dtype(run: Run, device: Device) -> torch.dtype:
     """
     precision = run.model.precision
     setting = precision if precision in DTYPES else run.model.compute_dtype
-    if device.kind == "cpu":
+    if device.capability is None:
         return choose_compute(setting, torch.device("cpu")).dtype  # type: ignore[arg-type]
     if setting == "bf16" and not device.has_bf16:
         raise PlanError(
