@@ -18,7 +18,7 @@ from halfbyte.forward.packed import causal_of
 from halfbyte.kernels.operators import triton_refusal, uses_operators
 from halfbyte.model.adapter import adapted_layers
 
-KEPT_LORA = "dropout, DoRA, a bias, or a base that is neither plain nor 4-bit"
+KEPT_LORA = "dropout, DoRA, a bias, or a base that is no linear layer"
 KEPT_LAYERS = "their formula is another one, or is not known here"
 
 

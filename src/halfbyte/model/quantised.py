@@ -17,6 +17,7 @@ from halfbyte.kernels.unpack import NESTED_BLOCK
 BLOCK = 64  # weights that share one maximum (QLoRA §3)
 NUM_CODES = {"nf4": 16, "fp4": 16}
 NUM_NESTED_CODES = 256
+INT8_CODES = 127.0  # the largest code of LLM.int8
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,12 @@ def replace_tensors(module: Any, replace: Any) -> None:
 
 
 def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight (out, in) of a 4-bit or plain linear layer, unpacked to ``dtype``."""
+    """Return the weight (out, in) of a linear layer, unpacked to ``dtype`` if it is packed."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
+    codes, scales = int8_codes(layer)
+    if codes is not None and scales is not None:
+        return codes.to(dtype).mul_((scales / INT8_CODES)[:, None])
     if state is None:
         stored: torch.Tensor = weight.detach().to(dtype)
         return stored
@@ -168,7 +172,7 @@ def dequantised_weight(layer: nn.Module) -> torch.Tensor:
     """Return the layer's weight (out, in) in fp32, exactly as its stored codes and constants define it."""
     codes, scales = int8_codes(layer)
     if codes is not None and scales is not None:
-        plain: torch.Tensor = codes.float() * scales.float()[:, None] / 127.0
+        plain: torch.Tensor = codes.float() * scales.float()[:, None] / INT8_CODES
         return plain
     return plain_weight(layer, torch.float32)
 
