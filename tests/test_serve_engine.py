@@ -15,7 +15,7 @@ from halfbyte.data.conversation import Message
 from halfbyte.data.render import Renderer
 from halfbyte.errors import ModelError
 from halfbyte.forward.multi_lora import MixedLinear, mix_adapters
-from halfbyte.forward.slot_attention import SlotInput
+from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.batched import generate
 from halfbyte.generate.slot_model import SlotModel
 from halfbyte.model.adapter import load_adapter

@@ -49,6 +49,11 @@ class KVCache:
                 kept[:, :, :length] = first
 
     @property
+    def capacity(self) -> int:
+        """C, 0 before anything is kept."""
+        return min((pair[0].shape[2] for pair in self.layers.values()), default=0)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the storage now."""
         return sum(tensor.nbytes for pair in self.layers.values() for tensor in pair)

@@ -22,33 +22,11 @@ from torch.nn import functional
 from halfbyte.errors import ModelError
 from halfbyte.forward.kv_cache import KVCache
 from halfbyte.forward.prefix_attention import flash, join_parts
-from halfbyte.forward.slot_decode import blocks_of
+from halfbyte.forward.slot_decode import DecodeBatch, blocks_of
+from halfbyte.forward.slot_paths import SlotInput, SlotPaths
+from halfbyte.kernels.operators import uses_operators
 
 NAME = "halfbyte-slots"  # of this attention in transformers
-
-
-@dataclass(frozen=True)
-class SlotInput:
-    """New tokens of one slot.
-
-    Attributes:
-        slot: number of the slot that holds their keys and values.
-        adapter: name of the adapter to use, or None for the base.
-        ids: the new tokens, which follow the first ``start`` tokens of the slot.
-        start: number of tokens of the slot that are kept.
-        num_logits: number of the last tokens whose logits are computed.
-    """
-
-    slot: int
-    adapter: str | None
-    ids: list[int]
-    start: int
-    num_logits: int = 1
-
-    @property
-    def end(self) -> int:
-        """Number of tokens in the slot after the pass."""
-        return self.start + len(self.ids)
 
 
 class SlotBatch:
@@ -111,6 +89,9 @@ class SlotBatch:
         self._prefills = [self._prefill(*span, numbers) for span, numbers in alike.items()]
         if self._prefills:
             self._prefill_tokens = torch.cat([prefill.tokens for prefill in self._prefills])  # (N,)
+            if uses_operators(device):
+                every = [n for numbers in alike.values() for n in numbers]
+                self._paths = SlotPaths.of([inputs[n] for n in every], self.num_shared, device)
         self._prefill_masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
     def _prefill(self, start: int, end: int, numbers: list[int]) -> Prefill:
@@ -157,6 +138,11 @@ class SlotBatch:
             q = query[:, block.tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)
             out[block.tokens] = block.attend(q, (keys, values), shared, window, factor)
         if not self._prefills:
+            return out
+        if uses_operators(self.device):
+            q = query[:, self._prefill_tokens].transpose(0, 1).to(keys.dtype)  # (N, H, D)
+            rows = self._paths.attend(q, keys, values, shared, window, factor)
+            out[self._prefill_tokens] = rows.to(query.dtype)
             return out
         end = max(prefill.end for prefill in self._prefills)
         if shared is not None and query.device.type == "cpu" and (window is None or end <= window):
@@ -277,7 +263,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    slot_batch: SlotBatch | None = None,
+    slot_batch: SlotBatch | DecodeBatch | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute the attention of a pass over slots as transformers calls it.

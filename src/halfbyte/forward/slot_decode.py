@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
+from halfbyte.forward.kv_cache import KVCache
 from halfbyte.forward.prefix_attention import flash, join_parts
 
 # On a CPU, where a call costs little beside reading keys, so many slots have a common length.
@@ -86,6 +87,60 @@ class Block:
             mask[self.offsets] = mask[self.offsets].masked_fill_(~seen, float("-inf"))
             self._masks[window, dtype] = mask[:, None, None].to(dtype)
         return self._masks[window, dtype]
+
+
+class DecodeBatch:
+    """One new token of each of M inputs, whose numbers lie on the device: a pass that can be recorded.
+
+    It has no shape that depends on how long requests are: each token attends to all that its slot has room for,
+    behind a mask.
+
+    Args:
+        numbers: (4, M), of each input its token, the token's position, its slot, and its place there.
+        num_slots: so many of the first slots hold them.
+        cache: keys and values of the slots, with room for all tokens.
+        adapter_ranges: names of adapters, each with the range of its tokens in the pass.
+
+    Attributes:
+        attended_layers: numbers of the layers that were attended so far.
+    """
+
+    def __init__(
+        self,
+        numbers: torch.Tensor,
+        num_slots: int,
+        cache: KVCache,
+        adapter_ranges: list[tuple[str, slice]],
+    ) -> None:
+        self.num_slots, self.cache, self.adapter_ranges = num_slots, cache, adapter_ranges
+        self.attended_layers: set[int] = set()
+        self.ids, self.positions, self.slots, self.places = numbers
+        self.indices = torch.arange(numbers.shape[1], device=numbers.device)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a pass: masks are made anew from the numbers that stand there then."""
+        length = self.cache.num_shared + self.cache.capacity
+        held = slice(0, self.num_slots)
+        self.block = Block(held, self.slots, self.indices, self.positions, length)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Do what ``SlotBatch.attend`` does."""
+        self.attended_layers.add(layer)
+        keys, values = self.cache.layers[layer]  # (slots, G, C, D) each
+        keys[self.slots, :, self.places] = key.transpose(0, 1).to(keys.dtype)  # (M, G, D)
+        values[self.slots, :, self.places] = value.transpose(0, 1).to(keys.dtype)
+        factor = query.shape[2] ** -0.5 if scale is None else scale
+        shared = self.cache.shared.get(layer)
+        return self.block.attend(query.transpose(0, 1), (keys, values), shared, window, factor)
 
 
 def blocks_of(

@@ -23,7 +23,7 @@ from halfbyte.forward.probes import (
     refusal_of,
     relative_gap,
 )
-from halfbyte.forward.slot_attention import SlotInput
+from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.batched import Answer, until_stop
 from halfbyte.generate.grammar import follow, masked
 from halfbyte.generate.slot_model import SlotModel, token_bytes

@@ -16,7 +16,10 @@ import torch
 from halfbyte.errors import ModelError
 from halfbyte.forward.kv_cache import GROWTH, KVCache
 from halfbyte.forward.multi_lora import MERGE_ADVICE, MixedLinear
-from halfbyte.forward.slot_attention import NAME, SlotBatch, SlotInput, register
+from halfbyte.forward.slot_attention import NAME, SlotBatch, register
+from halfbyte.forward.slot_decode import DecodeBatch
+from halfbyte.generate.decode_recorder import DecodeRecorder
+from halfbyte.kernels.operators import uses_operators
 
 # Kinds of layers whose only state is keys and values.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -67,6 +70,7 @@ class SlotModel:
         dtype: of keys and values.
         cache_bytes: bytes that keys and values may take, which are known to be free.
         growth: number of tokens by which each slot of the cache grows.
+        graphs: on CUDA, record passes of one token each and replay them.
 
     Raises:
         ModelError: some of its layers are not attention.
@@ -83,6 +87,7 @@ class SlotModel:
         dtype: torch.dtype,
         cache_bytes: int = 0,
         growth: int = GROWTH,
+        graphs: bool = True,
     ) -> None:
         register()
         self.model = model
@@ -102,6 +107,9 @@ class SlotModel:
         self.mixed = [module for module in model.modules() if isinstance(module, MixedLinear)]
         self.adapters = {name for layer in self.mixed for name in layer.lora}
         self._cache = KVCache(num_slots, dtype, self.device, growth)
+        self._recorder = None
+        if graphs and uses_operators(self.device):
+            self._recorder = DecodeRecorder(self._call, self._cache, self.device)
         model.set_attn_implementation(NAME)
         model.eval()
 
@@ -148,30 +156,47 @@ class SlotModel:
         unknown = {slot_input.adapter for slot_input in inputs} - self.adapters - {None}
         if unknown:
             raise ModelError(f"no layer has the adapter {', '.join(map(str, unknown))}")
-        slot_batch = SlotBatch(ordered, cache, self.device)
-        ids = [token for slot_input in ordered for token in slot_input.ids]
-        positions = [at for slot_input in ordered for at in range(slot_input.start, slot_input.end)]
+        rows, start = [range(0)] * len(inputs), 0
+        for number in order:
+            rows[number] = range(start, start + inputs[number].num_logits)
+            start = rows[number].stop
+        logits = None
+        if self._recorder is not None and cache is self._cache:
+            logits = self._recorder.logits(ordered)
+        if logits is None:
+            batch = SlotBatch(ordered, cache, self.device)
+            ids = [token for one in ordered for token in one.ids]
+            positions = [at for one in ordered for at in range(one.start, one.end)]
+            numbers = torch.tensor([ids, positions], device=self.device)  # (2, T)
+            logits = self._call(numbers[0], numbers[1], batch.logit_indices, batch)
+        return logits, rows
+
+    def _call(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        logit_indices: torch.Tensor,
+        batch: SlotBatch | DecodeBatch,
+    ) -> torch.Tensor:
+        """Return the logits (N, V) of a pass of tokens (T,) at their positions (T,)."""
         for layer in self.mixed:
-            layer.ranges = slot_batch.adapter_ranges
+            layer.ranges = batch.adapter_ranges
         output = self.model(
-            input_ids=torch.tensor([ids], device=self.device),  # (1, T)
-            position_ids=torch.tensor([positions], device=self.device),  # (1, T)
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=slot_batch.logit_indices,
-            slot_batch=slot_batch,
+            logits_to_keep=logit_indices,
+            slot_batch=batch,
         )
-        num_attended = len(slot_batch.attended_layers)
+        num_attended = len(batch.attended_layers)
         if num_attended != self.num_layers:
             raise ModelError(
                 f"{type(self.model).__name__}: only {num_attended} of its {self.num_layers} layers use"
                 " transformers' attention interface, so requests cannot share a pass. Use --engine vllm"
                 " or llama.cpp"
             )
-        rows, start = [range(0)] * len(inputs), 0
-        for number in order:
-            rows[number] = range(start, start + inputs[number].num_logits)
-            start = rows[number].stop
-        return output.logits[0], rows  # (1, N, V) → (N, V)
+        logits: torch.Tensor = output.logits[0]  # (1, N, V) → (N, V)
+        return logits
 
     def keep(self, slot: int, length: int) -> int:
         """As ``Backend.keep``; tokens that come later overwrite the others."""

@@ -10,7 +10,7 @@ import torch
 from halfbyte.data.conversation import Row, tools_of
 from halfbyte.data.render import Renderer
 from halfbyte.errors import ModelError
-from halfbyte.forward.slot_attention import SlotInput
+from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.llamacpp.library import CONTEXT_FIELDS
 from halfbyte.llamacpp.model import GgufModel
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from halfbyte.forward.slot_attention import SlotInput
+from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.grammar import GrammarError
 from halfbyte.generate.slot_model import Backend
 from halfbyte.heap import trim_heap

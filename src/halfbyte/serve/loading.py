@@ -16,7 +16,7 @@ from halfbyte.data.conversation import Message, Row
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError, ModelError, UserError
 from halfbyte.forward.multi_lora import mix_adapters
-from halfbyte.forward.slot_attention import SlotInput
+from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.slot_model import Backend, SlotModel, token_bytes
 from halfbyte.host import free_bytes
 from halfbyte.llamacpp.gguf_file import read_gguf
