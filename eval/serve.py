@@ -44,6 +44,7 @@ def main() -> None:
     load.add_argument(
         "--gpu-layers", type=int, default=0, help="GGUF layers on the GPU; -1 for all"
     )
+    load.add_argument("--no-graphs", action="store_true", help="CUDA: launch each step of decoding")
     bounds = parser.add_argument_group("limits")
     bounds.add_argument(
         "--api-key-file", type=Path, help="one key per line; or set HALFBYTE_API_KEYS"
@@ -91,6 +92,7 @@ def main() -> None:
         packed={"auto": None, "packed": True, "unpacked": False}[arguments.weights],
         gpu_layers=arguments.gpu_layers,
         max_waiting=arguments.max_waiting,
+        graphs=not arguments.no_graphs,
     )
     sock = None if arguments.check else bind(arguments.host, arguments.port)
     served = open_models(targets, options, lambda line: print(line, flush=True))

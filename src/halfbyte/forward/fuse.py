@@ -56,8 +56,8 @@ def plain_lines(model: nn.Module, speed: Speed, device: torch.device) -> list[st
         attention = filter(_is_attention, modules)
         kinds.append((speed.fused_layers, "attention layers", attention, KEPT_LAYERS))
     lines = []
-    for is_allowed, name, found, why in kinds:
-        layers = list(found)
+    for is_allowed, name, every, why in kinds:
+        layers = list(every)
         plain = sum(not isinstance(vars(m).get("forward"), functools.partial) for m in layers)
         if is_allowed and plain:
             lines.append(f"{plain} of {len(layers)} {name} are not fused: {why}")

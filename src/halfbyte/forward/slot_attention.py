@@ -13,6 +13,7 @@ inputs, P shared tokens, C cached tokens of a slot, H query heads, G key-value h
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,12 +87,10 @@ class SlotBatch:
         for number, one in enumerate(inputs):
             if len(one.ids) > 1:
                 alike.setdefault((one.start, one.end), []).append(number)
+        self._prefilled = [inputs[n] for numbers in alike.values() for n in numbers]
         self._prefills = [self._prefill(*span, numbers) for span, numbers in alike.items()]
         if self._prefills:
             self._prefill_tokens = torch.cat([prefill.tokens for prefill in self._prefills])  # (N,)
-            if uses_operators(device):
-                every = [n for numbers in alike.values() for n in numbers]
-                self._paths = SlotPaths.of([inputs[n] for n in every], self.num_shared, device)
         self._prefill_masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
 
     def _prefill(self, start: int, end: int, numbers: list[int]) -> Prefill:
@@ -105,6 +104,11 @@ class SlotBatch:
             start,
             end,
         )
+
+    @functools.cached_property
+    def _paths(self) -> SlotPaths:
+        """The inputs of several tokens, in the order of ``_prefill_tokens``."""
+        return SlotPaths.of(self._prefilled, self.num_shared, self.device)
 
     def attend(
         self,
@@ -150,26 +154,38 @@ class SlotBatch:
             out[self._prefill_tokens] = self._attend_in_parts(q, keys, values, shared, factor)
             return out
         for prefill in self._prefills:
-            q, k, v = _rows(query[:, prefill.tokens], keys, values, prefill, self.num_shared)
-            if shared is not None:
-                first = (one.repeat(len(q) // len(one), 1, 1)[:, None] for one in shared)
-                k, v = (
-                    torch.cat([one.expand(-1, q.shape[1], -1, -1), then], dim=2)
-                    for one, then in zip(first, (k, v), strict=True)
-                )  # (B·G, H/G, P + C, D) each
-            mask = self._mask(prefill, window)  # (t, P + C)
-            o = functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=None if mask is None else mask.to(keys.dtype),
-                is_causal=mask is None,
-                scale=factor,
-            )  # (B·G, H/G, t, D)
-            # (B·G, H/G, t, D) → (B, H, t, D) → (B·t, H, D)
-            o = o.view(-1, query.shape[0], *o.shape[2:]).transpose(1, 2).flatten(0, 1)
+            o = self._attend_alike(prefill, query, (keys, values), shared, window, factor)
             out[prefill.tokens] = o.to(query.dtype)
         return out
+
+    def _attend_alike(
+        self,
+        prefill: Prefill,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        shared: tuple[torch.Tensor, torch.Tensor] | None,
+        window: int | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Compute the attention output (B·t, H, D) of inputs that begin and end at the same positions."""
+        q, k, v = _rows(query[:, prefill.tokens], *cached, prefill, self.num_shared)
+        if shared is not None:
+            first = (one.repeat(len(q) // len(one), 1, 1)[:, None] for one in shared)
+            k, v = (
+                torch.cat([one.expand(-1, q.shape[1], -1, -1), then], dim=2)
+                for one, then in zip(first, (k, v), strict=True)
+            )  # (B·G, H/G, P + C, D) each
+        mask = self._mask(prefill, window)  # (t, P + C)
+        o = functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask.to(k.dtype),
+            is_causal=mask is None,
+            scale=scale,
+        )  # (B·G, H/G, t, D)
+        # (B·G, H/G, t, D) → (B, H, t, D) → (B·t, H, D)
+        return o.view(-1, query.shape[0], *o.shape[2:]).transpose(1, 2).flatten(0, 1)
 
     def _attend_in_parts(
         self,

@@ -45,7 +45,7 @@ class DecodeRecorder:
         self.refusal = ""
         self.num_replayed = 0
         self._seen: dict[Kind, int] = {}
-        self._records: dict[Kind, Record] = {}
+        self._records: dict[Kind, RecordedStep] = {}
         self._storage: Any = None
 
     def logits(self, inputs: Sequence[SlotInput]) -> torch.Tensor | None:
@@ -67,7 +67,7 @@ class DecodeRecorder:
             if len(self._records) == MAX_RECORDS:
                 del self._records[next(iter(self._records))]
             try:
-                self._records[kind] = Record(self, padded, kind[0])
+                self._records[kind] = RecordedStep(self, padded, kind[0])
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     self._records.clear()
@@ -78,7 +78,7 @@ class DecodeRecorder:
         return self._records[kind].logits(padded)[: len(inputs)]
 
 
-class Record:
+class RecordedStep:
     """A pass of one kind, recorded for its first inputs.
 
     Args:
@@ -116,7 +116,7 @@ class Record:
 
 
 def _recorded(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record a step as a CUDA graph; return what replays it, into the same tensor each time."""
+    """RecordedStep a step as a CUDA graph; return what replays it, into the same tensor each time."""
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -18,6 +18,7 @@ from halfbyte.forward.kv_cache import GROWTH, KVCache
 from halfbyte.forward.multi_lora import MERGE_ADVICE, MixedLinear
 from halfbyte.forward.slot_attention import NAME, SlotBatch, register
 from halfbyte.forward.slot_decode import DecodeBatch
+from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.decode_recorder import DecodeRecorder
 from halfbyte.kernels.operators import uses_operators
 

@@ -15,10 +15,12 @@ from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.data.conversation import Message, Row
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError, ModelError, UserError
+from halfbyte.forward.fused_layers import fuse_layers
 from halfbyte.forward.multi_lora import mix_adapters
 from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.slot_model import Backend, SlotModel, token_bytes
 from halfbyte.host import free_bytes
+from halfbyte.kernels.operators import uses_operators
 from halfbyte.llamacpp.gguf_file import read_gguf
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.llamacpp.slot_model import LlamaSlotModel, check_prompts
@@ -57,6 +59,7 @@ class Options:
         packed: whether 4-bit weights stay packed; None means whichever measures faster and fits.
         gpu_layers: layers of GGUF files on the GPU.
         max_waiting: most answers that may wait, per base.
+        graphs: on CUDA, record steps of decoding and replay them.
     """
 
     slots: int | None = None
@@ -66,6 +69,7 @@ class Options:
     packed: bool | None = None
     gpu_layers: int = 0
     max_waiting: int = 256
+    graphs: bool = True
 
 
 def open_models(
@@ -252,6 +256,8 @@ def _slot_model(
     device = loaded.compute.device
     promised = _promised_bytes(others, device)
     mix_adapters(model)
+    if uses_operators(device):
+        fuse_layers(model.requires_grad_(False))
     mode = ComputeMode(loaded.compute.dtype, True)
     if device.type == "cpu":
         mode = _mode(loaded, options, free_bytes(device) - promised, say)
@@ -269,6 +275,7 @@ def _slot_model(
         max_context=context,
         dtype=mode.dtype,
         cache_bytes=slots * slot_bytes,
+        graphs=options.graphs,
     )
     say(f"{name}: {mode.name} on {device}, {slots} slots of {context} tokens")
     return backend
