@@ -12,6 +12,7 @@ from torch import nn
 from halfbyte.config.schema import Speed
 from halfbyte.forward.flat_lora import FlatLora
 from halfbyte.forward.fused_attention import PROJECTIONS, fuse_attention
+from halfbyte.forward.fused_block import fuse_blocks, is_sandwich
 from halfbyte.forward.fused_layers import MLP_PARTS, fuse_layers
 from halfbyte.forward.fused_lora import LayerGroup, fuse_lora
 from halfbyte.forward.packed import causal_of
@@ -42,6 +43,7 @@ def fuse(
         _lay_flat(causal_of(model), groups, dtype)
     if speed.fused_layers and speed.kernels and speed.varlen_attention:
         fuse_attention(model, probe=probe)
+        fuse_blocks(model, probe=probe)
 
 
 def plain_lines(model: nn.Module, speed: Speed, device: torch.device) -> list[str]:
@@ -55,6 +57,8 @@ def plain_lines(model: nn.Module, speed: Speed, device: torch.device) -> list[st
     if uses_operators(device) and speed.kernels and speed.varlen_attention:
         attention = filter(_is_attention, modules)
         kinds.append((speed.fused_layers, "attention layers", attention, KEPT_LAYERS))
+        sums = filter(is_sandwich, modules)
+        kinds.append((speed.fused_layers, "layers' residual sums", sums, KEPT_LAYERS))
     lines = []
     for is_allowed, name, every, why in kinds:
         layers = list(every)
