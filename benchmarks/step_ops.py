@@ -36,6 +36,7 @@ FEWER, MORE = 2, 3
 FEWER_TIMED, MORE_TIMED = 2, 6
 COUNTED_STEPS, TIMED_STEPS = 4, 16
 CAPABILITY = "9.0"
+BY_NAME = "operators_per_layer"
 Figures = dict[str, Any]
 
 
@@ -81,6 +82,11 @@ def figures(folder: Path, tool: str, kind: str, dataset: str) -> Figures:
         "launches_34_layers": fewer["launches"] + (NUM_LAYERS - FEWER) * a_layer,
         "autograd_nodes_per_layer": more["autograd_nodes"] - fewer["autograd_nodes"],
         **{name: more[name] for name in ("list_tensors", "syncs", "index_put_backward")},
+        BY_NAME: {
+            name: count - fewer["operators"].get(name, 0)
+            for name, count in more["operators"].items()
+            if count > fewer["operators"].get(name, 0)
+        },
     }
 
 
@@ -141,14 +147,17 @@ def _run(folder: Path, tool: str, kind: str, dataset: str, num_layers: int, step
 def as_table(found: Figures) -> str:
     """The figures as a table in Markdown."""
     names = [name for name in found if isinstance(found[name], dict)]
-    columns = list(next(iter(found[names[0]].values())))
+    first = next(iter(found[names[0]].values()))
+    columns = [column for column in first if column != BY_NAME]
     lines = [f"| | rows | {' | '.join(column.replace('_', ' ') for column in columns)} |"]
     lines.append("|" + " --- |" * (len(columns) + 2))
     for name in names:
         for dataset, figures in found[name].items():
             cells = " | ".join(f"{figures[column]:,}" for column in columns)
             lines.append(f"| {name} | {dataset} | {cells} |")
-    lines += ["", f"Seconds of the host beside TRL's: {found['host_ratio_to_trl']:.2f}"]
+    lines += ["", f"Seconds of the host beside TRL's: {found['host_ratio_to_trl']:.2f}", ""]
+    lines += [f"What a layer of {names[0]} launches in a step:", "", "| operator | launches |"]
+    lines += ["| --- | --- |", *(f"| {name} | {count} |" for name, count in first[BY_NAME].items())]
     return "\n".join(lines)
 
 

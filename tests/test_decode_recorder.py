@@ -25,8 +25,10 @@ STARTS = {0: 3, 5: 40, 2: 17}  # tokens of each slot's prompt; Gemma's window ha
 NAME = "default"
 
 
-def slot_model(folder: Path, scratch: Path, *, graphs: bool, num_slots: int = 7) -> SlotModel:
-    loaded = load_model(resolve_base(str(folder)), "nf4", compute=CPU)
+def slot_model(
+    folder: Path, scratch: Path, *, graphs: bool, num_slots: int = 7, precision: Any = "nf4"
+) -> SlotModel:
+    loaded = load_model(resolve_base(str(folder)), precision, compute=CPU)
     model = attach_adapter(loaded, Adapter(r=4), 0, scratch)
     torch.manual_seed(1)
     for name, parameter in trainable_parameters(model).items():
@@ -126,3 +128,18 @@ def test_a_step_that_cannot_be_recorded_is_computed_plainly_and_said(
     logits = all_logits(model, by_slot, shared=False)
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     assert "not recorded: RuntimeError: operation not permitted" in capsys.readouterr().err
+
+
+def test_steps_of_int8_models_are_not_recorded_and_it_is_said(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Outliers are found by their values, for which the host waits; a graph cannot."""
+    monkeypatch.setenv("HALFBYTE_CAPABILITY", "9.0")
+    model = slot_model(tiny_llama, tmp_path, graphs=True, precision="int8")
+    assert "not recorded: layers in int8" in capsys.readouterr().err
+    all_logits(model, dict.fromkeys(STARTS), shared=False)
+    assert model._recorder is not None
+    assert model._recorder.num_replayed == 0

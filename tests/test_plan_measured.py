@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,34 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointing", "overrides"),
+    ("name", "checkpointing", "overrides", "card"),
     [
-        ("llama", True, ["model.precision=fp32", "adapter.dropout=0.1"]),
-        ("llama", False, ["model.precision=int8"]),
-        ("gemma", True, []),
-        ("gemma", False, ["model.attention=eager", "adapter.r=64"]),
+        ("llama", True, ["model.precision=fp32", "adapter.dropout=0.1"], None),
+        ("llama", False, ["model.precision=int8"], None),
+        ("gemma", True, [], None),
+        ("gemma", False, ["model.attention=eager", "adapter.r=64"], None),
+        ("gemma", True, [], (9, 0)),
+        ("gemma", False, ["adapter.r=64"], (7, 5)),
+        ("llama", False, ["model.precision=int8"], (9, 0)),
+        ("llama", False, ["speed.flat_adapter=false"], (9, 0)),
     ],
-    ids=["fp32-dropout-recomputed", "int8", "gemma-nf4-recomputed", "gemma-nf4-eager"],
+    ids=str,
 )
 def test_step_takes_what_is_planned(
-    folders: dict[str, Path], tmp_path: Path, name: str, checkpointing: bool, overrides: list[str]
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    checkpointing: bool,
+    overrides: list[str],
+    card: tuple[int, int] | None,
 ) -> None:
-    """A first micro-batch, and a second one on top of its gradients, within 1 %."""
+    """A first micro-batch, and a second one on top of its gradients, within 1 %.
+
+    As on a card, an operator of ours is one launch: what its twin holds meanwhile does not count.
+    """
+    if card is not None:
+        monkeypatch.setenv("HALFBYTE_CAPABILITY", f"{card[0]}.{card[1]}")
     before = live_tensor_bytes(CPU)  # what other tests of this process hold
     run = model_run(str(folders[name]), ["model.compute_dtype=fp32", *overrides])
     base = resolve_base(run.model.name)
@@ -96,8 +112,9 @@ def test_step_takes_what_is_planned(
         loss: torch.Tensor = model(layout=layout) / NUM_LABELS
         return loss
 
-    planner = Planner(run, load_config(base), find_device("cpu-16"))
+    planner = Planner(run, load_config(base), replace(find_device("cpu-16"), capability=card))
     fixed = planner.fixed_bytes()
+    new_gradients = 4 * planner.step.num_trainable
     start = fixed["weights"] + fixed["constants"] + fixed["adapter"]
     lengths = Lengths(((LENGTH, NUM_LABELS // ROWS),) * ROWS)
     if run.model.precision == "int8":
@@ -107,8 +124,8 @@ def test_step_takes_what_is_planned(
             ROWS, checkpointing=checkpointing, accumulates=accumulates, share=planner.step.shares
         )
         peaks = {phase: peak.total_bytes for phase, peak in planner.step.peaks(shape).items()}
-        found = measure(CPU, forward, torch.autograd.backward)
-        gradients = fixed["adapter"] if accumulates else 0
+        found = measure(CPU, forward, torch.autograd.backward, profiled=card is None)
+        gradients = new_gradients if accumulates else 0
         assert found.start_bytes - before == pytest.approx(start + gradients, rel=0.01)
         assert found.kept_bytes == pytest.approx(planner.step.kept(shape), rel=0.01)
         most = {
@@ -121,7 +138,7 @@ def test_step_takes_what_is_planned(
         }
         assert most == pytest.approx(wanted, rel=0.01)
         assert found.end_bytes - found.start_bytes == pytest.approx(
-            fixed["adapter"] - gradients, abs=1000
+            new_gradients - gradients, abs=1000
         )
         grads = [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
-        assert sum(grad.nbytes for grad in grads) == fixed["adapter"]
+        assert sum(grad.nbytes for grad in grads) == new_gradients

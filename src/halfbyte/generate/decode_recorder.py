@@ -34,15 +34,18 @@ class DecodeRecorder:
         call: computes logits (M, V) of a pass, from ids (M,), positions (M,), indices of logits (M,) and the batch.
         cache: keys and values of all slots.
         device: where they lie.
+        refusal: why passes are not recorded at all, or "".
 
     Attributes:
         refusal: why passes are not recorded any more, or "".
         num_replayed: passes that a record has computed.
     """
 
-    def __init__(self, call: Call, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, call: Call, cache: KVCache, device: torch.device, refusal: str = "") -> None:
         self.call, self.cache, self.device = call, cache, device
         self.refusal = ""
+        if refusal:
+            self._refuse(refusal)
         self.num_replayed = 0
         self._seen: dict[Kind, int] = {}
         self._records: dict[Kind, RecordedStep] = {}
@@ -71,11 +74,14 @@ class DecodeRecorder:
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     self._records.clear()
-                self.refusal = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"steps of generation are not recorded: {self.refusal}", file=sys.stderr)
+                self._refuse(f"{type(error).__name__}: {error}".splitlines()[0])
                 return None
         self.num_replayed += 1
         return self._records[kind].logits(padded)[: len(inputs)]
+
+    def _refuse(self, why: str) -> None:
+        self.refusal = why
+        print(f"steps of generation are not recorded: {why}", file=sys.stderr)
 
 
 class RecordedStep:

@@ -190,6 +190,11 @@ def int8_codes(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
     return (weight.data if codes is None else codes), scales
 
 
+def has_int8_layers(model: nn.Module) -> bool:
+    """Return whether a model has layers of LLM.int8."""
+    return any(int8_codes(module)[0] is not None for module in model.modules())
+
+
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Make a loaded model compute in ``dtype`` from now on, leaving the stored codes as they are."""
     for parameter in model.parameters():
