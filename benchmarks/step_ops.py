@@ -25,8 +25,10 @@ from benchmarks.harness.rows import STEP_ROWS
 from benchmarks.harness.tiny import (
     DATASETS,
     KINDS,
+    NARROWEST,
     REAL_VOCABULARY,
     SHORT,
+    SIZES,
     tiny_model,
     write_tiny_rows,
 )
@@ -105,12 +107,13 @@ def _run(folder: Path, tool: str, kind: str, dataset: str, num_layers: int, step
     Raises:
         SystemExit: the process failed.
     """
+    sizes = NARROWEST if dataset == SHORT else SIZES
     out = folder / f"{tool}-{kind}-{dataset}-{num_layers}"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     write_tiny_rows(dataset, steps, 0, out / "rows.json")
     job = {
-        "model": str(tiny_model(kind, num_layers, folder / "models")),
+        "model": str(tiny_model(kind, num_layers, folder / "models", sizes)),
         "rows": str(out / "rows.json"),
         "out": str(out),
         "device": "cpu",

@@ -27,17 +27,30 @@ SIZES = {
 }
 
 
-def tiny_model(kind: str, num_layers: int, folder: Path) -> Path:
+# So narrow that arithmetic takes no time on any CPU: one without bf16 multiplies it a hundred times slower than fp32.
+NARROWEST = SIZES | {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def tiny_model(
+    kind: str, num_layers: int, folder: Path, sizes: dict[str, int] | None = None
+) -> Path:
     """Folder with drawn weights in bf16 of a model of this kind, made on the first call."""
+    sizes = sizes or SIZES
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    path = folder / f"{kind}-{num_layers}"
+    path = folder / f"{kind}-{num_layers}-{sizes['hidden_size']}"
     if (path / "config.json").exists():
         return path
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_config(kind, num_layers), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(_config(kind, num_layers, sizes), dtype=torch.bfloat16)
     words = {str(n): n for n in range(TINY_VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="3")),
@@ -49,13 +62,13 @@ def tiny_model(kind: str, num_layers: int, folder: Path) -> Path:
     return path
 
 
-def _config(kind: str, num_layers: int) -> Any:
+def _config(kind: str, num_layers: int, sizes: dict[str, int]) -> Any:
     from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 
     if kind == "llama":
-        return LlamaConfig(num_hidden_layers=num_layers, tie_word_embeddings=False, **SIZES)
+        return LlamaConfig(num_hidden_layers=num_layers, tie_word_embeddings=False, **sizes)
     if kind == "qwen":
-        return Qwen3Config(num_hidden_layers=num_layers, **SIZES)
+        return Qwen3Config(num_hidden_layers=num_layers, **sizes)
     types = [
         "sliding_attention" if (layer + 1) % FULL_EVERY else "full_attention"
         for layer in range(num_layers)
@@ -65,7 +78,7 @@ def _config(kind: str, num_layers: int) -> Any:
         layer_types=types,
         sliding_window=1024,
         query_pre_attn_scalar=16,
-        **SIZES,
+        **sizes,
     )
 
 

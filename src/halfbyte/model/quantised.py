@@ -141,10 +141,10 @@ def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight (out, in) of a linear layer, unpacked to ``dtype`` if it is packed."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    codes, scales = int8_codes(layer)
-    if codes is not None and scales is not None:
-        return codes.to(dtype).mul_((scales / INT8_CODES)[:, None])
     if state is None:
+        codes, scales = int8_codes(layer)
+        if codes is not None and scales is not None:
+            return codes.to(dtype).mul_((scales / INT8_CODES)[:, None])
         stored: torch.Tensor = weight.detach().to(dtype)
         return stored
     if runs_operator("unpack_4bit", weight.device):
