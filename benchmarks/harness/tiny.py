@@ -13,7 +13,7 @@ from benchmarks.harness.rows import ALPACA_MU, ALPACA_SIGMA, LONGEST, STEP_ROWS,
 KINDS = ("gemma", "llama", "qwen")
 DATASETS = ("chat", "icd10", "prompt460")
 SHORT = "short"  # rows of few tokens, whose arithmetic takes no time beside its launches
-SHORT_MU, SHORT_SIGMA = 2.3, 0.6
+SHORTEST = 2
 REAL_VOCABULARY = {"gemma": 262_208, "llama": 128_256, "qwen": 151_936}
 FULL_EVERY = 6  # of Gemma-3's layers one has full attention
 SIZES = {
@@ -96,9 +96,10 @@ def _tokens(source: random.Random, number: int) -> list[int]:
 
 
 def _drawn(dataset: str, source: random.Random, prompt: list[int]) -> Row:
-    if dataset in ("chat", SHORT):
-        mu, sigma = (ALPACA_MU, ALPACA_SIGMA) if dataset == "chat" else (SHORT_MU, SHORT_SIGMA)
-        length = min(max(round(source.lognormvariate(mu, sigma)), 6), LONGEST)
+    if dataset == SHORT:
+        length, num_labelled = SHORTEST + source.randrange(3), 1
+    elif dataset == "chat":
+        length = min(max(round(source.lognormvariate(ALPACA_MU, ALPACA_SIGMA)), 6), LONGEST)
         num_labelled = max(1, round(source.uniform(0.2, 0.6) * length))
     else:
         length, num_labelled = (source.randrange(20, 50), 12) if dataset == "icd10" else (40, 20)
