@@ -109,6 +109,12 @@ def test_a_grown_cache_and_too_many_kinds_are_recorded_anew(
     # But for the first of a kind, and the one that grows the cache.
     assert recorder.num_replayed == before + 2 * GROWTH - 6 - SEEN_BEFORE - 1
     assert len(recorder._records) == 1
+    model.forget()
+    model.run([SlotInput(0, None, [5, 6], 0)])
+    before = recorder.num_replayed
+    model.run([SlotInput(0, None, [7], 2)])
+    assert recorder.num_replayed == before + 1
+    assert recorder._records.keys() == {(1, 1, ((None, 1),))}  # anew, in the new storage
 
 
 def test_a_step_that_cannot_be_recorded_is_computed_plainly_and_said(

@@ -14,8 +14,7 @@ from benchmarks.harness.tiny import DATASETS, KINDS
 # A layer forward and backward, a whole step of 34 layers, autograd nodes of a layer (issue 25).
 MOST_A_LAYER = {"gemma": 120, "llama": 110, "qwen": 110}
 MOST_A_STEP, MOST_NODES = 4_500, 60
-# The aim is 0.25. Former tables met it since most of TRL's time was arithmetic, which is no work of a GPU's host.
-MOST_HOST_RATIO = 0.5
+MOST_HOST_RATIO = 0.25
 TABLE = ROOT / "benchmarks" / "results" / "step_ops.json"
 
 
@@ -42,6 +41,13 @@ def test_the_table_is_within_the_budget() -> None:
     for kind in KINDS:
         for dataset in DATASETS:
             assert_within(kind, table[kind][dataset])
-    assert table["host_ratio_to_trl"] <= MOST_HOST_RATIO
     trl = table["trl"]["chat"]["launches_34_layers"]
     assert trl >= 2 * table["gemma"]["chat"]["launches_34_layers"]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="Not met: a former 0.19 held arithmetic of TRL, which is no work of a GPU's host.",
+)
+def test_the_host_s_time_is_within_the_budget() -> None:
+    assert json.loads(TABLE.read_text())["host_ratio_to_trl"] <= MOST_HOST_RATIO

@@ -109,7 +109,7 @@ def _plan_training(
         if not arguments.json and not arguments.suggest:
             print(load_text(config))  # the part that is known; the error names the other
         raise
-    report = as_json(plan)
+    report = as_json(plan, longest=arguments.json or not arguments.suggest)
     if placement is not None:
         report["llama_cpp"] = placement
     measured = None

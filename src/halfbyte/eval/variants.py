@@ -19,10 +19,9 @@ from halfbyte.data.chat_template import load_template
 from halfbyte.data.questions import Question, fewshot_examples, questions
 from halfbyte.data.render import Renderer
 from halfbyte.eval.base_opponents import BaseOpponent
-from halfbyte.forward.fused_layers import fuse_layers
+from halfbyte.forward.fuse import fuse_frozen
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.host import USABLE_FRAC, free_bytes
-from halfbyte.kernels.operators import uses_operators
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import weights_bytes
@@ -320,8 +319,7 @@ def load_scored(base: Base, precision: Precision | None, compute: Compute, run: 
         attention=run.model.attention,
     )
     add_token_loss(loaded.model)
-    if uses_operators(compute.device):
-        fuse_layers(loaded.model.requires_grad_(False))
+    fuse_frozen(loaded.model, compute.device)
     return loaded
 
 

@@ -13,7 +13,7 @@ from halfbyte.config.schema import Speed
 from halfbyte.forward.flat_lora import FlatLora
 from halfbyte.forward.fused_attention import PROJECTIONS, fuse_attention
 from halfbyte.forward.fused_block import fuse_blocks, is_sandwich
-from halfbyte.forward.fused_layers import MLP_PARTS, fuse_layers
+from halfbyte.forward.fused_layers import fuse_layers, is_gated_mlp, is_norm
 from halfbyte.forward.fused_lora import LayerGroup, fuse_lora
 from halfbyte.forward.packed import causal_of
 from halfbyte.kernels.operators import triton_refusal, uses_operators
@@ -46,13 +46,19 @@ def fuse(
         fuse_blocks(model, probe=probe)
 
 
+def fuse_frozen(model: nn.Module, device: torch.device) -> None:
+    """Freeze a model that only answers, and fuse its norms and gates where passes are computed as on CUDA."""
+    if uses_operators(device):
+        fuse_layers(model.requires_grad_(False))
+
+
 def plain_lines(model: nn.Module, speed: Speed, device: torch.device) -> list[str]:
     """Return a line for each optimisation that ``speed`` allows and a fused model does without, saying why."""
     modules: list[Any] = list(model.modules())
     kinds: list[tuple[bool, str, Iterable[Any], str]] = [
         (speed.fused_lora, "LoRA layers", adapted_layers(model).values(), KEPT_LORA),
-        (speed.fused_layers, "norms", filter(_is_norm, modules), KEPT_LAYERS),
-        (speed.fused_layers, "gated MLPs", filter(_is_mlp, modules), KEPT_LAYERS),
+        (speed.fused_layers, "norms", filter(is_norm, modules), KEPT_LAYERS),
+        (speed.fused_layers, "gated MLPs", filter(is_gated_mlp, modules), KEPT_LAYERS),
     ]
     if uses_operators(device) and speed.kernels and speed.varlen_attention:
         attention = filter(_is_attention, modules)
@@ -70,14 +76,6 @@ def plain_lines(model: nn.Module, speed: Speed, device: torch.device) -> list[st
             f"PyTorch's operators compute in place of Triton's kernels: {triton_refusal()}"
         )
     return lines
-
-
-def _is_norm(module: Any) -> bool:
-    return type(module).__name__.endswith("RMSNorm")
-
-
-def _is_mlp(module: Any) -> bool:
-    return all(hasattr(module, name) for name in MLP_PARTS)
 
 
 def _is_attention(module: Any) -> bool:

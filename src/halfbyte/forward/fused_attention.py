@@ -9,6 +9,7 @@ Shapes: T tokens of the pass, E hidden size, H query heads, G key-value heads, D
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,15 +221,36 @@ def _candidate(module: Any) -> FusedAttention | None:
 def _proven(candidate: FusedAttention) -> FusedAttention | None:
     """Return the fused form with the window and scale of its layer, None if the layer does something else."""
     module, group = candidate.module, candidate.projections
-    device = group.parameters[0].device
-    hidden = torch.randn((1, PROBE_TOKENS, group.parameters[0].shape[1]), device=device)
-    tables = torch.randn((2, 1, PROBE_TOKENS, module.head_dim), device=device)
+    hidden_size = group.parameters[0].shape[1]
+    probed = both_forwards(module, candidate.forward, hidden_size, module.head_dim)
+    if probed is None or len(probed[1]) != 2:
+        return None
+    outs, calls = [out for out, _ in probed[0]], probed[1]
+    theirs = calls[0]
+    proven = FusedAttention(module, group, candidate.norms, theirs.window, theirs.scale)
+    ours = AttentionCall(calls[1].query, calls[1].key, calls[1].value, theirs.window, theirs.scale)
+    is_same = ours.is_like(theirs) and torch.allclose(
+        outs[0], outs[1], rtol=TOLERANCE, atol=TOLERANCE
+    )
+    return proven if is_same else None
+
+
+@torch.no_grad()
+def both_forwards(
+    module: Any, fused: Callable[..., Any], hidden_size: int, head_size: int
+) -> tuple[list[Any], list[AttentionCall]] | None:
+    """Return what a layer's own and its fused forward give for the same drawn states, and their attention calls.
+
+    None if one of them cannot compute it.
+    """
+    device = next(module.parameters()).device
+    hidden = torch.randn((1, PROBE_TOKENS, hidden_size), device=device)
+    tables = torch.randn((2, 1, PROBE_TOKENS, head_size), device=device)
+    recorder = Recorder()
     outs: list[Any] = []
-    calls: list[AttentionCall] = []
-    for forward in (functools.partial(type(module).forward, module), candidate.forward):
-        recorder = Recorder()
+    for forward in (functools.partial(type(module).forward, module), fused):
         try:
-            out, _ = forward(
+            out = forward(
                 hidden_states=hidden,
                 position_embeddings=(tables[0], tables[1]),
                 attention_mask=None,
@@ -237,13 +259,4 @@ def _proven(candidate: FusedAttention) -> FusedAttention | None:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
             return None
         outs.append(out)
-        calls += recorder.calls
-    if len(calls) != 2:
-        return None
-    theirs = calls[0]
-    proven = FusedAttention(module, group, candidate.norms, theirs.window, theirs.scale)
-    ours = AttentionCall(calls[1].query, calls[1].key, calls[1].value, theirs.window, theirs.scale)
-    is_same = ours.is_like(theirs) and torch.allclose(
-        outs[0], outs[1], rtol=TOLERANCE, atol=TOLERANCE
-    )
-    return proven if is_same else None
+    return outs, recorder.calls

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.forward.fused_attention import PROBE_TOKENS, TOLERANCE, Recorder
+from halfbyte.forward.fused_attention import TOLERANCE, both_forwards
 from halfbyte.forward.fused_layers import RMSNorm, recipe_of
 from halfbyte.kernels.operators import operator
 
@@ -94,25 +94,11 @@ def is_sandwich(module: nn.Module) -> bool:
     return {name for name, _ in module.named_children()} == PARTS
 
 
-@torch.no_grad()
 def _is_same(block: FusedBlock) -> bool:
     """Whether a layer computes what its fused form does."""
-    module = block.module
-    device = block.norms[0].weight.device
-    hidden = torch.randn((1, PROBE_TOKENS, len(block.norms[0].weight)), device=device)
-    tables = torch.randn((2, 1, PROBE_TOKENS, module.self_attn.head_dim), device=device)
-    outs: list[Any] = []
-    for forward in (functools.partial(type(module).forward, module), block.forward):
-        try:
-            out = forward(
-                hidden,
-                position_embeddings=(tables[0], tables[1]),
-                attention_mask=None,
-                tree=Recorder(),
-            )
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-            return False
-        outs.append(out)
-    return all(isinstance(one, torch.Tensor) for one in outs) and torch.allclose(
-        outs[0], outs[1], rtol=TOLERANCE, atol=TOLERANCE
-    )
+    module, hidden_size = block.module, len(block.norms[0].weight)
+    probed = both_forwards(module, block.forward, hidden_size, module.self_attn.head_dim)
+    if probed is None or not isinstance(probed[0][0], torch.Tensor):
+        return False
+    own, fused = probed[0]
+    return torch.allclose(own, fused, rtol=TOLERANCE, atol=TOLERANCE)

@@ -85,9 +85,7 @@ def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
     Returns:
         how many norms and MLPs were replaced.
     """
-    norms: list[Any] = [
-        m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _eps(m)
-    ]
+    norms: list[Any] = [m for m in model.modules() if is_norm(m) and _eps(m)]
     mlps: dict[Any, GLU] = {m: glu for m in model.modules() if (glu := _glu_of(m))}
     offsets = {
         kind: _weight_offset(norms, kind) if probe else 0.0 for kind in set(map(type, norms))
@@ -103,6 +101,16 @@ def fuse_layers(model: nn.Module, *, probe: bool = True) -> tuple[int, int]:
         if is_same[type(mlp)]:
             mlp.forward = functools.partial(_mlp_forward, mlp, glu)
     return num_norms, sum(is_same[type(mlp)] for mlp in mlps)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a root-mean-square norm, by its class name."""
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module is a gated MLP, by its parts."""
+    return all(hasattr(module, name) for name in MLP_PARTS)
 
 
 def recipe_of(norm: Any) -> RMSNorm | None:
@@ -143,7 +151,7 @@ def _weight_offset(norms: list[Any], kind: type[Any]) -> float | None:
 
 def _glu_of(module: Any) -> GLU | None:
     """Return the recipe of a gated MLP, or None if the module is none or its activation is not known."""
-    if not all(hasattr(module, name) for name in MLP_PARTS):
+    if not is_gated_mlp(module):
         return None
     activation = ACTIVATIONS.get(type(module.act_fn).__name__)
     return GLU(activation) if activation else None

@@ -23,6 +23,7 @@ class KVCache:
         shared: keys and values (G, P, D) of each layer, of the tokens that all slots begin with and none
             holds.
         num_shared: P. A slot holds the tokens from position P on.
+        version: changes whenever storage is allocated or freed.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class KVCache:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.num_shared = 0
+        self.version = 0
 
     def share(self, beginning: KVCache, length: int, *, apart: bool) -> None:
         """Let all slots, which are empty, begin with the ``length`` tokens of the only slot of another cache.
@@ -81,7 +83,25 @@ class KVCache:
                 grown[:, :, : current[number].shape[2]] = current[number]
             pair.append(grown)
         self.layers[layer] = (pair[0], pair[1])
+        self.version += 1
         return self.layers[layer]
+
+    def put(
+        self,
+        layer: int,
+        slots: torch.Tensor,
+        places: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None:
+        """Keep new keys and values (G, T, D) of a layer that has room, at (T,) places of (T,) slots."""
+        for held, new in zip(self.layers[layer], (key, value), strict=True):
+            held[slots, :, places] = new.transpose(0, 1).to(held.dtype)  # (T, G, D)
+
+    def clear(self) -> None:
+        """Free what the slots hold."""
+        self.layers.clear()
+        self.version += 1
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of one slot to another."""

@@ -135,8 +135,7 @@ class SlotBatch:
         )  # (slots, G, C, D) each
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))  # (T, H, D)
         factor = query.shape[2] ** -0.5 if scale is None else scale
-        keys[self._slots, :, self._own] = key.transpose(0, 1).to(keys.dtype)  # (T, G, D)
-        values[self._slots, :, self._own] = value.transpose(0, 1).to(keys.dtype)  # (T, G, D)
+        self.cache.put(layer, self._slots, self._own, key, value)
         shared = self.cache.shared.get(layer)
         for block in self._blocks:
             q = query[:, block.tokens].transpose(0, 1)  # (H, M, D) → (M, H, D)

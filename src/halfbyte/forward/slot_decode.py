@@ -135,12 +135,12 @@ class DecodeBatch:
     ) -> torch.Tensor:
         """Do what ``SlotBatch.attend`` does."""
         self.attended_layers.add(layer)
-        keys, values = self.cache.layers[layer]  # (slots, G, C, D) each
-        keys[self.slots, :, self.places] = key.transpose(0, 1).to(keys.dtype)  # (M, G, D)
-        values[self.slots, :, self.places] = value.transpose(0, 1).to(keys.dtype)
+        self.cache.put(layer, self.slots, self.places, key, value)
         factor = query.shape[2] ** -0.5 if scale is None else scale
         shared = self.cache.shared.get(layer)
-        return self.block.attend(query.transpose(0, 1), (keys, values), shared, window, factor)
+        return self.block.attend(
+            query.transpose(0, 1), self.cache.layers[layer], shared, window, factor
+        )
 
 
 def blocks_of(

@@ -45,24 +45,29 @@ class SlotPaths:
     Attributes:
         tree: where the N queries and K keys of each input begin.
         slots: (K,), of each key its slot.
-        places: (K,), its place there; those of shared tokens count down from -1.
+        places: (K,), its place there; 0 for shared tokens.
+        positions: (K,), its place among the shared tokens; any for others.
+        is_shared: (K, 1, 1), whether it is one of them.
     """
 
     tree: VarlenTree
     slots: torch.Tensor
     places: torch.Tensor
+    positions: torch.Tensor
+    is_shared: torch.Tensor
 
     @classmethod
     def of(cls, inputs: list[SlotInput], num_shared: int, device: torch.device) -> SlotPaths:
         """Lay out inputs of several tokens, in this order."""
         lengths = [[len(one.ids) for one in inputs], [one.end for one in inputs]]
         starts = [list(itertools.accumulate(each, initial=0)) for each in lengths]
-        # Shared tokens stand behind those of the slots, so that negative places count them from the end.
-        places = [at - num_shared for one in inputs for at in range(one.end)]
-        slots = [one.slot for one in inputs for _ in range(one.end)]
+        numbers = [[one.slot, at] for one in inputs for at in range(one.end)]
+        slots, positions = torch.tensor(numbers, device=device).T
         begins = [torch.tensor(each, dtype=torch.int32, device=device) for each in starts]
         tree = VarlenTree(begins[0], begins[1], (max(lengths[0]), max(lengths[1])), None)
-        return cls(tree, *(torch.tensor(each, device=device) for each in (slots, places)))
+        is_shared = (positions < num_shared)[:, None, None]
+        places = (positions - num_shared).clamp(min=0)
+        return cls(tree, slots, places, positions.clamp(max=num_shared - 1), is_shared)
 
     def attend(
         self,
@@ -85,9 +90,9 @@ class SlotPaths:
         """
         pair = []
         for number, held in enumerate((keys, values)):
-            own = held[self.slots, :, self.places.clamp(min=0)]  # (K, G, D)
+            own = held[self.slots, :, self.places]  # (K, G, D)
             if shared is not None:
-                first = shared[number].transpose(0, 1)[self.places.clamp(max=-1)]  # (K, G, D)
-                own = torch.where((self.places < 0)[:, None, None], first, own)
+                first = shared[number].transpose(0, 1)[self.positions]  # (K, G, D)
+                own = torch.where(self.is_shared, first, own)
             pair.append(own)
         return self.tree.attend_rows(query, pair[0], pair[1], window, scale)

@@ -49,7 +49,7 @@ class DecodeRecorder:
         self.num_replayed = 0
         self._seen: dict[Kind, int] = {}
         self._records: dict[Kind, RecordedStep] = {}
-        self._storage: Any = None
+        self._version = cache.version
 
     def logits(self, inputs: Sequence[SlotInput]) -> torch.Tensor | None:
         """Return logits (M, V), valid until the next pass; None where the pass is of a kind not recorded."""
@@ -57,9 +57,8 @@ class DecodeRecorder:
         longest = max(one.end for one in inputs) - self.cache.num_shared
         if self.refusal or not decodes or longest > self.cache.capacity:
             return None
-        storage = [one.data_ptr() for pair in self.cache.layers.values() for one in pair]
-        if storage != self._storage:  # it has grown, or was freed
-            self._storage = storage
+        if self.cache.version != self._version:  # records hold addresses and shapes of its storage
+            self._version = self.cache.version
             self._records.clear()
         padded = _padded(inputs)
         kind = _kind(padded, self.cache.num_slots)

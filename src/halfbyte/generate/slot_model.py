@@ -215,7 +215,7 @@ class SlotModel:
 
     def forget(self) -> None:
         """As ``Backend.forget``."""
-        self._cache.layers.clear()
+        self._cache.clear()
 
 
 def token_bytes(text_config: Any, dtype: torch.dtype) -> int:

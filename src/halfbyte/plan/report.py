@@ -93,8 +93,11 @@ def make_plan(
     )
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain values; every size is in bytes."""
+def as_json(plan: Plan, *, longest: bool = True) -> dict[str, Any]:
+    """Return the plan as plain values; every size is in bytes.
+
+    ``longest``: with the longest row by card, for which more steps are traced.
+    """
     train, device = plan.train, plan.device
     return {
         "target": plan.target,
@@ -117,7 +120,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "settings": _settings(plan),
         },
         "infer": _infer(plan.planner, plan.planner.stored.true_bytes),
-        "longest_rows": longest_rows(plan.run, plan.planner.config),
+        "longest_rows": longest_rows(plan.run, plan.planner.config) if longest else {},
         "device": {
             "name": device.name,
             "title": device.title,

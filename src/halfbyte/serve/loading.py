@@ -15,12 +15,11 @@ from halfbyte.config.section import ComputeDtype, Precision
 from halfbyte.data.conversation import Message, Row
 from halfbyte.data.render import Renderer
 from halfbyte.errors import DataError, ModelError, UserError
-from halfbyte.forward.fused_layers import fuse_layers
+from halfbyte.forward.fuse import fuse_frozen
 from halfbyte.forward.multi_lora import mix_adapters
 from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.slot_model import Backend, SlotModel, token_bytes
 from halfbyte.host import free_bytes
-from halfbyte.kernels.operators import uses_operators
 from halfbyte.llamacpp.gguf_file import read_gguf
 from halfbyte.llamacpp.model import GgufModel
 from halfbyte.llamacpp.slot_model import LlamaSlotModel, check_prompts
@@ -256,8 +255,7 @@ def _slot_model(
     device = loaded.compute.device
     promised = _promised_bytes(others, device)
     mix_adapters(model)
-    if uses_operators(device):
-        fuse_layers(model.requires_grad_(False))
+    fuse_frozen(model, device)
     mode = ComputeMode(loaded.compute.dtype, True)
     if device.type == "cpu":
         mode = _mode(loaded, options, free_bytes(device) - promised, say)
