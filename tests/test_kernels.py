@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from benchmarks import kernels
@@ -16,9 +17,9 @@ from halfbyte.kernels import gates, norms, products, rotary, softmax, unpack, va
 from halfbyte.kernels.capability import capability_of, planned_for
 from halfbyte.kernels.library import OPERATORS
 from halfbyte.kernels.operators import (
+    launched,
     mm_fp32,
     operator,
-    runs_operator,
     use_kernels,
     uses_operators,
 )
@@ -190,11 +191,13 @@ def test_operators_are_called_as_on_a_card_alone(monkeypatch: pytest.MonkeyPatch
     assert operator("glu", CPU) is gates.glu
     monkeypatch.setenv("HALFBYTE_CAPABILITY", "7.5")
     assert capability_of(CPU) == (7, 5)
-    assert operator("glu", CPU) is torch.ops.halfbyte.glu
+    assert launched("glu", CPU) is gates.glu
+    with FakeTensorMode():  # a mode sees our operators, each as one
+        assert launched("glu", CPU) is torch.ops.halfbyte.glu.default
     try:
         use_kernels(False)
-        assert operator("glu", CPU) is gates.glu
-        assert runs_operator("varlen", CPU)  # one operator of PyTorch
+        assert launched("glu", CPU) is None
+        assert launched("varlen", CPU) is not None  # one operator of PyTorch
     finally:
         use_kernels(True)
     monkeypatch.setenv("HALFBYTE_CAPABILITY", "7.0")
@@ -202,6 +205,7 @@ def test_operators_are_called_as_on_a_card_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("HALFBYTE_CAPABILITY")
     with planned_for((8, 0)):
         assert uses_operators(CPU)
+        assert launched("glu", CPU) is torch.ops.halfbyte.glu.default
 
 
 @pytest.mark.parametrize("text", ["8", "8.x", "sm80", "8.0.1", "-8.0"])

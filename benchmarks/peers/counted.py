@@ -54,6 +54,8 @@ FREE = {
 # What makes the host wait for the device.
 SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique"}
 MAKERS = ("tensor", "as_tensor", "from_numpy")
+# Matrix products, of which CUDA's are launches: on a CPU each takes longer than the host takes to call it.
+PRODUCTS = ("mm", "mm.out", "addmm", "addmm_", "addmm.out", "bmm", "bmm.out", "baddbmm", "baddbmm_")
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -93,6 +95,7 @@ class StepCount(TrainerCallback):
         self.makers = {name: getattr(torch, name) for name in MAKERS}
         self.ends: list[float] = []
         self.twins_s = 0.0
+        self.products: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Begin or end the count."""
@@ -137,13 +140,16 @@ class StepCount(TrainerCallback):
             _wrap(one, "twin", self._twin)
 
     def stand_in(self) -> None:
-        """Let twins give zeros from now on, so that what they take does not hide what the host takes."""
+        """Let twins and products give zeros from now on: what they take would hide what the host takes."""
         for name, one in OPERATORS.items():
             if name != "softmax_block":  # whose zeros would be infinite losses
                 one.twin = functools.partial(self._twin, functools.partial(_zeros, one.shapes))
+        for name in PRODUCTS:
+            product = functools.partial(_no_product, name)
+            self.products.impl(name, functools.partial(self._twin, product), "CPU")
 
     def _twin(self, call: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """The twin stands for a kernel, which takes no time of the host's.
+        """The twin, or a matrix product, stands for a launch, whose own time is not the caller's.
 
         By the clock on the wall: that of the process may take longer to read than a twin takes.
         """
@@ -194,6 +200,16 @@ def _zeros(shapes: Callable[..., Any], *given: Any) -> Any:
         if one is not None:
             one.zero_()
     return result
+
+
+def _no_product(name: str, *given: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Zeros of a product's shape, or the tensor that it would have been written to."""
+    if name.endswith("_"):
+        return given[0]
+    if "out" in options:
+        return options["out"]  # type: ignore[no-any-return]
+    a, b = given[-2:]
+    return a.new_zeros((*a.shape[:-1], b.shape[-1]))
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:

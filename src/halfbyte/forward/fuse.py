@@ -17,7 +17,7 @@ from halfbyte.forward.fused_layers import fuse_layers, is_gated_mlp, is_norm
 from halfbyte.forward.fused_lora import LayerGroup, fuse_lora
 from halfbyte.forward.packed import causal_of
 from halfbyte.kernels.operators import triton_refusal, uses_operators
-from halfbyte.model.adapter import adapted_layers
+from halfbyte.model.adapter import adapted_layers, zero_trained_only
 
 KEPT_LORA = "dropout, DoRA, a bias, or a base that is no linear layer"
 KEPT_LAYERS = "their formula is another one, or is not known here"
@@ -28,12 +28,15 @@ def fuse(
 ) -> None:
     """Replace the layers of PEFT and transformers by the fused ones that ``speed`` allows, in place.
 
+    Its ``zero_grad`` then visits the trained parameters alone.
+
     Args:
         model: with its adapter.
         speed: the optimisations to use.
         dtype: of the matrix products.
         probe: replace layers only where the results are the same; a model without data has none to compare.
     """
+    zero_trained_only(model)
     groups = fuse_lora(model) if speed.fused_lora else []
     if speed.fused_layers:
         fuse_layers(model, probe=probe)

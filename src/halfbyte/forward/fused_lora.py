@@ -112,15 +112,14 @@ class FusedLora(torch.autograd.Function):
         lora_a, lora_b = group.matrices(x.dtype)  # (R, in), (out, r) each
         xa = x_rows @ lora_a.T  # (T, R)
         outputs = []
-        for layer, xa_part, b in zip(
-            group.layers, torch.split(xa, group.ranks, dim=1), lora_b, strict=True
+        for base, bias, xa_part, b in zip(
+            group.bases, group.biases, group.columns(xa), lora_b, strict=True
         ):
-            base = layer.get_base_layer()
             weight = plain_weight(base, x.dtype)  # (out, in)
-            if base.bias is None:
+            if bias is None:
                 y = x_rows @ weight.T  # (T, out)
             else:
-                y = torch.addmm(base.bias.to(x.dtype), x_rows, weight.T)
+                y = torch.addmm(bias.to(x.dtype), x_rows, weight.T)
             del weight
             y.addmm_(xa_part, b.T)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))  # (…, out)
@@ -139,23 +138,19 @@ class FusedLora(torch.autograd.Function):
         dyb = torch.empty_like(xa)  # (T, R)
         dx: torch.Tensor | None = None
         dbs = []
-        for layer, gradient, b, xa_part, dyb_part in zip(
-            group.layers,
-            gradients,
-            lora_b,
-            torch.split(xa, group.ranks, dim=1),
-            torch.split(dyb, group.ranks, dim=1),
-            strict=True,
+        for base, gradient, b, xa_part, dyb_part in zip(
+            group.bases, gradients, lora_b, group.columns(xa), group.columns(dyb), strict=True
         ):
             dy = gradient.reshape(-1, gradient.shape[-1])  # (T, out)
             if needs_dx:
-                weight = plain_weight(layer.get_base_layer(), ctx.dtype)  # (out, in)
+                weight = plain_weight(base, ctx.dtype)  # (out, in)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)  # (T, in)
                 del weight
             torch.mm(dy, b, out=dyb_part)  # (T, r)
             dbs.append(mm_fp32(dy.T, xa_part))  # (out, r)
         x_rows = ctx.recipe.forward(*inputs).to(ctx.dtype).reshape(-1, ctx.shape[-1])  # (T, in)
-        das = torch.split(mm_fp32(dyb.T, x_rows, group.scale), group.ranks)  # (r, in) each
+        da = mm_fp32(dyb.T, x_rows, group.scale)  # (R, in)
+        das = torch.split_with_sizes(da, group.ranks)  # (r, in) each
         del x_rows
         dinputs: tuple[Any, ...] = (None,) * ctx.num_inputs
         if dx is not None:
@@ -197,6 +192,20 @@ class LayerGroup:
         """The rank of each layer."""
         return [a.shape[0] for a in self.parameters[::2]]
 
+    @functools.cached_property
+    def bases(self) -> list[Any]:
+        """The frozen layers."""
+        return [layer.get_base_layer() for layer in self.layers]
+
+    @functools.cached_property
+    def biases(self) -> list[torch.Tensor | None]:
+        """The frozen bias (out,) of each layer."""
+        return [base.bias for base in self.bases]
+
+    def columns(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the part (T, r) of each layer of rows (T, R)."""
+        return torch.split_with_sizes(rows, self.ranks, 1) if len(self.ranks) > 1 else (rows,)
+
     @property
     def scale(self) -> float:
         """The factor s of all layers."""
@@ -228,7 +237,7 @@ class LayerGroup:
         """
         if self.is_int8 and not self.layers[0].training:
             return False
-        return all(not layer.disable_adapters and not layer.merged for layer in self.layers)
+        return not any([layer.disable_adapters or layer.merged for layer in self.layers])  # noqa: C419 (faster)
 
     @functools.cached_property
     def is_int8(self) -> bool:

@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from halfbyte.kernels.capability import capability_of
-from halfbyte.kernels.operators import addmm_fp32_, mm_fp32, operator, runs_operator
+from halfbyte.kernels.operators import addmm_fp32_, launched, mm_fp32, operator
 from halfbyte.model.new_tokens import slots_of, trained_rows
 
 # Larger temporaries are mapped and unmapped on every use by glibc, which costs more than the sums.
@@ -190,7 +190,7 @@ def _tile(
     running[0] = -torch.inf
     a = torch.zeros_like(hidden, dtype=torch.float32) if needs_gradient else None  # (R, E)
     softmax = operator("softmax_block", hidden.device)
-    is_rounded = hidden.dtype != torch.float32 and not runs_operator("mm_fp32", hidden.device)
+    is_rounded = hidden.dtype != torch.float32 and launched("mm_fp32", hidden.device) is None
     for first, w in head.blocks(block):  # w: (K, E)
         z = mm_fp32(hidden, w.T)  # (R, K)
         p = softmax(z, labels, first, running, softcap or 0.0, w.dtype)  # (R, K)

@@ -29,6 +29,11 @@ def capability_of(device: torch.device) -> Capability | None:
     if _planned:
         return _planned[-1]
     forced = os.environ.get(SETTING)
+    return _found(device, forced)
+
+
+@functools.cache
+def _found(device: torch.device, forced: str | None) -> Capability | None:
     if device.type != "cuda":
         return _parsed(forced) if forced else None
     real = torch.cuda.get_device_capability(device)
@@ -42,12 +47,16 @@ def capability_of(device: torch.device) -> Capability | None:
     return _parsed(forced)
 
 
-@functools.cache
 def _parsed(text: str) -> Capability:
     parts = text.split(".")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise ModelError(f"{SETTING} is {text!r}; allowed: a compute capability such as 7.5")
     return int(parts[0]), int(parts[1])
+
+
+def is_planned() -> bool:
+    """Whether passes are planned now, on tensors without data."""
+    return bool(_planned)
 
 
 @contextmanager

@@ -41,11 +41,14 @@ def define(schema: str, operator: Operator) -> None:
     OPERATORS[name] = operator
     _library.define(schema)
     # Looked up at each call, so that a twin can be watched.
-    _library.impl(name, lambda *given: _fresh(OPERATORS[name].twin(*given), given), "CPU")
-    _library.impl(name, lambda *given: OPERATORS[name].launch(*given), "CUDA")
+    if "!" in schema:
+        _library.impl(name, lambda *given: _fresh(operator.twin(*given), given), "CPU")
+    else:
+        _library.impl(name, lambda *given: operator.twin(*given), "CPU")
+    _library.impl(name, operator.launch, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", operator.shapes, lib=_library)
 
 
 def _fresh(result: Any, given: tuple[Any, ...]) -> Any:
-    """Return a result that is none of the arguments, as an operator's must be; a twin may work in place."""
+    """Return a result that is none of the arguments, as an operator's must be: this twin works in place."""
     return result.clone() if any(result is one for one in given) else result

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from halfbyte.kernels import gates, norms, products, rotary, softmax, unpack, varlen
-from halfbyte.kernels.capability import TURING, capability_of
+from halfbyte.kernels.capability import TURING, capability_of, is_planned
 from halfbyte.kernels.library import OPERATORS, Operator, define
 
 # Each is one operator of PyTorch on CUDA.
@@ -28,27 +28,48 @@ def uses_operators(device: torch.device) -> bool:
     return capability is not None and capability >= TURING
 
 
-def runs_operator(name: str, device: torch.device) -> bool:
-    """Whether passes on a device call our operator of that name."""
-    if not uses_operators(device):
-        return False
-    return name in WITHOUT_TRITON or (
-        _kernels_are_on and (device.type != "cuda" or not triton_refusal())
-    )
+def launched(name: str, device: torch.device) -> Callable[..., Any] | None:
+    """Return our operator of that name if passes on a device call it.
+
+    PyTorch's dispatcher takes as long as a launch, so it is left out where nothing watches what it dispatches.
+    """
+    capability = capability_of(device)
+    if capability is None or capability < TURING:
+        return None
+    if name not in WITHOUT_TRITON and (
+        not _kernels_are_on or (device.type == "cuda" and triton_refusal())
+    ):
+        return None
+    if is_planned() or _is_in_any_mode():
+        return _dispatched(name)
+    one = OPERATORS[name]
+    return one.launch if device.type == "cuda" else one.twin
+
+
+def _is_in_any_mode() -> bool:
+    """Whether a mode of PyTorch sees the operators that are called now."""
+    # Private, tried with torch 2.13: there is no public way to tell. Without it plans would not see our operators
+    # as one each, and their tests would fail.
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+@functools.cache
+def _dispatched(name: str) -> Callable[..., Any]:
+    call: Callable[..., Any] = getattr(torch.ops.halfbyte, name).default
+    return call
 
 
 def operator(name: str, device: torch.device) -> Callable[..., Any]:
     """Return our operator of that name; its formula where passes on a device do not call it."""
-    if runs_operator(name, device):
-        call: Callable[..., Any] = getattr(torch.ops.halfbyte, name)
-        return call
-    return OPERATORS[name].twin
+    return launched(name, device) or OPERATORS[name].twin
 
 
 def mm_fp32(a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
     """Return alpha·a·b (N, K) in fp32, of a (N, M) and b (M, K); on a CPU rounded to their dtype before."""
-    if runs_operator("mm_fp32", a.device):
-        product: torch.Tensor = torch.ops.halfbyte.mm_fp32(a, b, alpha)
+    call = launched("mm_fp32", a.device)
+    product: torch.Tensor
+    if call is not None:
+        product = call(a, b, alpha)
         return product
     product = (a @ b).float()
     return product if alpha == 1 else product.mul_(alpha)
@@ -56,8 +77,9 @@ def mm_fp32(a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> torch.Tenso
 
 def addmm_fp32_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Add a·b (N, K) to a total in fp32, in place; on a CPU rounded to their dtype before."""
-    if runs_operator("addmm_fp32_", a.device):
-        torch.ops.halfbyte.addmm_fp32_(total, a, b)
+    call = launched("addmm_fp32_", a.device)
+    if call is not None:
+        call(total, a, b)
     elif a.dtype == torch.float32:
         total.addmm_(a, b)
     else:
@@ -86,14 +108,15 @@ def triton_refusal() -> str:
 def _launch(name: str) -> Callable[..., Any]:
     """Return the function of that name in the modules of Triton's kernels, imported when it is called."""
 
-    def launch(*given: Any) -> Any:
+    @functools.cache
+    def kernel() -> Callable[..., Any]:
         from halfbyte.kernels import triton_blocks, triton_layers
 
-        return getattr(triton_layers if hasattr(triton_layers, name) else triton_blocks, name)(
-            *given
+        return getattr(  # type: ignore[no-any-return]
+            triton_layers if hasattr(triton_layers, name) else triton_blocks, name
         )
 
-    return launch
+    return lambda *given: kernel()(*given)
 
 
 def norm_rope(

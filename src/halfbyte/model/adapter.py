@@ -138,6 +138,20 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def zero_trained_only(model: nn.Module) -> None:
+    """Let ``model.zero_grad`` visit the trained parameters alone: it walks all modules for them otherwise."""
+    trained = list(trainable_parameters(model).values())
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    setattr(model, "zero_grad", zero_grad)  # noqa: B010 (a method, on purpose)
+
+
 @contextmanager
 def adapters_kept(model: nn.Module) -> Iterator[None]:
     """Restore the memory, dtype and value of every trainable parameter on exit.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.config.section import Precision
-from halfbyte.kernels.operators import operator, runs_operator
+from halfbyte.kernels.operators import launched
 from halfbyte.kernels.unpack import NESTED_BLOCK
 
 BLOCK = 64  # weights that share one maximum (QLoRA §3)
@@ -138,7 +138,7 @@ def replace_tensors(module: Any, replace: Any) -> None:
 
 
 def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight (out, in) of a linear layer, unpacked to ``dtype`` if it is packed."""
+    """Return the weight (out, in) of a linear layer, unpacked to ``dtype`` if it is packed; in one launch on CUDA."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
@@ -147,8 +147,14 @@ def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
             return codes.to(dtype).mul_((scales / INT8_CODES)[:, None])
         stored: torch.Tensor = weight.detach().to(dtype)
         return stored
-    if runs_operator("unpack_4bit", weight.device):
-        return _unpacked(weight.data, state, dtype)
+    call = launched("unpack_4bit", state.absmax.device)
+    if call is not None:
+        nested = state.state2
+        parts = (None, None, None) if nested is None else (nested.code, nested.absmax, state.offset)
+        plain: torch.Tensor = call(
+            weight.data, state.absmax, state.code, *parts, state.blocksize, state.shape, dtype
+        )
+        return plain
     from bitsandbytes.functional import dequantize_4bit
 
     # The state's dtype is the compute dtype, which may differ from the one requested.
@@ -156,16 +162,6 @@ def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     state_copy.dtype = dtype
     unpacked: torch.Tensor = dequantize_4bit(weight.data, state_copy)
     return unpacked.reshape(state.shape)
-
-
-def _unpacked(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight (out, in) that codes and a bitsandbytes state stand for, in one launch."""
-    nested = state.state2
-    parts = (None, None, None) if nested is None else (nested.code, nested.absmax, state.offset)
-    unpacked: torch.Tensor = operator("unpack_4bit", codes.device)(
-        codes, state.absmax, state.code, *parts, state.blocksize, list(state.shape), dtype
-    )
-    return unpacked
 
 
 def dequantised_weight(layer: nn.Module) -> torch.Tensor:
