@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from benchmarks import kernels
+from halfbyte.config.schema import Speed
 from halfbyte.errors import ModelError
-from halfbyte.kernels import gates, norms, products, rotary, softmax, unpack, varlen
+from halfbyte.forward import fuse
+from halfbyte.kernels import gates, norms, operators, products, rotary, softmax, unpack, varlen
 from halfbyte.kernels.capability import capability_of, planned_for
 from halfbyte.kernels.library import OPERATORS
 from halfbyte.kernels.operators import (
     launched,
     mm_fp32,
     operator,
+    triton_refusal,
     use_kernels,
     uses_operators,
 )
@@ -206,6 +210,28 @@ def test_operators_are_called_as_on_a_card_alone(monkeypatch: pytest.MonkeyPatch
     with planned_for((8, 0)):
         assert uses_operators(CPU)
         assert launched("glu", CPU) is torch.ops.halfbyte.glu.default
+
+
+def test_why_triton_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as where there is no C compiler (ml-cross-entropy issue 5, unsloth issue 1772)."""
+    cuda, ones = torch.device("cuda"), torch.ones
+    refusal = "Failed to find C compiler. Please specify via CC environment variable."
+
+    def no_compiler(*_: Any) -> None:
+        raise RuntimeError(refusal)
+
+    monkeypatch.setattr(torch, "ones", lambda shape, device: ones(shape))
+    monkeypatch.setattr(operators, "_launch", lambda name: no_compiler)
+    monkeypatch.setattr(operators, "triton_refusal", triton_refusal.__wrapped__)
+    monkeypatch.setattr(fuse, "triton_refusal", triton_refusal.__wrapped__)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with planned_for((7, 5)):
+        assert launched("glu", cuda) is None
+        assert launched("varlen", cuda) is not None
+        lines = fuse.plain_lines(torch.nn.Linear(1, 1), Speed(), cuda)
+    assert lines == [
+        f"PyTorch's operators compute in place of Triton's kernels: RuntimeError: {refusal}"
+    ]
 
 
 @pytest.mark.parametrize("text", ["8", "8.x", "sm80", "8.0.1", "-8.0"])
