@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte.config.schema import Adapter
+from halfbyte.config.schema import Adapter, Speed
+from halfbyte.forward.fuse import fuse_frozen, plain_lines
 from halfbyte.forward.multi_lora import mix_adapters
 from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.decode_recorder import MAX_RECORDS, SEEN_BEFORE, DecodeRecorder
@@ -36,6 +37,7 @@ def slot_model(
             nn.init.normal_(parameter, std=0.1)
     base: Any = model.get_base_model()
     mix_adapters(base)
+    fuse_frozen(base, CPU.device)
     return SlotModel(
         base,
         num_slots=num_slots,
@@ -149,3 +151,13 @@ def test_steps_of_int8_models_are_not_recorded_and_it_is_said(
     all_logits(model, dict.fromkeys(STARTS), shared=False)
     assert model._recorder is not None
     assert model._recorder.num_replayed == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "nf4"])
+def test_layers_of_a_model_that_answers_are_fused_in_every_precision(
+    precision: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_CAPABILITY", "9.0")
+    model: Any = load_model(resolve_base(str(tiny_llama)), precision, compute=CPU).model
+    fuse_frozen(model, CPU.device)
+    assert plain_lines(model, Speed(varlen_attention=False), CPU.device) == []

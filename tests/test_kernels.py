@@ -214,7 +214,7 @@ def test_operators_are_called_as_on_a_card_alone(monkeypatch: pytest.MonkeyPatch
 
 def test_why_triton_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as where there is no C compiler (ml-cross-entropy issue 5, unsloth issue 1772)."""
-    cuda, ones = torch.device("cuda"), torch.ones
+    cuda, ones, find_spec = torch.device("cuda"), torch.ones, importlib.util.find_spec
     refusal = "Failed to find C compiler. Please specify via CC environment variable."
 
     def no_compiler(*_: Any) -> None:
@@ -224,7 +224,9 @@ def test_why_triton_cannot_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(operators, "_launch", lambda name: no_compiler)
     monkeypatch.setattr(operators, "triton_refusal", triton_refusal.__wrapped__)
     monkeypatch.setattr(fuse, "triton_refusal", triton_refusal.__wrapped__)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "triton" or find_spec(name)
+    )
     with planned_for((7, 5)):
         assert launched("glu", cuda) is None
         assert launched("varlen", cuda) is not None

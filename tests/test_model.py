@@ -12,6 +12,7 @@ import torch
 
 from halfbyte.errors import ModelError
 from halfbyte.generate.batched import generate
+from halfbyte.kernels import capability as capability_module
 from halfbyte.model import precision as precision_module
 from halfbyte.model.footprint import (
     constants_bytes,
@@ -33,6 +34,8 @@ class FakeCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        # Remembered for the process otherwise.
+        monkeypatch.setattr(capability_module, "_found", capability_module._found.__wrapped__)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
         # A T4 returns True, because emulation counts. Nothing may rely on it.
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)

@@ -17,6 +17,7 @@ from halfbyte.kernels.operators import operator
 
 PROBE_ROWS = 4
 TOLERANCE = 1e-5
+ROUNDINGS = 8  # in 16 bits, by which two orders of the same sums may differ
 # Classes of transformers 5.23 and torch 2.13, by name: transformers has no attribute that says which
 # function an activation is. Can go when it has one. A class that is missing here keeps its own MLP.
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
@@ -167,6 +168,11 @@ def _mlp_forward(mlp: Any, glu: GLU, x: torch.Tensor) -> torch.Tensor:
 def _is_gated(mlps: dict[Any, GLU], kind: type[Any]) -> bool:
     """Whether MLPs of a class compute what ``_mlp_forward`` computes."""
     mlp, glu = next((mlp, glu) for mlp, glu in mlps.items() if type(mlp) is kind)
-    device = next(mlp.parameters()).device
-    x = torch.randn(PROBE_ROWS, mlp.gate_proj.in_features, device=device)  # (P, E)
-    return torch.allclose(_mlp_forward(mlp, glu, x), mlp(x), rtol=TOLERANCE, atol=TOLERANCE)
+    weight = next(mlp.parameters())
+    # Packed layers, and those with LoRA, take inputs in fp32; plain ones in 16 bits do not, and round.
+    takes_fp32 = not weight.is_floating_point() or hasattr(mlp.gate_proj, "lora_A")
+    dtype = torch.float32 if takes_fp32 else weight.dtype
+    tolerance = TOLERANCE if dtype == torch.float32 else ROUNDINGS * torch.finfo(dtype).eps
+    size = mlp.gate_proj.in_features
+    x = torch.randn(PROBE_ROWS, size, device=weight.device, dtype=dtype)  # (P, E)
+    return torch.allclose(_mlp_forward(mlp, glu, x), mlp(x), rtol=tolerance, atol=tolerance)

@@ -30,7 +30,8 @@ class MixedLinear(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base = base
+        self.base: Any = base
+        self.in_features, self.out_features = self.base.in_features, self.base.out_features
         self.lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.ranges: list[tuple[str, slice]] = []
 
