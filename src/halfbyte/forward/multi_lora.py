@@ -28,10 +28,10 @@ class MixedLinear(nn.Module):
             each pass, since the model's own code, which calls the layer, hands on nothing but x.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self.base: Any = base
-        self.in_features, self.out_features = self.base.in_features, self.base.out_features
+        self.in_features: int = base.in_features
         self.lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.ranges: list[tuple[str, slice]] = []
 

@@ -33,8 +33,7 @@ def launched(name: str, device: torch.device) -> Callable[..., Any] | None:
 
     PyTorch's dispatcher takes as long as a launch, so it is left out where nothing watches what it dispatches.
     """
-    capability = capability_of(device)
-    if capability is None or capability < TURING:
+    if not uses_operators(device):
         return None
     if name not in WITHOUT_TRITON and (
         not _kernels_are_on or (device.type == "cuda" and triton_refusal())
