@@ -17,6 +17,7 @@ from halfbyte.data.encoded import IGNORED
 from halfbyte.data.prefix_tree import Layout, Tokens, lay_out
 from halfbyte.forward.fuse import KEPT_LAYERS, KEPT_LORA, fuse, plain_lines
 from halfbyte.forward.fused_layers import fuse_layers
+from halfbyte.forward.fused_lora import fuse_lora
 from halfbyte.forward.packed import add_token_loss, has_tree_attention, pad_right
 from halfbyte.forward.scoring import row_losses
 from halfbyte.generate.continuous import slots_refusal
@@ -385,3 +386,42 @@ def test_row_losses_do_not_depend_on_batching(tiny_llama: Path) -> None:
             torch.tensor([loss for loss, _ in other]), torch.tensor([loss for loss, _ in alone])
         )
     assert model.training
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj"], ["q_proj", "down_proj"]], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_mlps_are_replaced_whatever_their_layers_take(
+    tiny_llama: Path, tmp_path: Path, dtype: torch.dtype, dropout: float, targets: Any
+) -> None:
+    """A base in 16 bits takes only its own dtype, unless a fused LoRA layer converts what it gets."""
+    loaded = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU)
+    loaded.model.to(dtype)
+    model = attach_adapter(loaded, Adapter(r=4, dropout=dropout, targets=targets), 0, tmp_path)
+    fuse_lora(model)
+    assert fuse_layers(model)[1] == 2
+
+
+class Clipped(nn.Module):
+    """A linear layer within another module, as the picture towers of Gemma 4 have them."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.linear = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the clipped outputs (…, out) of x (…, in)."""
+        y: torch.Tensor = self.linear(x).clamp(-1, 1)
+        return y
+
+
+def test_gated_mlps_of_other_than_linear_layers_keep_their_forward(tiny_llama: Path) -> None:
+    model = load_model(resolve_base(str(tiny_llama)), "fp32", compute=CPU).model
+    model.requires_grad_(False)
+    mlp: Any = model.model.layers[0].mlp
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        setattr(mlp, name, Clipped(getattr(mlp, name)))
+    x = torch.randn(3, 64)
+    wanted = mlp(x)
+    assert fuse_layers(model) == (5, 1)
+    assert torch.equal(mlp(x), wanted)

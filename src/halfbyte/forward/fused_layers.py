@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.forward.fused_lora import apply_recipe
+from halfbyte.forward.fused_lora import apply_recipe, bound_group
 from halfbyte.kernels.operators import operator
 
 PROBE_ROWS = 4
@@ -110,8 +110,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether a module is a gated MLP, by its parts."""
-    return all(hasattr(module, name) for name in MLP_PARTS)
+    """Whether a module is a gated MLP of linear layers, by its parts."""
+    parts = [getattr(module, name, None) for name in MLP_PARTS]
+    return None not in parts and all(hasattr(layer, "in_features") for layer in parts[:3])
 
 
 def recipe_of(norm: Any) -> RMSNorm | None:
@@ -168,11 +169,21 @@ def _mlp_forward(mlp: Any, glu: GLU, x: torch.Tensor) -> torch.Tensor:
 def _is_gated(mlps: dict[Any, GLU], kind: type[Any]) -> bool:
     """Whether MLPs of a class compute what ``_mlp_forward`` computes."""
     mlp, glu = next((mlp, glu) for mlp, glu in mlps.items() if type(mlp) is kind)
-    weight = next(mlp.parameters())
-    # Packed layers, and those with LoRA, take inputs in fp32; plain ones in 16 bits do not, and round.
-    takes_fp32 = not weight.is_floating_point() or hasattr(mlp.gate_proj, "lora_A")
-    dtype = torch.float32 if takes_fp32 else weight.dtype
-    tolerance = TOLERANCE if dtype == torch.float32 else ROUNDINGS * torch.finfo(dtype).eps
-    size = mlp.gate_proj.in_features
-    x = torch.randn(PROBE_ROWS, size, device=weight.device, dtype=dtype)  # (P, E)
-    return torch.allclose(_mlp_forward(mlp, glu, x), mlp(x), rtol=tolerance, atol=tolerance)
+    projections = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    device, size = next(mlp.parameters()).device, projections[0].in_features
+    narrow = next((dtype for p in projections if (dtype := _narrow_dtype(p))), None)
+    x = torch.randn(PROBE_ROWS, size, device=device)  # (P, E)
+    with torch.autocast(device.type, narrow, enabled=narrow is not None):
+        y, expected = _mlp_forward(mlp, glu, x), mlp(x)  # (P, E)
+    tolerance = ROUNDINGS * torch.finfo(narrow).eps if narrow else TOLERANCE
+    return torch.allclose(y, expected, rtol=tolerance, atol=tolerance)
+
+
+def _narrow_dtype(layer: Any) -> torch.dtype | None:
+    """Return the 16-bit dtype that a layer's inputs must have, or None if they may be in fp32, which rounds less.
+
+    Packed layers and those of a ``LayerGroup`` convert what they get or their weight; others multiply as they are.
+    """
+    dtype = next(layer.parameters()).dtype  # of the frozen weight
+    converts = not dtype.is_floating_point or bound_group(layer) is not None
+    return None if converts or dtype == torch.float32 else dtype

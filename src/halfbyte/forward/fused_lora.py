@@ -284,13 +284,14 @@ def _fuse(layers: list[Any]) -> LayerGroup:
 
 def group_of(layers: list[Any]) -> LayerGroup | None:
     """Return the group of exactly these layers, or None if they are not computed together."""
-    groups = {id(group): group for layer in layers if (group := _bound_group(layer)) is not None}
+    groups = {id(group): group for layer in layers if (group := bound_group(layer)) is not None}
     group = next(iter(groups.values()), None)
     is_whole = len(groups) == 1 and group is not None and len(group.layers) == len(layers)
     return group if is_whole else None
 
 
-def _bound_group(layer: Any) -> LayerGroup | None:
+def bound_group(layer: Any) -> LayerGroup | None:
+    """Return the group that a layer is computed by, or None if it is not."""
     function = getattr(layer.forward, "func", None)
     group = getattr(function, "__self__", None)
     return group if isinstance(group, LayerGroup) else None
