@@ -69,9 +69,13 @@ def all_logits(model: SlotModel, adapters: dict[int, str | None], *, shared: boo
 
 @pytest.mark.parametrize("adapters", [(None,) * 3, (NAME,) * 3, (NAME, None, NAME)], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared beginning"])
-@pytest.mark.parametrize("model_name", ["tiny_llama", "tiny_gemma_vision"])
+@pytest.mark.parametrize(
+    ("model_name", "precision"),
+    [("tiny_llama", "nf4"), ("tiny_gemma_vision", "nf4"), ("tiny_llama", "int8")],
+)
 def test_recorded_steps_are_the_plain_ones(
     model_name: str,
+    precision: str,
     shared: bool,
     adapters: tuple[str | None, ...],
     request: pytest.FixtureRequest,
@@ -80,9 +84,10 @@ def test_recorded_steps_are_the_plain_ones(
 ) -> None:
     folder = request.getfixturevalue(model_name)
     by_slot = dict(zip(STARTS, adapters, strict=True))
-    wanted = all_logits(slot_model(folder, tmp_path, graphs=True), by_slot, shared=shared)
+    plain = slot_model(folder, tmp_path, graphs=True, precision=precision)
+    wanted = all_logits(plain, by_slot, shared=shared)
     monkeypatch.setenv("HALFBYTE_CAPABILITY", "9.0")
-    model = slot_model(folder, tmp_path, graphs=True)
+    model = slot_model(folder, tmp_path, graphs=True, precision=precision)
     torch.testing.assert_close(
         all_logits(model, by_slot, shared=shared), wanted, rtol=1e-4, atol=1e-4
     )
@@ -136,21 +141,6 @@ def test_a_step_that_cannot_be_recorded_is_computed_plainly_and_said(
     logits = all_logits(model, by_slot, shared=False)
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     assert "not recorded: RuntimeError: operation not permitted" in capsys.readouterr().err
-
-
-def test_steps_of_int8_models_are_not_recorded_and_it_is_said(
-    tiny_llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Outliers are found by their values, for which the host waits; a graph cannot."""
-    monkeypatch.setenv("HALFBYTE_CAPABILITY", "9.0")
-    model = slot_model(tiny_llama, tmp_path, graphs=True, precision="int8")
-    assert "not recorded: layers in int8" in capsys.readouterr().err
-    all_logits(model, dict.fromkeys(STARTS), shared=False)
-    assert model._recorder is not None
-    assert model._recorder.num_replayed == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "nf4"])

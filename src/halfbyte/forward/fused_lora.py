@@ -27,7 +27,7 @@ from torch import nn
 from halfbyte.forward.flat_lora import FlatLora
 from halfbyte.kernels.operators import mm_fp32
 from halfbyte.model.adapter import adapted_layers
-from halfbyte.model.quantised import int8_codes, plain_weight
+from halfbyte.model.quantised import is_packed_layer, plain_weight
 
 # Layers of one parent that read the same input, as transformers names them.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -231,18 +231,8 @@ class LayerGroup:
         return output
 
     def adds_lora(self) -> bool:
-        """Whether the layers add their adapter now: it is neither switched off nor merged into the base.
-
-        Layers in int8 are computed here in training alone; else bitsandbytes rounds their inputs too (LLM.int8).
-        """
-        if self.is_int8 and not self.layers[0].training:
-            return False
+        """Whether the layers add their adapter now: it is neither switched off nor merged into the base."""
         return not any([layer.disable_adapters or layer.merged for layer in self.layers])  # noqa: C419 (faster)
-
-    @functools.cached_property
-    def is_int8(self) -> bool:
-        """Whether the frozen weights are packed to 8 bits."""
-        return any(int8_codes(layer.get_base_layer())[0] is not None for layer in self.layers)
 
     def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the outputs (…, out) of all layers for x (…, in)."""
@@ -304,12 +294,8 @@ def bound_group(layer: Any) -> LayerGroup | None:
 def _is_fusable(layer: Any) -> bool:
     """Whether a LoRA layer computes the formula of this module: one plain LoRA on a plain or packed base."""
     base = layer.get_base_layer()
-    is_packed = (
-        hasattr(getattr(base, "weight", None), "quant_state") or int8_codes(base)[0] is not None
-    )
-    is_linear = type(base) is nn.Linear or is_packed
     return (
-        is_linear
+        (type(base) is nn.Linear or is_packed_layer(base))
         and list(layer.lora_A) == [ADAPTER]
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
         and not layer.lora_variant

@@ -34,18 +34,15 @@ class DecodeRecorder:
         call: computes logits (M, V) of a pass, from ids (M,), positions (M,), indices of logits (M,) and the batch.
         cache: keys and values of all slots.
         device: where they lie.
-        refusal: why passes are not recorded at all, or "".
 
     Attributes:
         refusal: why passes are not recorded any more, or "".
         num_replayed: passes that a record has computed.
     """
 
-    def __init__(self, call: Call, cache: KVCache, device: torch.device, refusal: str = "") -> None:
+    def __init__(self, call: Call, cache: KVCache, device: torch.device) -> None:
         self.call, self.cache, self.device = call, cache, device
         self.refusal = ""
-        if refusal:
-            self._refuse(refusal)
         self.num_replayed = 0
         self._seen: dict[Kind, int] = {}
         self._records: dict[Kind, RecordedStep] = {}

@@ -21,13 +21,9 @@ from halfbyte.forward.slot_decode import DecodeBatch
 from halfbyte.forward.slot_paths import SlotInput
 from halfbyte.generate.decode_recorder import DecodeRecorder
 from halfbyte.kernels.operators import uses_operators
-from halfbyte.model.quantised import has_int8_layers
 
 # Kinds of layers whose only state is keys and values.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-INT8_REFUSAL = "layers in int8 look for outliers in each step (LLM.int8, arXiv 2208.07339 §3.2)"
 
 
 class Backend(Protocol):
@@ -114,8 +110,7 @@ class SlotModel:
         self._cache = KVCache(num_slots, dtype, self.device, growth)
         self._recorder = None
         if graphs and uses_operators(self.device):
-            refusal = INT8_REFUSAL if has_int8_layers(model) else ""
-            self._recorder = DecodeRecorder(self._call, self._cache, self.device, refusal)
+            self._recorder = DecodeRecorder(self._call, self._cache, self.device)
         model.set_attn_implementation(NAME)
         model.eval()
 

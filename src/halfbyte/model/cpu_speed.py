@@ -1,4 +1,4 @@
-"""Owns how a CPU computes, by measurement: in which dtype, and whether 4-bit weights are unpacked first."""
+"""Owns how a CPU computes, by measurement: in which dtype, and whether packed weights are unpacked first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from torch.nn import functional
 
 from halfbyte.host import free_bytes
 from halfbyte.model.precision import NAMES
-from halfbyte.model.quantised import compute_in, plain_weight, unpack_layers
+from halfbyte.model.quantised import (
+    compute_in,
+    is_packed_layer,
+    multiply_in,
+    plain_weight,
+    unpack_layers,
+)
 
 REPEATS = 3
 UNPACKED_FRAC = 0.5  # share of the free memory that unpacked weights may take
@@ -22,7 +28,7 @@ UNPACKED_FRAC = 0.5  # share of the free memory that unpacked weights may take
 
 @dataclass(frozen=True)
 class ComputeMode:
-    """Combines the dtype of matrix products with whether weights stay packed in 4 bits."""
+    """Combines the dtype of matrix products with whether weights stay packed in 4 or 8 bits."""
 
     dtype: torch.dtype
     is_packed: bool
@@ -79,27 +85,21 @@ def apply_mode(model: Any, mode: ComputeMode) -> None:
         unpack_layers(model, mode.dtype)
 
 
-def is_packed_layer(layer: Any) -> bool:
-    """Return whether a layer's weight is stored as 4-bit codes."""
-    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
-
-
 def _layer_seconds(layer: Any, mode: ComputeMode, rows: int) -> float:
     x = torch.randn(1, rows, layer.in_features).to(mode.dtype)
     if not mode.is_packed:
         weight = plain_weight(layer, mode.dtype)
         return _best_seconds(lambda: functional.linear(x, weight))
-    state = layer.weight.quant_state
-    before = layer.compute_dtype, state.dtype
-    layer.compute_dtype, state.dtype = mode.dtype, mode.dtype
+    before = layer.compute_dtype
+    multiply_in(layer, mode.dtype)
     try:
         return _best_seconds(lambda: layer(x))
     finally:
-        layer.compute_dtype, state.dtype = before
+        multiply_in(layer, before)
 
 
 def _head_seconds(weight: nn.Parameter, mode: ComputeMode, rows: int) -> float:
-    if is_packed_layer(weight) or not weight.is_floating_point():
+    if not weight.is_floating_point():
         return 0.0
     x, matrix = torch.randn(rows, weight.shape[1]).to(mode.dtype), weight.to(mode.dtype)
     return _best_seconds(lambda: functional.linear(x, matrix))
@@ -116,12 +116,10 @@ def _best_seconds(work: Any) -> float:
 
 
 def unpack_for_speed(model: nn.Module) -> None:
-    """Unpack 4-bit weights to the same numbers once, on a CPU with enough free memory."""
-    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
-    packed_states: list[Any] = [state for state in states if state is not None]
+    """Unpack packed weights to the same numbers once, on a CPU with enough free memory."""
+    packed: Any = next((layer for layer in model.modules() if is_packed_layer(layer)), None)
     device = next(model.parameters()).device
-    if device.type != "cpu" or not packed_states:
+    if device.type != "cpu" or packed is None:
         return
-    dtype = packed_states[0].dtype
-    if modes_that_fit(model, [dtype], [False], free_bytes(device))[0]:
-        unpack_layers(model, dtype)
+    if modes_that_fit(model, [packed.compute_dtype], [False], free_bytes(device))[0]:
+        unpack_layers(model, packed.compute_dtype)

@@ -259,6 +259,10 @@ def _from_pretrained(
         # and the packed weights have no gradient. Remove this when its packed path supports autograd.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if getattr(model, "is_loaded_in_8bit", False):
+        from halfbyte.model.int8_linear import keep_inputs
+
+        keep_inputs(model, options["dtype"])
     release_pages()
     return model
 

@@ -174,7 +174,7 @@ def dequantised_weight(layer: nn.Module) -> torch.Tensor:
 
 
 def int8_codes(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return LLM.int8's codes (out, in) and scales (out,), which the first forward moves to the state."""
+    """Return LLM.int8's codes (out, in) and scales (out,), which bitsandbytes' forward moves to the state."""
     weight: Any = getattr(layer, "weight", None)
     state: Any = getattr(layer, "state", None)
     scales = getattr(weight, "SCB", None)
@@ -186,9 +186,12 @@ def int8_codes(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
     return (weight.data if codes is None else codes), scales
 
 
-def has_int8_layers(model: nn.Module) -> bool:
-    """Return whether a model has layers of LLM.int8."""
-    return any(int8_codes(module)[0] is not None for module in model.modules())
+def is_packed_layer(layer: Any) -> bool:
+    """Return whether a layer itself, not one that it wraps, stores its weight as codes of 4 or 8 bits."""
+    if hasattr(layer, "base_layer"):  # PEFT's layers expose the weight of the layer that they wrap
+        return False
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    return state is not None or int8_codes(layer)[0] is not None
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -196,24 +199,35 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
             parameter.data = parameter.data.to(dtype)
-    module: Any
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            module.compute_dtype = dtype
-            state.dtype = dtype
+        if is_packed_layer(module):
+            multiply_in(module, dtype)
+
+
+def multiply_in(layer: Any, dtype: torch.dtype) -> None:
+    """Let a packed layer unpack its weight to ``dtype`` and multiply in it from now on."""
+    layer.compute_dtype = dtype
+    state = getattr(layer.weight, "quant_state", None)
+    if state is not None:
+        state.dtype = dtype
+
+
+class UnpackedLinear(nn.Linear):
+    """A linear layer that takes any dtype and returns it, as the packed layer in whose place it stands."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (nn.Linear's name)
+        """Return the outputs (…, out) of inputs (…, in), computed in the dtype of the weight."""
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
 
 
 @torch.no_grad()
 def unpack_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace 4-bit layers by plain ones with exactly the weights that they stand for, in ``dtype``."""
+    """Replace packed layers by plain ones with exactly the weights that they stand for, in ``dtype``."""
     layer: Any
     for name, layer in list(model.named_modules()):
-        # PEFT's layers expose the weight of the layer that they wrap.
-        is_wrapper = hasattr(layer, "base_layer")
-        if is_wrapper or getattr(getattr(layer, "weight", None), "quant_state", None) is None:
+        if not is_packed_layer(layer):
             continue
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain = UnpackedLinear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(plain_weight(layer, dtype), requires_grad=False)
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)

@@ -199,6 +199,10 @@ def quantise(
     packing = Packing(precision, double_quant)
     for module in model.modules():
         pack_shapes(module, packing, dtype)
+    if precision == "int8":
+        from halfbyte.model.int8_linear import keep_inputs
+
+        keep_inputs(model, dtype)
     flagged: Any = model
     flagged.is_loaded_in_4bit = precision in FOUR_BIT
     flagged.is_loaded_in_8bit = precision == "int8"

@@ -124,10 +124,6 @@ class LiveBytes(StorageCounter):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._grouped_mm.default:
             # Its shape function accepts only bf16; its kernels accept other dtypes too (torch 2.13).
             out = args[0].new_empty(_grouped_shape(*args[:3]))
-        elif name == "bitsandbytes::int8_vectorwise_quant":
-            out = func(args[0])  # without outlier columns, whose number depends on the data
-        elif name == "bitsandbytes::int8_mixed_scaled_mm":
-            out = args[0].new_empty((*args[1].shape[:-1], args[2].shape[0])), None
         else:
             out = func(*args, **options)
         inside_bytes = 0
