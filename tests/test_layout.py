@@ -39,7 +39,7 @@ EVERYWHERE = {"torch", "transformers", "numpy", "safetensors"}
 LIBRARIES = {
     "PIL": {"eval/chat.py"},
     "accelerate": {"plan/gate.py", "train/callbacks.py", "train/source_losses.py"},
-    "bitsandbytes": {"model/quantised.py"},
+    "bitsandbytes": {"model/int8_linear.py", "model/quantised.py"},
     "compressed_tensors": {"ship/awq_worker.py"},
     "datasets": {"data/sources.py", "train/trainer.py"},
     "evaluate": {"eval/code_metric.py"},

@@ -16,6 +16,7 @@ from halfbyte.errors import ModelError
 from halfbyte.generate.batched import generate
 from halfbyte.kernels import capability as capability_module
 from halfbyte.model import precision as precision_module
+from halfbyte.model.cpu_speed import ComputeMode, apply_mode
 from halfbyte.model.footprint import (
     constants_bytes,
     num_parameters,
@@ -24,7 +25,7 @@ from halfbyte.model.footprint import (
 )
 from halfbyte.model.load import load_model, vision_modules
 from halfbyte.model.precision import Compute, choose_compute
-from halfbyte.model.quantised import compute_in, dequantised_weight
+from halfbyte.model.quantised import compute_in, dequantised_weight, is_packed_layer
 from halfbyte.model.resolve import fingerprint, resolve_base
 from halfbyte.model.tokenizer import load_tokenizer
 
@@ -158,7 +159,6 @@ def test_gradients_of_int8_layers_are_those_of_the_weight_that_is_stored(
     for product in (layer, lambda x: functional.linear(x, weight, layer.bias)):
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             y = product(x)
-        assert y.dtype == (autocast or torch.float32)
         (dx,) = torch.autograd.grad(y.float().square().sum(), x)
         results.append((y.float(), dx / dx.abs().max()))
     tolerance = 1e-5 if autocast is None else 2e-2
@@ -173,6 +173,26 @@ def test_compute_in_keeps_the_codes_and_changes_the_arithmetic(tiny_llama: Path)
     compute_in(model, torch.float32)
     assert torch.equal(layer.weight.data, codes)
     assert model(torch.tensor([[5, 6]])).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_unpacked_layers_compute_what_the_packed_ones_did(
+    tiny_llama: Path, precision: Any, dtype: torch.dtype
+) -> None:
+    """In fp16 the residual stream stays in fp32, which packed layers take."""
+    compute = Compute(torch.device("cpu"), torch.float16, "test")
+    model = load_model(resolve_base(str(tiny_llama)), precision, compute=compute).model
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        apply_mode(model, ComputeMode(dtype, True))
+        packed = model(ids).logits.float()
+        assert any(map(is_packed_layer, model.modules()))
+        apply_mode(model, ComputeMode(dtype, False))
+        assert not any(map(is_packed_layer, model.modules()))
+        unpacked = model(ids).logits.float()
+    tolerance = 10 * torch.finfo(dtype).eps * float(packed.abs().max())
+    torch.testing.assert_close(unpacked, packed, rtol=0, atol=tolerance)
 
 
 def test_evaluation_does_not_kill_gradients_of_quantised_layers(tiny_llama: Path) -> None:

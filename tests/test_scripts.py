@@ -162,11 +162,13 @@ def test_training_without_held_out_rows(make_config: MakeConfig, tmp_path: Path)
 def test_whole_way_with_other_settings(
     make_config: MakeConfig, tmp_path: Path, sections: dict[str, dict[str, object]]
 ) -> None:
-    """Train, merge, compare: what one step writes the next can read."""
+    """Train, merge, compare, serve: what one step writes the next can read."""
     run_script("train/sft.py", make_config(**sections, track={"wandb": "off"}))
     folder = tmp_path / "runs" / "tiny"
     run_script("train/merge.py", folder, "merge.max_kl=0.1", "merge.min_top1=0.5")
     run_script("eval/compare.py", folder)
+    served = folder / "merged" if "dora" in sections.get("adapter", {}) else folder
+    run_script("eval/serve.py", served, "--check")
     report = json.loads((folder / "eval" / "report.json").read_text())
     losses = {entry["name"]: entry["held_out_loss"] for entry in report["variants"]}
     assert losses["merged"] == pytest.approx(losses["adapter"], rel=0.05)
