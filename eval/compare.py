@@ -42,17 +42,19 @@ def _one(path: Path, overrides: list[str], *, workspace: bool = False) -> None:
     from halfbyte.eval.pages import as_markdown
     from halfbyte.eval.report import write_report
     from halfbyte.run_dir import RunDir, read_jsonl
+    from halfbyte.run_lock import only_writer
 
     folder = RunDir(path.resolve())
     if workspace:
         check_workspace(run)
     benchmarks = load_benchmarks(run)
-    trained, variants, notes = compare(folder.path, run, benchmarks)
-    rows = held_out_rows(folder, run.eval.rows, run.seed)
-    command = shlex.join(["python", "eval/compare.py", str(path), *overrides])
-    report = write_report(trained, rows, variants, benchmarks, command=command, notes=notes)
-    answered = list(read_jsonl(folder.eval / "answers.jsonl"))
-    where = track_report(run, folder, report, answered, save_view=workspace)
+    with only_writer(folder.path):
+        trained, variants, notes = compare(folder.path, run, benchmarks)
+        rows = held_out_rows(folder, run.eval.rows, run.seed)
+        command = shlex.join(["python", "eval/compare.py", str(path), *overrides])
+        report = write_report(trained, rows, variants, benchmarks, command=command, notes=notes)
+        answered = list(read_jsonl(folder.eval / "answers.jsonl"))
+        where = track_report(run, folder, report, answered, save_view=workspace)
     print(as_markdown(report))
     print(f"W&B: {where}\nread it: {folder.eval / 'report.html'}")
 

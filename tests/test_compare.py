@@ -24,6 +24,7 @@ from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import load_model
 from halfbyte.model.precision import Compute
 from halfbyte.run_dir import read_jsonl
+from halfbyte.trained.manifest import Manifest
 from halfbyte.trained.run import read_trained_run
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
@@ -314,9 +315,9 @@ def test_changed_base_is_refused(
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(compared, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["base"]["fingerprint"] = "0" * 64
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest.read(copy / "manifest.json")
+    other = manifest.base.model_copy(update={"fingerprint": "0" * 64})
+    manifest.model_copy(update={"base": other}).write(copy / "manifest.json")
     with pytest.raises(SystemExit):
         run_script("eval/compare.py", copy)
     assert "was trained on the base" in capsys.readouterr().err

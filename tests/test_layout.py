@@ -31,6 +31,7 @@ LAYERS = [
     ["libraries", "tracking"],
     ["config"],
     ["record"],
+    ["run_lock"],
     ["run_dir"],
     ["errors", "heap", "host"],
 ]
@@ -38,13 +39,18 @@ LAYERS = [
 EVERYWHERE = {"torch", "transformers", "numpy", "safetensors"}
 LIBRARIES = {
     "PIL": {"eval/chat.py"},
-    "accelerate": {"plan/gate.py", "train/callbacks.py", "train/source_losses.py"},
+    "accelerate": {
+        "plan/gate.py",
+        "train/callbacks.py",
+        "train/checkpoints.py",
+        "train/source_losses.py",
+    },
     "bitsandbytes": {"model/int8_linear.py", "model/quantised.py"},
     "compressed_tensors": {"ship/awq_worker.py"},
     "datasets": {"data/sources.py", "train/trainer.py"},
     "evaluate": {"eval/code_metric.py"},
     "fastapi": {"serve/api.py", "serve/refusal.py", "serve/replies.py"},
-    "filelock": {"llamacpp/tools.py", "model/packaged.py"},
+    "filelock": {"llamacpp/tools.py", "model/packaged.py", "run_lock.py"},
     "httpx": {"eval/judge.py", "model/resolve.py"},
     "huggingface_hub": {"model/resolve.py", "ship/hub.py"},
     "jinja2": {"data/template_analysis.py", "eval/pages.py", "plan/plots.py"},

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_adapter import CPU32, disturb, logits
 from torch import nn
-from toys import chatml_tokenizer, llama_config, run_script, write_config, write_rows
+from toys import chatml_tokenizer, llama_config, run_script, unfinish, write_config, write_rows
 from transformers import LlamaForCausalLM
 
 from halfbyte.config import load_run
@@ -243,8 +243,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(new_run: Path, tmp_path: Path) -> Non
     wanted = load_file(run / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "checkpoints" / "checkpoint-4")
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    unfinish(run)
     run_script("train/sft.py", new_run.parent.parent / "tiny.yaml", f"runs_dir={tmp_path}")
     found = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -19,7 +19,7 @@ import openai
 import pytest
 from safetensors.torch import load_file, save_file
 from serving import Process, serving
-from toys import run_script
+from toys import forget_digests, run_script
 from waiting import wait_until
 
 from halfbyte.data.conversation import Message
@@ -469,6 +469,10 @@ def test_a_sabotaged_run_is_not_served(
     copy = tmp_path / "tiny"
     shutil.copytree(merged_run, copy)
     message = sabotage(copy, how)
+    with pytest.raises(SystemExit):
+        run_script("eval/serve.py", copy, "--check", *FP32)
+    assert "is not the file that the training wrote" in capsys.readouterr().err
+    forget_digests(copy)
     with pytest.raises(SystemExit):
         run_script("eval/serve.py", copy, "--check", *FP32)
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Opening a run folder: a new one, one to go on with, one that is refused; and which checkpoint counts."""
+"""Opening a run folder: a new one, one to go on with, one that is refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from halfbyte.config.read import keys_of
 from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, write_text
 from halfbyte.train import session as session_module
+from halfbyte.train.checkpoints import commit, stage
 from halfbyte.train.session import (
-    CHECKPOINT_FILES,
     SILENT_DATA_KEYS,
     SILENT_TRAIN_KEYS,
-    newest_checkpoint,
     open_session,
 )
 
@@ -55,93 +54,14 @@ def run_of(tmp_path: Path, *overrides: str) -> Run:
     return load_run(path, list(overrides), {})
 
 
-def make_checkpoint(folder: Path, step: int, without: str = "") -> Path:
-    """A folder with the names of a whole checkpoint, save one."""
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    for name in (*CHECKPOINT_FILES, "rng_state.pth"):
-        if name != without:
-            (path / name).write_text(json.dumps({"global_step": step}), encoding="utf-8")
-    return path
-
-
-def test_newest_checkpoint_goes_by_number_when_names_sort_otherwise(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_checkpoint(tmp_path, 9)
-    newest = make_checkpoint(tmp_path, 100)
-    make_checkpoint(tmp_path, 20)
-
-    assert newest_checkpoint(tmp_path) == newest
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("lacking", [*CHECKPOINT_FILES, "rng_state.pth"])
-def test_newest_checkpoint_passes_over_one_with_a_warning_when_a_file_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], lacking: str
-) -> None:
-    whole = make_checkpoint(tmp_path, 5)
-    torn = make_checkpoint(tmp_path, 10, without=lacking)
-
-    assert newest_checkpoint(tmp_path) == whole
-    assert capsys.readouterr().out == (
-        f"warning: {torn} is not whole (missing: {lacking}); passed over\n"
-    )
-
-
-def test_newest_checkpoint_names_every_file_when_several_are_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "checkpoint-3").mkdir()
-
-    assert newest_checkpoint(tmp_path) is None
-    assert f"(missing: {', '.join(CHECKPOINT_FILES)}, rng_state.pth)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("content", [b'{"global_step": 1', b'"\xff"'])
-def test_newest_checkpoint_passes_over_one_with_a_warning_when_its_state_is_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
-) -> None:
-    whole = make_checkpoint(tmp_path, 5)
-    torn = make_checkpoint(tmp_path, 10)
-    (torn / "trainer_state.json").write_bytes(content)
-
-    assert newest_checkpoint(tmp_path) == whole
-    assert f"warning: {torn} is not whole (missing: valid JSON)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_newest_checkpoint_passes_over_one_with_a_warning_when_a_file_is_empty(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    """After a power cut a file may have its name but not its content: the Trainer does not fsync."""
-    whole = make_checkpoint(tmp_path, 5)
-    torn = make_checkpoint(tmp_path, 10)
-    (torn / name).write_bytes(b"")
-
-    assert newest_checkpoint(tmp_path) == whole
-    assert capsys.readouterr().out == (
-        f"warning: {torn} is not whole (missing: {name}); passed over\n"
-    )
-
-
-def test_newest_checkpoint_takes_the_states_of_several_processes(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path, 5, without="rng_state.pth")
-    (path / "rng_state_0.pth").write_text("x", encoding="utf-8")
-
-    assert newest_checkpoint(tmp_path) == path
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_newest_checkpoint_is_none_when_there_is_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], exists: bool
-) -> None:
-    folder = tmp_path / "checkpoints"
-    if exists:
-        folder.mkdir()
-
-    assert newest_checkpoint(folder) is None
-    assert capsys.readouterr().out == ""
+def make_checkpoint(folder: Path, step: int) -> Path:
+    """A whole checkpoint, whose files hold nothing of use."""
+    written = stage(folder) / f"checkpoint-{step}"
+    written.mkdir()
+    for name in ("optimizer.pt", "trainer_state.json", "training_args.bin"):
+        (written / name).write_text(json.dumps({"global_step": step}), encoding="utf-8")
+    commit(written, folder, 1)
+    return folder / written.name
 
 
 def test_open_session_makes_the_folder_with_the_config_when_it_is_new(tmp_path: Path) -> None:
@@ -179,7 +99,7 @@ def test_open_session_goes_on_from_the_newest_whole_checkpoint_when_the_run_stop
     run = run_of(tmp_path)
     folder = open_session(run).folder
     whole = make_checkpoint(folder.checkpoints, 50)
-    make_checkpoint(folder.checkpoints, 100, without="optimizer.pt")
+    (make_checkpoint(folder.checkpoints, 100) / "optimizer.pt").unlink()
     session = open_session(run)
 
     assert session.resume == whole
@@ -278,17 +198,15 @@ def test_resumed_run_cuts_its_steps_as_before_where_auto_leaves_it_open(
     assert (train.micro_batch_size, train.checkpointing) == wanted
 
 
-def test_resumed_run_is_cut_anew_when_the_number_of_processes_rules_the_old_cut_out(
+def test_run_is_refused_by_another_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = open_session(run_of(tmp_path)).folder
-    make_checkpoint(folder.checkpoints, 5)
-    memory = {"micro_batch_size": 16, "checkpointing": "off"}
-    make_manifest(memory=memory).write(folder.manifest)
-    run = run_of(tmp_path)
-    assert open_session(run).run.train.micro_batch_size == 16
+    make_checkpoint(open_session(run_of(tmp_path)).folder.checkpoints, 5)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert open_session(run).run == run
+    with pytest.raises(
+        RunError, match=r"written by 1 processes, and 4 are to go on.*--num_processes 1"
+    ):
+        open_session(run_of(tmp_path))
 
 
 def test_new_run_leaves_auto_to_the_plan(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_prepare import pair
-from toys import chatml_tokenizer, run_script, write_config, write_rows
+from toys import chatml_tokenizer, run_script, unfinish, write_config, write_rows
 
 from halfbyte.config import load_run
 from halfbyte.config.dataset import Data
@@ -273,8 +273,7 @@ def test_run_logs_the_loss_of_each_source_and_resumes_the_same(
     )
     shutil.rmtree(again / "adapter")
     shutil.rmtree(again / "checkpoints" / "checkpoint-6")
-    manifest = json.loads((again / "manifest.json").read_text())
-    (again / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    unfinish(again)
     run_script("train/sft.py", config, "name=again")
     noisy = ("tokens_per_s", "memory_bytes")
     assert [

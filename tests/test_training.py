@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file
-from toys import run_script, write_rows
+from toys import run_script, unfinish, write_rows
 from transformers import LlamaConfig
 from wandb_history import history
 
@@ -315,8 +315,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_exactly(
     shutil.rmtree(again / "adapter")
     shutil.rmtree(again / "checkpoints" / "checkpoint-12")
     (again / "checkpoints" / "checkpoint-9" / "optimizer.pt").unlink()
-    manifest = json.loads((again / "manifest.json").read_text())
-    (again / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    unfinish(again)
     run_script("train/sft.py", config, "name=again")
     assert numbers(again) == numbers(whole)
     first, second = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (whole, again))

@@ -248,6 +248,22 @@ def make_manifest(**fields: Any) -> Manifest:
     return Manifest.model_validate(content | fields)
 
 
+def unfinish(run: Path) -> None:
+    """Let a run's manifest say that its training has not finished."""
+    path = run / "manifest.json"
+    fields = {"finished": False, "adapter_sha256": None}
+    Manifest.read(path).model_copy(update=fields).write(path)
+
+
+def forget_digests(run: Path) -> None:
+    """Leave a run as versions before digests of all files wrote it, for the checks that look deeper."""
+    path = run / "manifest.json"
+    Manifest.read(path).model_copy(update={"adapter_sha256": None}).write(path)
+    path = run / "merged" / "merge_report.json"
+    if path.is_file():
+        MergeReport.read(path).model_copy(update={"other_sha256": {}}).write(path)
+
+
 def make_merge_report(kept: str, trained: str, dtype: str = "fp16", **fields: Any) -> MergeReport:
     """A whole merge report, with fields that are given."""
     merge = {"base": kept, "dtype": dtype, "weights_bytes": 1, "kl_nats_per_token": 0.0}

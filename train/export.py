@@ -47,6 +47,7 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.run_dir import RunDir
+    from halfbyte.run_lock import only_writer
     from halfbyte.ship.export import ExportTarget, check_quants, export
     from halfbyte.ship.export_report import as_markdown
     from halfbyte.ship.hub import check_push, push
@@ -61,7 +62,8 @@ def main() -> None:
     if arguments.adapter_only:
         targets = [ExportTarget("gguf-lora")]
     folder = RunDir(arguments.run.resolve())
-    reports = export(folder.path, run, targets, lambda measured: _examine(measured, run))
+    with only_writer(folder.path):
+        reports = export(folder.path, run, targets, lambda measured: _examine(measured, run))
     print(as_markdown(reports))
     for report in reports:
         print(f"proven: {folder.export / report.name}")

@@ -26,10 +26,12 @@ def main() -> None:
 
     quiet_libraries()
     from halfbyte.run_dir import RunDir
+    from halfbyte.run_lock import only_writer
     from halfbyte.ship.merge import merge
 
     folder = RunDir(arguments.run.resolve())
-    report = merge(folder.path, run)
+    with only_writer(folder.path):
+        report = merge(folder.path, run)
     for candidate in report.candidates:
         print(
             f"{candidate.base} base in {candidate.dtype}:"

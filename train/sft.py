@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.config import Run, load_run
 from halfbyte.errors import exit_on_user_error
+from halfbyte.run_lock import only_writer
 
 if TYPE_CHECKING:
     from halfbyte.train.session import Session
@@ -51,7 +52,12 @@ def main() -> None:
 
 
 def train(run: Run) -> Session:
-    """Train a run and return its session."""
+    """Train a run, which nobody else writes meanwhile, and return its session."""
+    with only_writer(Path(run.runs_dir) / str(run.name)):
+        return _train(run)
+
+
+def _train(run: Run) -> Session:
     # Heavy libraries come after the config, so that a fault in it is told at once.
     from halfbyte.libraries import quiet_libraries
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,6 +12,8 @@ from pydantic import Field as Field
 
 from halfbyte.errors import RunError
 from halfbyte.run_dir import read_json, write_json
+
+DIGEST = "digest"  # the key of a sealed record's digest
 
 
 class RecordPart(BaseModel):
@@ -27,9 +31,12 @@ class Record(RecordPart):
 
     Attributes:
         version: version of the file's format; 0 in files written before versions were introduced.
+
+    A class that is ``SEALED`` writes a digest of the content, and a file that lost it or differs is refused.
     """
 
     NEWEST: ClassVar[int] = 1
+    SEALED: ClassVar[bool] = False
     version: int = 0
 
     @classmethod
@@ -48,12 +55,20 @@ class Record(RecordPart):
         Raises:
             RunError: in the same cases as ``read``.
         """
+        digest = content.get(DIGEST) if isinstance(content, dict) else None
         version = content.get("version", 0) if isinstance(content, dict) else 0
         if not isinstance(version, int) or not 0 <= version <= cls.NEWEST:
             raise RunError(
                 f"{path}: is of version {version!r}, and this halfbyte reads versions 0 to {cls.NEWEST}."
                 " Read the run with the halfbyte that wrote it, or update this one"
             )
+        if cls.SEALED and (version == cls.NEWEST or DIGEST in content):
+            content = {key: value for key, value in content.items() if key != DIGEST}
+            if digest != _digest(content):
+                raise RunError(
+                    f"{path}: differs from what was written: it is damaged, or was changed by hand. Put back"
+                    " the file, or make it again with the command that wrote it"
+                )
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -68,7 +83,14 @@ class Record(RecordPart):
 
     def write(self, path: Path) -> None:
         """Write the file atomically, in the newest version."""
-        write_json(path, {**self.as_json(), "version": self.NEWEST})
+        content = {**self.as_json(), "version": self.NEWEST}
+        write_json(path, content | ({DIGEST: _digest(content)} if self.SEALED else {}))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Return the hex sha256 of a record's content, whatever the order of its keys."""
+    as_read = json.loads(json.dumps(content))  # in which keys are texts
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 class ProvenRecord(Record):

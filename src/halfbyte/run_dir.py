@@ -93,6 +93,7 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
             os.fsync(stream.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, path)
+        flush_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -168,14 +169,35 @@ def move_aside(folder: Path) -> Path:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Give a finished folder its final name; an existing folder is deleted only afterwards."""
+    """Flush a finished folder to the disk and give it its final name; an existing one is deleted afterwards."""
     final.parent.mkdir(exist_ok=True)
-    if not final.exists():
-        new.rename(final)
-        return
-    old = move_aside(final)
+    flush_tree(new)
+    old = move_aside(final) if final.exists() else None
     new.rename(final)
-    shutil.rmtree(old)
+    flush_folder(final.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush all files below a folder, and the names of all of them, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            flush_folder(path)
+        else:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk: without it a rename may be lost in a power cut (POSIX fsync)."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def provenance() -> dict[str, Any]:
@@ -183,13 +205,14 @@ def provenance() -> dict[str, Any]:
     return {
         "halfbyte": __version__,
         "commit": _commit(),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: library_version(name) for name in LIBRARIES},
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
 
 
-def _version(name: str) -> str | None:
+def library_version(name: str) -> str | None:
+    """Return the version of an installed library, or None if it is missing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -210,6 +233,12 @@ def file_sha256(path: Path) -> str:
     """Return the hex sha256 of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the hex sha256 of each file below a folder, by its name there, as it is read back."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def check_files(folder: Path, sha256: Mapping[str, str], subject: str, remedy: str) -> None:

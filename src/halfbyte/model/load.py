@@ -13,7 +13,7 @@ from halfbyte.config.section import FOUR_BIT, ComputeDtype, Precision
 from halfbyte.errors import ModelError, is_out_of_memory
 from halfbyte.heap import mapped_blocks, release_pages
 from halfbyte.libraries import disable_cudnn_attention
-from halfbyte.model.merged import check_keeps_training, read_merge_report
+from halfbyte.model.merged import check_keeps_training, verified_merge
 from halfbyte.model.new_tokens import add_rows, new_ids
 from halfbyte.model.precision import (
     DTYPES,
@@ -131,12 +131,14 @@ def load_at_precision(
 
     Raises:
         ModelError: as ``load_model``, or the given precision would undo the training in a merge.
+        RunError: it is a merge, and not the one that was measured.
     """
     folder = Path(base.path)
+    merge = verified_merge(folder)
     if precision is not None:
         check_keeps_training(folder, precision)
     elif stored_method(load_config(base)) is None:
-        merge, dtype = read_merge_report(folder), choose_compute(compute_dtype).name
+        dtype = choose_compute(compute_dtype).name
         is_exact = merge is None or compute_dtype != "auto" or dtype == merge.kept.dtype
         precision = "nf4" if merge is None else dtype if is_exact else "fp32"
     if not double_quant and precision not in FOUR_BIT:
@@ -152,7 +154,9 @@ def load_for_training(base: Base, settings: Model) -> Loaded:
 
     Raises:
         ModelError: as ``load_model``, or the precision would undo the training in a merged base.
+        RunError: as ``load_at_precision``.
     """
+    verified_merge(Path(base.path))
     check_keeps_training(Path(base.path), settings.precision)
     device, compute = default_device(), None
     if may_train_in_half(settings, device):

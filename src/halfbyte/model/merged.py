@@ -64,6 +64,7 @@ class MergeReport(ProvenRecord):
         stored_grids: precisions whose grid values the weights lie on, apart from training's small changes.
         limits: the limits that the kept merge had to meet.
         sha256: digest of each of its weight files, by name.
+        other_sha256: digest of each other file that was there when it was measured: config, tokenizer, template.
     """
 
     run: str = ""
@@ -76,6 +77,7 @@ class MergeReport(ProvenRecord):
     measured: Measurement | None = None
     limits: dict[str, float] = Field(default_factory=dict)
     sha256: dict[str, str]
+    other_sha256: dict[str, str] = Field(default_factory=dict)
 
     @property
     def grids(self) -> list[str]:
@@ -112,13 +114,28 @@ def merged_report(folder: RunDir) -> MergeReport:
 
 
 def check_merged_files(merged: Path, report: MergeReport) -> None:
-    """Check that a merged folder's weights are those that the merge measured.
+    """Check that a merged folder's weights, config and tokenizer are those that the merge measured.
 
     Raises:
         RunError: a file is missing or has changed.
     """
     remedy = f"Merge again: {merge_command(RunDir(merged.parent))}"
-    check_files(merged, report.sha256, "the file that the merge measured", remedy)
+    check_files(
+        merged, report.sha256 | report.other_sha256, "the file that the merge measured", remedy
+    )
+
+
+def verified_merge(folder: Path) -> MergeReport | None:
+    """Return the report of a merged folder whose files are those that were measured, or None if it is no merge.
+
+    Raises:
+        RunError: a file is missing or has changed.
+        ModelError: as ``read_merge_report``.
+    """
+    report = read_merge_report(folder)
+    if report is not None:
+        check_merged_files(folder, report)
+    return report
 
 
 def merge_command(folder: RunDir) -> str:

@@ -27,7 +27,7 @@ from halfbyte.model.merged import (
 from halfbyte.model.precision import DTYPES, NAMES, Compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.tokenizer import save_tokenizer
-from halfbyte.run_dir import RunDir, file_sha256, provenance, replace_folder, write_text
+from halfbyte.run_dir import RunDir, digests, provenance, replace_folder, write_text
 from halfbyte.ship.card import model_card
 from halfbyte.ship.measured_run import MeasuredRun, measuring_compute
 from halfbyte.ship.merge_math import merged_tensors, read_updates, write_shards
@@ -182,7 +182,8 @@ def _choose(candidates: list[Candidate], run: Run) -> Candidate:
 def _report(trained: Trained, candidates: list[Candidate], kept: Candidate) -> MergeReport:
     measured, run = trained.measured, trained.measured.trained.run
     base, reference, arithmetic = measured.trained.base, trained.reference, trained.arithmetic
-    files = sorted(kept.folder.glob("*.safetensors"))
+    sha256 = digests(kept.folder)
+    weights = {name for name in sha256 if name.endswith(".safetensors")}
     return MergeReport(
         run=str(run.name),
         base=base.identity,
@@ -198,7 +199,8 @@ def _report(trained: Trained, candidates: list[Candidate], kept: Candidate) -> M
             reloaded_from_disk=True,
         ),
         limits={"max_kl": run.merge.max_kl, "min_top1": run.merge.min_top1},
-        sha256={file.name: file_sha256(file) for file in files},
+        sha256={name: sha256[name] for name in sorted(weights)},
+        other_sha256={name: sha256[name] for name in sorted(sha256.keys() - weights)},
         **provenance(),
     )
 

@@ -41,6 +41,11 @@ def num_steps(run: Run, num_rows: int) -> int:
     return run.train.max_steps or max(1, math.ceil(an_epoch * run.train.epochs))
 
 
+def num_processes() -> int:
+    """Return how many processes the launcher started to train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -> dict[str, Any]:
     """Return the keyword arguments of SFTConfig, except for the output folder.
 
@@ -51,7 +56,6 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         num_rows: number of training rows.
     """
     train = run.train
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     dtype, device = loaded.compute.dtype, loaded.compute.device
     recompute = passes.checkpointing
     if train.optimizer.startswith("paged") and device.type == "cpu":
@@ -64,7 +68,7 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
         # The loader yields a whole step as one batch, which the trainer splits into passes.
-        "per_device_train_batch_size": train.batch_size // world,
+        "per_device_train_batch_size": train.batch_size // num_processes(),
         "per_device_eval_batch_size": passes.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "optim": train.optimizer,
@@ -84,7 +88,6 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         "eval_steps": train.eval_steps or None,
         "save_strategy": "steps" if train.save_steps else "no",
         "save_steps": train.save_steps or 500,
-        "save_total_limit": train.keep_checkpoints,
         "logging_steps": train.log_steps,
         "logging_first_step": True,
         # By default transformers logs a NaN loss as 0.0.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +24,22 @@ from halfbyte.model.resolve import Base
 from halfbyte.model.tokenizer import save_tokenizer
 from halfbyte.run_dir import (
     RunDir,
+    digests,
     move_aside,
     provenance,
+    replace_folder,
     write_jsonl,
     write_text,
 )
+from halfbyte.train.arguments import num_processes
+from halfbyte.train.checkpoints import newest_checkpoint, step_of
 from halfbyte.train.setup import Setup
-from halfbyte.trained.manifest import ComputeDtype, Manifest, read_manifest
+from halfbyte.trained.manifest import (
+    ComputeDtype,
+    Manifest,
+    check_adapter_files,
+    read_manifest,
+)
 from halfbyte.trained.reference_logprobs import record_reference_logprobs
 
 if TYPE_CHECKING:
@@ -48,13 +56,8 @@ SILENT_TRAIN_KEYS = {
     "eval_steps",
 }
 SILENT_DATA_KEYS = {"cache"}
-CHECKPOINT_FILES = (
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "trainer_state.json",
-)
 NUM_FEWSHOT_POOL = 64
+STAGED_ADAPTER = ".adapter"
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,15 @@ class Session:
     @property
     def resume_step(self) -> int:
         """The number of steps that are already done."""
-        return _step(self.resume) if self.resume else 0
+        return step_of(self.resume) if self.resume else 0
 
 
 def open_session(run: Run) -> Session:
     """Create the run folder, or find where an earlier run with the same settings stopped.
 
     Raises:
-        RunError: the folder belongs to a run with different settings.
+        RunError: the folder belongs to a run with different settings, its adapter or all of its checkpoints are
+            damaged, or another number of processes began it.
     """
     folder = RunDir(Path(run.runs_dir) / str(run.name))
     is_main = os.environ.get("RANK", "0") == "0"
@@ -111,9 +115,12 @@ def open_session(run: Run) -> Session:
         if is_main:
             print(f"moved the earlier run to {move_aside(folder.path)}")
     elif folder.config.is_file():
-        resume = newest_checkpoint(folder.checkpoints)
         manifest = read_manifest(folder)
-        finished = manifest is not None and manifest.finished
+        if manifest is not None and manifest.finished:
+            finished = True
+            check_adapter_files(folder, manifest)
+        else:
+            resume = newest_checkpoint(folder.checkpoints, num_processes())
         if resume or finished:
             run = _on_its_day(run, folder)
             _check_same(run, folder)
@@ -126,20 +133,6 @@ def open_session(run: Run) -> Session:
     return Session(
         _as_before(run, earlier), folder, resume, finished, is_main, time.time(), earlier
     )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that has all of its files, and print which ones are skipped."""
-    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
-        missing = [name for name in CHECKPOINT_FILES if not _has_content(path / name)]
-        if not any(map(_has_content, path.glob("rng_state*.pth"))):
-            missing.append("rng_state.pth")
-        if not missing and _is_json(path / "trainer_state.json"):
-            return path
-        print(
-            f"warning: {path} is not whole (missing: {', '.join(missing) or 'valid JSON'}); passed over"
-        )
-    return None
 
 
 def check_base(session: Session, base: Base) -> None:
@@ -218,6 +211,7 @@ def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> N
         stop_ids=renderer.stop_ids,
         bos_per_row=1 if renderer.has_bos else 0,
         seconds=round(time.time() - session.started + before_s, 1),
+        adapter_sha256=digests(session.folder.adapter) if numbers.get("finished") else None,
         **numbers,
         **provenance(),
     ).write(session.folder.manifest)
@@ -228,7 +222,7 @@ def save_trained(
 ) -> None:
     """Write the adapter, its tokenizer, and reference log-probabilities after a few prompts.
 
-    Only the main process writes; the others hold the same adapter.
+    Only the main process writes; the others hold the same adapter. The folder has its name once it is whole.
 
     Args:
         session: the opened run folder.
@@ -237,11 +231,14 @@ def save_trained(
     """
     if not session.is_main:
         return
-    folder = session.folder
-    save_adapter(setup.model, setup.loaded, folder.adapter, folder.path)
-    save_tokenizer(setup.renderer.tokenizer, folder.adapter)
+    folder, staged = session.folder, session.folder.path / STAGED_ADAPTER
+    if staged.exists():
+        shutil.rmtree(staged)
+    save_adapter(setup.model, setup.loaded, staged, folder.path)
+    save_tokenizer(setup.renderer.tokenizer, staged)
     rows = (example.row for example in setup.held_out or setup.train)
-    record_reference_logprobs(last_logits, setup.renderer, rows, folder.adapter)
+    record_reference_logprobs(last_logits, setup.renderer, rows, staged)
+    replace_folder(staged, folder.adapter)
 
 
 def _as_before(run: Run, earlier: Manifest | None) -> Run:
@@ -250,9 +247,8 @@ def _as_before(run: Run, earlier: Manifest | None) -> Run:
     A resumed run therefore repeats the stopped one, however much memory is free now.
     """
     plan = earlier.memory if earlier else None
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if plan is None or run.train.batch_size % (plan["micro_batch_size"] * world):
-        return run  # the number of processes differs: the plan decides again
+    if plan is None:
+        return run
     settled: dict[str, Any] = {}
     if run.train.micro_batch_size == "auto":
         settled["micro_batch_size"] = plan["micro_batch_size"]
@@ -297,20 +293,3 @@ def _settings(run: Run) -> dict[str, Any]:
     if flat["model.attention"] == "auto":
         flat["model.attention"] = "sdpa"
     return flat
-
-
-def _step(path: Path) -> int:
-    number = re.search(r"-(\d+)$", path.name)
-    return int(number.group(1)) if number else -1
-
-
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True

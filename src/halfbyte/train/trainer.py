@@ -26,6 +26,7 @@ from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_para
 from halfbyte.train.arguments import num_steps, trainer_arguments
 from halfbyte.train.batching import Cutting, StepwiseSampler, warn_of_padding
 from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, SampleAnswers
+from halfbyte.train.checkpoints import STAGED, check_finite, staged
 from halfbyte.train.measure import memory_bytes
 from halfbyte.train.settle_dtype import scale_losses
 from halfbyte.train.setup import Setup
@@ -59,6 +60,7 @@ class TokenTrainer(SFTTrainer):
         )
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
         self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
+        self.checkpoints, self.num_kept = checkpoints, setup.run.train.keep_checkpoints
         self.saved_step = -1
         self.num_steps = num_steps(setup.run, len(setup.train))
         self.seconds = 0.0
@@ -68,10 +70,9 @@ class TokenTrainer(SFTTrainer):
         self.trained = list(trainable_parameters(setup.model).values())
         self._gradients: torch.Tensor | None = None
         self._since = (0, time.perf_counter())
-        train, model = setup.run.train, setup.model
+        samples, model = setup.held_out[: setup.run.train.num_samples], setup.model
         # The loader yields row numbers only; the rows stay in place.
         numbers = Dataset.from_dict({"row": range(len(self.rows))})
-        samples = setup.held_out[: train.num_samples]
         # TRL replaces the model's forward and rounds the adapter; both changes are undone.
         with adapters_kept(model), forward_kept(model.get_base_model()):
             super().__init__(
@@ -200,12 +201,11 @@ class TokenTrainer(SFTTrainer):
         If they were allocated one by one among the activations of a step's first pass, they would
         fragment the C library's heap, which would then grow in the next pass.
         """
-        parameters = list(trainable_parameters(self.model).values())
+        sizes = [parameter.numel() for parameter in self.trained]
         if self._gradients is None:
-            self._gradients = torch.empty(sum(p.numel() for p in parameters))
-        self._gradients.zero_()
-        parts = torch.split(self._gradients, [p.numel() for p in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
+            self._gradients = torch.empty(sum(sizes))
+        parts = torch.split(self._gradients.zero_(), sizes)
+        for parameter, part in zip(self.trained, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -218,10 +218,7 @@ class TokenTrainer(SFTTrainer):
         return 0
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Compute the held-out loss in nats per labelled token, over all processes."""
         state = self.accelerator
@@ -296,7 +293,7 @@ class TokenTrainer(SFTTrainer):
             "held_out_loss": held_out_loss,
             "steps": self.state.global_step,
             "num_tokens": self.num_tokens,
-            "trainable": sum(p.numel() for p in trainable_parameters(self.model).values()),
+            "trainable": sum(p.numel() for p in self.trained),
             "adapted_layers": len(adapted_layers(self.model)),
             "peak_memory_bytes": memory_bytes(self.args.device),
         }
@@ -308,8 +305,13 @@ class TokenTrainer(SFTTrainer):
             self._since = (self.num_tokens, time.perf_counter())
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        check_finite(self.state.global_step, self.trained, self.optimizer)
+        with staged(self.checkpoints, self.state.global_step, self.num_kept, self.accelerator):
+            super()._save_checkpoint(model, trial)
         self.saved_step = self.state.global_step
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints / STAGED)  # where the Trainer writes and rotates: one at a time
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Skip TRL's card, since shipped models get their own card with measured figures."""
@@ -344,6 +346,5 @@ def _sft_config(setup: Setup, checkpoints: Path) -> SFTConfig:
     arguments = trainer_arguments(setup.run, setup.loaded, setup.passes, len(setup.train))
     config = SFTConfig(output_dir=str(checkpoints), **arguments)
     # With several GPUs in one process, transformers would multiply the batch size by their number.
-    if config.n_gpu > 1:
-        config._n_gpu = 1
+    config._n_gpu = min(config.n_gpu, 1)
     return config

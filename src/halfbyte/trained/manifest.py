@@ -7,7 +7,7 @@ from typing import Any
 from halfbyte.errors import RunError
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.record import ProvenRecord, RecordPart
-from halfbyte.run_dir import RunDir
+from halfbyte.run_dir import RunDir, check_files
 
 
 class ComputeDtype(RecordPart):
@@ -28,10 +28,13 @@ class Manifest(ProvenRecord):
         stop_ids: tokens that end an answer.
         seconds: total time of all attempts.
         finished: whether the adapter is saved.
+        adapter_sha256: digest of each file of the adapter's folder, by name; None in files before version 2.
         memory: the planned memory and its measured counterpart.
         held_out_loss: loss in nats per labelled token; None without held-out rows.
     """
 
+    NEWEST = 2
+    SEALED = True
     name: str
     base: BaseIdentity
     model_class: str
@@ -45,6 +48,7 @@ class Manifest(ProvenRecord):
     bos_per_row: int = 0
     seconds: float = 0.0
     finished: bool = False
+    adapter_sha256: dict[str, str] | None = None
     memory: dict[str, Any] | None = None
     steps: int | None = None
     num_tokens: int | None = None
@@ -76,4 +80,16 @@ def finished_manifest(folder: RunDir) -> Manifest:
     manifest = read_manifest(folder)
     if manifest is None or not manifest.finished:
         raise RunError(f"{folder.path}: its training has not finished. Go on with it: {command}")
+    check_adapter_files(folder, manifest)
     return manifest
+
+
+def check_adapter_files(folder: RunDir, manifest: Manifest) -> None:
+    """Check that the adapter of a finished training is the one that it wrote.
+
+    Raises:
+        RunError: a file is missing or has changed.
+    """
+    remedy = "Put back the file, or train again with train.existing=replace"
+    subject = "the file that the training wrote"
+    check_files(folder.adapter, manifest.adapter_sha256 or {}, subject, remedy)

@@ -1,0 +1,85 @@
+"""Owns the right to write into a run folder: one command at a time, and nothing in it leads elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from halfbyte.errors import RunError
+from halfbyte.run_dir import write_json
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a run folder for the commands in the ``with`` block; the system lets go of it if the process dies.
+
+    The lock lies beside the folder, as ``.NAME.lock``, since the folder may be moved aside. Of processes that train
+    together only the main one holds it.
+
+    Raises:
+        RunError: another process writes there, or a link in the folder leads out of it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    owner = folder.parent / f".{folder.name}.owner.json"
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"{folder}: {_holder(owner)} writes here. Wait until it has ended, or stop it; two at a time would"
+            " mix their files"
+        ) from None
+    try:
+        if owner.exists():
+            print(f"{folder}: taken over from {_holder(owner)}, which ended without a word")
+        refuse_links(folder)
+        write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
+        yield
+        owner.unlink(missing_ok=True)
+    except Exception:
+        owner.unlink(missing_ok=True)  # it ended with a word
+        raise
+    finally:
+        lock.release()
+
+
+def refuse_links(folder: Path) -> None:
+    """Check that no link in a run folder leads out of it, but for those that W&B makes to its logs.
+
+    Raises:
+        RunError: one does: what a run writes or deletes there would be somebody else's.
+    """
+    home = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        if Path(place).name == "wandb":
+            folders.clear()
+            continue
+        for path in (Path(place) / name for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise RunError(
+                    f"{path}: is a link to {path.resolve()}, out of the run folder, where halfbyte neither writes"
+                    " nor deletes. Replace it by a folder of its own, or set runs_dir to the disk you want"
+                )
+
+
+def _holder(owner: Path) -> str:
+    try:
+        who = json.loads(owner.read_text(encoding="utf-8"))
+        return f"process {who['pid']} on {who['host']} (since {who['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,204 @@
+"""Owns checkpoints: each is complete or not there, and it is verified before a training goes on from it.
+
+The Trainer writes into ``.staged/``, where nobody looks. What it wrote is flushed to the disk, read back and hashed;
+the seal with the digests comes last, and a rename makes the checkpoint visible. Older ones are deleted only after
+that. A power cut, a full disk or a kill at any moment leaves the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halfbyte.errors import RunError
+from halfbyte.record import Field, Record
+from halfbyte.run_dir import (
+    LIBRARIES,
+    digests,
+    file_sha256,
+    flush_folder,
+    library_version,
+    replace_folder,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STAGED = ".staged"
+SEAL = "checkpoint.json"
+PICKLED = "training_args.bin"  # the Trainer's arguments, which nobody reads back
+
+
+class Seal(Record):
+    """What a whole checkpoint consists of.
+
+    Attributes:
+        step: optimizer steps that are done.
+        processes: how many processes trained; each has its random state and its share of the rows.
+        libraries: versions of the libraries that wrote it.
+        sha256: digest of each of its files, by name.
+    """
+
+    SEALED = True
+    step: int
+    processes: int
+    libraries: dict[str, str | None] = Field(default_factory=dict)
+    sha256: dict[str, str]
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name, or -1."""
+    number = re.search(r"-(\d+)$", path.name)
+    return int(number.group(1)) if number else -1
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest first."""
+    return sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
+
+
+@contextmanager
+def staged(folder: Path, step: int, number: int, processes: Accelerator) -> Iterator[None]:
+    """Commit what all processes write into ``.staged/checkpoint-<step>`` within the ``with`` block.
+
+    Args:
+        folder: the folder of all checkpoints.
+        step: optimizer steps that are done.
+        number: how many checkpoints to keep.
+        processes: those that train together; the main one commits.
+    """
+    if processes.is_main_process:
+        stage(folder)
+    processes.wait_for_everyone()
+    yield
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        commit(folder / STAGED / f"checkpoint-{step}", folder, processes.num_processes)
+        keep_newest(folder, number)
+
+
+def stage(folder: Path) -> Path:
+    """Return an empty folder to write a checkpoint into; what an earlier attempt left there goes."""
+    staged = folder / STAGED
+    if staged.exists():
+        shutil.rmtree(staged)
+    staged.mkdir(parents=True)
+    return staged
+
+
+def commit(written: Path, folder: Path, processes: int) -> None:
+    """Seal a checkpoint that is wholly written, and make it visible in ``folder``.
+
+    Args:
+        written: ``.staged/checkpoint-<step>``.
+        folder: the folder of all checkpoints.
+        processes: how many processes trained.
+    """
+    (written / PICKLED).unlink(missing_ok=True)
+    versions = {name: library_version(name) for name in LIBRARIES}
+    seal = Seal(
+        step=step_of(written), processes=processes, libraries=versions, sha256=digests(written)
+    )
+    seal.write(written / SEAL)
+    replace_folder(written, folder / written.name)
+
+
+def keep_newest(folder: Path, number: int) -> None:
+    """Delete all but the newest checkpoints; of those after the newest whole one the training has no use."""
+    for path in all_checkpoints(folder)[number:]:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    flush_folder(folder)
+
+
+def newest_checkpoint(folder: Path, processes: int) -> Path | None:
+    """Return the newest checkpoint that is whole, and print which ones are passed over and why.
+
+    Raises:
+        RunError: there are checkpoints, but none is whole; or it belongs to another number of processes.
+    """
+    faults = []
+    for path in all_checkpoints(folder):
+        fault = fault_of(path)
+        if fault:
+            print(f"warning: {path} is passed over: {fault}")
+            faults.append(f"{path.name}: {fault}")
+            continue
+        _check_processes(path, Seal.read(path / SEAL), processes)
+        return path
+    if faults:
+        raise RunError(
+            f"{folder}: none of its checkpoints is whole: {'; '.join(faults)}. Put back what is missing, or"
+            " start over with train.existing=replace, which moves the run aside"
+        )
+    return None
+
+
+def fault_of(path: Path) -> str:
+    """Return why a checkpoint is not the one that was written, or ""."""
+    if path.is_symlink():
+        return "it is a link"
+    if not (path / SEAL).is_file():
+        return f"it has no {SEAL}: it is not complete, or from a version before 0.2"
+    try:
+        seal = Seal.read(path / SEAL)
+    except RunError as error:
+        return str(error)
+    if seal.step != step_of(path):
+        return f"it is that of step {seal.step}"
+    present = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir()} - {SEAL}
+    for what, names in (
+        ("is missing", seal.sha256.keys() - present),
+        ("was not written with it", present - seal.sha256.keys()),
+    ):
+        if names:
+            return f"{', '.join(sorted(names))} {what}"
+    changed = [name for name, digest in seal.sha256.items() if file_sha256(path / name) != digest]
+    return f"{', '.join(changed)}: cut short or changed since it was written" if changed else ""
+
+
+def _check_processes(path: Path, seal: Seal, processes: int) -> None:
+    if seal.processes != processes:
+        raise RunError(
+            f"{path}: was written by {seal.processes} processes, and {processes} are to go on. Order of rows and"
+            f" random states belong to their number: go on with --num_processes {seal.processes}, or start over"
+            " with train.existing=replace"
+        )
+    now = {name: library_version(name) for name in seal.libraries}
+    changed = [f"{name} {seal.libraries[name]} → {now[name]}" for name in now]
+    changed = [
+        line for line, name in zip(changed, now, strict=True) if seal.libraries[name] != now[name]
+    ]
+    if changed:
+        print(
+            f"warning: {path} was written with other libraries, whose sums may differ: {', '.join(changed)}"
+        )
+
+
+def check_finite(step: int, weights: Iterable[torch.Tensor], optimizer: Any) -> None:
+    """Check that weights and optimizer states are finite, before they are saved.
+
+    Raises:
+        RunError: one of them is NaN or infinite.
+    """
+    states = [
+        value
+        for state in getattr(optimizer, "optimizer", optimizer).state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    for what, tensors in (("the adapter's weights", weights), ("the optimizer's states", states)):
+        num_bad = sum(not bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        if num_bad:
+            raise RunError(
+                f"step {step}: {num_bad} of {what} hold NaN or infinity; nothing of this step is saved, and the"
+                " newest checkpoint is from before it"
+            )
