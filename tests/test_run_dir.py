@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import stat
 import time
@@ -22,11 +23,14 @@ from halfbyte.errors import (
     exit_on_user_error,
 )
 from halfbyte.run_dir import (
+    NO_FLUSH,
     RunDir,
     append_jsonl,
+    flush_tree,
     move_aside,
     read_json,
     read_jsonl,
+    replace_folder,
     write_json,
     write_jsonl,
     write_text,
@@ -314,3 +318,31 @@ def test_config_error_keeps_its_faults_apart_when_there_are_several() -> None:
 
     assert error.faults == ["a.yaml:1: first", "a.yaml:2: second"]
     assert str(error) == "a.yaml:1: first\na.yaml:2: second"
+
+
+@pytest.mark.parametrize("code", NO_FLUSH)
+def test_a_file_system_without_a_flush_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Google Drive's, where the notebook keeps its run."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("x")
+
+    def fail(_: int) -> None:
+        raise OSError(code, "no flush")
+
+    monkeypatch.setattr("os.fsync", fail)
+    flush_tree(tmp_path)
+    replace_folder(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "file").read_text() == "x"
+
+
+def test_a_full_disk_is_not_taken_for_one_without_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="full"):
+        flush_tree(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from toys import run_script
 
 from halfbyte.errors import RunError
@@ -114,3 +116,27 @@ def test_every_command_that_writes_is_refused_while_another_does(
     finally:
         first.communicate("go\n")
     assert f"process {first.pid} on {os.uname().nodename}" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_else(tmp_path: Path) -> None:
+    """Also where the tests run as root, whom no permission stops."""
+    (tmp_path / "runs").write_text("a file")
+    with (
+        pytest.raises(RunError, match=rf"{tmp_path}/runs: cannot be written: .*set runs_dir"),
+        only_writer(tmp_path / "runs" / "mine"),
+    ):
+        pass
+
+
+def test_a_place_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mounted cloud drives have none."""
+
+    def fail(_: FileLock) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    with only_writer(tmp_path / "mine"):
+        pass
+    assert "no lock can be had here ([Errno 37] no locks available)" in capsys.readouterr().out

@@ -15,6 +15,7 @@ eval/              report.json, .md, .html; answers.jsonl, benchmarks.jsonl, jud
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -32,6 +33,8 @@ from typing import Any
 from halfbyte import __version__
 from halfbyte.errors import RunError
 
+# What file systems without a flush answer, as those of mounted cloud drives.
+NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 LIBRARIES = (
     "torch",
     "transformers",
@@ -90,7 +93,7 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            _sync(stream.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, path)
         flush_folder(path.parent)
@@ -153,7 +156,7 @@ def append_jsonl(path: Path, record: Any) -> None:
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         stream.flush()
-        os.fsync(stream.fileno())
+        _sync(stream.fileno())
 
 
 def move_aside(folder: Path) -> Path:
@@ -185,19 +188,29 @@ def flush_tree(folder: Path) -> None:
         if path.is_dir():
             flush_folder(path)
         else:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            _flush(path)
 
 
 def flush_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk: without it a rename may be lost in a power cut (POSIX fsync)."""
-    if os.name == "nt":  # where a folder cannot be opened
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    if os.name != "nt":  # where a folder cannot be opened
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _sync(handle)
     finally:
         os.close(handle)
+
+
+def _sync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:  # a disk that is full or broken says so here
+            raise
 
 
 def provenance() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -13,6 +14,16 @@ from pathlib import Path
 from halfbyte.errors import RunError
 from halfbyte.run_dir import write_json
 
+UNWRITABLE = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EPERM,
+    errno.EROFS,
+)
+
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
@@ -22,7 +33,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     together only the main one holds it.
 
     Raises:
-        RunError: another process writes there, or a link in the folder leads out of it.
+        RunError: another process writes there, nothing can be written there, or a link in the folder leads
+            out of it.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -30,16 +42,22 @@ def only_writer(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     owner = folder.parent / f".{folder.name}.owner.json"
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout:
-        raise RunError(
-            f"{folder}: {_holder(owner)} writes here. Wait until it has ended, or stop it; two at a time would"
-            " mix their files"
-        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout):
+            raise RunError(
+                f"{folder}: {_holder(owner)} writes here. Wait until it has ended, or stop it; two at a time"
+                " would mix their files"
+            ) from None
+        if getattr(error, "errno", None) in UNWRITABLE:
+            raise RunError(
+                f"{folder.parent}: cannot be written: {error}. Make room or set runs_dir to another folder"
+            ) from error
+        print(f"warning: {folder}: no lock can be had here ({error}); start one command at a time")
     try:
         if owner.exists():
             print(f"{folder}: taken over from {_holder(owner)}, which ended without a word")
