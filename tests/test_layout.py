@@ -44,6 +44,7 @@ LIBRARIES = {
         "train/callbacks.py",
         "train/checkpoints.py",
         "train/source_losses.py",
+        "train/stops.py",
     },
     "bitsandbytes": {"model/int8_linear.py", "model/quantised.py"},
     "compressed_tensors": {"ship/awq_worker.py"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, RunError
 from halfbyte.generate.batched import generate
 from halfbyte.kernels import capability as capability_module
+from halfbyte.model import file_digests
 from halfbyte.model import precision as precision_module
 from halfbyte.model.cpu_speed import ComputeMode, apply_mode
 from halfbyte.model.footprint import (
@@ -23,11 +25,13 @@ from halfbyte.model.footprint import (
     parameter_groups,
     weights_bytes,
 )
+from halfbyte.model.identity import check_same_base
 from halfbyte.model.load import load_model, vision_modules
 from halfbyte.model.precision import Compute, choose_compute
 from halfbyte.model.quantised import compute_in, dequantised_weight, is_packed_layer
 from halfbyte.model.resolve import fingerprint, resolve_base
 from halfbyte.model.tokenizer import load_tokenizer
+from halfbyte.run_dir import file_sha256
 
 CPU32 = Compute(torch.device("cpu"), torch.float32, "test")
 
@@ -361,3 +365,48 @@ def test_tokenizer_without_pad_token_pads_with_eos(tiny_llama: Path, tmp_path: P
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(resolve_base(str(folder)))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_byte_in_the_middle_of_the_base_is_part_of_its_identity(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Its fingerprint, which samples beginnings and ends, does not see it where files are large."""
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_llama, copy)
+    before = resolve_base(str(copy)).identity
+    path = copy / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    after = resolve_base(str(copy)).identity.model_copy(update={"fingerprint": before.fingerprint})
+    with pytest.raises(RunError, match=r"run: was trained on the base .* other weights"):
+        check_same_base(before, after, "run: was trained on")
+    check_same_base(before.model_copy(update={"weights_sha256": ""}), after, "an older run")
+
+
+def test_a_large_file_is_read_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_digests, "KEPT_BYTES", 4)
+    path, num_read = tmp_path / "weights", 0
+
+    def read(path: Path) -> str:
+        nonlocal num_read
+        num_read += 1
+        return file_sha256(path)
+
+    monkeypatch.setattr(file_digests, "file_sha256", read)
+    path.write_bytes(b"weights")
+    first = file_digests.known_sha256(path)
+    assert first == hashlib.sha256(b"weights").hexdigest()
+    file_digests._known.cache_clear()  # as in another process
+    assert file_digests.known_sha256(path) == first
+    assert num_read == 1
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    kept.write_text(kept.read_text().replace(first[0], "0" if first[0] != "0" else "1", 1))
+    file_digests._known.cache_clear()
+    assert file_digests.known_sha256(path) == first
+    path.write_bytes(b"Weights")
+    assert file_digests.known_sha256(path) != first
+    assert num_read == 3

@@ -79,9 +79,11 @@ def _train(run: Run) -> Session:
         write_manifest,
     )
     from halfbyte.train.setup import set_up
+    from halfbyte.train.stops import follow_launcher, train_until_stopped
     from halfbyte.train.tracking import tracked
     from halfbyte.train.trainer import build_trainer
 
+    follow_launcher()
     device = this_machine()
     check_weights(run, device)
     session = open_session(run)
@@ -106,7 +108,7 @@ def _train(run: Run) -> Session:
         trainer = build_trainer(setup, folder.checkpoints, tracker)
         report, memory = first_look(trainer, setup)
         say(report)
-        trainer.train_to_end(session.resume)
+        train_until_stopped(trainer, session)
         save_trained(session, setup, trainer.last_logits)
         numbers = trainer.numbers() | memory
         where = tracker.where if tracker else ""

@@ -6,7 +6,8 @@
     ├── ModelError    a model cannot be found, read, loaded or adapted as requested
     │   └── UntraceableError  its training step cannot be planned
     ├── PlanError     a request cannot be planned, or cannot fit
-    └── RunError      a run folder lacks something, or a run cannot go on
+    ├── RunError      a run folder lacks something, or a run cannot go on
+    └── StoppedError  a signal stopped a run, which can go on where it was
 
 A script prints such an error without a traceback and exits with ``exit_code``.
 Every message says where the fault is, what was found, what is allowed and what to do next.
@@ -33,6 +34,7 @@ class UserError(Exception):
     """An error that the user can fix."""
 
     exit_code = 1
+    label = "error"
 
 
 class ConfigError(UserError):
@@ -67,6 +69,18 @@ class RunError(UserError):
     """A run folder lacks something, or a run cannot go on."""
 
 
+class StoppedError(UserError):
+    """A signal stopped a run, which can go on where it was."""
+
+    label = "stopped"
+
+    def __init__(self, number: int, step: int, command: str) -> None:
+        self.exit_code = 128 + number  # as a shell reports it
+        super().__init__(
+            f"signal {number}, after step {step}, which is saved. Go on with: accelerate launch {command}"
+        )
+
+
 def last_line(text: str) -> str:
     """Return the last line that a failed process printed, for a message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -94,7 +108,7 @@ def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error.label}: {error}", file=sys.stderr)
         raise SystemExit(exit_code or error.exit_code) from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

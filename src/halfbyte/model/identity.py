@@ -15,13 +15,15 @@ class BaseIdentity(RecordPart):
         name: name of the base in the config.
         revision: the Hub commit, or None.
         origin: a description of the weights, for reports.
-        fingerprint: digest of config and weights; two bases with the same fingerprint are the same.
+        fingerprint: digest of the config, and of headers, beginnings and ends of the weights; quick to compute.
+        weights_sha256: digest of all bytes of the weights; "" in files before it was recorded.
     """
 
     name: str
     revision: str | None
     origin: str = ""
     fingerprint: str
+    weights_sha256: str = ""
 
 
 class AdapterBase(BaseIdentity, Record):
@@ -44,10 +46,13 @@ def check_same_base(
         remedy: advice for the message on how to fix it.
 
     Raises:
-        RunError: the fingerprints differ.
+        RunError: the fingerprints or the weights differ.
     """
     if recorded.fingerprint == base.fingerprint:
-        return
+        if not recorded.weights_sha256 or recorded.weights_sha256 == base.weights_sha256:
+            return
+        text = f"{subject} the base {_shown(recorded)}, and other weights are in its files now, of the same sizes"
+        raise RunError(f"{text}. {remedy or 'Put back the files, or download the base again'}")
     text = f"{subject} the base {_shown(recorded)}, and {_shown(base)} is here now"
     raise RunError(f"{text}. {remedy}" if remedy else text)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from halfbyte.config.paths import MODEL_SUFFIXES
 from halfbyte.errors import ModelError
+from halfbyte.model.file_digests import known_sha256
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.model.packaged import converted_gguf, packaged_model
 from halfbyte.run_dir import file_sha256
@@ -50,8 +51,11 @@ class Base:
 
     @property
     def identity(self) -> BaseIdentity:
-        """Return everything but the path on this disk."""
+        """Return everything but the path on this disk; all bytes of the weights are read for it, once."""
+        files = sorted(Path(self.path).glob("*.safetensors"))
+        whole = hashlib.sha256("\n".join(map(known_sha256, files)).encode()).hexdigest()
         return BaseIdentity(
+            weights_sha256=whole,
             name=self.name,
             revision=self.revision,
             origin=self.origin,
