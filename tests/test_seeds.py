@@ -115,7 +115,7 @@ def test_a_config_is_trained_with_several_seeds_and_compared(
 ) -> None:
     config = make_config(train={"max_steps": 2})
     run_script("train/sft.py", config, "--seeds", "2")
-    folders = sorted((tmp_path / "runs").iterdir())
+    folders = sorted((tmp_path / "runs").glob("[!.]*"))
     assert [folder.name[-3:] for folder in folders] == ["-s1", "-s2"]
     runs = [read_run_folder(folder) for folder in folders]
     assert [run.train.seed for run in runs] == [0, 1]

@@ -29,7 +29,7 @@ UNWRITABLE = (
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold a run folder for the commands in the ``with`` block; the system lets go of it if the process dies.
 
-    The lock lies beside the folder, as ``.NAME.lock``, since the folder may be moved aside. Of processes that train
+    The lock lies beside the folder, in ``.locks``, since the folder may be moved aside. Of processes that train
     together only the main one holds it.
 
     Raises:
@@ -42,10 +42,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = folder.absolute()
-    owner = folder.parent / f".{folder.name}.owner.json"
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=0)
+    locks = folder.parent / ".locks"
+    owner, lock = locks / f"{folder.name}.json", FileLock(locks / f"{folder.name}.lock", timeout=0)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        locks.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError) as error:
         if isinstance(error, Timeout):

@@ -11,7 +11,7 @@ from pathlib import Path
 from halfbyte.run_dir import cache_dir, file_sha256, write_text
 
 KEPT_BYTES = 64 << 20  # smaller files are read again
-TOLD_BYTES = 1 << 30
+SAID_BYTES = 1 << 30
 
 
 def known_sha256(path: Path) -> str:
@@ -29,7 +29,7 @@ def _known(path: Path, key: str, size: int) -> str:
     )
     if digest and check == _check(key, digest):
         return digest
-    if size >= TOLD_BYTES:
+    if size >= SAID_BYTES:
         print(
             f"reading all of {path.name}, {size / 1e9:.1f} GB, for its sha256 (once)",
             file=sys.stderr,
