@@ -49,7 +49,8 @@ def check_same_base(
         RunError: the fingerprints or the weights differ.
     """
     if recorded.fingerprint == base.fingerprint:
-        if not recorded.weights_sha256 or recorded.weights_sha256 == base.weights_sha256:
+        digests = {recorded.weights_sha256, base.weights_sha256}
+        if "" in digests or len(digests) == 1:
             return
         text = f"{subject} the base {_shown(recorded)}, and other weights are in its files now, of the same sizes"
         raise RunError(f"{text}. {remedy or 'Put back the files, or download the base again'}")
