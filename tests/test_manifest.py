@@ -125,3 +125,13 @@ def test_manifest_that_lacks_a_field_is_an_error_that_names_it(
 
     with pytest.raises(RunError, match=rf"is not a whole Manifest \({missing}: field required\)"):
         Manifest.read(path)
+
+
+@pytest.mark.parametrize("content", [None, 5, "text", [], ["digest"]])
+def test_a_manifest_that_is_no_object_is_an_error_that_names_it(
+    tmp_path: Path, content: object
+) -> None:
+    path = tmp_path / "manifest.json"
+    write_json(path, content)
+    with pytest.raises(RunError, match=f"{path}: is not a whole Manifest"):
+        Manifest.read(path)

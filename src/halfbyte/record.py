@@ -62,7 +62,8 @@ class Record(RecordPart):
                 f"{path}: is of version {version!r}, and this halfbyte reads versions 0 to {cls.NEWEST}."
                 " Read the run with the halfbyte that wrote it, or update this one"
             )
-        if cls.SEALED and (version == cls.NEWEST or DIGEST in content):
+        is_sealed = isinstance(content, dict) and (version == cls.NEWEST or DIGEST in content)
+        if cls.SEALED and is_sealed:
             content = {key: value for key, value in content.items() if key != DIGEST}
             if digest != _digest(content):
                 raise RunError(
