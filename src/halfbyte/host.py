@@ -1,4 +1,4 @@
-"""Owns facts about this computer: its RAM and the limit on it, its CPU, disk and driver."""
+"""Owns facts about this computer: its RAM and the limit on it, its CPU, disk, driver and our processes."""
 
 from __future__ import annotations
 
@@ -100,6 +100,16 @@ def host_facts() -> tuple[str, ...]:
     """Return a line for each fact that can be read about the CPU, the RAM and the disk."""
     lines = (attempt(fact) for fact in (_cpu, _vector_units, _cores, _ram, _limit, _disk))
     return tuple(line for line in lines if line)
+
+
+def num_processes() -> int:
+    """Return how many processes the launcher started to train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Return whether this is the one of them that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def gib(num_bytes: int) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.errors import RunError
+from halfbyte.host import is_main_process
 from halfbyte.run_dir import write_json
 
 UNWRITABLE = (
@@ -36,7 +37,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         RunError: another process writes there, nothing can be written there, or a link in the folder leads
             out of it.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main_process():
         yield
         return
     from filelock import FileLock, Timeout
@@ -64,11 +65,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         refuse_links(folder)
         write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
         yield
-        owner.unlink(missing_ok=True)
-    except Exception:
-        owner.unlink(missing_ok=True)  # it ended with a word
-        raise
     finally:
+        owner.unlink(missing_ok=True)  # a process that is killed leaves it
         lock.release()
 
 

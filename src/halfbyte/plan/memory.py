@@ -12,6 +12,7 @@ import torch
 
 from halfbyte.config.schema import Optimizer, Run
 from halfbyte.errors import PlanError
+from halfbyte.host import num_processes
 from halfbyte.model.precision import DTYPES, NAMES, choose_compute
 from halfbyte.model.skeleton import build
 from halfbyte.plan.devices import Device
@@ -166,7 +167,7 @@ class Planner:
             )
         self.held_out = held_out
         self._shared_step = step
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.world = num_processes()
 
     @functools.cached_property
     def step(self) -> TracedStep:

@@ -26,7 +26,7 @@ from halfbyte.llamacpp.slot_model import LlamaSlotModel, check_prompts
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.cpu_speed import ComputeMode, apply_mode, modes_that_fit, time_modes
 from halfbyte.model.load import Loaded, load_at_precision
-from halfbyte.model.merged import verified_merge
+from halfbyte.model.merged import read_merge_report
 from halfbyte.model.precision import DTYPES, Compute, choose_compute
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.tokenizer import load_tokenizer
@@ -182,12 +182,13 @@ def _open_plain(
 ) -> ServedModel:
     base = resolve_base(target.target)
     folder = Path(base.path)
-    name, merge = target.name or base_name(base), verified_merge(folder)
+    name, merge = target.name or base_name(base), read_merge_report(folder)
     if merge is not None:
         name = target.name or f"{folder.parent.name}-merged"
-        say(f"{name}: the files are those that the merge measured")
     renderer = _renderer(base)
     loaded = load_at_precision(base, options.precision, True, options.compute_dtype)
+    if merge is not None:
+        say(f"{name}: the files are those that the merge measured")
     backend = _slot_model(loaded, options, name, others, say)
     _check_finite(backend, renderer, name)
     return ServedModel(

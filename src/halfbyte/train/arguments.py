@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from halfbyte.config.schema import Run
+from halfbyte.host import num_processes
 from halfbyte.model.load import Loaded
 from halfbyte.plan.memory import TrainPlan
 
@@ -39,11 +39,6 @@ def num_steps(run: Run, num_rows: int) -> int:
     """Return the number of optimizer steps in the whole run."""
     an_epoch = math.ceil(num_rows / run.train.batch_size)
     return run.train.max_steps or max(1, math.ceil(an_epoch * run.train.epochs))
-
-
-def num_processes() -> int:
-    """Return how many processes the launcher started to train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def commit(written: Path, folder: Path, processes: int) -> None:
 
 
 def keep_newest(folder: Path, number: int) -> None:
-    """Delete all but the newest checkpoints; of those after the newest whole one the training has no use."""
+    """Delete all but the newest checkpoints; of a link only the link."""
     for path in all_checkpoints(folder)[number:]:
         if path.is_symlink():
             path.unlink()
@@ -132,7 +132,9 @@ def newest_checkpoint(folder: Path, processes: int) -> Path | None:
             print(f"warning: {path} is passed over: {fault}")
             faults.append(f"{path.name}: {fault}")
             continue
-        _check_processes(path, Seal.read(path / SEAL), processes)
+        seal = Seal.read(path / SEAL)
+        _check_processes(path, seal, processes)
+        _warn_of_libraries(path, seal)
         return path
     if faults:
         raise RunError(
@@ -172,10 +174,13 @@ def _check_processes(path: Path, seal: Seal, processes: int) -> None:
             f" random states belong to their number: go on with --num_processes {seal.processes}, or start over"
             " with train.existing=replace"
         )
-    now = {name: library_version(name) for name in seal.libraries}
-    changed = [f"{name} {seal.libraries[name]} → {now[name]}" for name in now]
+
+
+def _warn_of_libraries(path: Path, seal: Seal) -> None:
     changed = [
-        line for line, name in zip(changed, now, strict=True) if seal.libraries[name] != now[name]
+        f"{name} {before} → {now}"
+        for name, before in seal.libraries.items()
+        if (now := library_version(name)) != before
     ]
     if changed:
         print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from halfbyte.data.ledger import Ledger
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.questions import MAX_KEPT_ROWS
 from halfbyte.errors import RunError
+from halfbyte.host import is_main_process, num_processes
 from halfbyte.model.adapter import save_adapter
 from halfbyte.model.identity import check_same_base
 from halfbyte.model.load import vision_modules
@@ -31,7 +31,6 @@ from halfbyte.run_dir import (
     write_jsonl,
     write_text,
 )
-from halfbyte.train.arguments import num_processes
 from halfbyte.train.checkpoints import newest_checkpoint, step_of
 from halfbyte.train.setup import Setup
 from halfbyte.trained.manifest import (
@@ -107,7 +106,7 @@ def open_session(run: Run) -> Session:
             damaged, or another number of processes began it.
     """
     folder = RunDir(Path(run.runs_dir) / str(run.name))
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_main_process()
     resume = None
     finished = False
     earlier = None
