@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.config import Run, load_run
 from halfbyte.errors import exit_on_user_error
+from halfbyte.host import follow_launcher
 from halfbyte.run_lock import only_writer
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Config → data → 4-bit base with LoRA → trained adapter in a run folder, or in one for each seed."""
+    follow_launcher()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,11 +81,10 @@ def _train(run: Run) -> Session:
         write_manifest,
     )
     from halfbyte.train.setup import set_up
-    from halfbyte.train.stops import follow_launcher, train_until_stopped
+    from halfbyte.train.stops import train_until_stopped
     from halfbyte.train.tracking import tracked
     from halfbyte.train.trainer import build_trainer
 
-    follow_launcher()
     device = this_machine()
     check_weights(run, device)
     session = open_session(run)

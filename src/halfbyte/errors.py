@@ -17,17 +17,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
-# Texts in the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and Windows,
-# CUDA's, HIP's and MPS's, and those of their libraries (cuBLAS, cuDNN, cuSOLVER).
-OUT_OF_MEMORY_TEXTS = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "STATUS_ALLOC_FAILED",
-)
+from halfbyte.faults import machine_fault
 
 
 class UserError(Exception):
@@ -87,41 +82,46 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "it does not say why"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or one that it was raised from, means that memory ran out."""
-    # torch.OutOfMemoryError is matched by name, to avoid importing torch here.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
-        return True
-    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived; what runs ends as after Ctrl-C."""
 
 
 def exit_on_user_error(main: Callable[[], None], exit_code: int | None = None) -> None:
-    """Run a script's ``main``; on a UserError print only its message and exit.
+    """Run a script's ``main``; of a UserError, a fault of the machine or a signal print a message, and exit.
 
-    The exit code is the error's, unless the script passes its own.
+    The exit code is the error's, unless the script passes its own; after a signal it is 128 and its number.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name of a file or of a key may be no text
             stream.reconfigure(errors="backslashreplace")
+    _end_on_sigterm()
     try:
         main()
     except UserError as error:
-        print(f"{error.label}: {error}", file=sys.stderr)
+        _tell(f"{error.label}: {error}", error)
         raise SystemExit(exit_code or error.exit_code) from None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"error: the device ran out of memory: {error}\nUse a smaller train.micro_batch_size,"
-            " train.checkpointing=on, a shorter data.max_length, or eval.batch_size when comparing",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from error
     except BrokenPipeError:  # the reader of our output has exited, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        _tell(f"stopped: {number.name}", error)
+        raise SystemExit(128 + number) from None
+    except Exception as error:
+        fault = machine_fault(error)
+        if not fault:
+            raise
+        _tell(f"error: {fault}", error)
+        raise SystemExit(1) from error
+
+
+def _end_on_sigterm() -> None:
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+
+
+def _tell(message: str, error: BaseException) -> None:
+    print("\n".join([message, *getattr(error, "__notes__", ())]), file=sys.stderr)

@@ -8,10 +8,11 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from halfbyte.errors import RunError
+from halfbyte.errors import RunError, UserError
+from halfbyte.faults import what_is_safe
 from halfbyte.host import is_main_process
 from halfbyte.run_dir import write_json
 
@@ -65,8 +66,13 @@ def only_writer(folder: Path) -> Iterator[None]:
         refuse_links(folder)
         write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
         yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, UserError):  # whose messages say how to go on
+            error.add_note(what_is_safe(folder))
+        raise
     finally:
-        owner.unlink(missing_ok=True)  # a process that is killed leaves it
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)  # a process that is killed leaves it
         lock.release()
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from halfbyte.errors import ModelError, is_out_of_memory
+from halfbyte.errors import ModelError
+from halfbyte.faults import is_out_of_memory
 
 # In 16 bits a model may be sure of nothing on tokens that it has seldom seen, such as a row of control
 # tokens: SmolLM2 in bf16 is 0.7 from itself in fp32 there and 0.02 on words. So a probe tries other tokens

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.errors import is_out_of_memory
+from halfbyte.faults import is_out_of_memory
 from halfbyte.forward.kv_cache import KVCache
 from halfbyte.forward.slot_decode import DecodeBatch
 from halfbyte.forward.slot_paths import SlotInput

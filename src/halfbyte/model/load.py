@@ -10,7 +10,8 @@ import torch
 
 from halfbyte.config.schema import Model
 from halfbyte.config.section import FOUR_BIT, ComputeDtype, Precision
-from halfbyte.errors import ModelError, is_out_of_memory
+from halfbyte.errors import ModelError
+from halfbyte.faults import is_out_of_memory
 from halfbyte.heap import mapped_blocks, release_pages
 from halfbyte.libraries import disable_cudnn_attention
 from halfbyte.model.merged import check_keeps_training, verified_merge

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +20,6 @@ if TYPE_CHECKING:
     from halfbyte.train.trainer import TokenTrainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 
 
 def train_until_stopped(trainer: TokenTrainer, session: Session) -> None:
@@ -87,18 +82,3 @@ class StopGuard(TrainerCallback):
         print(
             f"\n{name}: this step is finished and saved, then the training stops", file=sys.stderr
         )
-
-
-def follow_launcher() -> None:
-    """Get SIGTERM when the launcher dies: ``accelerate launch`` hands on no signals (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return
-    if any(name in command for name in LAUNCHERS):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != parent:  # it died meanwhile
-            os.kill(os.getpid(), signal.SIGTERM)
