@@ -159,8 +159,7 @@ def test_load_run_refuses_a_file_when_it_is_not_utf_8(tmp_path: Path) -> None:
 def test_load_run_refuses_a_folder_when_a_file_is_expected(tmp_path: Path) -> None:
     (fault,) = faults_of(tmp_path)
 
-    assert fault.startswith(f"{tmp_path}: cannot be read as UTF-8 text: ")
-    assert "Is a directory" in fault
+    assert fault == f"{tmp_path} is a folder, not a file. Is it the config?"
 
 
 def test_load_run_lists_the_neighbours_when_the_file_is_missing(tmp_path: Path) -> None:

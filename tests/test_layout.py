@@ -34,7 +34,7 @@ LAYERS = [
     ["run_lock"],
     ["run_dir"],
     ["errors", "heap", "host"],
-    ["faults"],
+    ["bounds", "faults"],
 ]
 # Which files may import a library; those in EVERYWHERE are what the code is written in.
 EVERYWHERE = {"torch", "transformers", "numpy", "safetensors"}

@@ -116,7 +116,7 @@ def test_sparse_gemma_3_takes_its_architecture_s_own_defaults(tmp_path: Path) ->
     ("content", "message"),
     [
         ("{", "damaged JSON"),
-        ([1, 2], "names no model_type, so it is not a transformers model; its fields are: list"),
+        ([1, 2], "holds list; a model's config is an object"),
         ({"hidden_size": 64}, "names no model_type"),
         ({**LLAMA, "model_type": "lama"}, "not a model that transformers knows"),
         ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "lacks hidden_size, without"),

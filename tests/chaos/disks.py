@@ -6,6 +6,7 @@ import errno
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def cases(scene: Scene, scale: float) -> Iterator[Case]:
             assert train(scene.config(trial), environ=environ).code == 0
         else:
             environ = fault(run_folder, "log", log=calls)
-            ended = run(script, run_folder, *options, log=calls.with_suffix(".log"), environ=environ)
+            ended = run(
+                script, run_folder, *options, log=calls.with_suffix(".log"), environ=environ
+            )
             assert ended.code == 0, ended.text
         count = len(calls.read_text().splitlines())
         before = finished if command != "train" else None
@@ -50,21 +53,28 @@ def cases(scene: Scene, scale: float) -> Iterator[Case]:
             yield Case(
                 KIND,
                 name,
-                lambda c=command, a=at, e=code, b=before: _fails_at(scene, c, a, e, b, wanted),
+                partial(_fails_at, scene, command, at, code, before, wanted),
             )
     for at in range(1, 1 + round(3 * scale) or 2):
         name = f"train, the run folder is deleted after step {at}"
-        yield Case(KIND, name, lambda a=at: _vanishes(scene, a, wanted))
+        yield Case(KIND, name, partial(_vanishes, scene, at, wanted))
 
 
-def fault(path: Path, act: str, at: int = 0, code: int = 0, log: Path | None = None) -> dict[str, str]:
+def fault(
+    path: Path, act: str, at: int = 0, code: int = 0, log: Path | None = None
+) -> dict[str, str]:
     """Variables for the preloaded library."""
     environ = {"FAULT_PATH": str(path), "FAULT_ACT": act, "FAULT_AT": str(at)}
     return environ | {"FAULT_ERRNO": str(code), "FAULT_LOG": str(log or "/dev/null")}
 
 
 def _fails_at(
-    scene: Scene, command: str, at: int, code: int, before: Path | None, wanted: tuple[str, list[Any]]
+    scene: Scene,
+    command: str,
+    at: int,
+    code: int,
+    before: Path | None,
+    wanted: tuple[str, list[Any]],
 ) -> str:
     script, options = COMMANDS[command]
     folder = scene.folder(f"disk-{command}-{at}-{code}")
@@ -78,7 +88,9 @@ def _fails_at(
     broken = run(script, subject, *options, log=log, environ=OFFLINE | watched)
     if broken.crash:
         return broken.crash
-    if broken.code == 0:  # a call whose failure changes nothing, such as the removal of a scratch file
+    if (
+        broken.code == 0
+    ):  # a call whose failure changes nothing, such as the removal of a scratch file
         said = difference(learnt(run_folder), wanted)
     elif broken.code == 1:
         said = broken.says("error: ")

@@ -31,11 +31,13 @@ class Ended:
         code: its exit code, −N after signal N, None if it hung and was killed.
         seconds: how long it took.
         text: what it printed.
+        peak_bytes: the largest resident size that it had.
     """
 
     code: int | None
     seconds: float
     text: str
+    peak_bytes: int = 0
 
     @property
     def crash(self) -> str:
@@ -163,9 +165,10 @@ def wait(child: int, log: Path, timeout_s: float = TIMEOUT_S) -> Ended:
     """Wait for a child; one that takes too long is killed with all of its own."""
     begun = time.monotonic()
     while (seconds := time.monotonic() - begun) < timeout_s:
-        ended, status = os.waitpid(child, os.WNOHANG)
+        ended, status, usage = os.wait4(child, os.WNOHANG)
         if ended:
-            return Ended(os.waitstatus_to_exitcode(status), seconds, _text(log))
+            code = os.waitstatus_to_exitcode(status)
+            return Ended(code, seconds, _text(log), 1024 * usage.ru_maxrss)
         time.sleep(0.01)
     stop(child)
     return Ended(None, seconds, _text(log))

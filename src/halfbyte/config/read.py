@@ -15,11 +15,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
+from halfbyte.bounds import shorten
 from halfbyte.config.checks import cross_faults, environment_faults, secret_faults
 from halfbyte.config.paths import resolve_paths
 from halfbyte.config.schema import Run
 from halfbyte.config.section import BRANCH, Name, Positive
-from halfbyte.config.source import SECRET, KeyPath, Source, read_source, source_of
+from halfbyte.config.source import SECRET, SHOWN_CHARS, KeyPath, Source, read_source, source_of
 from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
@@ -191,7 +192,7 @@ def _fault(error: dict[str, Any], source: Source) -> str:
 
 def _shown(value: Any) -> str:
     """Return the value for a message, hidden if it looks like a secret."""
-    text = repr(value)
+    text = shorten(repr(value), SHOWN_CHARS)
     return "a secret (not shown)" if SECRET.search(str(value)) else text
 
 

@@ -11,10 +11,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+from halfbyte.bounds import BoundError, read_text, shorten
 from halfbyte.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|^[0-9a-f]{40}$|wandb_v1_\w{20,}|sk-[A-Za-z0-9_-]{20,}")
+MAX_CONFIG_BYTES = 128 << 10
+MAX_VALUES = 10_000
+MAX_INT_BITS = 1024  # as the largest float
+SHOWN_CHARS = 200
 UNREADABLE = object()  # a value that has been reported already
 
 
@@ -23,13 +28,14 @@ class Source:
     """The plain values of a config with their places.
 
     ``places`` maps a key path to ``file:line`` or to the override's text; ``folders`` maps it to
-    the folder against which a relative path in that value is read.
+    the folder against which a relative path in that value is read. ``num_values`` are read so far.
     """
 
     values: dict[str, Any]
     places: dict[KeyPath, str] = field(default_factory=dict)
     folders: dict[KeyPath, Path] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    num_values: int = 0
 
     def place(self, path: KeyPath) -> str:
         """Return where ``path`` or else its nearest parent was written."""
@@ -55,9 +61,11 @@ def read_source(config: Path, overrides: list[str]) -> Source:
         ConfigError: the file is missing, unreadable, or not a YAML mapping.
     """
     try:
-        text = config.read_text(encoding="utf-8")
+        text = read_text(config, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise ConfigError([_no_such_config(config)]) from None
+    except BoundError as error:
+        raise ConfigError([f"{error}. Is it the config?"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{config}: cannot be read as UTF-8 text: {error}"]) from None
     source = Source(values={})
@@ -111,6 +119,9 @@ def _values(node: Node, path: KeyPath, source: Source, name: str) -> Any:
 
 def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
     """Return the plain Python value of ``node``; record the line of every key and every repeated key."""
+    source.num_values += 1
+    if source.num_values > MAX_VALUES:
+        raise ConfigError([f"{name}: holds more than {MAX_VALUES:,} values, aliases written out"])
     if isinstance(node, MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -140,7 +151,8 @@ def _plain(node: Node, path: KeyPath, source: Source, name: str) -> Any:
     except (YAMLError, ValueError, TypeError, LookupError):
         place = source.place(path) or name
         dotted = ".".join(map(str, path))
-        source.faults.append(f"{place}: {dotted} is {node.value!r}, which is no {node.tag}")
+        shown = shorten(repr(node.value), SHOWN_CHARS)
+        source.faults.append(f"{place}: {dotted} is {shown}, which is no {node.tag}")
         return UNREADABLE
 
 
@@ -148,7 +160,10 @@ def _scalar(node: Node) -> Any:
     # The schema has no dates, so they stay text as written.
     if node.tag == "tag:yaml.org,2002:timestamp":
         return node.value
-    return YAML(typ="safe", pure=True).constructor.construct_object(node, deep=True)
+    value = YAML(typ="safe", pure=True).constructor.construct_object(node, deep=True)
+    if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        raise ValueError
+    return value
 
 
 def _kind(node: Node) -> str:

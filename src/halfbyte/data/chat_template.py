@@ -12,9 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.bounds import BoundError, bounded, read_text, shorten
 from halfbyte.config.paths import TEMPLATE_NAMES
 from halfbyte.data.conversation import OPENING_ROLES, Message, ToolCall, tools_of
-from halfbyte.data.fields import RowError, shorten
+from halfbyte.data.fields import RowError
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ GIVEN = re.compile(
 # Names under which templates take thoughts that are a field of their own.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 MAX_REASON_CHARS = 120
+# Far beyond published templates, of which the longest have 25,000 characters and take milliseconds.
+MAX_TEMPLATE_CHARS = 500_000
+MAX_RENDER_S = 1.0
+MAX_RENDER_BYTES = 1 << 29
 # How JSON in ASCII writes the characters that stand for special tokens while the template runs.
 ESCAPED_SENTINEL = re.compile(r"\\+udb[89ab][0-9a-f]\\+ud[c-f]", re.IGNORECASE)
 
@@ -47,9 +52,9 @@ def load_template(name: str) -> str:
             resources.files("halfbyte.data").joinpath(f"templates/{name}.jinja").read_text("utf-8")
         )
     try:
-        return Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"data.chat_template: {name} cannot be read: {error.strerror}") from None
+        return read_text(Path(name), MAX_TEMPLATE_CHARS)
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.chat_template: {name} cannot be read: {error}") from None
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -99,6 +104,9 @@ class ChatTemplate:
     Args:
         tokenizer: runs the template that it has.
 
+    Raises:
+        DataError: the template is too long.
+
     Attributes:
         calls_as_text: whether the template takes the arguments of tool calls as JSON text.
         content_as_parts: whether the template takes a content as a list of parts alone.
@@ -109,6 +117,11 @@ class ChatTemplate:
         self.calls_as_text = False
         self.content_as_parts = False
         self.source = str(tokenizer.chat_template or "")
+        if len(self.source) > MAX_TEMPLATE_CHARS:
+            raise DataError(
+                f"the chat template has {len(self.source):,} characters; allowed: {MAX_TEMPLATE_CHARS:,}."
+                " Write a shorter one into a .jinja file and set data.chat_template to it"
+            )
         self._reasoning_keys = [
             key for key in REASONING_KEYS if re.search(rf"(\.|['\"]){key}\b", self.source)
         ]
@@ -150,15 +163,22 @@ class ChatTemplate:
 
         Raises:
             RowError: the template rejects the conversation.
+        DataError: the template takes too long, or too much memory.
         """
         options = {**self._options, **({"tools": tools_of(tools)} if tools else {})}
         try:
-            text: Any = self.tokenizer.apply_chat_template(
-                self.turns(messages),
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **options,
-            )
+            with bounded(MAX_RENDER_S, MAX_RENDER_BYTES):
+                text: Any = self.tokenizer.apply_chat_template(
+                    self.turns(messages),
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    **options,
+                )
+        except BoundError as error:
+            raise DataError(
+                f"{place}: the chat template {error} for this conversation; use another template"
+                " (data.chat_template), or split the row"
+            ) from None
         except Exception as error:  # Jinja's errors and the template's raise_exception
             why = shorten(str(error), MAX_REASON_CHARS)
             raise RowError(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.bounds import shorten
 from halfbyte.errors import DataError
 
 MAX_ERROR_CHARS = 300  # of the message about one row
@@ -89,11 +90,6 @@ class RowError(DataError):
     def __init__(self, place: str, reason: str, detail: str) -> None:
         self.place, self.reason = place, reason
         super().__init__(shorten(f"{place}: {detail}", MAX_ERROR_CHARS))
-
-
-def shorten(text: str, limit: int) -> str:
-    """Return ``text``, cut at ``limit`` characters with an ellipsis."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def quoted(value: Any) -> str:

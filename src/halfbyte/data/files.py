@@ -38,6 +38,8 @@ SPLIT_WORDS = {
 }
 CHUNK_BYTES = 1 << 20
 MAX_NAMED = 10
+MAX_ROW_CHARS = 1 << 25
+MAX_HELD_CHARS = 1 << 29  # of a text that is held as a whole
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 ALLOWED = f"{', '.join(DATA_SUFFIXES)}, each also with .gz, .xz or .zst"
 
@@ -194,12 +196,20 @@ def text_of(path: Path, encoding: str) -> Iterator[str]:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def lines_of(chunks: Iterator[str]) -> Iterator[str]:
-    """Yield the lines of a text without their line ends."""
+def lines_of(path: Path, chunks: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a file's text without their line ends.
+
+    Raises:
+        DataError: a line is longer than any row.
+    """
     parts: list[str] = []
     for chunk in chunks:
         first, *others = chunk.split("\n")
         parts.append(first)
+        if not others and sum(map(len, parts)) > MAX_ROW_CHARS:
+            raise DataError(
+                f"{path}: a line has more than {MAX_ROW_CHARS:,} characters, which no row needs"
+            )
         if others:
             yield "".join(parts).removesuffix("\r")
             for line in others[:-1]:

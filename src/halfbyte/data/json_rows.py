@@ -9,8 +9,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.fields import JSON, RepeatedKeyError, RowError, quoted, shorten
-from halfbyte.data.files import lines_of
+from halfbyte.bounds import shorten
+from halfbyte.data.fields import JSON, RepeatedKeyError, RowError, quoted
+from halfbyte.data.files import CHUNK_BYTES, MAX_HELD_CHARS, MAX_ROW_CHARS, lines_of
 from halfbyte.data.raw import RawRow
 from halfbyte.errors import DataError
 
@@ -31,7 +32,7 @@ def read_json(path: Path, chunks: Iterator[str], field: str | None) -> Rows:
         DataError: the file holds no rows.
     """
     if field is not None:
-        yield from _read_field(path, "".join(chunks), field)
+        yield from _read_field(path, _whole(path, chunks), field)
         return
     chunks = filter(None, chunks)  # a piece may hold less than a character
     head = next((chunk for chunk in chunks if chunk.strip(BLANKS)), "")
@@ -42,11 +43,24 @@ def read_json(path: Path, chunks: Iterator[str], field: str | None) -> Rows:
         yield from _read_lines(path, chunks)
 
 
+def _whole(path: Path, chunks: Iterator[str]) -> str:
+    text: list[str] = []
+    for chunk in chunks:
+        text.append(chunk)
+        if CHUNK_BYTES * len(text) > MAX_HELD_CHARS:
+            raise DataError(
+                f"{path}: is larger than {MAX_HELD_CHARS:,} bytes, and with data.field it is held as a whole; write"
+                " its rows as .jsonl"
+            )
+    return "".join(text)
+
+
 class _Lines:
     """Lines that are not blank, with their numbers; lines can be put back."""
 
-    def __init__(self, chunks: Iterator[str]) -> None:
-        stripped = ((number, line.strip()) for number, line in enumerate(lines_of(chunks), start=1))
+    def __init__(self, path: Path, chunks: Iterator[str]) -> None:
+        numbered = enumerate(lines_of(path, chunks), start=1)
+        stripped = ((number, line.strip()) for number, line in numbered)
         self._lines = filter(lambda numbered: numbered[1], stripped)
         self._returned: deque[tuple[int, str]] = deque()
 
@@ -92,7 +106,7 @@ class _Lines:
 
 def _read_lines(path: Path, chunks: Iterator[str]) -> Rows:
     count, first = 0, None
-    lines = _Lines(chunks)
+    lines = _Lines(path, chunks)
     for number, line in lines:
         place = f"{path}:{number}"
         try:
@@ -189,6 +203,8 @@ class _Window:
                 more = next(self._chunks, "")
                 if not more:
                     raise
+                if len(self._text) - self._at > MAX_ROW_CHARS:
+                    raise ValueError(f"more than {MAX_ROW_CHARS:,} characters") from None
                 self._text, self._at = self._text[self._at :] + more, 0
 
 

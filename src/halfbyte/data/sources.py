@@ -103,7 +103,7 @@ def _read_csv(path: Path, chunks: Iterator[str], delimiter: str | None) -> Itera
         DataError: a row has more cells than the header.
     """
     csv.field_size_limit(MAX_CELL_CHARS)
-    lines = (f"{line}\n" for line in lines_of(chunks))
+    lines = (f"{line}\n" for line in lines_of(path, chunks))
     head = list(islice(lines, MAX_HEADER_LINES))
 
     def num_columns(sign: str) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from halfbyte.bounds import shorten
 from halfbyte.data.conversation import OPENING_ROLES, Message
-from halfbyte.data.fields import Account, RowError, shorten
+from halfbyte.data.fields import Account, RowError
 
 MAX_ROLES_CHARS = 90
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from halfbyte.bounds import shorten
 from halfbyte.data.conversation import OPENING_ROLES, Message
 from halfbyte.data.fields import (
     NO_MEDIA,
@@ -19,7 +20,6 @@ from halfbyte.data.fields import (
     is_unicode,
     json_value,
     quoted,
-    shorten,
     valid_text,
 )
 from halfbyte.data.tool_calls import parse_calls

@@ -9,6 +9,7 @@ Source, for facts only: docs/gguf.md of ggml, version 3 of the format (version 2
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ SCALARS = {
     12: "d",
 }
 STRING, ARRAY = 8, 9
+MAX_DEPTH = 4  # of arrays in arrays
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,14 @@ def read_header(path: Path) -> Header:
             return _read(file, path)
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror}") from error
-    except (struct.error, UnicodeDecodeError, KeyError) as error:
+    except (
+        struct.error,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        ZeroDivisionError,
+        EOFError,
+    ) as error:
         raise PlanError(f"{path}: its header is broken or cut short") from error
 
 
@@ -73,17 +82,16 @@ def _read(file: BinaryIO, path: Path) -> Header:
         raise PlanError(f"{path}: is GGUF version {version}; versions 2 and 3 are supported")
     num_tensors, num_values = _scalar(file, "Q"), _scalar(file, "Q")
     metadata: dict[str, Any] = {}
-    for _ in range(num_values):
+    for _ in range(_count(file, num_values)):
         key = _text(file)
         value = _value(file, _scalar(file, "I"))
         if value is not None:
             metadata[key] = value
     shapes, offsets = {}, {}
-    for _ in range(num_tensors):
+    for _ in range(_count(file, num_tensors)):
         name = _text(file)
-        shapes[name] = struct.unpack(
-            f"<{(num_dims := _scalar(file, 'I'))}Q", file.read(8 * num_dims)
-        )
+        num_dims = _count(file, _scalar(file, "I"), 8)
+        shapes[name] = struct.unpack(f"<{num_dims}Q", file.read(8 * num_dims))
         _scalar(file, "I")  # skip the type
         offsets[name] = _scalar(file, "Q")
     alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -99,26 +107,35 @@ def _read(file: BinaryIO, path: Path) -> Header:
     return Header(metadata, sizes, shapes)
 
 
-def _value(file: BinaryIO, kind: int) -> Any:
+def _count(file: BinaryIO, number: int, item_bytes: int = 1) -> int:
+    """Return a number of items that follow, if the file is long enough for them."""
+    if number * item_bytes > os.fstat(file.fileno()).st_size - file.tell():
+        raise EOFError
+    return number
+
+
+def _value(file: BinaryIO, kind: int, depth: int = 0) -> Any:
     if kind == STRING:
         return _text(file)
     if kind != ARRAY:
         return _scalar(file, SCALARS[kind])
     element, count = _scalar(file, "I"), _scalar(file, "Q")
     if element == STRING:
-        for _ in range(count):
-            file.seek(_scalar(file, "Q"), 1)
+        for _ in range(_count(file, count)):
+            file.seek(_count(file, _scalar(file, "Q")), 1)
         return None
     if element == ARRAY:
-        for _ in range(count):
-            _value(file, ARRAY)
+        if depth == MAX_DEPTH:
+            raise EOFError
+        for _ in range(_count(file, count)):
+            _value(file, ARRAY, depth + 1)
         return None
-    code = f"<{count}{SCALARS[element]}"
+    code = f"<{_count(file, count, struct.calcsize(SCALARS[element]))}{SCALARS[element]}"
     return list(struct.unpack(code, file.read(struct.calcsize(code))))
 
 
 def _text(file: BinaryIO) -> str:
-    return file.read(_scalar(file, "Q")).decode("utf-8")
+    return file.read(_count(file, _scalar(file, "Q"))).decode("utf-8")
 
 
 def _scalar(file: BinaryIO, code: str) -> Any:

@@ -26,6 +26,7 @@ from halfbyte.model.precision import (
 )
 from halfbyte.model.resolve import Base
 from halfbyte.model.tokenizer import load_tokenizer, read_tokenizer
+from halfbyte.model.untrusted import check_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -62,10 +63,12 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
     """Read a folder's configuration.
 
     Raises:
-        ModelError: transformers does not know the architecture, or would have to run remote code.
+        ModelError: the file is damaged, transformers does not know the architecture, or would have to run remote
+            code.
     """
     from transformers import AutoConfig
 
+    check_config(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each architecture checks its fields in its own way

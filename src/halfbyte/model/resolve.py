@@ -15,6 +15,7 @@ from halfbyte.errors import ModelError
 from halfbyte.model.file_digests import known_sha256
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.model.packaged import converted_gguf, packaged_model
+from halfbyte.model.untrusted import check_config, check_weights
 from halfbyte.run_dir import file_sha256
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -89,7 +90,11 @@ def resolve_base(name: str, revision: str | None = None, new_tokens: Sequence[st
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the sha256 of config.json and of each safetensors file's size, header, beginning and end."""
+    """Return the sha256 of config.json and of each safetensors file's size, header, beginning and end.
+
+    Raises:
+        ModelError: there are no weights, or a file of them is not whole.
+    """
     digest = hashlib.sha256()
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -99,6 +104,7 @@ def fingerprint(folder: Path) -> str:
         )
     digest.update((folder / "config.json").read_bytes())
     for file in weights:
+        check_weights(file)
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
@@ -135,15 +141,8 @@ def _resolve_local(path: Path) -> tuple[Path, str]:
         raise ModelError(
             f"model.name: {path} is not a model folder: it holds no config.json (found: {listing})"
         )
-    _check_json(path / "config.json")
+    check_config(path / "config.json")
     return path.resolve(), f"local folder {path.resolve()}"
-
-
-def _check_json(path: Path) -> None:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: damaged JSON: {error}") from None
 
 
 def config_folder(name: str, revision: str | None = None) -> tuple[Path, str]:

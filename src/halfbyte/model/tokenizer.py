@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.errors import ModelError, RunError
 from halfbyte.model.new_tokens import add_tokens
 from halfbyte.model.resolve import Base
+from halfbyte.model.untrusted import check_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,11 +35,12 @@ def read_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each kind of tokenizer checks its files in its own way
         raise ModelError(f"{name}: no tokenizer can be loaded from {folder}: {error}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: has no fast tokenizer (tokenizer.json), which rendering needs")

@@ -17,6 +17,7 @@ from halfbyte.config.paths import MODEL_SUFFIXES
 from halfbyte.errors import ModelError
 from halfbyte.model.load import read_config
 from halfbyte.model.resolve import cached_config, config_folder
+from halfbyte.model.untrusted import check_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -160,14 +161,11 @@ def _gguf_config(path: Path) -> PretrainedConfig:
 
 def _read(name: str, folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+    fields = check_config(path)
+    if not isinstance(fields.get("model_type"), str):
         raise ModelError(
             f"{path}: names no model_type, so it is not a transformers model; its fields are:"
-            f" {', '.join(list(fields)[:8]) if isinstance(fields, dict) else type(fields).__name__}"
+            f" {', '.join(list(fields)[:8])}"
         )
     config = read_config(folder, name)
     aliases = getattr(type(config.get_text_config()), "attribute_map", {})
