@@ -42,8 +42,9 @@ LIBRARIES = {
     "PIL": {"eval/chat.py"},
     "accelerate": {
         "plan/gate.py",
-        "train/callbacks.py",
         "train/checkpoints.py",
+        "train/diagnosis.py",
+        "train/held_out.py",
         "train/source_losses.py",
         "train/stops.py",
     },

@@ -1,12 +1,16 @@
-"""Owns control of the C library's heap: which blocks are mapped, and when freed ones are given back."""
+"""Owns control of the C library's heap: which blocks are mapped, what lies in one, and when freed ones are given back."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 MADV_PAGEOUT = 21
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -58,3 +62,24 @@ def release_pages() -> None:
             start, end = (int(number, 16) for number in line.split()[0].split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
     trim_heap()
+
+
+def lay_out_gradients(
+    parameters: Sequence[torch.Tensor], block: torch.Tensor | None
+) -> torch.Tensor:
+    """Place all gradients in one block of memory, filled with zeros, and return it.
+
+    If they were allocated one by one among the activations of a step's first pass, they would fragment the C
+    library's heap, which would then grow in the next pass.
+
+    Args:
+        parameters: those that are trained, in fp32 on the CPU.
+        block: the block of an earlier call, None for a new one.
+    """
+    import torch
+
+    sizes = [parameter.numel() for parameter in parameters]
+    block = torch.empty(sum(sizes)) if block is None else block
+    for parameter, part in zip(parameters, torch.split(block.zero_(), sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return block

@@ -18,6 +18,7 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arr
 PACKED_SUFFIXES = (".gz", ".xz", ".zst")
 PATTERN_CHARS = re.compile(r"[*?\[]")
 TEMPLATE_SUFFIXES = (".jinja", ".j2")
+RESOLVED_NAME = "run.yaml"
 TEMPLATE_NAMES = ("gemma", "chatml", "hermes", "plain")
 
 
@@ -61,8 +62,10 @@ def resolve_paths(run: Run, source: Source, faults: list[str], *, resolved: bool
     for key in ("benchmark_data", "json_schema"):
         if getattr(run.eval, key) is not None:
             evaluation[key] = resolver.absolute(("eval", key), getattr(run.eval, key))
+    train = {"resume_from": resolver.checkpoint(run.train.resume_from, resolved=resolved)}
     return run.model_copy(
         update={
+            "train": run.train.model_copy(update=train),
             "model": run.model.model_copy(update={"name": name}),
             "data": run.data.model_copy(update=data),
             "eval": run.eval.model_copy(update=evaluation),
@@ -135,6 +138,31 @@ class _Resolver:
         if not value.startswith("pypi:") and not HUB_ID.fullmatch(value):
             self.fault(path, f"is {value!r}, neither a path nor a Hub id such as org/name")
         return value
+
+    def checkpoint(self, value: int | str | None, *, resolved: bool) -> str | None:
+        """Return the path of a checkpoint, which may be given as a step of the run whose config this is."""
+        if value is None:
+            return None
+        by_run = resolved and ("train", "resume_from") in self.source.places
+        if isinstance(value, str) and by_run and os.path.isabs(value):
+            return value  # which a run wrote; it has a copy, and need not be there any more
+        path, config = ("train", "resume_from"), Path(self.source.place(()))
+        if isinstance(value, str):
+            folder = Path(self.absolute(path, value))
+        elif config.name == RESOLVED_NAME:
+            folder = Path(os.path.abspath(config.parent / "checkpoints" / f"checkpoint-{value}"))
+        else:
+            self.fault(
+                path,
+                f"is {value}: for a step the config is RUN/run.yaml, not {config}; or give a path",
+            )
+            return None
+        if not folder.is_dir():
+            there = sorted(p.name for p in folder.parent.glob("checkpoint-*"))
+            self.fault(
+                path, f"is {value!r}: no {folder}; found there: {', '.join(there) or 'none'}"
+            )
+        return str(folder)
 
     def template(self, path: KeyPath, value: str) -> str:
         if value in TEMPLATE_NAMES:

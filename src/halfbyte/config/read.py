@@ -17,14 +17,13 @@ from ruamel.yaml import YAML
 
 from halfbyte.bounds import shorten
 from halfbyte.config.checks import cross_faults, environment_faults, secret_faults
-from halfbyte.config.paths import resolve_paths
+from halfbyte.config.paths import RESOLVED_NAME, resolve_paths
 from halfbyte.config.schema import Run
 from halfbyte.config.section import BRANCH, Name, Positive
 from halfbyte.config.source import SECRET, SHOWN_CHARS, KeyPath, Source, read_source, source_of
 from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
-RESOLVED_NAME = "run.yaml"
 # Overrides of `train` that do not change the run's name, because they do not change what is learnt.
 UNNAMED = ("existing", "ignore_plan", "micro_batch_size", "checkpointing")
 # Types that a key may accept besides its fixed words, with their descriptions.
@@ -45,7 +44,15 @@ def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os
     run = _validate(source, resolved=config.name == RESOLVED_NAME, environ=environ)
     if run.name is None:
         run = run.model_copy(update={"name": default_name(config, overrides)})
+    elif run.train.resume_from is not None and "name" not in _overridden(overrides):
+        step = Path(str(run.train.resume_from)).name.rpartition("-")[2]
+        if "train.resume_from" in _overridden(overrides):  # else it is the config of such a run
+            run = run.model_copy(update={"name": f"{run.name}-from-{step}"})
     return run
+
+
+def _overridden(overrides: list[str]) -> set[str]:
+    return {text.partition("=")[0].strip() for text in overrides}
 
 
 def model_run(model: str, overrides: list[str]) -> Run:

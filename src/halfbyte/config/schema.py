@@ -148,6 +148,12 @@ class Train(Section):
         3, description="Held-out prompts answered at each evaluation, as samples to read."
     )
     sample_tokens: Positive = Field(48, description="Longest sample answer, in tokens.")
+    resume_from: Positive | Name | None = Field(
+        None,
+        description="Go on from this checkpoint in a run folder of its own, with another learning rate, schedule,"
+        " length, dropout or dtype: the number of a step, if the config is `RUN/run.yaml`, or the path of a"
+        " checkpoint folder. `lineage.json` records where it came from.",
+    )
     existing: Literal["resume", "replace"] = Field(
         "resume",
         description="What to do if the run folder exists: continue from its newest complete"

@@ -194,12 +194,7 @@ def check_finite(step: int, weights: Iterable[torch.Tensor], optimizer: Any) -> 
     Raises:
         RunError: one of them is NaN or infinite.
     """
-    states = [
-        value
-        for state in getattr(optimizer, "optimizer", optimizer).state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    ]
+    states = optimizer_states(optimizer)
     for what, tensors in (("the adapter's weights", weights), ("the optimizer's states", states)):
         num_bad = sum(not bool(torch.isfinite(tensor).all()) for tensor in tensors)
         if num_bad:
@@ -207,3 +202,11 @@ def check_finite(step: int, weights: Iterable[torch.Tensor], optimizer: Any) -> 
                 f"step {step}: {num_bad} of {what} hold NaN or infinity; nothing of this step is saved, and the"
                 " newest checkpoint is from before it"
             )
+
+
+def optimizer_states(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Yield the states of an optimizer that are floating point."""
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                yield value

@@ -8,6 +8,7 @@ import torch
 
 from halfbyte.errors import RunError
 from halfbyte.model.adapter import trainable_parameters
+from halfbyte.train.diagnosis import broken_weight
 from halfbyte.train.measure import Measured, measure
 from halfbyte.train.trainer import TokenTrainer
 
@@ -37,10 +38,7 @@ def check_first_step(trainer: TokenTrainer, *, profiled: bool = True) -> tuple[f
         loss: torch.Tensor = total / sum(layout.counts)
         value = float(loss.item())
         if not math.isfinite(value):
-            raise RunError(
-                f"before step 1: the loss on the longest rows is {value}: activations overflow in the"
-                " compute dtype; set model.compute_dtype=fp32"
-            )
+            raise RunError(f"before step 1: the loss on the longest rows is {value}: {_why(model)}")
         return loss
 
     with torch.random.fork_rng():
@@ -63,3 +61,11 @@ def check_first_step(trainer: TokenTrainer, *, profiled: bool = True) -> tuple[f
             f"before step 1: {len(faults)} adapter weights cannot learn: {'; '.join(faults[:3])}"
         )
     return value, measured
+
+
+def _why(model: torch.nn.Module) -> str:
+    """Return why the loss of a model is not finite."""
+    name = broken_weight(model, trained=False)
+    if name:
+        return f"the base's weight {name} holds NaN or infinity; download the base again"
+    return "activations overflow in the compute dtype; set model.compute_dtype=fp32"

@@ -31,6 +31,7 @@ from halfbyte.run_dir import (
     write_jsonl,
     write_text,
 )
+from halfbyte.train.branch import branch, source_settings
 from halfbyte.train.checkpoints import newest_checkpoint, step_of
 from halfbyte.train.setup import Setup
 from halfbyte.trained.manifest import (
@@ -125,6 +126,12 @@ def open_session(run: Run) -> Session:
             _check_same(run, folder)
         earlier = manifest if resume else None
     if not (resume or finished):
+        if run.train.resume_from is not None:
+            source = source_settings(run)
+            run = _on_day(run, run.data.date or source.data.date)
+            if is_main:
+                branch(run, folder, _settings(run), _settings(source))
+            resume = folder.checkpoints / Path(str(run.train.resume_from)).name
         run = _on_day(run, run.data.date or date.today())
     if is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -140,9 +147,13 @@ def check_base(session: Session, base: Base) -> None:
     Raises:
         RunError: the base has changed.
     """
-    if session.earlier is not None:
+    before = session.earlier
+    if before is None and session.run.train.resume_from is not None:
+        source = RunDir(Path(str(session.run.train.resume_from)).parent.parent)
+        before = read_manifest(source)
+    if before is not None:
         check_same_base(
-            session.earlier.base,
+            before.base,
             base.identity,
             f"{session.folder.path}: began with",
             "Pin model.revision, or start over with train.existing=replace",

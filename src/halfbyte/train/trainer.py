@@ -21,12 +21,17 @@ from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.packed_layout import PackedLayout
 from halfbyte.forward.recompute import recompute_first
 from halfbyte.forward.restore import forward_kept
+from halfbyte.heap import lay_out_gradients
 from halfbyte.kernels.operators import use_kernels, uses_operators
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.train.arguments import num_steps, trainer_arguments
 from halfbyte.train.batching import Cutting, StepwiseSampler, warn_of_padding
-from halfbyte.train.callbacks import EpochOrder, FiniteGuard, Progress, SampleAnswers
+from halfbyte.train.branch import use_new_settings
+from halfbyte.train.callbacks import EpochOrder, Progress, SampleAnswers
 from halfbyte.train.checkpoints import STAGED, check_finite, staged
+from halfbyte.train.guards import FiniteGuard, check_labels
+from halfbyte.train.held_out import held_out_losses
+from halfbyte.train.learning import LearningGuard
 from halfbyte.train.measure import memory_bytes
 from halfbyte.train.settle_dtype import scale_losses
 from halfbyte.train.setup import Setup
@@ -52,6 +57,7 @@ class TokenTrainer(SFTTrainer):
     ) -> None:
         self.control: TrainerControl
         self.tracker, self.cutting = tracker, cutting
+        self.run, self.samples, self.step_rows = setup.run, setup.train, list[int]()
         self.rows, self.held_out = setup.train.tokens, setup.held_out.tokens
         self.weights, self.held_out_weights = setup.train.weights, setup.held_out.weights
         self.losses = SourceLosses.of(setup)
@@ -61,9 +67,8 @@ class TokenTrainer(SFTTrainer):
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
         self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
         self.checkpoints, self.num_kept = checkpoints, setup.run.train.keep_checkpoints
-        self.saved_step = -1
+        self.saved_step, self.seconds = -1, 0.0
         self.num_steps = num_steps(setup.run, len(setup.train))
-        self.seconds = 0.0
         self.sampler: StepwiseSampler
         self.finite: torch.Tensor | None = None
         self.gradient_norm = torch.tensor(0.0)
@@ -86,6 +91,7 @@ class TokenTrainer(SFTTrainer):
                 callbacks=[
                     Progress(),
                     FiniteGuard(self),
+                    LearningGuard(self),
                     EpochOrder(self),
                     SampleAnswers(self, samples, setup.renderer, setup.run),
                 ],
@@ -96,17 +102,22 @@ class TokenTrainer(SFTTrainer):
 
     def _collate(self, numbers: list[dict[str, int]]) -> dict[str, Any]:
         """Split the rows of an optimizer step into passes."""
-        step = [self.rows[number["row"]] for number in numbers]
-        weights = self.weights and [self.weights[number["row"]] for number in numbers]
-        groups = self.losses and [self.losses.train[number["row"]] for number in numbers]
+        rows = [number["row"] for number in numbers]
+        step = [self.rows[row] for row in rows]
+        weights = self.weights and [self.weights[row] for row in rows]
+        groups = self.losses and [self.losses.train[row] for row in rows]
         layouts = self.cutting.step(step, weights, groups or ())
         num_groups = len(self.losses.names) if self.losses else 0
         return {
+            "rows": rows,
             "layouts": [
                 PackedLayout.of(layout, varlen=self.varlen, num_groups=num_groups)
                 for layout in layouts
             ],
-            "divisor": sum(sum(layout.counts) for layout in layouts),
+            "divisor": check_labels(
+                sum(sum(layout.counts) for layout in layouts),
+                (self.samples[row].row.place for row in rows),
+            ),
             "num_tokens": sum(layout.num_tokens for layout in layouts),
         }
 
@@ -159,10 +170,11 @@ class TokenTrainer(SFTTrainer):
         The transformers method makes one pass of a fixed number of rows; this one makes as few as fit.
         """
         assert num_items_in_batch is not None, "transformers counted no labelled tokens"
+        self.step_rows = inputs["rows"]
         if not model.training:  # to set it walks all modules
             model.train()
         if len(inputs["layouts"]) > 1 and self.args.device.type == "cpu":
-            self._lay_out_gradients()
+            self._gradients = lay_out_gradients(self.trained, self._gradients)
         total: torch.Tensor | None = None
         last = len(inputs["layouts"]) - 1
         for number, layout in enumerate(inputs["layouts"]):
@@ -184,8 +196,7 @@ class TokenTrainer(SFTTrainer):
         self.num_tokens += inputs["num_tokens"] * self.accelerator.num_processes
         return total
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        # Of the trained parameters alone: transformers walks all of the model's modules for them.
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:  # without a walk over all modules
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
@@ -195,51 +206,27 @@ class TokenTrainer(SFTTrainer):
         self.gradient_norm = torch.as_tensor(norm, device=self.args.device)
         return norm
 
-    def _lay_out_gradients(self) -> None:
-        """Place all gradients in one block of memory, filled with zeros.
-
-        If they were allocated one by one among the activations of a step's first pass, they would
-        fragment the C library's heap, which would then grow in the next pass.
-        """
-        sizes = [parameter.numel() for parameter in self.trained]
-        if self._gradients is None:
-            self._gradients = torch.empty(sum(sizes))
-        parts = torch.split(self._gradients.zero_(), sizes)
-        for parameter, part in zip(self.trained, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Return the parameters that decay: LoRA matrices, which begin near 0, but no rows of new tokens."""
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if "trainable_tokens_delta" not in name]
+        decaying = super().get_decay_parameter_names(model)
+        return [name for name in decaying if "trainable_tokens_delta" not in name]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return 0, since transformers would walk all parameters for a figure that is never shown."""
+        """Return 0: transformers would walk all parameters for it."""
         return 0
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Compute the held-out loss in nats per labelled token, over all processes."""
-        state = self.accelerator
-        mine = self.held_out[state.process_index :: state.num_processes]
+        rows, weights = self.held_out, self.held_out_weights
         with self.compute_loss_context_manager():
-            losses = self.cutting.losses(self.model, mine)
-        weights = self.held_out_weights or [1] * len(self.held_out)
-        mine_weights = weights[state.process_index :: state.num_processes]
-        total = sum(w * loss for w, (loss, _) in zip(mine_weights, losses, strict=True))
-        count = sum(w * count for w, (_, count) in zip(mine_weights, losses, strict=True))
-        sums = torch.tensor([total, count], dtype=torch.float64, device=state.device)
-        sums = state.reduce(sums)
-        loss = float(sums[0] / sums[1])
+            loss, by_source = held_out_losses(
+                self.model, self.cutting, rows, weights, self.losses, self.accelerator
+            )
         self.evaluated_step, self.held_out_loss = self.state.global_step, loss
         metrics = {f"{metric_key_prefix}_loss": loss}
-        if self.losses is not None:
-            groups = self.losses.held_out[state.process_index :: state.num_processes]
-            by_source = self.losses.of_rows(losses, mine_weights, groups, state)
-            metrics |= {
-                f"{metric_key_prefix}_loss/{name}": mean for name, mean in by_source.items()
-            }
+        metrics |= {f"{metric_key_prefix}_loss/{name}": mean for name, mean in by_source.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -304,6 +291,11 @@ class TokenTrainer(SFTTrainer):
         if self.state.global_step in (self.evaluated_step, self.saved_step):
             self._since = (self.num_tokens, time.perf_counter())
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and Path(checkpoint).name == Path(str(self.run.train.resume_from)).name:
+            use_new_settings(self.optimizer, self.lr_scheduler, self.args)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         check_finite(self.state.global_step, self.trained, self.optimizer)
         with staged(self.checkpoints, self.state.global_step, self.num_kept, self.accelerator):
@@ -314,7 +306,7 @@ class TokenTrainer(SFTTrainer):
         return str(self.checkpoints / STAGED)  # where the Trainer writes and rotates: one at a time
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Skip TRL's card, since shipped models get their own card with measured figures."""
+        """Skip TRL's card: shipped models get their own."""
 
 
 def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> TokenTrainer:
