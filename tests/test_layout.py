@@ -28,7 +28,7 @@ LAYERS = [
     ["forward"],
     ["model", "data"],
     ["kernels"],
-    ["libraries", "tracking"],
+    ["libraries", "tracking", "wandb_worker"],
     ["config"],
     ["record"],
     ["run_lock"],
@@ -92,7 +92,7 @@ LIBRARIES = {
     "trl": {"train/trainer.py"},
     "triton": {"kernels/triton_blocks.py", "kernels/triton_layers.py"},
     "uvicorn": {"serve/limits.py", "serve/server.py"},
-    "wandb": {"eval/dashboard.py", "tracking.py", "train/tracking.py"},
+    "wandb": {"tracking.py", "wandb_worker.py"},
     "wandb_workspaces": {"eval/dashboard.py"},
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES, MAX_SCRIPT_LINES = 350, 60, 9, 135

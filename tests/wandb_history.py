@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from waiting import wait_until
+
 BLOCK_BYTES = 32768
 FILE_HEADER_BYTES = 7
 RECORD_HEADER_BYTES = 7
@@ -16,15 +18,20 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """Every row that was logged, without W&B's own columns (those that begin with ``_``)."""
-    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
-    wandb.teardown()  # a run ends before W&B's process has written all of it: wait for that
+    def read() -> list[Any]:
+        records = []
+        for path in folder.rglob("*.wandb"):
+            for data in _records(path.read_bytes()):
+                records.append(Record())
+                records[-1].ParseFromString(data)
+        return records
+
+    # A run may end before W&B's process has written all of it.
+    wait_until(lambda: any(r.WhichOneof("record_type") == "exit" for r in read()), "no end", 60)
     rows = []
-    (path,) = folder.rglob("*.wandb")
-    for data in _records(path.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
+    for record in read():
         if record.WhichOneof("record_type") == "history":
             items = {
                 (item.key or ".".join(item.nested_key)): json.loads(item.value_json)

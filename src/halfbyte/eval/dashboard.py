@@ -53,9 +53,7 @@ def track_report(
     wandb_run = start_wandb(run, folder, "eval")
     if wandb_run is None:
         return where(wandb_run)
-    import wandb
-
-    wandb_run.summary.update(summary(report))
+    wandb_run.summarise(summary(report))
     tables = {
         "variants": _variants(report),
         "benchmarks": _benchmarks(report),
@@ -63,18 +61,15 @@ def track_report(
     }
     for name, (columns, rows) in tables.items():
         if rows:
-            wandb_run.log({name: wandb.Table(columns=columns, data=rows[:MAX_ROWS])})
-    page = folder.eval / "report.html"
-    wandb_run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-    artifact = wandb.Artifact(f"comparison-{wandb_run.id}", type="evaluation")
-    for name in REPORT_FILES:
-        if (folder.eval / name).is_file():
-            artifact.add_file(str(folder.eval / name))
-    wandb_run.log_artifact(artifact)
+            wandb_run.table(name, columns, rows[:MAX_ROWS])
+    wandb_run.page("report", str(folder.eval / "report.html"))
+    files = [str(folder.eval / name) for name in REPORT_FILES]
+    wandb_run.artifact("comparison", "evaluation", files)
     location = where(wandb_run)
-    if save_view:
+    if save_view and wandb_run.about:
         names = [entry["name"] for entry in report.variants]
-        view = workspace(wandb_run.entity, wandb_run.project, names, report.metric)
+        about = wandb_run.about
+        view = workspace(about["entity"], about["project"], names, report.metric)
         location = f"{location}, view {view.save().url}"
     wandb_run.finish()
     return location

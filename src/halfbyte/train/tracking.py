@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Tracker:
     """Writes each record to metrics.jsonl and, unless W&B is off, to a W&B run.
 
-    W&B never prompts and never blocks for long: without a key, or without a response within seconds,
-    the run is recorded offline. Each attempt at a run is its own W&B run in a common group, and begins
+    W&B runs in a process of its own, never prompts and never blocks: without a key, or without a response, the run
+    is recorded offline. Each attempt at a run is its own W&B run in a common group, and begins
     with the records kept from earlier attempts. Only rank 0 creates a Tracker.
 
     Args:
@@ -37,7 +37,7 @@ class Tracker:
         self.num_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
         evaluated = [(r["step"], r["eval_loss"]) for r in kept if "eval_loss" in r]
         self.evaluated: tuple[int, float | None] = evaluated[-1] if evaluated else (-1, None)
-        self.wandb: Any = start_wandb(run, folder)
+        self.wandb = start_wandb(run, folder)
         if self.wandb is not None:
             for record in kept:
                 self.wandb.log(record)
@@ -66,31 +66,23 @@ class Tracker:
     def summarise(self, values: dict[str, Any]) -> None:
         """Send figures of the whole run to W&B's table of runs; they are also in the manifest."""
         if self.wandb is not None:
-            self.wandb.summary.update(values)
+            self.wandb.summarise(values)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Write answers to held-out prompts, with their scores, to samples.jsonl, and to W&B as a table."""
         for sample in samples:
             append_jsonl(self.folder.samples, {"step": step, **sample})
         if self.wandb is not None and samples:
-            import wandb
-
-            table = wandb.Table(columns=["at_step", *samples[0]])
-            for sample in samples:
-                table.add_data(step, *sample.values())
-            self.wandb.log({"samples": table})
+            rows = [[step, *sample.values()] for sample in samples]
+            self.wandb.table("samples", ["at_step", *samples[0]], rows)
 
     def finish(self, adapter: Path | None) -> None:
         """End the W&B run: successfully with the adapter as an artifact, or as failed if it is None."""
         if self.wandb is None:
             return
         if adapter is not None:
-            import wandb
-
-            artifact = wandb.Artifact(f"adapter-{self.wandb.id}", type="model")
-            artifact.add_dir(str(adapter))
-            self.wandb.log_artifact(artifact)
-        self.wandb.finish(exit_code=0 if adapter is not None else 1)
+            self.wandb.artifact("adapter", "model", [str(adapter)])
+        self.wandb.finish(0 if adapter is not None else 1)
         self.wandb = None
 
 
