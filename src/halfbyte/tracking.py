@@ -21,7 +21,7 @@ from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, read_json, write_json
 
 INIT_TIMEOUT_S = 8.0  # of W&B's own, within its process
-LAST_WAIT_S = 5.0  # that we wait for it, in all
+LAST_WAIT_S = 2.0  # that we wait for it, in all
 MAX_QUEUED = 10_000  # records; beyond them the newest are dropped
 RUN_ID_FILE = "wandb_run.json"
 
@@ -96,7 +96,7 @@ class WandbRun:
         """Where the run is recorded, for the user."""
         self._wait(self._reader)
         if not self.about:
-            return "W&B did not start in time; all numbers are in metrics.jsonl"
+            return "still starting; all numbers are in metrics.jsonl"
         if self.about["offline"]:
             return f"offline, upload it later: wandb sync {self.about['dir']}"
         return str(self.about["url"])

@@ -6,21 +6,28 @@ here is written to standard error, and costs records in W&B, which are also in m
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import sys
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PROBE_S = 2.0
+NICENESS = 10  # the training goes first
 LAST_SECONDS = 600  # for what is still to be uploaded when the training has ended
 
 
 def main() -> None:
     """Follow commands until they end; then let W&B finish, within a bounded time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the training, which then ends us
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
     warnings.simplefilter("ignore")
     replies, sys.stdout = sys.stdout, sys.stderr
     run = _start(json.loads(sys.stdin.readline()))
@@ -47,6 +54,8 @@ def _start(first: dict[str, Any]) -> Any:
     import wandb
 
     timeouts, options = first["timeouts"], first["options"]
+    if options["mode"] == "online" and not _answers():
+        options["mode"] = "offline"
     settings = {"silent": True, "console": "off", "disable_git": True, **timeouts}
     try:
         run = wandb.init(**options, settings=wandb.Settings(**settings))
@@ -60,6 +69,19 @@ def _start(first: dict[str, Any]) -> Any:
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
     return run
+
+
+def _answers() -> bool:
+    """Return whether W&B's server answers at all, be it an error: W&B itself would try for a minute and longer."""
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    try:
+        urllib.request.urlopen(server, timeout=PROBE_S)
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        print(f"{server} does not answer ({error}); recording offline", flush=True)
+        return False
+    return True
 
 
 def _table(run: Any, name: str, columns: list[str], rows: list[list[Any]]) -> None:
