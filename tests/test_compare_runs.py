@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toys import run_script
+from toys import edit_settings, run_script
 
 from halfbyte.errors import RunError
 from halfbyte.eval.runs import as_markdown, compare_runs
@@ -26,8 +26,7 @@ def pair(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     for number, row in enumerate(rows):
         row["scores"]["adapter"]["exact_match"] = float(number < 7)
     write_jsonl(second / "eval" / "answers.jsonl", rows)
-    text = (second / "run.yaml").read_text()
-    (second / "run.yaml").write_text(text.replace("r: 4", "r: 8"))
+    edit_settings(second, "r: 4", "r: 8")
     return first, second
 
 

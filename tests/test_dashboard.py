@@ -23,8 +23,6 @@ def compared(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     copy = tmp_path_factory.mktemp("tracked") / "run"
     shutil.copytree(trained_run, copy)
     shutil.rmtree(copy / "wandb", ignore_errors=True)
-    text = (copy / "run.yaml").read_text().replace("wandb: off", "wandb: offline")
-    (copy / "run.yaml").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         names = ", ".join(VARIANTS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from test_prepare import pair
-from toys import chatml_tokenizer, run_script, unfinish, write_config, write_rows
+from toys import chatml_tokenizer, edit_settings, run_script, unfinish, write_config, write_rows
 
 from halfbyte.config import load_run
 from halfbyte.config.dataset import Data
@@ -268,9 +268,7 @@ def test_run_logs_the_loss_of_each_source_and_resumes_the_same(
     # As if the machine had died after step 5.
     again = tmp_path / "runs" / "again"
     shutil.copytree(run, again)
-    (again / "run.yaml").write_text(
-        (run / "run.yaml").read_text().replace("name: tiny", "name: again")
-    )
+    edit_settings(again, "name: tiny", "name: again")
     shutil.rmtree(again / "adapter")
     shutil.rmtree(again / "checkpoints" / "checkpoint-6")
     unfinish(again)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file
-from toys import run_script, unfinish, write_rows
+from toys import edit_settings, run_script, unfinish, write_rows
 from transformers import LlamaConfig
 from wandb_history import history
 
@@ -311,9 +311,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_exactly(
     whole, again = tmp_path / "runs" / "whole", tmp_path / "runs" / "again"
     shutil.copytree(whole, again)
     # As if the machine had died at step 11, with the checkpoint of step 9 half written.
-    (again / "run.yaml").write_text(
-        (whole / "run.yaml").read_text().replace("name: whole", "name: again")
-    )
+    edit_settings(again, "name: whole", "name: again")
     shutil.rmtree(again / "adapter")
     shutil.rmtree(again / "checkpoints" / "checkpoint-12")
     (again / "checkpoints" / "checkpoint-9" / "optimizer.pt").unlink()
@@ -331,8 +329,7 @@ def test_run_goes_on_from_the_resolved_config_in_its_own_folder(
     """The command that errors about an untrained run name."""
     copy = tmp_path / "runs" / "tiny"
     shutil.copytree(trained_run, copy)
-    text = (copy / "run.yaml").read_text().replace(str(trained_run.parent), str(copy.parent))
-    (copy / "run.yaml").write_text(text)
+    edit_settings(copy, str(trained_run.parent), str(copy.parent))
     run_script("train/sft.py", copy / "run.yaml")
     assert f"{copy} is trained already" in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from halfbyte.config.dataset import Data, DataSource
+from halfbyte.config.source import sealed
 from halfbyte.data.chat_template import load_template
 from halfbyte.data.fields import Account, RowError
 from halfbyte.data.leaks import near_duplicates
@@ -248,10 +249,18 @@ def make_manifest(**fields: Any) -> Manifest:
     return Manifest.model_validate(content | fields)
 
 
+def edit_settings(run: Path, old: str, new: str) -> None:
+    """Change a text in a run's resolved config, and seal it again."""
+    path = run / "run.yaml"
+    body = path.read_text(encoding="utf-8").split("\n", 2)[2]
+    assert old in body
+    path.write_text(sealed(body.replace(old, new)), encoding="utf-8")
+
+
 def unfinish(run: Path) -> None:
     """Let a run's manifest say that its training has not finished."""
     path = run / "manifest.json"
-    fields = {"finished": False, "adapter_sha256": None}
+    fields = {"finished": False, "adapter_sha256": None, "ledger_sha256": None}
     Manifest.read(path).model_copy(update=fields).write(path)
 
 

@@ -75,6 +75,7 @@ def _train(run: Run) -> Session:
     from halfbyte.train.probe import first_look
     from halfbyte.train.session import (
         check_base,
+        check_renderer,
         open_session,
         record_data,
         save_trained,
@@ -97,6 +98,7 @@ def _train(run: Run) -> Session:
     base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
     check_base(session, base)
     renderer = renderer_of(run.data, load_tokenizer(base))
+    check_renderer(session, renderer)
     prepared = prepare(run.data, renderer, run.seed)
     record_data(session, prepared)
     say(show_ledger(prepared), show_tokens(renderer))

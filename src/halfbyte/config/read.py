@@ -20,7 +20,15 @@ from halfbyte.config.checks import cross_faults, environment_faults, secret_faul
 from halfbyte.config.paths import RESOLVED_NAME, resolve_paths
 from halfbyte.config.schema import Run
 from halfbyte.config.section import BRANCH, Name, Positive
-from halfbyte.config.source import SECRET, SHOWN_CHARS, KeyPath, Source, read_source, source_of
+from halfbyte.config.source import (
+    SECRET,
+    SHOWN_CHARS,
+    KeyPath,
+    Source,
+    read_source,
+    sealed,
+    source_of,
+)
 from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
@@ -104,7 +112,7 @@ def run_as_yaml(run: Run) -> str:
     yaml.allow_unicode = False
     yaml.width = 4096
     yaml.dump(run.model_dump(mode="json"), stream)
-    return "# The resolved config of this run. Every later step reads it.\n" + stream.getvalue()
+    return sealed(stream.getvalue())
 
 
 def default_name(config: Path, overrides: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from halfbyte.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|^[0-9a-f]{40}$|wandb_v1_\w{20,}|sk-[A-Za-z0-9_-]{20,}")
+HEADER = "# The resolved config of this run; every later step reads it. Change it by overrides, section.key=value."
+SEAL = "# sha256 "
 MAX_CONFIG_BYTES = 128 << 10
 MAX_VALUES = 10_000
 MAX_INT_BITS = 1024  # as the largest float
@@ -68,6 +71,7 @@ def read_source(config: Path, overrides: list[str]) -> Source:
         raise ConfigError([f"{error}. Is it the config?"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{config}: cannot be read as UTF-8 text: {error}"]) from None
+    _check_seal(text, config)
     source = Source(values={})
     source.places[()] = str(config)
     source.folders[()] = config.resolve().parent
@@ -80,6 +84,33 @@ def read_source(config: Path, overrides: list[str]) -> Source:
     for override in overrides:
         _lay_over(override, source)
     return source
+
+
+def sealed(text: str) -> str:
+    """Return the text of a resolved config with the lines that tell a change of it."""
+    return f"{HEADER}\n{SEAL}{_digest(text)}\n{text}"
+
+
+def _check_seal(text: str, config: Path) -> None:
+    """Check that a config that a run wrote is as it wrote it; configs of users have no seal.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    first, _, rest = text.partition("\n")
+    second, _, body = rest.partition("\n")
+    is_ours = first == HEADER or second.startswith(SEAL)  # one flipped bit spares one of them
+    if is_ours and text != sealed(body):
+        raise ConfigError(
+            [
+                f"{config}: differs from what the run wrote: it is damaged, or was changed by hand. Put it back, and"
+                " give changes as overrides, section.key=value"
+            ]
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def source_of(values: dict[str, Any], place: str, overrides: list[str]) -> Source:

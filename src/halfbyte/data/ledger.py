@@ -76,8 +76,11 @@ class Ledger(Record):
         split_by: what decides which rows are held out: the hash of their ``prompt``, or, where all have
             one prompt, of their prompt and ``answer``.
         sources: what became of the rows of each source, where there are several.
+        files_sha256: digest of each file of held-out rows and examples, by name.
     """
 
+    NEWEST = 2
+    SEALED = True
     rows_in: dict[str, int]
     trained: int
     held_out: dict[str, int]
@@ -99,6 +102,7 @@ class Ledger(Record):
     split_by: str = "prompt"
     totals: dict[str, int] = Field(default_factory=dict)
     sources: dict[str, SourceLedger] = Field(default_factory=dict)
+    files_sha256: dict[str, str] = Field(default_factory=dict)
 
     def total(self, name: str) -> int:
         """Return how many there are of what a list of places names the first of."""

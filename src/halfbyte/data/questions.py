@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from halfbyte.data.conversation import OPENING_ROLES, Message, Row, row_from_json
 from halfbyte.data.encoded import IGNORED
+from halfbyte.data.ledger import Ledger
 from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
-from halfbyte.run_dir import RunDir, read_jsonl
+from halfbyte.run_dir import RunDir, check_files, read_jsonl
 
 MAX_KEPT_ROWS = 20_000  # of the training, for opponents without a model
 
@@ -75,11 +76,26 @@ def measuring_rows(folder: RunDir, num_rows: int, seed: int) -> list[Row]:
 def _first_rows(folder: RunDir, names: tuple[str, ...]) -> list[Row]:
     """Return the rows of the first of these files in the run folder's data that has any."""
     for name in names:
-        path = folder.need(folder.data / f"{name}.jsonl", "accelerate launch train/sft.py CONFIG")
-        rows = [row_from_json(record) for record in read_jsonl(path)]
+        rows = _kept_rows(folder, f"{name}.jsonl")
         if rows:
             return rows
     return []
+
+
+def _kept_rows(folder: RunDir, name: str) -> list[Row]:
+    """Return the rows of a file in the run folder's data.
+
+    Raises:
+        RunError: it is missing, or not the one that the training wrote.
+    """
+    command = f"accelerate launch train/sft.py {folder.config} train.existing=replace"
+    path = folder.need(folder.data / name, command)
+    if folder.ledger.is_file():
+        known = Ledger.read(folder.ledger).files_sha256
+        written = {name: known[name]} if name in known else {}
+        remedy = f"Put it back, or train again: {command}"
+        check_files(folder.data, written, "the file that the training wrote", remedy)
+    return [row_from_json(record) for record in read_jsonl(path)]
 
 
 def fewshot_examples(folder: RunDir, count: int, seed: int) -> tuple[Message, ...]:
@@ -102,16 +118,14 @@ def turns_of(rows: Sequence[Row]) -> tuple[Message, ...]:
 
 def training_examples(folder: RunDir) -> list[Row]:
     """Return the training rows that a run keeps for use after training."""
-    path = folder.need(folder.data / "fewshot.jsonl", "accelerate launch train/sft.py CONFIG")
-    return [row_from_json(record) for record in read_jsonl(path)]
+    return _kept_rows(folder, "fewshot.jsonl")
 
 
 def training_rows(folder: RunDir) -> list[Row]:
     """Return the training rows that a run keeps for its opponents; a run of an older version kept few."""
-    path = folder.data / "train.jsonl"
-    if not path.is_file():
+    if not (folder.data / "train.jsonl").is_file():
         return training_examples(folder)
-    return [row_from_json(record) for record in read_jsonl(path)]
+    return _kept_rows(folder, "train.jsonl")
 
 
 def questions(

@@ -51,6 +51,8 @@ class Report(Record):
         judged: what a judge preferred, by the name of the other variant.
     """
 
+    NEWEST = 2
+    SEALED = True
     run: str
     created: str
     base: BaseIdentity

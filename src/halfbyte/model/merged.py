@@ -67,6 +67,8 @@ class MergeReport(ProvenRecord):
         other_sha256: digest of each other file that was there when it was measured: config, tokenizer, template.
     """
 
+    NEWEST = 2
+    SEALED = True
     run: str = ""
     base: BaseIdentity
     requested: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise RunError(
             f"{folder}: transformers reads the saved {type(tokenizer).__name__} otherwise than the one in memory"
         )
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the hex sha256 of all that decides how a fast tokenizer reads a text."""
+    return hashlib.sha256(json.dumps(_rules(tokenizer), sort_keys=True).encode()).hexdigest()
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:

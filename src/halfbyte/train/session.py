@@ -15,16 +15,18 @@ from halfbyte.config.read import UNNAMED
 from halfbyte.data.ledger import Ledger
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.questions import MAX_KEPT_ROWS
+from halfbyte.data.render import Renderer
 from halfbyte.errors import RunError
 from halfbyte.host import is_main_process, num_processes
 from halfbyte.model.adapter import save_adapter
 from halfbyte.model.identity import check_same_base
 from halfbyte.model.load import vision_modules
 from halfbyte.model.resolve import Base
-from halfbyte.model.tokenizer import save_tokenizer
+from halfbyte.model.tokenizer import save_tokenizer, tokenizer_sha256
 from halfbyte.run_dir import (
     RunDir,
     digests,
+    file_sha256,
     move_aside,
     provenance,
     replace_folder,
@@ -160,6 +162,26 @@ def check_base(session: Session, base: Base) -> None:
         )
 
 
+def check_renderer(session: Session, renderer: Renderer) -> None:
+    """Check that a resumed run renders rows with the tokenizer and the template that it started with.
+
+    Raises:
+        RunError: one of them has changed.
+    """
+    before = session.earlier
+    if before is None:
+        return
+    for what, was, now in (
+        ("chat template", before.chat_template_sha256, renderer.template_sha256),
+        ("tokenizer", before.tokenizer_sha256, tokenizer_sha256(renderer.tokenizer)),
+    ):
+        if was not in (None, now):
+            raise RunError(
+                f"{session.folder.path}: the {what} has changed since this run began, so that the rest of it would be"
+                " trained on other tokens. Put it back, or start over with train.existing=replace"
+            )
+
+
 def record_data(session: Session, prepared: Prepared) -> None:
     """Write the ledger, the held-out rows and a pool of few-shot examples into the run folder.
 
@@ -187,13 +209,14 @@ def record_data(session: Session, prepared: Prepared) -> None:
             )
     if not session.is_main:
         return
-    prepared.ledger.write(folder.ledger)
     for name in ("validation", "test"):
         rows = getattr(prepared, name)
         write_jsonl(folder.data / f"{name}.jsonl", (row.as_json() for row in rows.rows()))
     kept = [row.as_json() for row in prepared.train.rows_by_digest(MAX_KEPT_ROWS)]
     write_jsonl(folder.data / "train.jsonl", kept)
     write_jsonl(folder.data / "fewshot.jsonl", kept[:NUM_FEWSHOT_POOL])
+    files = {"files_sha256": digests(folder.data)}
+    prepared.ledger.model_copy(update=files).write(folder.ledger)
 
 
 def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> None:
@@ -206,7 +229,7 @@ def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> N
     """
     if not session.is_main:
         return
-    loaded, renderer = setup.loaded, setup.renderer
+    loaded, renderer, finished = setup.loaded, setup.renderer, numbers.get("finished", False)
     before_s = session.earlier.seconds if session.earlier else 0.0
     Manifest(
         name=str(setup.run.name),
@@ -218,10 +241,12 @@ def write_manifest(session: Session, setup: Setup, numbers: dict[str, Any]) -> N
         compute_dtype=ComputeDtype(name=loaded.compute.name, why=loaded.compute.reason),
         device=str(loaded.compute.device),
         chat_template_sha256=renderer.template_sha256,
+        tokenizer_sha256=tokenizer_sha256(renderer.tokenizer),
         stop_ids=renderer.stop_ids,
         bos_per_row=1 if renderer.has_bos else 0,
         seconds=round(time.time() - session.started + before_s, 1),
-        adapter_sha256=digests(session.folder.adapter) if numbers.get("finished") else None,
+        adapter_sha256=digests(session.folder.adapter) if finished else None,
+        ledger_sha256=file_sha256(session.folder.ledger) if finished else None,
         **numbers,
         **provenance(),
     ).write(session.folder.manifest)

@@ -49,6 +49,8 @@ class ExportReport(ProvenRecord):
         sha256: digest of each of its files, by name.
     """
 
+    NEWEST = 2
+    SEALED = True
     run: str
     name: str
     kind: str

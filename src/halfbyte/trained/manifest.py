@@ -25,10 +25,12 @@ class Manifest(ProvenRecord):
         precision: precision of the stored weights.
         device: the device that trained, by its torch name.
         chat_template_sha256: digest of the template that rendered the rows.
+        tokenizer_sha256: digest of the rules of the tokenizer; None in files before it was recorded.
         stop_ids: tokens that end an answer.
         seconds: total time of all attempts.
         finished: whether the adapter is saved.
         adapter_sha256: digest of each file of the adapter's folder, by name; None in files before version 2.
+        ledger_sha256: digest of ``ledger.json``, which has those of the kept rows; None as above.
         memory: the planned memory and its measured counterpart.
         held_out_loss: loss in nats per labelled token; None without held-out rows.
     """
@@ -44,11 +46,13 @@ class Manifest(ProvenRecord):
     compute_dtype: ComputeDtype
     device: str
     chat_template_sha256: str
+    tokenizer_sha256: str | None = None
     stop_ids: list[int]
     bos_per_row: int = 0
     seconds: float = 0.0
     finished: bool = False
     adapter_sha256: dict[str, str] | None = None
+    ledger_sha256: str | None = None
     memory: dict[str, Any] | None = None
     steps: int | None = None
     num_tokens: int | None = None
@@ -85,7 +89,7 @@ def finished_manifest(folder: RunDir) -> Manifest:
 
 
 def check_adapter_files(folder: RunDir, manifest: Manifest) -> None:
-    """Check that the adapter of a finished training is the one that it wrote.
+    """Check that the adapter and the ledger of a finished training are those that it wrote.
 
     Raises:
         RunError: a file is missing or has changed.
@@ -93,3 +97,5 @@ def check_adapter_files(folder: RunDir, manifest: Manifest) -> None:
     remedy = "Put back the file, or train again with train.existing=replace"
     subject = "the file that the training wrote"
     check_files(folder.adapter, manifest.adapter_sha256 or {}, subject, remedy)
+    if manifest.ledger_sha256 is not None:
+        check_files(folder.path, {folder.ledger.name: manifest.ledger_sha256}, subject, remedy)
