@@ -9,7 +9,7 @@ RUN := runs/quickstart
 # A file's tests stay together, as they share what its fixtures train.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow test-gpu check fix clean
+.PHONY: quickstart test test-slow test-gpu chaos mutants check fix clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python data/addresses.py
@@ -25,6 +25,15 @@ test-slow: $(VENV)/.ready
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m gpu
+
+# The fault campaign; SCALE=0.1 tries a tenth. It needs a C compiler, and Linux.
+SCALE ?= 1
+chaos: $(VENV)/.ready
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m chaos --scale $(SCALE)
+
+# Each guard is removed in turn, and the test that owns it must fail.
+mutants: $(VENV)/.ready
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m mutants
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -45,7 +45,7 @@ class Ended:
         if self.code is None:
             return f"hung for {self.seconds:.0f} s"
         if self.code == CRASHED or "Traceback (most recent call last)" in self.text:
-            return f"traceback: {self.text.strip().splitlines()[-1][:300]}"
+            return f"traceback: {self.text.strip()[-300:]}"
         return ""
 
     def says(self, *texts: str) -> str:

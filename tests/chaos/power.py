@@ -80,7 +80,7 @@ class Watched:
 def watch(root: Path, kept: Path, die_at: int) -> None:
     """Record flushes below ``root`` in ``kept``, and kill this process at the flush of this number."""
     watched = Watched(root, kept, die_at)
-    os.fsync = watched.on_flush
+    os.fsync = watched.on_flush  # type: ignore[assignment]
     os.unlink = os.remove = watched.on_unlink
     os.rmdir = watched.on_rmdir
     os.rename = partial(watched.on_move, os.rename)
@@ -98,12 +98,13 @@ def cut_power(root: Path, kept: Path, mode: str) -> None:
     """
     after = root.with_name(f"{root.name}-after")
     after.mkdir()
-    _lay_out(root.stat().st_ino, root, after, kept, mode)
+    lay_out(root.stat().st_ino, root, after, kept, mode)
     shutil.rmtree(root)
     after.rename(root)
 
 
-def _lay_out(number: int, now: Path | None, target: Path, kept: Path, mode: str) -> None:
+def lay_out(number: int, now: Path | None, target: Path, kept: Path, mode: str) -> None:
+    """Fill a folder with what remains of the one with this inode, which is at ``now`` if it still has a name."""
     flushed = kept / f"names-{number}"
     names: dict[str, list[Any]] = json.loads(flushed.read_text()) if flushed.is_file() else {}
     if mode == "named" and now is not None:
@@ -112,7 +113,7 @@ def _lay_out(number: int, now: Path | None, target: Path, kept: Path, mode: str)
         here = now / name if now is not None and (now / name).exists() else None
         if is_folder:
             (target / name).mkdir()
-            _lay_out(inode, here, target / name, kept, mode)
+            lay_out(inode, here, target / name, kept, mode)
             continue
         content = kept / f"content-{inode}"
         if content.is_file():

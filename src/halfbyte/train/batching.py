@@ -65,6 +65,10 @@ class Cutting:
             for numbers in cut
         ]
 
+    def longest(self, rows: Sequence[Tokens]) -> list[Tokens]:
+        """Return the longest of these rows, up to ``micro_batch_size`` of them."""
+        return sorted(rows, key=lambda row: -len(row[0]))[: self.micro_batch_size]
+
     def losses(self, model: nn.Module, rows: Sequence[Tokens]) -> list[tuple[float, int]]:
         """Run ``row_losses`` with passes laid out in the same way."""
         rows_a_pass = self.micro_batch_size

@@ -22,7 +22,7 @@ def check_first_step(trainer: TokenTrainer, *, profiled: bool = True) -> tuple[f
     Raises:
         RunError: the loss or a gradient is not finite, or an adapter gets no gradient.
     """
-    layout = trainer.cutting.layout(trainer.longest(trainer.rows))
+    layout = trainer.cutting.layout(trainer.cutting.longest(trainer.rows))
     model = trainer.model
     if trainer.args.gradient_checkpointing:
         # transformers enables this only in train(); the check must not need more memory than training.

@@ -93,14 +93,14 @@ def probe(trainer: TokenTrainer, setup: Setup, *, profiled: bool = True) -> Prob
     if planner is None or plan is None:
         raise PlanError("there is no plan to compare a probe with")
     loss, step = check_first_step(trainer, profiled=profiled)
-    scored = trainer.longest(trainer.held_out or trainer.rows)
+    scored = trainer.cutting.longest(trainer.held_out or trainer.rows)
 
     def score() -> Any:
         with trainer.accelerator.autocast():
             return trainer.cutting.losses(trainer.model, scored)
 
     evaluation = measure(trainer.args.device, score, profiled=profiled)
-    trained = trainer.cutting.layout(trainer.longest(trainer.rows))
+    trained = trainer.cutting.layout(trainer.cutting.longest(trainer.rows))
     predicted = _predicted(planner, plan, trained, trainer.cutting.layout(scored))
     measured = {
         "weights and adapter": step.start_bytes,

@@ -14,8 +14,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from halfbyte.errors import StoppedError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from halfbyte.train.session import Session
     from halfbyte.train.trainer import TokenTrainer
 
@@ -28,13 +26,13 @@ def train_until_stopped(trainer: TokenTrainer, session: Session) -> None:
     Raises:
         StoppedError: it was stopped; the message has the step and the command that goes on.
     """
-    guard = StopGuard(trainer.accelerator)
+    guard = StopGuard(trainer)
     # Before the callbacks that look whether the step is to be saved.
     trainer.callback_handler.callbacks.insert(0, guard)
     with guard.listening():
         trainer.train_to_end(session.resume)
     done = trainer.state.global_step
-    if guard.stopped_by is not None and done < trainer.num_steps:
+    if guard.stopped_by is not None:
         raise StoppedError(guard.stopped_by, done, f"train/sft.py {session.folder.config}")
 
 
@@ -45,8 +43,8 @@ class StopGuard(TrainerCallback):
         stopped_by: number of the signal, or None.
     """
 
-    def __init__(self, processes: Accelerator) -> None:
-        self.processes = processes
+    def __init__(self, trainer: TokenTrainer) -> None:
+        self.trainer, self.processes = trainer, trainer.accelerator
         self.stopped_by: int | None = None
 
     @contextmanager
@@ -58,6 +56,14 @@ class StopGuard(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        """Make up for the evaluation that a signal has cut short in the run that is gone on with."""
+        if self.trainer.owes_evaluation:
+            self.trainer.owes_evaluation = False
+            self.trainer.evaluate()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -78,7 +84,14 @@ class StopGuard(TrainerCallback):
                 raise KeyboardInterrupt
             return
         self.stopped_by = number
+        self.trainer.cuts_evaluation = self.processes.num_processes == 1
         name = signal.Signals(number).name
         print(
             f"\n{name}: this step is finished and saved, then the training stops", file=sys.stderr
         )
+        if self.trainer.cuts_evaluation and self.trainer.evaluates:
+            raise EvaluationCutError
+
+
+class EvaluationCutError(Exception):
+    """A signal has come during an evaluation, which may take long, and which the next attempt makes again."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from halfbyte.data.prefix_tree import Tokens
 from halfbyte.forward.fuse import fuse, plain_lines
 from halfbyte.forward.packed import add_token_loss
 from halfbyte.forward.packed_layout import PackedLayout
@@ -36,6 +34,7 @@ from halfbyte.train.measure import memory_bytes
 from halfbyte.train.settle_dtype import scale_losses
 from halfbyte.train.setup import Setup
 from halfbyte.train.source_losses import SourceLosses
+from halfbyte.train.stops import EvaluationCutError
 from halfbyte.train.tracking import Tracker
 
 
@@ -73,6 +72,7 @@ class TokenTrainer(SFTTrainer):
         self.finite: torch.Tensor | None = None
         self.gradient_norm = torch.tensor(0.0)
         self.trained = list(trainable_parameters(setup.model).values())
+        self.evaluates = self.cuts_evaluation = self.owes_evaluation = False  # see StopGuard
         self._gradients: torch.Tensor | None = None
         self._since = (0, time.perf_counter())
         samples, model = setup.held_out[: setup.run.train.num_samples], setup.model
@@ -141,10 +141,6 @@ class TokenTrainer(SFTTrainer):
         self.sampler = StepwiseSampler(lengths, step_rows, self.args.seed, world)
         return self.sampler
 
-    def longest(self, rows: Sequence[Tokens]) -> list[Tokens]:
-        """Return the longest of these rows, up to ``micro_batch_size`` of them."""
-        return sorted(rows, key=lambda row: -len(row[0]))[: self.cutting.micro_batch_size]
-
     def train_to_end(self, resume: Path | None) -> None:
         """Train until all steps are done, starting from a checkpoint if one is given."""
         start = time.perf_counter()
@@ -156,6 +152,9 @@ class TokenTrainer(SFTTrainer):
                 self._load_from_checkpoint(str(resume))
                 self.state = state
                 return
+            every = self.run.train.eval_steps or self.num_steps
+            is_owed = state.global_step % every == 0 and self.evaluated_step != state.global_step
+            self.owes_evaluation = is_owed and self.accelerator.num_processes == 1
         self.train(resume_from_checkpoint=str(resume) if resume else None)
         self.seconds = time.perf_counter() - start
 
@@ -219,6 +218,9 @@ class TokenTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Compute the held-out loss in nats per labelled token, over all processes."""
+        self.evaluates = True
+        if self.cuts_evaluation:
+            raise EvaluationCutError
         rows, weights = self.held_out, self.held_out_weights
         with self.compute_loss_context_manager():
             loss, by_source = held_out_losses(
@@ -231,6 +233,7 @@ class TokenTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        self.evaluates = False
         return metrics
 
     def final_loss(self) -> float | None:
@@ -286,7 +289,11 @@ class TokenTrainer(SFTTrainer):
         }
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
-        super()._maybe_log_save_evaluate(*args, **options)
+        try:
+            super()._maybe_log_save_evaluate(*args, **options)
+        except EvaluationCutError:
+            self.control.should_training_stop = True
+            self._save_checkpoint(self.model, None)
         # Time spent on evaluating and saving does not count as training time.
         if self.state.global_step in (self.evaluated_step, self.saved_step):
             self._since = (self.num_tokens, time.perf_counter())
