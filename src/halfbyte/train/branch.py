@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,24 +107,22 @@ def source_settings(run: Run) -> Run:
     return read_run_folder(Path(str(run.train.resume_from)).parent.parent)
 
 
-def use_new_settings(optimizer: Any, scheduler: Any, args: Any) -> None:
-    """Let a loaded optimizer and schedule follow the settings of this run instead of those that were saved.
+@contextmanager
+def own_settings(trainer: Any, checkpoint: str | None) -> Iterator[None]:
+    """Let what is loaded in the ``with`` block follow this run's settings, if it is the checkpoint of another run.
 
-    Args:
-        optimizer: the optimizer with the states of the checkpoint.
-        scheduler: its learning-rate schedule, at the step of the checkpoint.
-        args: the trainer's arguments.
+    A loaded optimizer and schedule have the rate and the decay that were saved with them. ``trainer`` is the Trainer.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    schedule = getattr(scheduler, "scheduler", scheduler)
-    schedule.base_lrs = [args.learning_rate] * len(inner.param_groups)
-    rates = [
-        base * shape(schedule.last_epoch)
-        for base, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(inner.param_groups, rates, strict=True):
-        group["initial_lr"] = args.learning_rate
-        group["lr"] = rate
-        if group["weight_decay"]:  # groups without stay so
-            group["weight_decay"] = args.weight_decay
-    schedule._last_lr = rates
+    origin = trainer.run.train.resume_from
+    if not checkpoint or origin is None or Path(checkpoint).name != Path(str(origin)).name:
+        yield
+        return
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    schedule: Any = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    rate = trainer.args.learning_rate
+    yield
+    schedule.base_lrs = [rate] * len(decays)
+    schedule._last_lr = [rate * shape(schedule.last_epoch) for shape in schedule.lr_lambdas]
+    for group, decay, now in zip(optimizer.param_groups, decays, schedule._last_lr, strict=True):
+        group.update(initial_lr=rate, lr=now, weight_decay=decay)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import Any
 
 import torch
@@ -19,7 +18,11 @@ LOOK_STEPS = 50  # between two looks at how far the adapter has moved
 # Entries of published weights are about 0.02, and fp32 keeps seven digits of them: a change of less is none.
 LEAST_CHANGE = 1e-10
 USUAL_RATE = "2e-4"
-KEPT_LOSSES, LEAST_STEPS = 4, 20  # logged losses that are looked at, and steps that they cover
+SPAN_STEPS, LEAST_LOSSES = (
+    20,
+    3,
+)  # steps over which losses are looked at, and how many there must be
+UNKNOWING_SPAN = 3  # times as many, where the model began without knowledge
 CHANCE_FRAC, KNOWING_FRAC = (
     0.98,
     0.9,
@@ -33,8 +36,7 @@ class LearningGuard(TrainerCallback):
         self.training = training
         self.chance_loss = math.inf  # ln(V), in nats per token
         self.num_still = torch.zeros((), device=training.trained[0].device)
-        self.losses: deque[tuple[int, float]] = deque(maxlen=KEPT_LOSSES)
-        self.first_loss: float | None = None
+        self.losses: list[tuple[int, float]] = []  # those that were logged, with their steps
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -92,19 +94,19 @@ class LearningGuard(TrainerCallback):
         """
         if not logs or "loss" not in logs:
             return
-        loss = logs["loss"]
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.losses.append((state.global_step, loss))
-        steps = self.losses[-1][0] - self.losses[0][0]
-        if len(self.losses) < KEPT_LOSSES or steps < LEAST_STEPS:
+        step, loss = state.global_step, logs["loss"]
+        self.losses.append((step, loss))
+        first_step, first_loss = self.losses[0]
+        knew = first_loss < KNOWING_FRAC * self.chance_loss
+        span = SPAN_STEPS if knew else UNKNOWING_SPAN * SPAN_STEPS
+        recent = [value for at, value in self.losses if at > step - span]
+        if step - first_step < span or len(recent) < LEAST_LOSSES:
             return
-        lowest = min(value for _, value in self.losses)
-        stands = abs(self.losses[-1][1] - self.losses[0][1]) < (1 - CHANCE_FRAC) * self.chance_loss
-        knew = self.first_loss < KNOWING_FRAC * self.chance_loss
-        if lowest >= CHANCE_FRAC * self.chance_loss and (knew or stands):
+        stands = abs(recent[-1] - recent[0]) < (1 - CHANCE_FRAC) * self.chance_loss
+        if min(recent) >= CHANCE_FRAC * self.chance_loss and (knew or stands):
             raise RunError(
-                f"step {state.global_step}: for {steps} steps the loss has been {loss:.2f} nats, where a model is that"
-                f" knows nothing (ln of the vocabulary is {self.chance_loss:.2f}; it began at {self.first_loss:.2f})."
+                f"step {step}: for {span} steps the loss has been {loss:.2f} nats, where a model is that"
+                f" knows nothing (ln of the vocabulary is {self.chance_loss:.2f}; it began at {first_loss:.2f})."
                 f" {_why_still(self.training)}"
             )
 

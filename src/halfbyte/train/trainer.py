@@ -24,7 +24,7 @@ from halfbyte.kernels.operators import use_kernels, uses_operators
 from halfbyte.model.adapter import adapted_layers, adapters_kept, trainable_parameters
 from halfbyte.train.arguments import num_steps, trainer_arguments
 from halfbyte.train.batching import Cutting, StepwiseSampler, warn_of_padding
-from halfbyte.train.branch import use_new_settings
+from halfbyte.train.branch import own_settings
 from halfbyte.train.callbacks import EpochOrder, Progress, SampleAnswers
 from halfbyte.train.checkpoints import STAGED, check_finite, staged
 from halfbyte.train.guards import FiniteGuard, check_labels
@@ -299,9 +299,8 @@ class TokenTrainer(SFTTrainer):
             self._since = (self.num_tokens, time.perf_counter())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint and Path(checkpoint).name == Path(str(self.run.train.resume_from)).name:
-            use_new_settings(self.optimizer, self.lr_scheduler, self.args)
+        with own_settings(self, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         check_finite(self.state.global_step, self.trained, self.optimizer)

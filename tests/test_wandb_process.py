@@ -1,0 +1,74 @@
+"""W&B in its process: nothing that it does ends or delays a training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from waiting import wait_until
+
+from halfbyte import tracking
+from halfbyte.tracking import WandbRun
+from halfbyte.wandb_worker import DO
+
+FIRST = {
+    "options": {"mode": "offline", "project": "p", "id": "x-1", "config": {}},
+    "timeouts": {},
+    "by_step": True,
+}
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> dict[str, Any]:
+    return {**FIRST, "options": {**FIRST["options"], "dir": str(tmp_path)}}  # type: ignore[dict-item]
+
+
+def test_a_frozen_process_costs_two_seconds_and_drops_what_does_not_fit(
+    first: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tracking, "MAX_QUEUED", 50)
+    with (tmp_path / "log").open("w") as log:
+        run = WandbRun(first, log)
+    os.kill(run._process.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    for step in range(1000):
+        run.log({"step": step, "text": "x" * 10_000})
+    assert time.monotonic() - begun < 1
+    assert "still starting" in run.where
+    run.finish()
+    os.kill(run._process.pid, signal.SIGKILL)
+    assert time.monotonic() - begun < 5
+    told = capsys.readouterr().err
+    assert f"W&B goes on in process {run._process.pid}" in told
+    assert "records did not reach W&B; all are in metrics.jsonl" in told
+
+
+def test_a_killed_process_is_no_error(first: dict[str, Any], tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        run = WandbRun(first, log)
+    os.kill(run._process.pid, signal.SIGKILL)
+    for step in range(5):
+        run.log({"step": step})
+    run.finish()
+    assert run._process.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_training_that_dies_ends_the_run_as_failed(first: dict[str, Any], tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        run = WandbRun(first, log)
+    wait_until(lambda: run.about, "no start", 30)
+    assert run._process.stdin is not None
+    run._process.stdin.close()  # as if we had died
+    assert run._process.wait(60) == 0
+
+
+def test_every_command_has_its_deed_in_the_other_process() -> None:
+    assert DO.keys() == {"log", "summary", "table", "page", "artifact"}
