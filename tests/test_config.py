@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from toys import edit_settings
 
 from halfbyte.config import Run, load_run, read_run_folder, run_as_yaml
 from halfbyte.config.checks import RUN_NAME
@@ -1135,7 +1136,7 @@ def test_run_as_yaml_holds_every_key_in_the_order_of_the_schema(tmp_path: Path) 
     text = run_as_yaml(full_run(tmp_path))
     top = [line.partition(":")[0] for line in text.splitlines() if line[0] not in " #-"]
 
-    assert text.startswith("# The resolved config of this run.")
+    assert text.startswith("# The resolved config of this run; every later step reads it.")
     assert top == keys_of(())
     assert all(f"\n  {key}:" in text for section in top for key in keys_of((section,)))
 
@@ -1191,8 +1192,7 @@ def test_read_run_folder_names_the_command_when_the_folder_is_no_run(tmp_path: P
 def test_read_run_folder_names_the_line_when_run_yaml_was_edited_wrongly(tmp_path: Path) -> None:
     folder = save(full_run(tmp_path), tmp_path / "run")
     path = folder / "run.yaml"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace("max_length: 1024", "max_length: 4"), encoding="utf-8")
+    edit_settings(folder, "max_length: 1024", "max_length: 4")
 
     with pytest.raises(ConfigError) as caught:
         read_run_folder(folder)
@@ -1200,6 +1200,16 @@ def test_read_run_folder_names_the_line_when_run_yaml_was_edited_wrongly(tmp_pat
         f"{path}:{line_of(path, 'max_length')}: data.max_length is 4, which should be greater than"
         " or equal to 8"
     ]
+
+
+@pytest.mark.parametrize("at", [0, 30, 130, 400, -1])
+def test_a_run_yaml_that_is_not_as_the_run_wrote_it_is_refused(tmp_path: Path, at: int) -> None:
+    path = save(full_run(tmp_path), tmp_path / "run") / "run.yaml"
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.yaml: differs from what the run wrote"):
+        read_run_folder(path.parent)
 
 
 # What is shipped, and what is loaded

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import LENIENT, forget_digests, run_script
+from toys import LENIENT, edit_record, forget_digests, run_script
 
 from halfbyte.errors import ModelError, RunError
 from halfbyte.llamacpp import tools
@@ -235,9 +235,7 @@ def rename_keys(run: Path) -> None:
 
 def change_base(run: Path) -> None:
     path = run / "merged" / "merge_report.json"
-    report = json.loads(path.read_text())
-    report["base"]["fingerprint"] = "0" * 64
-    path.write_text(json.dumps(report))
+    edit_record(path, base=json.loads(path.read_text())["base"] | {"fingerprint": "0" * 64})
 
 
 def cut_file(run: Path) -> None:
@@ -354,9 +352,8 @@ def test_artefact_of_another_run_is_refused(
     copy = tmp_path / "tiny"
     shutil.copytree(exported_run, copy, ignore=shutil.ignore_patterns("merged", "checkpoints"))
     path = copy / "export" / "gguf-f16" / "export_report.json"
-    report = json.loads(path.read_text())
-    report[key] = report[key] | {"fingerprint": "0"} if key == "base" else "0"
-    path.write_text(json.dumps(report))
+    base = json.loads(path.read_text())["base"] | {"fingerprint": "0"}
+    edit_record(path, **{key: base if key == "base" else "0"})
     with pytest.raises(RunError, match=said):
         read_artefact(RunDir(copy), "gguf-f16")
 

@@ -46,7 +46,6 @@ LIBRARIES = {
         "train/diagnosis.py",
         "train/held_out.py",
         "train/source_losses.py",
-        "train/stops.py",
     },
     "bitsandbytes": {"model/int8_linear.py", "model/quantised.py"},
     "compressed_tensors": {"ship/awq_worker.py"},

@@ -296,7 +296,7 @@ def test_script_ends_with_code_130_when_interrupted(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as caught:
         exit_on_user_error(main)
     assert caught.value.code == 130
-    assert capsys.readouterr().err == "stopped\n"
+    assert capsys.readouterr().err == "stopped: SIGINT\n"
 
 
 def test_script_shows_a_bug_when_it_is_no_fault_of_the_user() -> None:

@@ -425,7 +425,7 @@ def test_training_without_any_wandb_key_ends_well(
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    run_script("train/sft.py", make_config())
+    run_script("train/sft.py", make_config(track={"wandb": "auto"}))
     run = tmp_path / "runs" / "tiny"
     assert json.loads((run / "manifest.json").read_text())["finished"] is True
     assert [row for row in history(run / "wandb") if "samples._type" not in row] == metrics(run)

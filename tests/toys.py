@@ -24,6 +24,8 @@ from halfbyte.data.raw import RawRow, Table
 from halfbyte.data.rows import ParsedRows
 from halfbyte.data.sources import open_table
 from halfbyte.model.merged import MergeReport
+from halfbyte.record import DIGEST, _digest
+from halfbyte.run_dir import digests, file_sha256
 from halfbyte.trained.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +163,7 @@ def write_config(folder: Path, base: Path, **sections: Any) -> Path:
         },
         "eval": {"rows": 8, "max_new_tokens": 8, "fewshot": 2, "resamples": 200},
         "merge": {"rows": 4, "dtype": "fp32"},
+        "track": {"wandb": "off"},
     }
     for section, values in sections.items():
         is_section = isinstance(values, dict)
@@ -255,6 +258,20 @@ def edit_settings(run: Path, old: str, new: str) -> None:
     body = path.read_text(encoding="utf-8").split("\n", 2)[2]
     assert old in body
     path.write_text(sealed(body.replace(old, new)), encoding="utf-8")
+
+
+def edit_record(path: Path, **fields: Any) -> None:
+    """Change fields of a sealed record, and seal it again."""
+    content = json.loads(path.read_text(encoding="utf-8")) | fields
+    content.pop(DIGEST, None)
+    path.write_text(json.dumps(content | {DIGEST: _digest(content)}), encoding="utf-8")
+
+
+def edit_rows(run: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """Change the rows that a run keeps, with the digests of them."""
+    write_rows(run / "data" / name, rows)
+    edit_record(run / "ledger.json", files_sha256=digests(run / "data"))
+    edit_record(run / "manifest.json", ledger_sha256=file_sha256(run / "ledger.json"))
 
 
 def unfinish(run: Path) -> None:

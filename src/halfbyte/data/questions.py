@@ -88,12 +88,11 @@ def _kept_rows(folder: RunDir, name: str) -> list[Row]:
     Raises:
         RunError: it is missing, or not the one that the training wrote.
     """
-    command = f"accelerate launch train/sft.py {folder.config} train.existing=replace"
-    path = folder.need(folder.data / name, command)
+    path = folder.need(folder.data / name, "accelerate launch train/sft.py CONFIG")
     if folder.ledger.is_file():
         known = Ledger.read(folder.ledger).files_sha256
         written = {name: known[name]} if name in known else {}
-        remedy = f"Put it back, or train again: {command}"
+        remedy = "Put it back, or train again with train.existing=replace"
         check_files(folder.data, written, "the file that the training wrote", remedy)
     return [row_from_json(record) for record in read_jsonl(path)]
 

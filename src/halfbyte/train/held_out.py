@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+class EvaluationCutError(Exception):
+    """A signal has come during an evaluation, which may take long, and which the next attempt makes again."""
+
+
 def held_out_losses(
     model: torch.nn.Module,
     cutting: Cutting,

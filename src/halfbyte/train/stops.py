@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.errors import StoppedError
+from halfbyte.train.held_out import EvaluationCutError
 
 if TYPE_CHECKING:
     from halfbyte.train.session import Session
@@ -91,7 +92,3 @@ class StopGuard(TrainerCallback):
         )
         if self.trainer.cuts_evaluation and self.trainer.evaluates:
             raise EvaluationCutError
-
-
-class EvaluationCutError(Exception):
-    """A signal has come during an evaluation, which may take long, and which the next attempt makes again."""

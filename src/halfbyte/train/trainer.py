@@ -28,13 +28,12 @@ from halfbyte.train.branch import own_settings
 from halfbyte.train.callbacks import EpochOrder, Progress, SampleAnswers
 from halfbyte.train.checkpoints import STAGED, check_finite, staged
 from halfbyte.train.guards import FiniteGuard, check_labels
-from halfbyte.train.held_out import held_out_losses
+from halfbyte.train.held_out import EvaluationCutError, held_out_losses
 from halfbyte.train.learning import LearningGuard
 from halfbyte.train.measure import memory_bytes
 from halfbyte.train.settle_dtype import scale_losses
 from halfbyte.train.setup import Setup
 from halfbyte.train.source_losses import SourceLosses
-from halfbyte.train.stops import EvaluationCutError
 from halfbyte.train.tracking import Tracker
 
 
