@@ -212,3 +212,18 @@ def test_picture_and_index_of_the_code_are_current() -> None:
     command = [sys.executable, str(ROOT / "docs/architecture_picture.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_guarantees_list_every_mutant_and_name_tests_that_are_there() -> None:
+    import mutants
+
+    page = text_of("docs/guarantees.md")
+    assert mutants.as_markdown() in page
+    for name in re.findall(r"`(tests/test_\w+\.py)`", page):
+        assert (ROOT / name).is_file(), name
+    for mutant in mutants.MUTANTS:
+        source = (ROOT / "src" / "halfbyte" / mutant.file).read_text(encoding="utf-8")
+        assert source.count(mutant.old) == 1, mutant.guard
+        file, _, test = mutant.test.partition("::")
+        tests = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {test.partition('[')[0]}(" in tests, mutant.guard

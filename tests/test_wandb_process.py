@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,13 @@ def test_a_frozen_process_costs_two_seconds_and_drops_what_does_not_fit(
     with (tmp_path / "log").open("w") as log:
         run = WandbRun(first, log)
     os.kill(run._process.pid, signal.SIGSTOP)
-    begun = time.monotonic()
     for step in range(1000):
         run.log({"step": step, "text": "x" * 10_000})
-    assert time.monotonic() - begun < 1
+    assert run.num_dropped > 500
     assert "still starting" in run.where
     run.finish()
     os.kill(run._process.pid, signal.SIGKILL)
-    assert time.monotonic() - begun < 5
+    assert run._waited_s <= 1.5 * tracking.LAST_WAIT_S
     told = capsys.readouterr().err
     assert f"W&B goes on in process {run._process.pid}" in told
     assert "records did not reach W&B; all are in metrics.jsonl" in told
