@@ -23,8 +23,8 @@ from toys import (
     LENIENT,
     chatml_tokenizer,
     gemma_tokenizer,
-    llama_config,
     run_script,
+    save_tiny_llama,
     tool_rows,
     write_config,
     write_rows,
@@ -77,23 +77,7 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture(scope="session")
 def tiny_llama(built_once: Build) -> Path:
     """A folder with a random two-layer Llama and the ChatML tokenizer."""
-    from transformers import LlamaForCausalLM
-
-    tokenizer = chatml_tokenizer()
-    config = llama_config(
-        len(tokenizer),
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-    def save(folder: Path) -> None:
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    return built_once("tiny-llama", save)
+    return built_once("tiny-llama", save_tiny_llama)
 
 
 @pytest.fixture(scope="session")

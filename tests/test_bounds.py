@@ -43,7 +43,7 @@ def test_deep_json_is_an_error_with_its_file(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"a":' * 100_000)
     with pytest.raises(BoundError, match=r"x\.json is nested too deep"):
-        read_bounded_json(path)
+        read_bounded_json(path, 1 << 20)
 
 
 def test_time_and_memory_of_a_block_are_bounded_and_given_back() -> None:

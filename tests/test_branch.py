@@ -52,10 +52,11 @@ def test_same_settings_repeat_the_run_and_others_change_only_what_follows(run: P
 
 def test_the_new_run_needs_the_old_one_no_longer(run: Path) -> None:
     run_script("train/sft.py", run / "run.yaml", "train.resume_from=2", "name=new")
-    new, expected = run.with_name("new"), steps(run.with_name("new"))
+    new = run.with_name("new")
     shutil.rmtree(run)
     assert load_run(new / "run.yaml", []).name == "new"
-    assert steps(new) == expected
+    run_script("train/merge.py", new)
+    assert (new / "merged" / "merge_report.json").is_file()
 
 
 @pytest.mark.parametrize(

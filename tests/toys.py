@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halfbyte.config.dataset import Data, DataSource
 from halfbyte.config.source import sealed
@@ -111,6 +112,21 @@ def llama_config(vocab_size: int, **fields: Any) -> LlamaConfig:
         "max_position_embeddings": 512,
     }
     return LlamaConfig(vocab_size=vocab_size, **sizes | fields)
+
+
+def save_tiny_llama(folder: Path) -> None:
+    """Write a random Llama of two small layers with the ChatML tokenizer."""
+    tokenizer = chatml_tokenizer()
+    config = llama_config(
+        len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

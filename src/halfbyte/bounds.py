@@ -16,8 +16,6 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-MAX_JSON_BYTES = 64 << 20  # the largest tokenizers have 40 MB
-
 
 class BoundError(ValueError):
     """Something is larger, or takes longer, than anything of its kind needs."""
@@ -28,13 +26,12 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def read_text(path: Path, max_bytes: int) -> str:
-    """Return the text of a UTF-8 file of bounded size.
+def check_size(path: Path, max_bytes: int) -> None:
+    """Check that a path is a file of bounded size.
 
     Raises:
         BoundError: it is larger, or no file: a pipe or a device may have no end.
-        OSError: it cannot be read.
-        UnicodeDecodeError: it is not UTF-8.
+        OSError: it cannot be looked at.
     """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
@@ -43,10 +40,21 @@ def read_text(path: Path, max_bytes: int) -> str:
         )
     if about.st_size > max_bytes:
         raise BoundError(f"{path} has {about.st_size:,} bytes; allowed: {max_bytes:,}")
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """Return the text of a UTF-8 file of bounded size.
+
+    Raises:
+        BoundError: as ``check_size``.
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    check_size(path, max_bytes)
     return path.read_text(encoding="utf-8")
 
 
-def read_bounded_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_bounded_json(path: Path, max_bytes: int) -> Any:
     """Return the content of a JSON file from elsewhere.
 
     Raises:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+SEAL = "checkpoint.json"  # the last file of a checkpoint
 REMEDIES = {
     errno.ENOSPC: "the disk is full; make room",
     errno.EDQUOT: "the disk quota is used up; make room",
@@ -79,13 +80,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def what_is_safe(folder: Path) -> str:
     """Return what of a run is whole on the disk, and the command that goes on."""
-    whole = [path.parent.name for path in folder.glob("checkpoints/checkpoint-*/checkpoint.json")]
-    whole.sort(key=lambda name: int(name.rpartition("-")[2]))
+    newest = [f"checkpoint-{step}" for step in sealed_steps(folder)[-1:]]
     parts = {"adapter": "adapter_config.json", "merged": "merge_report.json"}
     parts |= {"export": "export_report.json", "eval": "report.json"}
-    kept = whole[-1:] + [name for name, file in parts.items() if (folder / name / file).is_file()]
+    kept = newest + [name for name, file in parts.items() if (folder / name / file).is_file()]
     safe = f"whole in {folder}: {', '.join(kept)}" if kept else f"{folder} holds nothing whole yet"
     return f"{safe}. Go on with: {this_command()}"
+
+
+def sealed_steps(folder: Path) -> list[int]:
+    """Return the steps of a run's checkpoints that were written to their end, in order."""
+    seals = folder.glob(f"checkpoints/checkpoint-*/{SEAL}")
+    return sorted(int(seal.parent.name.rpartition("-")[2]) for seal in seals)
 
 
 def this_command() -> str:

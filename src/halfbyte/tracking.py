@@ -171,9 +171,12 @@ def start_wandb(run: Run, folder: RunDir, job: str = "train") -> WandbRun | None
     }
     timeouts = {"init_timeout": INIT_TIMEOUT_S}
     first = {"options": options, "timeouts": timeouts, "by_step": job == "train"}
-    with suppress(OSError), (place / "wandb.log").open("a", encoding="utf-8") as log:
-        return WandbRun(first, log)
-    return None
+    try:
+        with (place / "wandb.log").open("a", encoding="utf-8") as log:
+            return WandbRun(first, log)
+    except OSError as error:
+        print(f"warning: W&B cannot be started ({error}); metrics.jsonl has all", file=sys.stderr)
+        return None
 
 
 def where(wandb_run: WandbRun | None) -> str:

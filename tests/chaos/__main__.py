@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from toys import save_tiny_llama
+
 from chaos import farm
 from chaos.outcome import Case, Outcome
-from chaos.scene import OFFLINE, Scene, make_base
+from chaos.scene import OFFLINE, Scene
 
 CAMPAIGNS = ("kills", "flips", "stops", "disks", "numerics", "hostile", "fuzz", "trackers")
 ALONE = ("trackers",)  # campaigns that measure time
@@ -32,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="1: about 1,500 faults")
+    parser.add_argument("--scale", type=float, default=1.0, help="0.1 tries a tenth")
     parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=CAMPAIGNS)
     parser.add_argument("--out", type=Path, help="also write the report here")
     arguments = parser.parse_args()
@@ -42,8 +44,8 @@ def main() -> None:
     begun = time.monotonic()
     try:
         farm.load_libraries()
-        scene = Scene(root, library)
-        make_base(scene.base)
+        scene = Scene(root)
+        save_tiny_llama(scene.base)
         farm.warm_up(scene.config(scene.folder("warm-up")))
         outcomes: list[Outcome] = []
         for name in arguments.only:
@@ -52,6 +54,7 @@ def main() -> None:
             shutil.rmtree(root / "cases")
     finally:
         shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(library.parent)
     report = as_markdown(outcomes, time.monotonic() - begun)
     print(report)
     if arguments.out:

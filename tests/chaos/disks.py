@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from waiting import wait_until
 
 from chaos.farm import Ended, run, start, wait
 from chaos.outcome import Case, evenly
@@ -107,11 +108,9 @@ def _vanishes(scene: Scene, step: int, wanted: tuple[str, list[Any]]) -> str:
     config, log = scene.config(folder), folder / "log"
     metrics = folder / "runs" / "tiny" / "metrics.jsonl"
     child = start("train/sft.py", [config], log=log, environ=OFFLINE)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
-            break
-        time.sleep(0.002)
+    wait_until(
+        lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= step, "no steps"
+    )
     shutil.rmtree(folder / "runs" / "tiny", ignore_errors=True)
     broken = wait(child, log)
     again = train(config)

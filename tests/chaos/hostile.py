@@ -238,9 +238,7 @@ template_attack(
 # Weights and models
 
 
-def base_attack(
-    name: str, spoil: Callable[[Path, Path], object], script: str = "train/sft.py"
-) -> None:
+def base_attack(name: str, spoil: Callable[[Path, Path], object]) -> None:
     """Register a base model that ``spoil(folder of the base, folder of the case)`` changes."""
 
     def build(folder: Path, scene: Scene) -> tuple[str, list[object]]:
@@ -249,7 +247,7 @@ def base_attack(
         for file in scene.base.iterdir():
             (base / file.name).write_bytes(file.read_bytes())
         spoil(base, folder)
-        return script, [scene.config(folder, model={"name": str(base)})]
+        return "train/sft.py", [scene.config(folder, model={"name": str(base)})]
 
     ATTACKS[f"model: {name}"] = build
 
@@ -331,73 +329,61 @@ base_attack(
 )
 
 
-@attack("model: a pickle for weights")
-def _pickled(folder: Path, scene: Scene) -> tuple[str, list[object]]:
-    def spoil(base: Path, case: Path) -> None:
-        (base / "model.safetensors").unlink()
-        torch.save({NAME: Touch(case)}, base / "pytorch_model.bin")
-
-    base_attack("", spoil)
-    return ATTACKS.pop("model: ")(folder, scene)
+def _pickled(base: Path, case: Path) -> None:
+    (base / "model.safetensors").unlink()
+    torch.save({NAME: Touch(case)}, base / "pytorch_model.bin")
 
 
-@attack("model: a bare pickle for weights")
-def _bare_pickle(folder: Path, scene: Scene) -> tuple[str, list[object]]:
-    def spoil(base: Path, case: Path) -> None:
-        (base / "model.safetensors").unlink()
-        (base / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(case)))
-
-    base_attack("", spoil)
-    return ATTACKS.pop("model: ")(folder, scene)
+base_attack("a pickle for weights", _pickled)
 
 
-@attack("model: code of its own")
-def _auto_map(folder: Path, scene: Scene) -> tuple[str, list[object]]:
-    def spoil(base: Path, case: Path) -> None:
-        code = f"import os\nos.system('touch {case / CANARY}')\nclass C: pass\n"
-        (base / "modeling_evil.py").write_text(code)
-        own = {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.C"}
-        config_of(auto_map=own, model_type="evil")(base, case)
-
-    base_attack("", spoil)
-    return ATTACKS.pop("model: ")(folder, scene)
+def _bare_pickle(base: Path, case: Path) -> None:
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(case)))
 
 
-@attack("model: a tokenizer with code of its own")
-def _tokenizer_code(folder: Path, scene: Scene) -> tuple[str, list[object]]:
-    def spoil(base: Path, case: Path) -> None:
-        (base / "evil.py").write_text(
-            f"import os\nos.system('touch {case / CANARY}')\nclass T: pass\n"
-        )
-        own = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
-        (base / "tokenizer_config.json").write_text(json.dumps(own))
-        (base / "tokenizer.json").unlink()
-
-    base_attack("", spoil)
-    return ATTACKS.pop("model: ")(folder, scene)
+base_attack("a bare pickle for weights", _bare_pickle)
 
 
-@attack("model: kernels from elsewhere")
-def _kernels(folder: Path, scene: Scene) -> tuple[str, list[object]]:
-    base_attack("", config_of(_attn_implementation_internal="evil/kernels", model_type="x"))
-    return ATTACKS.pop("model: ")(folder, scene)
+def _auto_map(base: Path, case: Path) -> None:
+    code = f"import os\nos.system('touch {case / CANARY}')\nclass C: pass\n"
+    (base / "modeling_evil.py").write_text(code)
+    own = {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.C"}
+    config_of(auto_map=own, model_type="evil")(base, case)
 
 
-@attack("model: a fifo for its config")
-def _base_fifo(folder: Path, scene: Scene) -> tuple[str, list[object]]:
-    def spoil(base: Path, case: Path) -> None:
-        (base / "config.json").unlink()
-        os.mkfifo(base / "config.json")
+base_attack("code of its own", _auto_map)
 
-    base_attack("", spoil)
-    return ATTACKS.pop("model: ")(folder, scene)
+
+def _tokenizer_code(base: Path, case: Path) -> None:
+    (base / "evil.py").write_text(f"import os\nos.system('touch {case / CANARY}')\nclass T: pass\n")
+    own = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
+    (base / "tokenizer_config.json").write_text(json.dumps(own))
+    (base / "tokenizer.json").unlink()
+
+
+base_attack("a tokenizer with code of its own", _tokenizer_code)
+
+
+base_attack(
+    "kernels from elsewhere",
+    config_of(_attn_implementation_internal="evil/kernels", model_type="x"),
+)
+
+
+def _base_fifo(base: Path, case: Path) -> None:
+    (base / "config.json").unlink()
+    os.mkfifo(base / "config.json")
+
+
+base_attack("a fifo for its config", _base_fifo)
 
 
 # GGUF
 
 
 def gguf_attack(name: str, content: bytes) -> None:
-    """Register a GGUF file to plan and one to train on."""
+    """Register a GGUF file to plan."""
 
     def build(folder: Path, scene: Scene) -> tuple[str, list[object]]:
         (folder / "m.gguf").write_bytes(content)

@@ -23,7 +23,6 @@ CALLS, TIMES, TOGETHER, POWER = (
     "power cut",
 )
 DROPOUT = {"dropout": 0.1}
-MAX_ATTEMPTS = 8
 
 
 def cases(scene: Scene, scale: float) -> Iterator[Case]:

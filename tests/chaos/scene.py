@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toys import chatml_tokenizer, llama_config, write_config
+from toys import write_config
 
 from chaos.farm import Ended, run
 from halfbyte.run_dir import file_sha256
@@ -23,11 +23,9 @@ class Scene:
 
     Attributes:
         root: the folder.
-        library: the preloaded library that puts faults into calls; None where no compiler is.
     """
 
     root: Path
-    library: Path | None = None
 
     @property
     def base(self) -> Path:
@@ -46,24 +44,6 @@ class Scene:
         steps = STEPS | sections.pop("train", {})
         track = {"wandb": "off"} | sections.pop("track", {})
         return write_config(folder, self.base, train=steps, track=track, **sections)
-
-
-def make_base(folder: Path) -> None:
-    """Write a random Llama of two small layers with its tokenizer."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    tokenizer = chatml_tokenizer()
-    config = llama_config(
-        len(tokenizer),
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def train(config: Path, *overrides: str, **options: Any) -> Ended:

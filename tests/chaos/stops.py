@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chaos.farm import start, wait
+from waiting import wait_until
+
+from chaos.farm import run, start, wait
 from chaos.outcome import Case
 from chaos.scene import OFFLINE, Scene, difference, learnt, train
 
@@ -35,6 +37,8 @@ def cases(scene: Scene, scale: float) -> Iterator[Case]:
     ready = scene.folder("stop-ready")
     assert train(scene.config(ready, adapter={"dropout": 0.1})).code == 0
     wanted = learnt(ready / "runs" / "tiny")
+    merged = run("train/merge.py", ready / "runs" / "tiny", log=ready / "log", environ=OFFLINE)
+    assert merged.code == 0, merged.text
     for phase in PHASES:
         for number in (signal.SIGTERM, signal.SIGINT):
             name = f"{number.name} in {phase}"
@@ -57,9 +61,7 @@ def _stopped(
         shutil.copytree(ready / "runs", folder / "runs")
     before = partial(_linger, module, target, sign)
     child = start(script, [subject], log=log, environ=OFFLINE, before=before)
-    until = time.monotonic() + 60
-    while not sign.exists() and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(sign.exists, f"{target} is not called")
     os.kill(child, number)
     ended = wait(child, log)
     if ended.crash or ended.code != 128 + number:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from waiting import wait_until
+
 from chaos.farm import Ended, start, wait
 from chaos.outcome import Case
 from chaos.scene import OFFLINE, STEPS, Scene, difference, learnt, train
@@ -30,8 +32,7 @@ def cases(scene: Scene, scale: float) -> Iterator[Case]:
     wanted = learnt(folder / "runs" / "n0")
     for name, answer in SERVERS.items():
         yield Case(KIND, name, partial(_server, scene, name, answer, max(usual), wanted))
-    for name, spoil in FOLDERS.items():
-        yield Case(KIND, name, partial(_folder, scene, name, spoil, max(usual), wanted))
+    yield Case(KIND, "its folder is a file", partial(_folder_taken, scene, max(usual), wanted))
     for number in (signal.SIGSTOP, signal.SIGKILL):
         name = f"its process gets {number.name}"
         yield Case(KIND, name, partial(_process, scene, name, number, max(usual), wanted))
@@ -75,17 +76,6 @@ SERVERS: dict[str, Answer | None] = {
 }
 
 
-def _full(folder: Path) -> None:
-    (folder / "wandb").symlink_to("/dev/full")
-
-
-def _taken(folder: Path) -> None:
-    (folder / "wandb").write_text("a file where W&B wants a folder")
-
-
-FOLDERS = {"its folder is a file": _taken}
-
-
 def _server(
     scene: Scene, name: str, answer: Answer | None, usual_s: float, wanted: tuple[str, list[object]]
 ) -> str:
@@ -112,16 +102,10 @@ def _serve(listener: socket.socket, answer: Answer) -> None:
             threading.Thread(target=one, args=(link,), daemon=True).start()
 
 
-def _folder(
-    scene: Scene,
-    name: str,
-    spoil: Callable[[Path], None],
-    usual_s: float,
-    wanted: tuple[str, list[object]],
-) -> str:
-    folder = scene.folder("wandb-" + name.replace(" ", "-"))
+def _folder_taken(scene: Scene, usual_s: float, wanted: tuple[str, list[object]]) -> str:
+    folder = scene.folder("wandb-folder-taken")
     (folder / "runs" / "tiny").mkdir(parents=True)
-    spoil(folder / "runs" / "tiny")
+    (folder / "runs" / "tiny" / "wandb").write_text("a file where W&B wants a folder")
     ended = train(scene.config(folder, track={"wandb": "offline"}))
     return _whole(folder, ended, usual_s, wanted)
 
@@ -138,9 +122,7 @@ def _process(
     config = scene.config(folder, track={"wandb": "offline"})
     child = start("train/sft.py", [config], log=log, environ=OFFLINE)
     metrics = folder / "runs" / "tiny" / "metrics.jsonl"
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (metrics.is_file() and metrics.stat().st_size):
-        time.sleep(0.01)
+    wait_until(lambda: metrics.is_file() and metrics.stat().st_size, "no steps")
     workers = _children(child)
     for worker in workers:
         os.kill(worker, number)

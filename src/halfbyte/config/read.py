@@ -52,15 +52,13 @@ def load_run(config: Path, overrides: list[str], environ: Mapping[str, str] = os
     run = _validate(source, resolved=config.name == RESOLVED_NAME, environ=environ)
     if run.name is None:
         run = run.model_copy(update={"name": default_name(config, overrides)})
-    elif run.train.resume_from is not None and "name" not in _overridden(overrides):
+        return run
+    overridden = {text.partition("=")[0].strip() for text in overrides}
+    # Without the override it is the config of a run that went on from there.
+    if "train.resume_from" in overridden and "name" not in overridden and run.train.resume_from:
         step = Path(str(run.train.resume_from)).name.rpartition("-")[2]
-        if "train.resume_from" in _overridden(overrides):  # else it is the config of such a run
-            run = run.model_copy(update={"name": f"{run.name}-from-{step}"})
+        run = run.model_copy(update={"name": f"{run.name}-from-{step}"})
     return run
-
-
-def _overridden(overrides: list[str]) -> set[str]:
-    return {text.partition("=")[0].strip() for text in overrides}
 
 
 def model_run(model: str, overrides: list[str]) -> Run:

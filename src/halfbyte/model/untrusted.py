@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
-from halfbyte.bounds import read_bounded_json
+from halfbyte.bounds import BoundError, check_size, read_bounded_json
 from halfbyte.errors import ModelError
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -80,11 +79,8 @@ def check_tokenizer_files(folder: Path) -> None:
     """
     for path in (folder / name for name in TOKENIZER_FILES):
         try:
-            about = path.stat()
+            check_size(path, MAX_TOKENIZER_BYTES)
         except FileNotFoundError:
             continue
-        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_TOKENIZER_BYTES:
-            raise ModelError(
-                f"{path}: is no tokenizer's file: it has {about.st_size:,} bytes, or is a pipe or a device;"
-                f" allowed: files up to {MAX_TOKENIZER_BYTES:,} bytes"
-            )
+        except BoundError as error:
+            raise ModelError(f"{path}: is no tokenizer's file: {error}") from None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from halfbyte.config import Run, read_run_folder
+from halfbyte.config import Run
 from halfbyte.errors import RunError
 from halfbyte.host import num_processes
 from halfbyte.record import Record
@@ -64,7 +64,7 @@ def branch(run: Run, folder: RunDir, settings: dict[str, Any], before: dict[str,
         RunError: the checkpoint is damaged or of other processes, or a setting differs that it depends on.
     """
     checkpoint = Path(str(run.train.resume_from))
-    source = RunDir(checkpoint.parent.parent)
+    source = source_folder(run)
     fault = fault_of(checkpoint)
     if fault:
         raise RunError(f"train.resume_from: {checkpoint}: {fault}. Choose another checkpoint")
@@ -102,9 +102,9 @@ def branch(run: Run, folder: RunDir, settings: dict[str, Any], before: dict[str,
     newest_checkpoint(folder.checkpoints, num_processes())
 
 
-def source_settings(run: Run) -> Run:
-    """Return the config of the run that ``train.resume_from`` comes from."""
-    return read_run_folder(Path(str(run.train.resume_from)).parent.parent)
+def source_folder(run: Run) -> RunDir:
+    """Return the folder of the run that ``train.resume_from`` comes from."""
+    return RunDir(Path(str(run.train.resume_from)).parent.parent)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte.errors import RunError
+from halfbyte.faults import SEAL as SEAL
 from halfbyte.record import Field, Record
 from halfbyte.run_dir import (
     LIBRARIES,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STAGED = ".staged"
-SEAL = "checkpoint.json"
 PICKLED = "training_args.bin"  # the Trainer's arguments, which nobody reads back
 
 

@@ -11,8 +11,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.errors import RunError
+from halfbyte.faults import sealed_steps
 from halfbyte.kernels.operators import uses_operators
-from halfbyte.train.checkpoints import SEAL, optimizer_states, step_of
+from halfbyte.train.checkpoints import optimizer_states
 from halfbyte.train.diagnosis import Guarded, broken_weight, named, why_not_finite
 
 # The scaler halves its scale at each overflow, so a few skipped steps are normal.
@@ -183,10 +184,10 @@ def way_on(folder: Path, change: str = "", *, anew: bool = False) -> str:
         change: a setting to change, as an override.
         anew: whether what was learnt so far is of no use.
     """
-    whole = [step_of(seal.parent) for seal in folder.glob(f"checkpoints/checkpoint-*/{SEAL}")]
+    whole = sealed_steps(folder)
     command = f"accelerate launch train/sft.py {folder}/run.yaml"
     if anew or not whole:
         return f"Start over: {command} train.existing=replace {change}".rstrip()
     if not change:
-        return f"Go on from checkpoint-{max(whole)}: {command}"
-    return f"Go back to checkpoint-{max(whole)}: {command} train.resume_from={max(whole)} {change}"
+        return f"Go on from checkpoint-{whole[-1]}: {command}"
+    return f"Go back to checkpoint-{whole[-1]}: {command} train.resume_from={whole[-1]} {change}"

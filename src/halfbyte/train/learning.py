@@ -36,7 +36,8 @@ class LearningGuard(TrainerCallback):
         self.training = training
         self.chance_loss = math.inf  # ln(V), in nats per token
         self.num_still = torch.zeros((), device=training.trained[0].device)
-        self.losses: list[tuple[int, float]] = []  # those that were logged, with their steps
+        self.first: tuple[int, float] | None = None  # logged loss, with its step
+        self.losses: list[tuple[int, float]] = []  # those of the longest span that is looked at
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
@@ -95,8 +96,10 @@ class LearningGuard(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         step, loss = state.global_step, logs["loss"]
-        self.losses.append((step, loss))
-        first_step, first_loss = self.losses[0]
+        self.first = self.first or (step, loss)
+        first_step, first_loss = self.first
+        oldest = step - UNKNOWING_SPAN * SPAN_STEPS
+        self.losses = [known for known in self.losses if known[0] > oldest] + [(step, loss)]
         knew = first_loss < KNOWING_FRAC * self.chance_loss
         span = SPAN_STEPS if knew else UNKNOWING_SPAN * SPAN_STEPS
         recent = [value for at, value in self.losses if at > step - span]

@@ -33,7 +33,7 @@ from halfbyte.run_dir import (
     write_jsonl,
     write_text,
 )
-from halfbyte.train.branch import branch, source_settings
+from halfbyte.train.branch import branch, source_folder
 from halfbyte.train.checkpoints import newest_checkpoint, step_of
 from halfbyte.train.setup import Setup
 from halfbyte.trained.manifest import (
@@ -74,6 +74,7 @@ class Session:
         is_main: whether this process is the one that writes.
         started: when this attempt began, as a ``time.time`` value.
         earlier: the manifest of the attempt that ``resume`` continues.
+        began: that, or the manifest of the run that ``train.resume_from`` comes from.
     """
 
     run: Run
@@ -83,6 +84,7 @@ class Session:
     is_main: bool
     started: float
     earlier: Manifest | None
+    began: Manifest | None
 
     def say(self, *lines: str) -> None:
         """Print non-empty lines, from the main process only."""
@@ -112,7 +114,7 @@ def open_session(run: Run) -> Session:
     is_main = is_main_process()
     resume = None
     finished = False
-    earlier = None
+    earlier = began = None
     if folder.config.is_file() and run.train.existing == "replace":
         if is_main:
             print(f"moved the earlier run to {move_aside(folder.path)}")
@@ -126,20 +128,21 @@ def open_session(run: Run) -> Session:
         if resume or finished:
             run = _on_its_day(run, folder)
             _check_same(run, folder)
-        earlier = manifest if resume else None
+        earlier = began = manifest if resume else None
     if not (resume or finished):
         if run.train.resume_from is not None:
-            source = source_settings(run)
-            run = _on_day(run, run.data.date or source.data.date)
+            source = source_folder(run)
+            run = _on_its_day(run, source)
             if is_main:
-                branch(run, folder, _settings(run), _settings(source))
+                branch(run, folder, _settings(run), _settings(read_run_folder(source.path)))
+            began = read_manifest(source)
             resume = folder.checkpoints / Path(str(run.train.resume_from)).name
         run = _on_day(run, run.data.date or date.today())
     if is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_text(folder.config, run_as_yaml(run))
     return Session(
-        _as_before(run, earlier), folder, resume, finished, is_main, time.time(), earlier
+        _as_before(run, earlier), folder, resume, finished, is_main, time.time(), earlier, began
     )
 
 
@@ -149,13 +152,9 @@ def check_base(session: Session, base: Base) -> None:
     Raises:
         RunError: the base has changed.
     """
-    before = session.earlier
-    if before is None and session.run.train.resume_from is not None:
-        source = RunDir(Path(str(session.run.train.resume_from)).parent.parent)
-        before = read_manifest(source)
-    if before is not None:
+    if session.began is not None:
         check_same_base(
-            before.base,
+            session.began.base,
             base.identity,
             f"{session.folder.path}: began with",
             "Pin model.revision, or start over with train.existing=replace",
@@ -168,7 +167,7 @@ def check_renderer(session: Session, renderer: Renderer) -> None:
     Raises:
         RunError: one of them has changed.
     """
-    before = session.earlier
+    before = session.began
     if before is None:
         return
     for what, was, now in (
