@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toys import edit_settings, run_script
+from toys import edit_record, edit_settings, run_script
 
 from halfbyte.errors import RunError
 from halfbyte.eval.runs import as_markdown, compare_runs
@@ -60,8 +60,7 @@ def test_runs_without_common_rows_or_reports_are_refused(
     write_jsonl(other / "eval" / "answers.jsonl", [{**row, "id": "else"} for row in rows])
     with pytest.raises(RunError, match="no row was answered by all runs"):
         compare_runs([first, RunDir(other)])
-    report = json.loads((other / "eval" / "report.json").read_text())
-    (other / "eval" / "report.json").write_text(json.dumps({**report, "metric": "chrf"}))
+    edit_record(other / "eval" / "report.json", metric="chrf")
     with pytest.raises(RunError, match="only be compared by one metric"):
         compare_runs([first, second, RunDir(other)])
 

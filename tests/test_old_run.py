@@ -91,7 +91,7 @@ def test_old_run_is_merged_again(old_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(old_run, copy)
     run_script("train/merge.py", copy)
-    assert MergeReport.read(copy / "merged" / "merge_report.json").version == 1
+    assert MergeReport.read(copy / "merged" / "merge_report.json").version == 2
 
 
 def test_old_run_is_compared(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +104,7 @@ def test_old_run_is_exported_and_its_artefact_known(old_run: Path, tmp_path: Pat
     copy = tmp_path / "tiny"
     shutil.copytree(old_run, copy)
     run_script("train/export.py", copy, "--to", "adapter", "export.rows=4")
-    assert read_artefact(RunDir(copy), "adapter").version == 1
+    assert read_artefact(RunDir(copy), "adapter").version == 2
 
 
 def test_old_runs_are_compared_with_each_other(

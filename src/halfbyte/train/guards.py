@@ -31,8 +31,10 @@ class FiniteGuard(TrainerCallback):
     def __init__(self, training: Guarded) -> None:
         self.training = training
         self.num_skipped = 0
-        # A step, whether it has been taken, whether all is finite, and its rows.
-        self.pending: list[tuple[int, bool, LateFlag, Sequence[int]]] = []
+        # Whether losses and gradients of the step under way are finite, where the device alone knows.
+        self.before: torch.Tensor | None = None
+        # A step, whether all was finite before and after it, and its rows.
+        self.pending: tuple[int, LateFlags, Sequence[int]] | None = None
 
     def on_pre_optimizer_step(
         self,
@@ -55,9 +57,10 @@ class FiniteGuard(TrainerCallback):
             finite = finite & torch.isfinite(self.training.gradient_norm)
         self.training.finite = None
         self.settle()
-        self._ask(state.global_step + 1, finite, after=False)
-        if not (uses_operators(finite.device) and leave_out(optimizer, ~finite)):
-            self.settle()
+        if uses_operators(finite.device) and leave_out(optimizer, ~finite):
+            self.before = finite
+        elif not finite:
+            raise self._error(state.global_step + 1, self.training.step_rows, after=False)
 
     def on_optimizer_step(
         self,
@@ -72,24 +75,25 @@ class FiniteGuard(TrainerCallback):
         Raises:
             RunError: one is not finite; nothing of this step is saved.
         """
-        tensors = [*self.training.trained, *optimizer_states(optimizer)]
-        self._ask(state.global_step + 1, all_finite(tensors), after=True)
-        if self.training.trained[0].device.type == "cpu":
+        finite = all_finite([*self.training.trained, *optimizer_states(optimizer)])
+        before, self.before = self.before, None
+        flags = torch.stack([torch.ones_like(finite) if before is None else before, finite])
+        self.pending = (state.global_step + 1, LateFlags(flags), self.training.step_rows)
+        if not uses_operators(finite.device):
             self.settle()
 
-    def _ask(self, step: int, finite: torch.Tensor, *, after: bool) -> None:
-        self.pending.append((step, after, LateFlag(finite), self.training.step_rows))
-
     def settle(self) -> None:
-        """Read the verdicts that are still open.
+        """Read the verdict that is still open.
 
         Raises:
             RunError: something of a step was not finite.
         """
-        pending, self.pending = self.pending, []
-        for step, after, finite, rows in pending:
-            if not finite.read():
-                raise self._error(step, rows, after=after)
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        step, flags, rows = pending
+        if not flags.all():
+            raise self._error(step, rows, after=bool(flags.values[0]))
 
     def _error(self, step: int, rows: Sequence[int], *, after: bool) -> RunError:
         if after:
@@ -127,26 +131,26 @@ class FiniteGuard(TrainerCallback):
             )
 
 
-class LateFlag:
-    """A truth value () on a device, copied to the host without waiting for it, and read later.
+class LateFlags:
+    """Truth values on a device, copied to the host without waiting for them, and read later.
 
     Reading the tensor itself would wait for all that the device has been given since.
     """
 
-    def __init__(self, flag: torch.Tensor) -> None:
-        self.flag = flag
+    def __init__(self, flags: torch.Tensor) -> None:
+        self.values = flags
         self.event: Any = None
-        if flag.is_cuda:
-            self.flag = torch.empty((), dtype=flag.dtype, pin_memory=True)
-            self.flag.copy_(flag, non_blocking=True)
+        if flags.is_cuda:
+            self.values = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            self.values.copy_(flags, non_blocking=True)
             self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.event.record()
 
-    def read(self) -> bool:
-        """Return the value; wait for the copy, should it still be under way."""
+    def all(self) -> bool:
+        """Return whether all are true; wait for the copy, should it still be under way."""
         if self.event is not None:
             self.event.synchronize()
-        return bool(self.flag)
+        return bool(self.values.all())
 
 
 def leave_out(optimizer: Any, step: torch.Tensor) -> bool:
