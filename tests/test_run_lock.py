@@ -14,7 +14,7 @@ from filelock import FileLock
 from toys import run_script
 
 from halfbyte.errors import RunError
-from halfbyte.run_lock import only_writer, refuse_links
+from halfbyte.run_lock import only_writer, check_entries
 
 HOLD = """
 import sys, time
@@ -93,12 +93,12 @@ def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(
     (folder / "wandb" / "latest").symlink_to("run-1")
     (folder / "wandb" / "run-1" / "debug.log").symlink_to(elsewhere)
     (folder / "data").symlink_to("wandb")
-    refuse_links(folder)
+    check_entries(folder)
     path = folder / where
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(elsewhere)
     with pytest.raises(RunError, match=rf"{path}: is a link to {elsewhere}, out of the run folder"):
-        refuse_links(folder)
+        check_entries(folder)
 
 
 @pytest.mark.parametrize(

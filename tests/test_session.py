@@ -15,11 +15,8 @@ from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, write_text
 from halfbyte.train import session as session_module
 from halfbyte.train.checkpoints import commit, stage
-from halfbyte.train.session import (
-    SILENT_DATA_KEYS,
-    SILENT_TRAIN_KEYS,
-    open_session,
-)
+from halfbyte.train.session import open_session
+from halfbyte.train.settings import SILENT_DATA_KEYS, SILENT_TRAIN_KEYS
 
 CONFIG = """\
 runs_dir: runs
@@ -30,6 +27,7 @@ train: {learning_rate: 2e-4}
 """
 SILENT_OVERRIDES = {
     "train.existing": "resume",
+    "train.preflight_only": "false",
     "train.ignore_plan": "true",
     "train.micro_batch_size": "2",
     "train.checkpointing": "on",
@@ -256,7 +254,8 @@ def test_open_session_moves_the_old_folder_aside_when_asked_to_replace(
     assert (RunDir(old).checkpoints / "checkpoint-5" / "trainer_state.json").is_file()
     assert (session.resume, session.finished) == (None, False)
     assert [path.name for path in folder.path.iterdir()] == ["run.yaml"]
-    assert read_run_folder(folder.path) == replacing
+    kept = read_run_folder(folder.path)
+    assert (kept.train.learning_rate, kept.train.existing) == (0.5, "resume")
 
 
 def test_open_session_makes_the_folder_when_asked_to_replace_a_missing_one(

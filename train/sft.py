@@ -56,69 +56,13 @@ def main() -> None:
 def train(run: Run) -> Session:
     """Train a run, which nobody else writes meanwhile, and return its session."""
     with only_writer(Path(run.runs_dir) / str(run.name)):
-        return _train(run)
+        # Heavy libraries come after the config, so that a fault in it is told at once.
+        from halfbyte.libraries import quiet_libraries
 
+        quiet_libraries()
+        from halfbyte.train.run import train as train_run
 
-def _train(run: Run) -> Session:
-    # Heavy libraries come after the config, so that a fault in it is told at once.
-    from halfbyte.libraries import quiet_libraries
-
-    quiet_libraries()
-    from halfbyte.data.prepare import prepare
-    from halfbyte.data.preview import show_ledger, show_tokens
-    from halfbyte.data.render import renderer_of
-    from halfbyte.model.adapter import describe_model
-    from halfbyte.model.resolve import resolve_base
-    from halfbyte.model.tokenizer import load_tokenizer
-    from halfbyte.plan.devices import this_machine
-    from halfbyte.plan.gate import check_weights
-    from halfbyte.train.probe import first_look
-    from halfbyte.train.session import (
-        check_base,
-        check_renderer,
-        open_session,
-        record_data,
-        save_trained,
-        write_manifest,
-    )
-    from halfbyte.train.setup import set_up
-    from halfbyte.train.stops import train_until_stopped
-    from halfbyte.train.tracking import tracked
-    from halfbyte.train.trainer import build_trainer
-
-    device = this_machine()
-    check_weights(run, device)
-    session = open_session(run)
-    run, folder, say = session.run, session.folder, session.say
-    if session.finished:
-        say(f"{folder.path} is trained already; train.existing=replace starts over")
-        say(session.next_commands)
-        return session
-
-    base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
-    check_base(session, base)
-    renderer = renderer_of(run.data, load_tokenizer(base))
-    check_renderer(session, renderer)
-    prepared = prepare(run.data, renderer, run.seed)
-    record_data(session, prepared)
-    say(show_ledger(prepared), show_tokens(renderer))
-
-    setup = set_up(run, base, renderer, prepared, device, folder.path, is_main=session.is_main)
-    say(setup.summary, describe_model(setup.loaded, setup.model))
-    write_manifest(session, setup, setup.as_json())
-
-    with tracked(run, session) as tracker:
-        trainer = build_trainer(setup, folder.checkpoints, tracker)
-        report, memory = first_look(trainer, setup)
-        say(report)
-        train_until_stopped(trainer, session)
-        save_trained(session, setup, trainer.last_logits)
-        numbers = trainer.numbers() | memory
-        where = tracker.where if tracker else ""
-        write_manifest(session, setup, numbers | {"finished": True, "wandb": where})
-    say(f"trained: {folder.path}\n  adapter  {folder.adapter}\n  numbers  {folder.metrics}")
-    say(f"  W&B      {where}", session.next_commands)
-    return session
+        return train_run(run)
 
 
 def release() -> None:

@@ -85,7 +85,14 @@ def what_is_safe(folder: Path) -> str:
     parts |= {"export": "export_report.json", "eval": "report.json"}
     kept = newest + [name for name, file in parts.items() if (folder / name / file).is_file()]
     safe = f"whole in {folder}: {', '.join(kept)}" if kept else f"{folder} holds nothing whole yet"
-    return f"{safe}. Go on with: {this_command()}"
+    return f"{safe}. Go on with: {_way_on(folder)}"
+
+
+def _way_on(folder: Path) -> str:
+    config = folder / "run.yaml"
+    if Path(sys.argv[0]).name == "sft.py" and config.is_file() and "--seeds" not in sys.argv:
+        return f"accelerate launch {sys.argv[0]} {shlex.quote(str(config))}"
+    return this_command()
 
 
 def sealed_steps(folder: Path) -> list[int]:
@@ -95,9 +102,10 @@ def sealed_steps(folder: Path) -> list[int]:
 
 
 def this_command() -> str:
-    """Return the command line of this process, as its user would repeat it."""
+    """Return the command line of this process, as its user would repeat it without losing what it has done."""
     launcher = "accelerate launch" if Path(sys.argv[0]).name == "sft.py" else "python"
-    return f"{launcher} {shlex.join(sys.argv)}"
+    kept = [word for word in sys.argv if word != "train.existing=replace"]
+    return f"{launcher} {shlex.join(kept)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -63,7 +64,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         if owner.exists():
             print(f"{folder}: taken over from {_holder(owner)}, which ended without a word")
-        refuse_links(folder)
+        check_entries(folder)
         write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -76,23 +77,38 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def refuse_links(folder: Path) -> None:
-    """Check that no link in a run folder leads out of it, but for those that W&B makes to its logs.
+def check_entries(folder: Path) -> None:
+    """Check that all in a run folder can be replaced, and that no link leads out of it but those of W&B to its logs.
 
     Raises:
-        RunError: one does: what a run writes or deletes there would be somebody else's.
+        RunError: what a run writes or deletes through a link would be somebody else's; or it would notice at its end
+            that it cannot.
     """
     home = folder.resolve()
     for place, folders, files in os.walk(folder):
-        if Path(place).name == "wandb":
+        here = Path(place)
+        if here.name == "wandb":
             folders.clear()
             continue
-        for path in (Path(place) / name for name in (*folders, *files)):
+        for path in (here, *(here / name for name in (*folders, *files))):
             if path.is_symlink() and not path.resolve().is_relative_to(home):
                 raise RunError(
                     f"{path}: is a link to {path.resolve()}, out of the run folder, where halfbyte neither writes"
                     " nor deletes. Replace it by a folder of its own, or set runs_dir to the disk you want"
                 )
+            if not (path.is_symlink() or _can_be_replaced(path)):
+                raise RunError(
+                    f"{path}: cannot be replaced by this user, which would show only at the end. Change its rights"
+                    " (chmod, chown, chattr -i), or give the run another folder (name=…, runs_dir=…)"
+                )
+
+
+def _can_be_replaced(path: Path) -> bool:
+    """Whether a folder can be written to, and a file is not immutable; a file without write permission can be replaced."""
+    if os.access(path, os.W_OK):
+        return True
+    own = not hasattr(os, "geteuid") or os.geteuid() in (0, path.stat().st_uid)
+    return path.is_file() and not (own and path.stat().st_mode & stat.S_IWUSR)
 
 
 def _holder(owner: Path) -> str:

@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 from halfbyte.config.schema import Run
 from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, read_json, write_json
+from halfbyte.wandb_worker import server_answers
 
 INIT_TIMEOUT_S = 8.0  # of W&B's own, within its process
 LAST_WAIT_S = 2.0  # that we wait for it, in all
@@ -182,6 +183,16 @@ def start_wandb(run: Run, folder: RunDir, job: str = "train") -> WandbRun | None
 def where(wandb_run: WandbRun | None) -> str:
     """Tell the user where a W&B run is recorded."""
     return "off" if wandb_run is None else wandb_run.where
+
+
+def outlook(run: Run) -> str:
+    """Return in words how a run would be recorded; of W&B's server an answer is awaited for two seconds."""
+    mode = choose_mode(run.track.wandb)
+    if mode == "off":
+        return "off; metrics.jsonl has all numbers"
+    if mode == "online" and server_answers():
+        return "online, and its server answers"
+    return "offline, to be uploaded later"
 
 
 def choose_mode(wanted: str) -> str:

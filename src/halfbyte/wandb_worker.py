@@ -54,7 +54,7 @@ def _start(first: dict[str, Any]) -> Any:
     import wandb
 
     timeouts, options = first["timeouts"], first["options"]
-    if options["mode"] == "online" and not _answers():
+    if options["mode"] == "online" and not server_answers():
         options["mode"] = "offline"
     settings = {"silent": True, "console": "off", "disable_git": True, **timeouts}
     try:
@@ -71,7 +71,7 @@ def _start(first: dict[str, Any]) -> Any:
     return run
 
 
-def _answers() -> bool:
+def server_answers() -> bool:
     """Return whether W&B's server answers at all, be it an error: W&B itself would try for a minute and longer."""
     server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     try:
@@ -79,7 +79,7 @@ def _answers() -> bool:
     except urllib.error.HTTPError:
         return True
     except (OSError, ValueError, http.client.HTTPException) as error:
-        print(f"{server} does not answer ({error}); recording offline", flush=True)
+        print(f"{server} does not answer ({error}); recording offline", file=sys.stderr, flush=True)
         return False
     return True
 

@@ -33,7 +33,7 @@ from halfbyte.errors import ConfigError, RunError
 
 MAX_NAME_LENGTH = 100
 # Overrides of `train` that do not change the run's name, because they do not change what is learnt.
-UNNAMED = ("existing", "ignore_plan", "micro_batch_size", "checkpointing")
+UNNAMED = ("existing", "ignore_plan", "micro_batch_size", "checkpointing", "preflight_only")
 # Types that a key may accept besides its fixed words, with their descriptions.
 BESIDES = ((Positive, "a whole number ≥ 1"), (list[Name], "a list of names"))
 

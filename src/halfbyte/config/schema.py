@@ -154,6 +154,11 @@ class Train(Section):
         " length, dropout or dtype: the number of a step, if the config is `RUN/run.yaml`, or the path of a"
         " checkpoint folder. `lineage.json` records where it came from.",
     )
+    preflight_only: bool = Field(
+        False,
+        description="Do all that precedes the first step (folder, disk, rows, plan, base, one forward and backward"
+        " pass, a checkpoint written and read back), list it, and keep nothing.",
+    )
     existing: Literal["resume", "replace"] = Field(
         "resume",
         description="What to do if the run folder exists: continue from its newest complete"

@@ -18,6 +18,7 @@ from halfbyte.model.merged import check_keeps_training, verified_merge
 from halfbyte.model.new_tokens import add_rows, new_ids
 from halfbyte.model.precision import (
     DTYPES,
+    NAMES,
     Compute,
     choose_compute,
     default_device,
@@ -73,6 +74,14 @@ def read_config(folder: Path, name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each architecture checks its fields in its own way
         raise ModelError(f"{name}: not a model that transformers knows: {error}") from error
+
+
+def stored_dtype(base: Base) -> torch.dtype:
+    """Return the dtype in which a base's weights were published; fp32 if the config names none that we know."""
+    config = load_config(base)
+    # Multimodal checkpoints name the dtype only at the top level.
+    dtype = config.get_text_config().dtype or config.dtype
+    return dtype if dtype in NAMES else torch.float32
 
 
 def load_model(

@@ -14,7 +14,7 @@ import torch
 from halfbyte.config import Run
 from halfbyte.errors import RunError
 from halfbyte.model.footprint import num_parameters
-from halfbyte.model.load import load_config, load_model
+from halfbyte.model.load import load_model, stored_dtype
 from halfbyte.model.merged import (
     DEQUANTISED,
     MERGE_REPORT,
@@ -25,7 +25,7 @@ from halfbyte.model.merged import (
     grids_of,
 )
 from halfbyte.model.precision import DTYPES, NAMES, Compute
-from halfbyte.model.resolve import Base, resolve_base
+from halfbyte.model.resolve import resolve_base
 from halfbyte.model.tokenizer import save_tokenizer
 from halfbyte.run_dir import RunDir, digests, provenance, replace_folder, write_text
 from halfbyte.ship.card import model_card
@@ -76,7 +76,7 @@ def merge(path: Path, run: Run) -> MergeReport:
     measured = MeasuredRun.of(trained_run, run.merge.rows)
     updates = read_updates(trained_run.folder.adapter)
     base, folder = trained_run.base, trained_run.folder
-    stored = _stored_dtype(base)
+    stored = stored_dtype(base)
     dtype = DTYPES[run.merge.dtype] if run.merge.dtype != "auto" else stored
     loaded = trained_run.load_base()
     arithmetic = measuring_compute(num_parameters(loaded.model))
@@ -106,13 +106,6 @@ def merge(path: Path, run: Run) -> MergeReport:
         for name in (FULL, DEQUANTISED):
             shutil.rmtree(_scratch(folder, name), ignore_errors=True)
     return report
-
-
-def _stored_dtype(base: Base) -> torch.dtype:
-    config = load_config(base)
-    # Multimodal checkpoints name the dtype only at the top level.
-    dtype = config.get_text_config().dtype or config.dtype
-    return dtype if dtype in NAMES else torch.float32
 
 
 def _candidate(

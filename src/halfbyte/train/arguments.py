@@ -41,6 +41,26 @@ def num_steps(run: Run, num_rows: int) -> int:
     return run.train.max_steps or max(1, math.ceil(an_epoch * run.train.epochs))
 
 
+def describe_schedule(run: Run, num_rows: int) -> str:
+    """Return in words how many steps there are, and after how many rates, losses and checkpoints change or come."""
+    train, steps = run.train, num_steps(run, num_rows)
+    parts = [
+        f"{steps} steps of {train.batch_size} rows",
+        f"{train.scheduler} from {train.learning_rate:g} after {num_warmup_steps(run, num_rows)} to warm up",
+        f"a held-out loss every {train.eval_steps}"
+        if train.eval_steps
+        else "a held-out loss at the end",
+        f"a checkpoint every {train.save_steps}" if train.save_steps else "no checkpoint",
+    ]
+    return ", ".join(parts)
+
+
+def num_warmup_steps(run: Run, num_rows: int) -> int:
+    """Return the number of optimizer steps in which the learning rate rises."""
+    share = 0.0 if run.train.scheduler == "constant" else run.train.warmup_frac
+    return math.ceil(num_steps(run, num_rows) * share)
+
+
 def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -> dict[str, Any]:
     """Return the keyword arguments of SFTConfig, except for the output folder.
 
@@ -57,7 +77,6 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         print(
             f"warning: train.optimizer {train.optimizer} pages nothing on the CPU; use adamw_torch_fused"
         )
-    warmup = 0.0 if train.scheduler == "constant" else train.warmup_frac
     return {
         "learning_rate": train.learning_rate,
         "num_train_epochs": train.epochs,
@@ -70,7 +89,7 @@ def trainer_arguments(run: Run, loaded: Loaded, passes: Passes, num_rows: int) -
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "lr_scheduler_type": train.scheduler,
-        "warmup_steps": math.ceil(num_steps(run, num_rows) * warmup),
+        "warmup_steps": num_warmup_steps(run, num_rows),
         "neftune_noise_alpha": train.neftune_alpha,
         "gradient_checkpointing": recompute,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,

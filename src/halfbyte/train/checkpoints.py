@@ -67,6 +67,8 @@ def all_checkpoints(folder: Path) -> list[Path]:
 def staged(folder: Path, step: int, number: int, processes: Accelerator) -> Iterator[None]:
     """Commit what all processes write into ``.staged/checkpoint-<step>`` within the ``with`` block.
 
+    A checkpoint of step 0 is sealed there, and not committed.
+
     Args:
         folder: the folder of all checkpoints.
         step: optimizer steps that are done.
@@ -79,8 +81,12 @@ def staged(folder: Path, step: int, number: int, processes: Accelerator) -> Iter
     yield
     processes.wait_for_everyone()
     if processes.is_main_process:
-        commit(folder / STAGED / f"checkpoint-{step}", folder, processes.num_processes)
-        keep_newest(folder, number)
+        written = folder / STAGED / f"checkpoint-{step}"
+        if step:
+            commit(written, folder, processes.num_processes)
+            keep_newest(folder, number)
+        else:
+            seal(written, processes.num_processes)
 
 
 def stage(folder: Path) -> Path:
@@ -100,13 +106,18 @@ def commit(written: Path, folder: Path, processes: int) -> None:
         folder: the folder of all checkpoints.
         processes: how many processes trained.
     """
+    seal(written, processes)
+    replace_folder(written, folder / written.name)
+
+
+def seal(written: Path, processes: int) -> None:
+    """Flush, read back and hash the files of a written checkpoint, and record what it consists of."""
     (written / PICKLED).unlink(missing_ok=True)
     versions = {name: library_version(name) for name in LIBRARIES}
-    seal = Seal(
+    record = Seal(
         step=step_of(written), processes=processes, libraries=versions, sha256=digests(written)
     )
-    seal.write(written / SEAL)
-    replace_folder(written, folder / written.name)
+    record.write(written / SEAL)
 
 
 def keep_newest(folder: Path, number: int) -> None:

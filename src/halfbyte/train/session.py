@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.config import Run, read_run_folder, run_as_yaml
-from halfbyte.config.read import UNNAMED
 from halfbyte.data.ledger import Ledger
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.questions import MAX_KEPT_ROWS
@@ -35,6 +34,7 @@ from halfbyte.run_dir import (
 )
 from halfbyte.train.branch import branch, source_folder
 from halfbyte.train.checkpoints import newest_checkpoint, step_of
+from halfbyte.train.settings import check_same, settings_of
 from halfbyte.train.setup import Setup
 from halfbyte.trained.manifest import (
     ComputeDtype,
@@ -47,19 +47,9 @@ from halfbyte.trained.reference_logprobs import record_reference_logprobs
 if TYPE_CHECKING:
     import torch
 
-# Settings of `train` that change what is shown or kept, but not what is learnt.
-SILENT_TRAIN_KEYS = {
-    *UNNAMED,
-    "num_samples",
-    "sample_tokens",
-    "log_steps",
-    "keep_checkpoints",
-    "save_steps",
-    "eval_steps",
-}
-SILENT_DATA_KEYS = {"cache"}
 NUM_FEWSHOT_POOL = 64
 STAGED_ADAPTER = ".adapter"
+PREFLIGHT = ".preflight-"  # begins the name of the folder of a run that is only looked at
 
 
 @dataclass(frozen=True)
@@ -73,6 +63,7 @@ class Session:
         finished: whether the run is already trained.
         is_main: whether this process is the one that writes.
         started: when this attempt began, as a ``time.time`` value.
+        opening: what is done with the run folder, in words.
         earlier: the manifest of the attempt that ``resume`` continues.
         began: that, or the manifest of the run that ``train.resume_from`` comes from.
     """
@@ -83,6 +74,7 @@ class Session:
     finished: bool
     is_main: bool
     started: float
+    opening: str
     earlier: Manifest | None
     began: Manifest | None
 
@@ -90,6 +82,11 @@ class Session:
         """Print non-empty lines, from the main process only."""
         for line in filter(None, lines if self.is_main else ()):
             print(line)
+
+    def passed(self, what: str, how: str) -> None:
+        """Print a line of the list of what is in order, where nothing but that list is wanted."""
+        if self.run.train.preflight_only:
+            self.say(f"ok  {what:<12}{how}")
 
     @property
     def next_commands(self) -> str:
@@ -111,39 +108,56 @@ def open_session(run: Run) -> Session:
             damaged, or another number of processes began it.
     """
     folder = RunDir(Path(run.runs_dir) / str(run.name))
-    is_main = is_main_process()
-    resume = None
+    is_main, only_looks = is_main_process(), run.train.preflight_only
+    resume: Path | None = None
     finished = False
     earlier = began = None
+    opening = f"{folder.path} is new"
     if folder.config.is_file() and run.train.existing == "replace":
-        if is_main:
+        opening = f"{folder.path} holds an earlier run, which is moved aside"
+        if is_main and not only_looks:
             print(f"moved the earlier run to {move_aside(folder.path)}")
     elif folder.config.is_file():
-        manifest = read_manifest(folder)
-        if manifest is not None and manifest.finished:
-            finished = True
-            check_adapter_files(folder, manifest)
-        else:
-            resume = newest_checkpoint(folder.checkpoints, num_processes())
+        resume, finished, began = _where_it_stopped(folder)
         if resume or finished:
-            run = _on_its_day(run, folder)
-            _check_same(run, folder)
-        earlier = began = manifest if resume else None
+            run, earlier = _on_its_day(run, folder), began
+            check_same(run, folder)
+            opening = f"{folder.path} goes on from {resume.name}, which is whole" if resume else ""
     if not (resume or finished):
+        if only_looks:
+            folder = _empty(RunDir(Path(run.runs_dir) / f"{PREFLIGHT}{run.name}"), is_main=is_main)
         if run.train.resume_from is not None:
             source = source_folder(run)
             run = _on_its_day(run, source)
             if is_main:
-                branch(run, folder, _settings(run), _settings(read_run_folder(source.path)))
+                branch(run, folder, settings_of(run), settings_of(read_run_folder(source.path)))
             began = read_manifest(source)
             resume = folder.checkpoints / Path(str(run.train.resume_from)).name
         run = _on_day(run, run.data.date or date.today())
     if is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(folder.config, run_as_yaml(run))
-    return Session(
-        _as_before(run, earlier), folder, resume, finished, is_main, time.time(), earlier, began
-    )
+        # What is gone on with from this file is neither replaced nor only looked at.
+        goes_on = {"preflight_only": False, "existing": "resume"}
+        train = run.train.model_copy(update=goes_on)
+        write_text(folder.config, run_as_yaml(run.model_copy(update={"train": train})))
+    run, now = _as_before(run, earlier), time.time()
+    return Session(run, folder, resume, finished, is_main, now, opening, earlier, began)
+
+
+def _where_it_stopped(folder: RunDir) -> tuple[Path | None, bool, Manifest | None]:
+    """Return the checkpoint that an earlier run goes on from, whether it is finished, and what it recorded if not."""
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.finished:
+        check_adapter_files(folder, manifest)
+        return None, True, None
+    resume = newest_checkpoint(folder.checkpoints, num_processes())
+    return resume, False, manifest if resume else None
+
+
+def _empty(folder: RunDir, *, is_main: bool) -> RunDir:
+    if is_main:
+        shutil.rmtree(folder.path, ignore_errors=True)
+    return folder
 
 
 def check_base(session: Session, base: Base) -> None:
@@ -301,29 +315,3 @@ def _on_its_day(run: Run, folder: RunDir) -> Run:
     if run.data.date is not None:
         return run
     return _on_day(run, read_run_folder(folder.path).data.date)
-
-
-def _check_same(run: Run, folder: RunDir) -> None:
-    before, now = _settings(read_run_folder(folder.path)), _settings(run)
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed[:5])
-        raise RunError(
-            f"{folder.path}: holds a run with other settings: {shown}. Give this one another folder"
-            " (name=…), or move the old one aside with train.existing=replace"
-        )
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Return every key that affects what is learnt, in a flat dict."""
-    dump = run.model_dump(mode="json", include={"seed", "model", "adapter", "data", "train"})
-    flat = {"seed": dump.pop("seed")}
-    silent = {"train": SILENT_TRAIN_KEYS, "data": SILENT_DATA_KEYS}
-    for section, values in dump.items():
-        for key, value in values.items():
-            if key not in silent.get(section, ()):
-                flat[f"{section}.{key}"] = value
-    # Runs of versions before 0.2 say sdpa, the only one that they could train with; `auto` equals it here.
-    if flat["model.attention"] == "auto":
-        flat["model.attention"] = "sdpa"
-    return flat

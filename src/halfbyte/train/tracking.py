@@ -37,7 +37,7 @@ class Tracker:
         self.num_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
         evaluated = [(r["step"], r["eval_loss"]) for r in kept if "eval_loss" in r]
         self.evaluated: tuple[int, float | None] = evaluated[-1] if evaluated else (-1, None)
-        self.wandb = start_wandb(run, folder)
+        self.wandb = None if run.train.preflight_only else start_wandb(run, folder)
         if self.wandb is not None:
             for record in kept:
                 self.wandb.log(record)

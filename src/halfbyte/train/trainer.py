@@ -31,6 +31,7 @@ from halfbyte.train.guards import FiniteGuard, check_labels
 from halfbyte.train.held_out import EvaluationCutError, held_out_losses
 from halfbyte.train.learning import LearningGuard
 from halfbyte.train.measure import memory_bytes
+from halfbyte.train.rehearsal import Rehearsal
 from halfbyte.train.settle_dtype import scale_losses
 from halfbyte.train.setup import Setup
 from halfbyte.train.source_losses import SourceLosses
@@ -88,6 +89,7 @@ class TokenTrainer(SFTTrainer):
                 eval_dataset=numbers.select(range(1)) if self.held_out else None,
                 processing_class=setup.renderer.tokenizer,
                 callbacks=[
+                    Rehearsal(self),
                     Progress(),
                     FiniteGuard(self),
                     LearningGuard(self),

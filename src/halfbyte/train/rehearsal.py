@@ -1,0 +1,77 @@
+"""Owns the rehearsal of a checkpoint: before the first step one is written, read back and compared with memory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from halfbyte.errors import RunError
+from halfbyte.train.checkpoints import STAGED, fault_of
+
+if TYPE_CHECKING:
+    from halfbyte.train.trainer import TokenTrainer
+
+ADAPTER = "adapter_model.safetensors"
+
+
+class RehearsedError(Exception):
+    """Everything before the first step was done, and more is not wanted."""
+
+
+class Rehearsal(TrainerCallback):
+    """Writes a checkpoint as soon as there is an optimizer, so that one that cannot be saved is known before it counts."""
+
+    def __init__(self, trainer: TokenTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **options: object,
+    ) -> None:
+        """Rehearse, unless a run goes on whose checkpoints have been saved before.
+
+        Raises:
+            RunError: what is read back is not what was written.
+            RehearsedError: ``train.preflight_only`` is set.
+        """
+        train = self.trainer.run.train
+        if state.global_step == 0 and (train.save_steps or train.preflight_only):
+            self._rehearse()
+        if train.preflight_only:
+            goes_on = f"goes on from step {state.global_step}"
+            raise RehearsedError(goes_on if state.global_step else "written, read back and equal")
+
+    def _rehearse(self) -> None:
+        trainer = self.trainer
+        trainer._save_checkpoint(trainer.model, None)
+        if not trainer.accelerator.is_main_process:
+            return
+        written = trainer.checkpoints / STAGED / "checkpoint-0"
+        fault = fault_of(written) or _difference(written, trainer.model)
+        if fault:
+            raise RunError(
+                f"{trainer.checkpoints}: a checkpoint that was written before step 1 is not what is read back:"
+                f" {fault}. The disk or its driver loses data; set runs_dir to another one"
+            )
+        shutil.rmtree(written.parent)
+
+
+def _difference(written: Path, model: torch.nn.Module) -> str:
+    """Return how the weights in a checkpoint differ from those in memory, or ""."""
+    stored = load_file(written / ADAPTER)
+    memory = get_peft_model_state_dict(model)
+    for name, tensor in stored.items():
+        if not torch.equal(tensor, memory[name].cpu()):
+            return f"{ADAPTER}: {name} differs from memory"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = sum(tensor.numel() for tensor in stored.values())
+    return f"{ADAPTER}: {kept} of {trained} trained weights" if kept < trained else ""
