@@ -32,7 +32,7 @@ LAYERS = [
     ["config"],
     ["record"],
     ["run_lock"],
-    ["run_dir"],
+    ["run_dir", "launch"],
     ["errors", "heap", "host"],
     ["bounds", "faults"],
 ]
@@ -61,7 +61,7 @@ LIBRARIES = {
     "llmcompressor": {"ship/awq_worker.py"},
     "lm_eval": {"eval/benchmarks.py", "eval/harness.py", "eval/harness_model.py", "libraries.py"},
     "matplotlib": {"eval/plots.py", "plan/plots.py"},
-    "peft": {"model/adapter.py", "model/new_tokens.py", "train/setup.py"},
+    "peft": {"train/rehearsal.py", "model/adapter.py", "model/new_tokens.py", "train/setup.py"},
     "prometheus_client": {"serve/metrics.py"},
     "psutil": {"host.py", "plan/devices.py"},
     "pyarrow": {"data/files.py", "data/sources.py"},

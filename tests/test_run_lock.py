@@ -14,7 +14,7 @@ from filelock import FileLock
 from toys import run_script
 
 from halfbyte.errors import RunError
-from halfbyte.run_lock import only_writer, check_entries
+from halfbyte.run_lock import check_entries, only_writer
 
 HOLD = """
 import sys, time

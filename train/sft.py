@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.config import Run, load_run
 from halfbyte.errors import exit_on_user_error
-from halfbyte.host import follow_launcher
+from halfbyte.launch import check_processes, follow_launcher
 from halfbyte.run_lock import only_writer
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def main() -> None:
     if arguments.seeds < 1:
         parser.error(f"--seeds is {arguments.seeds}; allowed: 1 or more")
     run = load_run(arguments.config, arguments.overrides)
+    check_processes()
     if arguments.seeds == 1:
         train(run)
         return

@@ -1,14 +1,11 @@
-"""Owns facts about this computer: its RAM and the limit on it, its CPU, disk, driver, and the launcher of our processes."""
+"""Owns facts about this computer: its RAM and the limit on it, its CPU, disk and driver."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -24,8 +21,6 @@ GIB_BYTES = 1 << 30
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CPU_FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")  # make bf16 and int8 fast
 DRIVER_TIMEOUT_S = 5
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 
 
 def ram_bytes() -> tuple[int, int]:
@@ -115,21 +110,6 @@ def num_processes() -> int:
 def is_main_process() -> bool:
     """Return whether this is the one of them that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def follow_launcher() -> None:
-    """Get SIGTERM when the launcher dies: ``accelerate launch`` hands on no signals (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return
-    if any(name in command for name in LAUNCHERS):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-        if os.getppid() != parent:  # it died meanwhile
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def gib(num_bytes: int) -> str:

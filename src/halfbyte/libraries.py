@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from halfbyte.launch import threads_were_chosen
+
 
 def quiet_libraries() -> None:
     """Silence the libraries; call this before importing torch, transformers, trl or bitsandbytes."""
@@ -35,7 +37,7 @@ def use_all_cores() -> None:
     takes effect only before torch is imported.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not threads_were_chosen():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.environ["OMP_NUM_THREADS"] = str(max(1, share))
