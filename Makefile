@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+# Compiled modules are kept, whatever the environment says: the tests start a hundred interpreters.
+export PYTHONDONTWRITEBYTECODE :=
 # Most tests are Python rather than arithmetic: two processes of one thread take half the time of one of two.
 # A file's tests stay together, as they share what its fixtures train.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MakeConfig
-from toys import run_script
+from toys import run_script, write_config
 
 from halfbyte.config import load_run
 from halfbyte.errors import ConfigError
@@ -28,10 +27,12 @@ def steps(run: Path) -> list[tuple[int, float, float]]:
     return [(r["step"], r["loss"], r["learning_rate"]) for r in records if "loss" in r]
 
 
-@pytest.fixture
-def run(make_config: MakeConfig, tmp_path: Path) -> Path:
-    run_script("train/sft.py", make_config(**SETTINGS))
-    return tmp_path / "runs" / "tiny"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A finished run, which tests leave as it is."""
+    folder = tmp_path_factory.mktemp("branch")
+    run_script("train/sft.py", write_config(folder, tiny_llama, **SETTINGS))
+    return folder / "runs" / "tiny"
 
 
 def test_same_settings_repeat_the_run_and_others_change_only_what_follows(run: Path) -> None:
@@ -53,9 +54,12 @@ def test_same_settings_repeat_the_run_and_others_change_only_what_follows(run: P
 def test_the_new_run_needs_the_old_one_no_longer(run: Path) -> None:
     run_script("train/sft.py", run / "run.yaml", "train.resume_from=2", "name=new")
     new = run.with_name("new")
-    shutil.rmtree(run)
-    assert load_run(new / "run.yaml", []).name == "new"
-    run_script("train/merge.py", new)
+    run.rename(run.with_name("gone"))
+    try:
+        assert load_run(new / "run.yaml", []).name == "new"
+        run_script("train/merge.py", new)
+    finally:
+        run.with_name("gone").rename(run)
     assert (new / "merged" / "merge_report.json").is_file()
 
 
@@ -72,16 +76,19 @@ def test_what_the_checkpoint_depends_on_is_refused(
     run: Path, override: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        run_script("train/sft.py", run / "run.yaml", "train.resume_from=4", override)
+        run_script("train/sft.py", run / "run.yaml", "train.resume_from=4", override, "name=other")
     told = capsys.readouterr().err
     assert text in told
     assert "free to change are adapter.dropout, model.compute_dtype, train.checkpointing" in told
 
 
 def test_a_damaged_checkpoint_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "checkpoints" / "checkpoint-4" / "optimizer.pt").unlink()
+    optimizer = run / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    content = optimizer.read_bytes()
+    optimizer.unlink()
     with pytest.raises(SystemExit):
-        run_script("train/sft.py", run / "run.yaml", "train.resume_from=4")
+        run_script("train/sft.py", run / "run.yaml", "train.resume_from=4", "name=damaged")
+    optimizer.write_bytes(content)
     assert "checkpoint-4: optimizer.pt is missing. Choose another checkpoint" in (
         capsys.readouterr().err
     )
@@ -105,6 +112,8 @@ def test_a_step_needs_the_config_of_a_run(make_config: MakeConfig) -> None:
 
 
 def test_the_copied_checkpoint_is_the_one_that_was_sealed(run: Path) -> None:
-    run_script("train/sft.py", run / "run.yaml", "train.resume_from=4", "train.max_steps=5")
+    run_script(
+        "train/sft.py", run / "run.yaml", "train.resume_from=4", "name=five", "train.max_steps=5"
+    )
     place = Path("checkpoints") / "checkpoint-4" / SEAL
-    assert (run.with_name("tiny-from-4") / place).read_bytes() == (run / place).read_bytes()
+    assert (run.with_name("five") / place).read_bytes() == (run / place).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import torch
 from conftest import MakeConfig
 from test_training import make_trainer
 from toys import run_script
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.errors import RunError
+from halfbyte.train import watchdog
 from halfbyte.train.checkpoints import SEAL
 from halfbyte.train.guards import all_finite, check_labels, way_on
 from halfbyte.train.learning import largest_change
 from halfbyte.train.trainer import TokenTrainer
+from halfbyte.train.watchdog import StepWatch
 
 STEPS = {"max_steps": 6, "save_steps": 2, "log_steps": 1, "batch_size": 4}
 
@@ -188,3 +192,49 @@ def test_advice_of_a_stopped_run_works(
     assert command.endswith("train.resume_from=4 train.learning_rate=0.0025")
     run_script(*command.split())
     assert (tmp_path / "runs" / "tiny-from-4" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_a_step_that_takes_far_longer_than_those_before_is_said_once() -> None:
+    now = 0.0
+    watch = StepWatch(clock=lambda: now)
+    state, control, settings = TrainerState(), TrainerControl(), TrainingArguments()
+    for seconds in (90.0, 2.0, 2.0, 2.0):  # the first compiles
+        watch.on_step_begin(settings, state, control)
+        assert watch.late() == ""
+        now += seconds
+        assert watch.late() == ""
+        watch.on_step_end(settings, state, control)
+        state.global_step += 1
+    now += 1000  # an evaluation
+    assert watch.late() == ""
+    watch.on_step_begin(settings, state, control)
+    now += 59
+    assert watch.late() == ""
+    now += 2
+    assert "step 5 has taken 61 s so far, where a step took 2 s" in watch.late()
+    assert watch.late() == ""
+
+
+def test_a_late_step_is_said_while_it_lasts(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watchdog, "LEAST_S", 0.3)
+    monkeypatch.setattr(watchdog, "TIMES", 2)
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.02)
+    said, usual_late, usual_step = threading.Event(), StepWatch.late, TokenTrainer.training_step
+
+    def late(self: StepWatch) -> str:
+        warning = usual_late(self)
+        if warning:
+            said.set()
+        return warning
+
+    def hang(self: TokenTrainer, *arguments: Any) -> Any:
+        if self.state.global_step == 5:
+            assert said.wait(60)
+        return usual_step(self, *arguments)
+
+    monkeypatch.setattr(StepWatch, "late", late)
+    monkeypatch.setattr(TokenTrainer, "training_step", hang)
+    run_script("train/sft.py", make_config(train={"max_steps": 6, "save_steps": 0}))
+    assert "warning: step 6 has taken " in capsys.readouterr().err

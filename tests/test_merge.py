@@ -15,9 +15,9 @@ from toys import run_script
 
 from halfbyte.config.schema import Adapter
 from halfbyte.errors import RunError
-from halfbyte.model.adapter import attach_adapter, save_adapter
+from halfbyte.model.adapter import attach_adapter, load_adapter, save_adapter
 from halfbyte.model.quantised import compute_in, dequantised_weight
-from halfbyte.ship import merge_math
+from halfbyte.ship import measured_run, merge_math
 from halfbyte.ship.merge_math import Update, merged_tensors, read_updates, write_shards
 from halfbyte.trained.fidelity import fidelity, reference, torch_predict
 
@@ -207,3 +207,23 @@ def test_merge_of_an_untrained_run_names_the_command(
     with pytest.raises(SystemExit):
         run_script("train/merge.py", run)
     assert "accelerate launch train/sft.py" in capsys.readouterr().err
+
+
+def test_an_adapter_that_predicts_otherwise_than_when_it_was_trained_is_not_merged(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files are those that were written, and what a library makes of them is not."""
+
+    def half(*arguments: Any) -> Any:
+        model = load_adapter(*arguments)
+        for layer in model.modules():
+            scaling = getattr(layer, "scaling", None)
+            if isinstance(scaling, dict):
+                scaling.update({name: value / 2 for name, value in scaling.items()})
+        return model
+
+    monkeypatch.setattr(measured_run, "load_adapter", half)
+    with pytest.raises(SystemExit):
+        run_script("train/merge.py", run)
+    assert "what is loaded is not the adapter that was trained" in capsys.readouterr().err
+    assert not (run / "merged").exists()

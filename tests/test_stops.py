@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import MakeConfig
 from safetensors.torch import load_file
-from toys import ROOT, run_script
+from toys import ROOT, run_script, write_config
 from waiting import wait_until
 
 from halfbyte.run_dir import read_jsonl
@@ -41,15 +41,25 @@ def losses(run: Path) -> list[tuple[int, float | None, float | None]]:
     return [(record["step"], record.get("loss"), record.get("eval_loss")) for record in records]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(folder, tiny_llama, train=SETTINGS, adapter={"dropout": 0.1})
+    run_script("train/sft.py", config)
+    return folder / "runs" / "tiny"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
     make_config: MakeConfig,
     tmp_path: Path,
+    whole: Path,
     number: signal.Signals,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = make_config(train=SETTINGS, adapter={"dropout": 0.1}, track={"wandb": "off"})
-    run, whole = tmp_path / "runs" / "tiny", tmp_path / "runs" / "whole"
+    run = tmp_path / "runs" / "tiny"
 
     def send() -> None:
         wait_until(lambda: len(steps_of(run)) >= 3, "no steps")
@@ -72,7 +82,6 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
     )
     assert f"accelerate launch train/sft.py {run / 'run.yaml'}" in told
     run_script("train/sft.py", run / "run.yaml")
-    run_script("train/sft.py", config, "name=whole")
     assert losses(run) == losses(whole)
     ours, theirs = weights(run), weights(whole)
     assert ours.keys() == theirs.keys()

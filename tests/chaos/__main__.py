@@ -24,7 +24,7 @@ from chaos import farm
 from chaos.outcome import Case, Outcome
 from chaos.scene import OFFLINE, Scene
 
-CAMPAIGNS = ("kills", "flips", "stops", "disks", "numerics", "hostile", "fuzz", "trackers")
+CAMPAIGNS = ("kills", "flips", "stops", "cuts", "disks", "numerics", "hostile", "fuzz", "trackers")
 ALONE = ("trackers",)  # campaigns that measure time
 WORKERS = 2
 

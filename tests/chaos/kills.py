@@ -49,7 +49,7 @@ def cases(scene: Scene, scale: float) -> Iterator[Case]:
     environ = (OFFLINE | fault(pair / "runs", "log", log=calls), OFFLINE)
     config = scene.config(pair, adapter=DROPOUT)
     ended = run_together(
-        "train/sft.py", config, log=pair / "log", port=_free_port(), environ=environ
+        "train/sft.py", config, log=pair / "log", port=free_port(), environ=environ
     )
     assert [end.code for end in ended] == [0, 0], ended
     together = learnt(pair / "runs" / "tiny")
@@ -93,9 +93,9 @@ def _one_of_two(scene: Scene, at: int, wanted: tuple[str, list[Any]]) -> str:
     folder = scene.folder(f"kill-pair-{at}")
     config = scene.config(folder, adapter=DROPOUT)
     killed = (OFFLINE | fault(folder / "runs", "kill", at), OFFLINE)
-    run_together("train/sft.py", config, log=folder / "log", port=_free_port(), environ=killed)
+    run_together("train/sft.py", config, log=folder / "log", port=free_port(), environ=killed)
     ended = run_together(
-        "train/sft.py", config, log=folder / "log", port=_free_port(), environ=(OFFLINE, OFFLINE)
+        "train/sft.py", config, log=folder / "log", port=free_port(), environ=(OFFLINE, OFFLINE)
     )
     broken = [end for end in ended if end.code != 0]
     if broken:
@@ -103,7 +103,8 @@ def _one_of_two(scene: Scene, at: int, wanted: tuple[str, list[Any]]) -> str:
     return difference(learnt(folder / "runs" / "tiny"), wanted)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,15 @@ from halfbyte.model.load import Loaded
 from halfbyte.model.precision import Compute, default_device
 from halfbyte.model.quantised import compute_in
 from halfbyte.trained.fidelity import Reference, Rows, reference, torch_predict
+from halfbyte.trained.reference_logprobs import (
+    Logits,
+    check_reference_logprobs,
+    has_reference_logprobs,
+)
 from halfbyte.trained.run import TrainedRun
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
 
 
@@ -68,10 +75,19 @@ class MeasuredRun:
 
         Returns:
             The adapted model and its predictions.
+
+        Raises:
+            RunError: it does not predict what it did when it was trained.
         """
         vocabulary = int(loaded.model.config.vocab_size)
-        model = load_adapter(loaded, self.trained.folder.adapter)
+        folder = self.trained.folder.adapter
+        model = load_adapter(loaded, folder)
         compute_in(model, arithmetic.dtype)
+        if has_reference_logprobs(folder):  # runs of versions before 0.2 have none
+            trained_in = self.trained.manifest.compute_dtype.name
+            check_reference_logprobs(
+                _logits(model), _logits(model, bare=True), self.trained.renderer, folder, trained_in
+            )
         return model, reference(torch_predict(model, self.pad_id), self.rows, vocabulary)
 
 
@@ -82,3 +98,15 @@ def measuring_compute(num_weights: int) -> Compute:
         if 4 * num_weights < USABLE_FRAC * free_bytes(device):
             return Compute(device, torch.float32, "measurement")
     return Compute(cpu, torch.bfloat16, "measurement")
+
+
+def _logits(model: PeftModel, *, bare: bool = False) -> Logits:
+    """Return a function from token ids to the logits (V,) after them, without the adapter if ``bare``."""
+
+    @torch.no_grad()
+    def logits(ids: list[int]) -> torch.Tensor:
+        with model.disable_adapter() if bare else contextlib.nullcontext():
+            out = model(input_ids=torch.tensor([ids], device=model.device))
+        return out.logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+
+    return logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft import get_peft_model_state_dict
@@ -15,9 +15,29 @@ from halfbyte.errors import RunError
 from halfbyte.train.checkpoints import STAGED, fault_of
 
 if TYPE_CHECKING:
-    from halfbyte.train.trainer import TokenTrainer
+    from accelerate import Accelerator
+
+    from halfbyte.config import Run
 
 ADAPTER = "adapter_model.safetensors"
+
+
+class Saving(Protocol):
+    """The attributes of the trainer that a rehearsal uses.
+
+    Attributes:
+        model: the model with its adapter.
+        run: the config.
+        checkpoints: folder for checkpoints.
+        accelerator: knows the processes that train together.
+    """
+
+    model: torch.nn.Module
+    run: Run
+    checkpoints: Path
+    accelerator: Accelerator
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None: ...
 
 
 class RehearsedError(Exception):
@@ -27,7 +47,7 @@ class RehearsedError(Exception):
 class Rehearsal(TrainerCallback):
     """Writes a checkpoint as soon as there is an optimizer, so that one that cannot be saved is known before it counts."""
 
-    def __init__(self, trainer: TokenTrainer) -> None:
+    def __init__(self, trainer: Saving) -> None:
         self.trainer = trainer
 
     def on_train_begin(

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from halfbyte.errors import StoppedError
 from halfbyte.train.held_out import EvaluationCutError
+from halfbyte.train.watchdog import watched
 
 if TYPE_CHECKING:
     from halfbyte.train.session import Session
@@ -30,7 +31,7 @@ def train_until_stopped(trainer: TokenTrainer, session: Session) -> None:
     guard = StopGuard(trainer)
     # Before the callbacks that look whether the step is to be saved.
     trainer.callback_handler.callbacks.insert(0, guard)
-    with guard.listening():
+    with guard.listening(), watched(trainer):
         trainer.train_to_end(session.resume)
     done = trainer.state.global_step
     if guard.stopped_by is not None:
