@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chaos.stops import session_of
 from conftest import MakeConfig
 from safetensors.torch import load_file
 from toys import ROOT, run_script, write_config
@@ -107,19 +108,6 @@ def test_a_dead_launcher_leaves_no_process_and_loses_no_step(
         launcher.send_signal(number)
         launcher.wait(60)
     wait_until(lambda: "stopped: signal" in log.read_text(), "it trains on", 20)
-    wait_until(lambda: not _group(launcher.pid), "a process is left", 20)
+    wait_until(lambda: not session_of(launcher.pid), "a process is left", 20)
     newest = all_checkpoints(run / "checkpoints")[0]
     assert (step_of(newest), fault_of(newest)) == (steps_of(run)[-1], "")
-
-
-def _group(leader: int) -> list[int]:
-    """The processes of a session that still run."""
-    alive = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(session) == leader and state != "Z":
-            alive.append(int(path.parent.name))
-    return alive

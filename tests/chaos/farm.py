@@ -20,6 +20,7 @@ from toys import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120.0
+PATIENCE_S = 20.0  # of processes that train together for one that ended with an error
 CRASHED = 99  # exit code of a child that ended in a traceback
 
 
@@ -201,8 +202,12 @@ def run_together(
     log: Path,
     port: int,
     environ: Sequence[Mapping[str, str]] = ({}, {}),
+    before: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[list[int]], None] = lambda children: None,
 ) -> list[Ended]:
     """Run a script in processes that train together, as torchrun starts them; if one dies the others are killed.
+
+    One that ends with an error is waited for by the others, which may do the same.
 
     Args:
         script: path of the script in the project.
@@ -210,6 +215,8 @@ def run_together(
         log: file for what they print; each has a suffix of its own.
         port: a free port on which they meet.
         environ: variables to set in each of them.
+        before: called in each before the script.
+        meanwhile: called with their process ids when all are started.
     """
     world = str(len(environ))
     children: dict[int, int] = {}
@@ -224,7 +231,10 @@ def run_together(
             "MASTER_PORT": str(port),
             "ACCELERATE_USE_CPU": "true",
         }
-        children[start(script, arguments, log=logs[rank], environ={**places, **own})] = rank
+        own_environ = {**places, **own}
+        child = start(script, arguments, log=logs[rank], environ=own_environ, before=before)
+        children[child] = rank
+    meanwhile(list(children))
     ended: dict[int, Ended] = {}
     begun = time.monotonic()
     while len(ended) < len(environ):
@@ -236,8 +246,12 @@ def run_together(
                 seconds = time.monotonic() - begun
                 code = os.waitstatus_to_exitcode(status)
                 ended[rank] = Ended(code, seconds, _text(logs[rank]))
-        late = time.monotonic() - begun > TIMEOUT_S
-        if late or any(end.code for end in ended.values()):
+        now = time.monotonic() - begun
+        late = now > TIMEOUT_S
+        died = any(
+            end.code and (end.code < 0 or now - end.seconds > PATIENCE_S) for end in ended.values()
+        )
+        if late or died:
             for child, rank in children.items():
                 if rank not in ended:
                     stop(child)

@@ -50,8 +50,9 @@ def attach_adapter(
         added = new_ids(load_tokenizer(base), base)
     adapted = place_adapter(loaded.model, settings, seed, Path(base.path), added)
     if added:
-        # With a name, PEFT's checkpoints would hold the whole embedding, since it has grown.
-        adapted.peft_config["default"].base_model_name_or_path = None
+        # With a name, PEFT's checkpoints would hold the whole embedding, since it has grown; where there is none, the
+        # first checkpoint gives it one.
+        adapted.peft_config["default"].base_model_name_or_path = ""
     if settings.init in ("pissa", "olora") and is_main:
         init = adapted.peft_config["default"].init_lora_weights
         adapted.peft_config["default"].init_lora_weights = True
@@ -193,8 +194,9 @@ def save_adapter(model: PeftModel, loaded: Loaded, folder: Path, scratch: Path) 
         precision=loaded.precision,
         compute_dtype=loaded.compute.name,
     ).write(folder / BASE_FILE)
-    if not options:
-        _check_saved(model, folder)
+    difference = "" if options else saved_difference(model, folder)
+    if difference:
+        raise RunError(f"{folder}: {difference}")
 
 
 def load_adapter(loaded: Loaded, folder: Path, name: str = "default") -> PeftModel:
@@ -274,14 +276,20 @@ def _check_placement(model: PeftModel, settings: Adapter) -> None:
         )
 
 
-def _check_saved(model: PeftModel, folder: Path) -> None:
+def saved_difference(model: PeftModel, folder: Path) -> str:
+    """Return how the adapter in a folder differs from that in memory, or ""."""
     from peft import get_peft_model_state_dict, load_peft_weights
 
     saved = load_peft_weights(str(folder), device="cpu")
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wrong = [k for k in weights if k not in saved or not torch.equal(saved[k], weights[k].cpu())]
-    if wrong or len(saved) != len(weights):
-        raise RunError(f"{folder}: the saved adapter differs from memory in {wrong[:3]}")
+    wrong = [name for name in weights if name not in saved or not _same(saved[name], weights[name])]
+    wrong += sorted(saved.keys() - weights.keys())
+    return f"the saved adapter differs from memory in {wrong[:3]}" if wrong else ""
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two tensors have the same bytes, NaN included."""
+    return torch.equal(*(t.cpu().contiguous().view(torch.uint8) for t in (ours, theirs)))
 
 
 @contextmanager

@@ -6,20 +6,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.errors import RunError
+from halfbyte.model.adapter import saved_difference
 from halfbyte.train.checkpoints import STAGED, fault_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from peft import PeftModel
 
     from halfbyte.config import Run
-
-ADAPTER = "adapter_model.safetensors"
 
 
 class Saving(Protocol):
@@ -32,12 +29,12 @@ class Saving(Protocol):
         accelerator: knows the processes that train together.
     """
 
-    model: torch.nn.Module
+    model: PeftModel
     run: Run
     checkpoints: Path
     accelerator: Accelerator
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None: ...
+    def _save_checkpoint(self, model: Any, trial: Any) -> None: ...
 
 
 class RehearsedError(Exception):
@@ -76,22 +73,10 @@ class Rehearsal(TrainerCallback):
         if not trainer.accelerator.is_main_process:
             return
         written = trainer.checkpoints / STAGED / "checkpoint-0"
-        fault = fault_of(written) or _difference(written, trainer.model)
+        fault = fault_of(written) or saved_difference(trainer.model, written)
         if fault:
             raise RunError(
                 f"{trainer.checkpoints}: a checkpoint that was written before step 1 is not what is read back:"
                 f" {fault}. The disk or its driver loses data; set runs_dir to another one"
             )
         shutil.rmtree(written.parent)
-
-
-def _difference(written: Path, model: torch.nn.Module) -> str:
-    """Return how the weights in a checkpoint differ from those in memory, or ""."""
-    stored = load_file(written / ADAPTER)
-    memory = get_peft_model_state_dict(model)
-    for name, tensor in stored.items():
-        if not torch.equal(tensor, memory[name].cpu()):
-            return f"{ADAPTER}: {name} differs from memory"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = sum(tensor.numel() for tensor in stored.values())
-    return f"{ADAPTER}: {kept} of {trained} trained weights" if kept < trained else ""

@@ -304,7 +304,8 @@ class TokenTrainer(SFTTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        check_finite(self.state.global_step, self.trained, self.optimizer)
+        if self.state.global_step:  # what begins not finite is told by its name
+            check_finite(self.state.global_step, self.trained, self.optimizer)
         with staged(self.checkpoints, self.state.global_step, self.num_kept, self.accelerator):
             super()._save_checkpoint(model, trial)
         self.saved_step = self.state.global_step
