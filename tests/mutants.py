@@ -11,8 +11,10 @@ import argparse
 import io
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("src", "tests", "train", "eval", "data", "configs", "docs", "pyproject.toml", "README.md")
 WORKERS = 2
+MAX_SECONDS = 180.0  # a test takes seconds; without its guard it may never end
+FAILED, HANGS = 1, -1  # of pytest: tests were run, and one failed
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ MUTANTS = (
     Mutant("other libraries", "train/checkpoints.py", "!= before\n", "!= now\n", f"{CHECKPOINTS}::test_other_libraries_are_told"),
     Mutant("rotation through a link", "train/checkpoints.py", "        if path.is_symlink():\n            path.unlink()\n        else:\n            shutil.rmtree(path)", "        shutil.rmtree(path.resolve())", f"{CHECKPOINTS}::test_only_the_newest_are_kept_and_links_are_not_followed"),
     Mutant("NaN in what is saved", "train/checkpoints.py", "        if num_bad:\n", "        if False:\n", f"{CHECKPOINTS}::test_nothing_that_is_not_finite_is_saved"),
-    Mutant("the seal comes last", "train/checkpoints.py", "    seal(written, processes)\n    replace_folder(written, folder / written.name)", "    replace_folder(written, folder / written.name)\n    seal(folder / written.name, processes)", f"{CHECKPOINTS}::test_a_kill_at_any_call_of_a_commit_leaves_the_checkpoint_before_or_the_new_one"),
+    Mutant("older ones go last", "train/checkpoints.py", "            commit(written, folder, processes.num_processes)\n            keep_newest(folder, number)\n", "            keep_newest(folder, 0)\n            commit(written, folder, processes.num_processes)\n", f"{CHECKPOINTS}::test_a_kill_at_any_call_of_a_commit_leaves_the_checkpoint_before_or_the_new_one"),
     # The run folder
     Mutant("a digest of the record itself", "record.py", "if digest != _digest(content):", "if False:", "test_manifest.py::test_every_flipped_bit_of_a_manifest_is_seen"),
     Mutant("a changed adapter", "trained/manifest.py", "    check_files(folder.adapter,", "    check_files(folder.adapter, {}, '', '') if folder else check_files(folder.adapter,", "test_manifest.py::test_an_adapter_that_is_not_the_one_that_was_trained_is_refused"),
@@ -133,29 +137,40 @@ def main() -> None:
     chosen = [mutant for mutant in MUTANTS if wanted in mutant.guard]
     _load_libraries()
     begun = time.monotonic()
-    running: dict[int, tuple[Mutant, Path]] = {}
+    running: dict[int, tuple[Mutant, Path, float]] = {}
     survived: list[str] = []
     for mutant in [*chosen, *[None] * WORKERS]:
         if mutant is None or len(running) == WORKERS:
             if not running:
                 continue
-            child, status = os.wait()
-            done, folder = running.pop(child)
-            code = os.waitstatus_to_exitcode(status)
+            child, code = _wait(running)
+            done, folder, _ = running.pop(child)
             shutil.rmtree(folder)
-            is_killed = code == 1  # pytest: tests were run, and one failed
-            print(
-                f"{'killed  ' if is_killed else f'SURVIVED ({code})'} {done.guard}: {done.test}",
-                flush=True,
-            )
+            is_killed = code in (FAILED, HANGS)
+            how = {FAILED: "killed  ", HANGS: "hangs   "}.get(code, f"SURVIVED ({code})")
+            print(f"{how} {done.guard}: {done.test}", flush=True)
             survived += [] if is_killed else [done.guard]
         if mutant is not None:
             folder = Path(tempfile.mkdtemp(prefix="mutant-"))
-            running[_start(mutant, folder)] = (mutant, folder)
+            running[_start(mutant, folder)] = (mutant, folder, time.monotonic())
     print(
         f"{len(chosen) - len(survived)} of {len(chosen)} killed in {time.monotonic() - begun:.0f} s"
     )
     raise SystemExit(bool(survived))
+
+
+def _wait(running: dict[int, tuple[Mutant, Path, float]]) -> tuple[int, int]:
+    """Wait for a child; return it with its exit code, or HANGS for one that was ended after its time."""
+    while True:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            return child, os.waitstatus_to_exitcode(status)
+        for child, (_, _, begun) in running.items():
+            if time.monotonic() - begun > MAX_SECONDS:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return child, HANGS
+        threading.Event().wait(0.05)
 
 
 def as_markdown() -> str:

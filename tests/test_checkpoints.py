@@ -7,6 +7,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from halfbyte.train.checkpoints import (
     keep_newest,
     newest_checkpoint,
     stage,
+    staged,
 )
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "global/shard.pt")
@@ -161,14 +164,17 @@ class Killed(BaseException):
 def test_a_kill_at_any_call_of_a_commit_leaves_the_checkpoint_before_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    """At each write, flush and rename; then the next attempt succeeds."""
+    """At each write, flush and rename, with one checkpoint kept; then the next attempt succeeds."""
+    alone: Any = SimpleNamespace(
+        is_main_process=True, num_processes=1, wait_for_everyone=lambda: None
+    )
     outcomes = set()
     for at in itertools.count():
         folder = tmp_path / str(at)
         before = make(folder, 5)
         if again:
             make(folder, 10)
-        written, calls = write(folder, 10), itertools.count()
+        calls = itertools.count()
 
         def dies(call: Callable[..., object]) -> Callable[..., object]:
             def maybe(*args: object, **options: object) -> object:
@@ -182,8 +188,8 @@ def test_a_kill_at_any_call_of_a_commit_leaves_the_checkpoint_before_or_the_new_
             for name in ("fsync", "replace", "rename", "open"):
                 patched.setattr(f"os.{name}", dies(getattr(__import__("os"), name)))
             try:
-                commit(written, folder, 1)
-                keep_newest(folder, 2)
+                with staged(folder, 10, 1, alone):
+                    write(folder, 10)
                 survived = True
             except Killed:
                 survived = False

@@ -113,7 +113,9 @@ def is_main_process() -> bool:
 
 
 def gib(num_bytes: int) -> str:
-    """Format bytes, such as ``14.6 GiB``."""
+    """Format bytes, such as ``14.6 GiB``, or ``3.2 MiB`` where GiB would show little."""
+    if num_bytes < GIB_BYTES:
+        return f"{num_bytes / (1 << 20):.1f} MiB"
     return f"{num_bytes / GIB_BYTES:.1f} GiB"
 
 

@@ -7,6 +7,7 @@ import netrc
 import os
 import queue
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -86,6 +87,9 @@ class WandbRun:
                 f"W&B goes on in process {self._process.pid}; should it not end well: wandb sync {place}",
                 file=sys.stderr,
             )
+        else:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # W&B's own, if ours was killed
         if self.num_dropped:
             print(
                 f"warning: {self.num_dropped} records did not reach W&B; all are in metrics.jsonl",
