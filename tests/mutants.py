@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant("another number of processes", "train/checkpoints.py", "if seal.processes != processes:", "if False:", f"{CHECKPOINTS}::test_another_number_of_processes_is_refused_by_name"),
     Mutant("other libraries", "train/checkpoints.py", "!= before\n", "!= now\n", f"{CHECKPOINTS}::test_other_libraries_are_told"),
     Mutant("rotation through a link", "train/checkpoints.py", "        if path.is_symlink():\n            path.unlink()\n        else:\n            shutil.rmtree(path)", "        shutil.rmtree(path.resolve())", f"{CHECKPOINTS}::test_only_the_newest_are_kept_and_links_are_not_followed"),
-    Mutant("NaN in what is saved", "train/checkpoints.py", "        if num_bad:\n", "        if False:\n", f"{CHECKPOINTS}::test_nothing_that_is_not_finite_is_saved"),
+    Mutant("NaN in what is saved", "train/finite.py", "        if num_bad:\n", "        if False:\n", f"{CHECKPOINTS}::test_nothing_that_is_not_finite_is_saved"),
     Mutant("older ones go last", "train/checkpoints.py", "            commit(written, folder, processes.num_processes)\n            keep_newest(folder, number)\n", "            keep_newest(folder, 0)\n            commit(written, folder, processes.num_processes)\n", f"{CHECKPOINTS}::test_a_kill_at_any_call_of_a_commit_leaves_the_checkpoint_before_or_the_new_one"),
     # The run folder
     Mutant("a digest of the record itself", "record.py", "if digest != _digest(content):", "if False:", "test_manifest.py::test_every_flipped_bit_of_a_manifest_is_seen"),

@@ -20,7 +20,6 @@ from halfbyte.train.checkpoints import (
     SEAL,
     STAGED,
     Seal,
-    check_finite,
     commit,
     fault_of,
     keep_newest,
@@ -28,6 +27,7 @@ from halfbyte.train.checkpoints import (
     stage,
     staged,
 )
+from halfbyte.train.finite import check_finite
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "global/shard.pt")
 

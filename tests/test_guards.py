@@ -19,7 +19,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from halfbyte.errors import RunError
 from halfbyte.train import watchdog
 from halfbyte.train.checkpoints import SEAL
-from halfbyte.train.guards import all_finite, check_labels, way_on
+from halfbyte.train.finite import all_finite
+from halfbyte.train.guards import check_labels, way_on
 from halfbyte.train.learning import largest_change
 from halfbyte.train.trainer import TokenTrainer
 from halfbyte.train.watchdog import StepWatch

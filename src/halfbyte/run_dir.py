@@ -16,6 +16,7 @@ eval/              report.json, .md, .html; answers.jsonl, benchmarks.jsonl, jud
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -26,6 +27,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from halfbyte.errors import RunError
 
 # What file systems without a flush answer, as those of mounted cloud drives.
 NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+NUM_HASHING = 4  # files at a time
 LIBRARIES = (
     "torch",
     "transformers",
@@ -224,6 +227,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def library_version(name: str) -> str | None:
     """Return the version of an installed library, or None if it is missing."""
     try:
@@ -251,7 +255,9 @@ def file_sha256(path: Path) -> str:
 def digests(folder: Path) -> dict[str, str]:
     """Return the hex sha256 of each file below a folder, by its name there, as it is read back."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    names = [path.relative_to(folder).as_posix() for path in files]
+    with ThreadPoolExecutor(NUM_HASHING) as threads:
+        return dict(zip(names, threads.map(file_sha256, files), strict=True))
 
 
 def check_files(folder: Path, sha256: Mapping[str, str], subject: str, remedy: str) -> None:

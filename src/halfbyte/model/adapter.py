@@ -107,6 +107,8 @@ def place_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     train_rows_apart(adapted)
+    # PEFT's card is an empty template, and takes a fifth of the time of a checkpoint to write.
+    adapted.create_or_update_model_card = lambda folder: None
     _check_placement(adapted, settings)
     return adapted
 
@@ -187,7 +189,6 @@ def save_adapter(model: PeftModel, loaded: Loaded, folder: Path, scratch: Path) 
     settings = model.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = loaded.base.name, loaded.base.revision
     model.save_pretrained(str(folder), save_embedding_layers=False, **options)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
     AdapterBase(
         **loaded.base.identity.as_json(),
         model_class=type(loaded.model).__name__,

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import RunError
 from halfbyte.faults import SEAL as SEAL
@@ -197,27 +195,3 @@ def _warn_of_libraries(path: Path, seal: Seal) -> None:
         print(
             f"warning: {path} was written with other libraries, whose sums may differ: {', '.join(changed)}"
         )
-
-
-def check_finite(step: int, weights: Iterable[torch.Tensor], optimizer: Any) -> None:
-    """Check that weights and optimizer states are finite, before they are saved.
-
-    Raises:
-        RunError: one of them is NaN or infinite.
-    """
-    states = optimizer_states(optimizer)
-    for what, tensors in (("the adapter's weights", weights), ("the optimizer's states", states)):
-        num_bad = sum(not bool(torch.isfinite(tensor).all()) for tensor in tensors)
-        if num_bad:
-            raise RunError(
-                f"step {step}: {num_bad} of {what} hold NaN or infinity; nothing of this step is saved, and the"
-                " newest checkpoint is from before it"
-            )
-
-
-def optimizer_states(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Yield the states of an optimizer that are floating point."""
-    for state in getattr(optimizer, "optimizer", optimizer).state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                yield value

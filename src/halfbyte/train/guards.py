@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from halfbyte.errors import RunError
 from halfbyte.faults import sealed_steps
 from halfbyte.kernels.operators import uses_operators
-from halfbyte.train.checkpoints import optimizer_states
 from halfbyte.train.diagnosis import Guarded, broken_weight, named, why_not_finite
+from halfbyte.train.finite import all_finite, optimizer_states
 
 # The scaler halves its scale at each overflow, so a few skipped steps are normal.
 MAX_SKIPPED_STEPS = 8
@@ -172,12 +171,6 @@ def check_labels(divisor: float, places: Iterable[str]) -> float:
     if not divisor:
         raise RunError(f"a step has no labelled token of any weight; its rows are {named(places)}")
     return divisor
-
-
-def all_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return whether all values are finite, as a tensor () on their device, which is not waited for."""
-    largest = torch.stack(torch._foreach_norm([t.detach() for t in tensors], math.inf))
-    return torch.isfinite(largest).all()
 
 
 def way_on(folder: Path, change: str = "", *, anew: bool = False) -> str:

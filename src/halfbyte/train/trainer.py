@@ -26,7 +26,8 @@ from halfbyte.train.arguments import num_steps, trainer_arguments
 from halfbyte.train.batching import Cutting, StepwiseSampler, warn_of_padding
 from halfbyte.train.branch import own_settings
 from halfbyte.train.callbacks import EpochOrder, Progress, SampleAnswers
-from halfbyte.train.checkpoints import STAGED, check_finite, staged
+from halfbyte.train.checkpoints import STAGED, staged
+from halfbyte.train.finite import check_finite
 from halfbyte.train.guards import FiniteGuard, check_labels
 from halfbyte.train.held_out import EvaluationCutError, held_out_losses
 from halfbyte.train.learning import LearningGuard
@@ -144,8 +145,7 @@ class TokenTrainer(SFTTrainer):
 
     def train_to_end(self, resume: Path | None) -> None:
         """Train until all steps are done, starting from a checkpoint if one is given."""
-        start = time.perf_counter()
-        self._since = (self.num_tokens, start)
+        self._since = (self.num_tokens, start := time.perf_counter())
         if resume is not None:
             state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
             if state.global_step >= self.num_steps:
@@ -228,8 +228,8 @@ class TokenTrainer(SFTTrainer):
                 self.model, self.cutting, rows, weights, self.losses, self.accelerator
             )
         self.evaluated_step, self.held_out_loss = self.state.global_step, loss
-        metrics = {f"{metric_key_prefix}_loss": loss}
-        metrics |= {f"{metric_key_prefix}_loss/{name}": mean for name, mean in by_source.items()}
+        key = f"{metric_key_prefix}_loss"
+        metrics = {key: loss} | {f"{key}/{name}": mean for name, mean in by_source.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -260,8 +260,8 @@ class TokenTrainer(SFTTrainer):
             logs["num_tokens"] = self.num_tokens
             logs["memory_bytes"] = memory_bytes(self.args.device)
             if self.losses is not None:
-                by_source = self.losses.take(self.accelerator)
-                logs |= {f"loss/{name}": mean for name, mean in by_source.items()}
+                means = self.losses.take(self.accelerator)
+                logs |= {f"loss/{name}": mean for name, mean in means.items()}
             self._since = (self.num_tokens, now)
             if self.args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
                 # The scaler found an overflow and skipped the step; FiniteGuard counts such steps.
@@ -304,7 +304,7 @@ class TokenTrainer(SFTTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.state.global_step:  # what begins not finite is told by its name
+        if self.state.global_step:
             check_finite(self.state.global_step, self.trained, self.optimizer)
         with staged(self.checkpoints, self.state.global_step, self.num_kept, self.accelerator):
             super()._save_checkpoint(model, trial)
@@ -313,8 +313,8 @@ class TokenTrainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints / STAGED)  # where the Trainer writes and rotates: one at a time
 
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Skip TRL's card: shipped models get their own."""
+    def create_model_card(self, *args: Any, **options: Any) -> None:  # shipped models get their own
+        """Skip TRL's card."""
 
 
 def build_trainer(setup: Setup, checkpoints: Path, tracker: Tracker | None) -> TokenTrainer:
