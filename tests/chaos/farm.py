@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,7 @@ def load_libraries() -> None:
     import peft  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch
+    import tqdm.auto
     import transformers.integrations.bitsandbytes
     import transformers.models.llama.modeling_llama
     import transformers.quantizers.auto  # noqa: F401
@@ -82,6 +84,8 @@ def load_libraries() -> None:
     import halfbyte.train.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    # The default one is shared by all forks, and a child that is killed while it has it would keep it for ever.
+    tqdm.auto.tqdm.set_lock(threading.RLock())
     _remember_traces()
 
 
