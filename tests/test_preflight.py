@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
 from conftest import MakeConfig
 from toys import run_script, unfinish
 
-from halfbyte.config import read_run_folder
+from halfbyte.config import load_run, read_run_folder
+from halfbyte.config.schema import Optimizer
+from halfbyte.model.resolve import resolve_base
 from halfbyte.run_dir import digests
+from halfbyte.run_lock import check_entries
 from halfbyte.train import room
 from halfbyte.train.trainer import TokenTrainer
 
@@ -55,7 +58,7 @@ def test_preflight_of_a_stopped_run_leaves_it_as_it_is(
     run = tmp_path / "runs" / "tiny"
     unfinish(run)
     shutil.rmtree(run / "checkpoints" / "checkpoint-5")
-    before = digests(run / "checkpoints")
+    before = digests(run)
     for override, opening in (
         ("train.existing=resume", f"{run} goes on from checkpoint-4, which is whole"),
         ("train.existing=replace", f"{run} holds an earlier run, which is moved aside"),
@@ -63,7 +66,7 @@ def test_preflight_of_a_stopped_run_leaves_it_as_it_is(
         capsys.readouterr()
         run_script("train/sft.py", config, "train.preflight_only=true", override)
         assert listed(capsys.readouterr().out)["folder"].startswith(opening)
-        assert digests(run / "checkpoints") == before
+        assert digests(run) == before
     assert [path.name for path in (tmp_path / "runs").glob("[!.]*")] == ["tiny"]
 
 
@@ -82,10 +85,7 @@ def test_what_goes_on_from_a_run_that_replaced_another_does_not_replace_it(
 def test_a_disk_without_room_for_all_checkpoints_is_an_error_before_step_one(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(descriptor: int, offset: int, size: int) -> None:
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(room, "_fallocate", lambda descriptor, size: errno.EDQUOT)
     with pytest.raises(SystemExit):
         run_script("train/sft.py", make_config(train=STEPS))
     captured = capsys.readouterr()
@@ -143,3 +143,33 @@ def test_an_immutable_file_is_found_before_anything_else(
     captured = capsys.readouterr()
     assert f"{immutable}: cannot be replaced by this user" in captured.err
     assert not captured.out
+
+
+def test_a_folder_that_its_owner_protects_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("x")
+    (tmp_path / "adapter" / "weights").chmod(0o444)
+    (tmp_path / "adapter").chmod(0o555)
+    check_entries(tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_the_room_of_every_optimizer_is_known(
+    optimizer: str, make_config: MakeConfig, tmp_path: Path, tiny_llama: Path
+) -> None:
+    setup: Any = SimpleNamespace(
+        run=load_run(make_config(train={**STEPS, "optimizer": optimizer}), []),
+        loaded=SimpleNamespace(base=resolve_base(str(tiny_llama)), model=torch.nn.Linear(4, 4)),
+        model=torch.nn.Linear(4, 4),
+        train=range(16),
+    )
+    assert "checkpoints and the adapter can be had" in room.make_sure_of_room(setup, tmp_path)
+
+
+def test_no_more_checkpoints_than_will_come_need_room(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run = load_run(make_config(train={**STEPS, "keep_checkpoints": 1000}), [])
+    setup: Any = SimpleNamespace(run=run, train=range(16))
+    assert room._num_checkpoints(setup, tmp_path, 0) == 3
+    assert room._num_checkpoints(setup, tmp_path, 2) == 2

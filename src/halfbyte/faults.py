@@ -7,9 +7,11 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+STARTED = time.time()  # of this process, but for its first imports
 SEAL = "checkpoint.json"  # the last file of a checkpoint
 REMEDIES = {
     errno.ENOSPC: "the disk is full; make room",
@@ -90,7 +92,9 @@ def what_is_safe(folder: Path) -> str:
 
 def _way_on(folder: Path) -> str:
     config = folder / "run.yaml"
-    if Path(sys.argv[0]).name == "sft.py" and config.is_file() and "--seeds" not in sys.argv:
+    several = any(word.partition("=")[0] == "--seeds" for word in sys.argv)
+    is_ours = config.is_file() and config.stat().st_mtime > STARTED
+    if Path(sys.argv[0]).name == "sft.py" and is_ours and not several:
         return f"accelerate launch {sys.argv[0]} {shlex.quote(str(config))}"
     return this_command()
 
@@ -102,10 +106,9 @@ def sealed_steps(folder: Path) -> list[int]:
 
 
 def this_command() -> str:
-    """Return the command line of this process, as its user would repeat it without losing what it has done."""
+    """Return the command line of this process, as its user would repeat it."""
     launcher = "accelerate launch" if Path(sys.argv[0]).name == "sft.py" else "python"
-    kept = [word for word in sys.argv if word != "train.existing=replace"]
-    return f"{launcher} {shlex.join(kept)}"
+    return f"{launcher} {shlex.join(sys.argv)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -104,11 +104,18 @@ def check_entries(folder: Path) -> None:
 
 
 def _can_be_replaced(path: Path) -> bool:
-    """Whether a folder can be written to, and a file is not immutable; a file without write permission can be replaced."""
+    """Whether nothing but its owner's wish keeps an entry from being replaced.
+
+    Somebody else's folder cannot be; somebody else's file can, and what its owner has write-protected is left to them.
+    """
     if os.access(path, os.W_OK):
         return True
-    own = not hasattr(os, "geteuid") or os.geteuid() in (0, path.stat().st_uid)
-    return path.is_file() and not (own and path.stat().st_mode & stat.S_IWUSR)
+    about = path.stat()
+    if not hasattr(os, "geteuid") or os.geteuid() in (0, about.st_uid):
+        return (
+            not about.st_mode & stat.S_IWUSR
+        )  # else it is immutable, or the file system is read-only
+    return path.is_file()
 
 
 def _holder(owner: Path) -> str:

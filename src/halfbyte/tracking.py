@@ -87,7 +87,7 @@ class WandbRun:
                 f"W&B goes on in process {self._process.pid}; should it not end well: wandb sync {place}",
                 file=sys.stderr,
             )
-        else:
+        elif hasattr(os, "killpg"):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # W&B's own, if ours was killed
         if self.num_dropped:
@@ -148,12 +148,8 @@ def start_wandb(run: Run, folder: RunDir, job: str = "train") -> WandbRun | None
     Raises:
         RunError: W&B is wanted, but its library is not installed.
     """
-    mode = choose_mode(run.track.wandb)
+    mode = _possible_mode(run)
     if mode == "off":
-        return None
-    if find_spec("wandb") is None:
-        if run.track.wandb != "auto":
-            raise RunError(f"track.wandb is {mode}: pip install 'halfbyte[wandb]', or set auto")
         return None
     id_file = folder.path / RUN_ID_FILE
     run_id: dict[str, Any] = (
@@ -190,13 +186,27 @@ def where(wandb_run: WandbRun | None) -> str:
 
 
 def outlook(run: Run) -> str:
-    """Return in words how a run would be recorded; of W&B's server an answer is awaited for two seconds."""
-    mode = choose_mode(run.track.wandb)
+    """Return in words how a run would be recorded; of W&B's server an answer is awaited for two seconds.
+
+    Raises:
+        RunError: as ``start_wandb``.
+    """
+    mode = _possible_mode(run)
     if mode == "off":
         return "off; metrics.jsonl has all numbers"
     if mode == "online" and server_answers():
         return "online, and its server answers"
     return "offline, to be uploaded later"
+
+
+def _possible_mode(run: Run) -> str:
+    """Return the mode that a run will have, with the library that is installed or not."""
+    mode = choose_mode(run.track.wandb)
+    if mode == "off" or find_spec("wandb") is not None:
+        return mode
+    if run.track.wandb != "auto":
+        raise RunError(f"track.wandb is {mode}: pip install 'halfbyte[wandb]', or set auto")
+    return "off"
 
 
 def choose_mode(wanted: str) -> str:

@@ -34,7 +34,7 @@ LAUNCHED = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", 
 DROPOUT = {"dropout": 0.1}
 # The function in which the signal arrives, by phase, and the script that calls it.
 PHASES = {
-    "tokenise": ("train/sft.py", "halfbyte.data.prepare", "prepare"),
+    "tokenise": ("train/sft.py", "halfbyte.train.run", "prepare"),
     "load": ("train/sft.py", "halfbyte.model.load", "load_base"),
     "train": ("train/sft.py", "halfbyte.train.trainer", "TokenTrainer.training_step"),
     "evaluate": ("train/sft.py", "halfbyte.train.trainer", "held_out_losses"),

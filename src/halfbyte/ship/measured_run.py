@@ -13,6 +13,7 @@ from halfbyte.data.questions import measuring_rows
 from halfbyte.host import USABLE_FRAC, free_bytes
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.load import Loaded
+from halfbyte.model.new_tokens import set_rows
 from halfbyte.model.precision import Compute, default_device
 from halfbyte.model.quantised import compute_in
 from halfbyte.trained.fidelity import Reference, Rows, reference, torch_predict
@@ -84,10 +85,11 @@ class MeasuredRun:
         model = load_adapter(loaded, folder)
         compute_in(model, arithmetic.dtype)
         if has_reference_logprobs(folder):  # runs of versions before 0.2 have none
-            trained_in = self.trained.manifest.compute_dtype.name
+            dtypes = (self.trained.manifest.compute_dtype.name, arithmetic.name)
             check_reference_logprobs(
-                _logits(model), _logits(model, bare=True), self.trained.renderer, folder, trained_in
+                _logits(model), _logits(model, bare=True), self.trained.renderer, folder, dtypes
             )
+            set_rows(model)  # which turning the adapter off has taken out
         return model, reference(torch_predict(model, self.pad_id), self.rows, vocabulary)
 
 

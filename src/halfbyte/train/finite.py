@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,9 +11,18 @@ import torch
 from halfbyte.errors import RunError
 
 
-def all_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return whether all values are finite, as a tensor () on their device, which is not waited for."""
-    values = [tensor.detach() for tensor in tensors]
+def all_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return whether all values are finite, as a tensor () on the device of the first, which is not waited for."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor.detach())
+    first, *others = (_finite(values) for values in by_device.values())
+    for other in others:  # AdamW counts its steps on the CPU
+        first = first & other.to(first.device, non_blocking=True)
+    return first
+
+
+def _finite(values: list[torch.Tensor]) -> torch.Tensor:
     if values[0].is_cpu:
         # A sum is NaN or infinite if a value is, and takes an eighth of the time that a largest value takes here.
         figures = [value.sum() for value in values]
@@ -32,7 +41,7 @@ def check_finite(step: int, weights: Iterable[torch.Tensor], optimizer: Any) -> 
         "the adapter's weights": [*weights],
         "the optimizer's states": optimizer_states(optimizer),
     }
-    if all_finite([tensor for tensors in parts.values() for tensor in tensors]):
+    if all_finite(tensor for tensors in parts.values() for tensor in tensors):
         return
     for what, tensors in parts.items():
         num_bad = sum(not bool(torch.isfinite(tensor).all()) for tensor in tensors)
@@ -44,12 +53,14 @@ def check_finite(step: int, weights: Iterable[torch.Tensor], optimizer: Any) -> 
 
 
 def optimizer_states(optimizer: Any) -> list[torch.Tensor]:
-    """Return the states of an optimizer that are floating point."""
+    """Return the states of an optimizer that are floating point and not paged: those are the device's as well."""
     return list(_states(optimizer))
 
 
 def _states(optimizer: Any) -> Iterator[torch.Tensor]:
     for state in getattr(optimizer, "optimizer", optimizer).state.values():
         for value in state.values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if not isinstance(value, torch.Tensor) or getattr(value, "is_paged", False):
+                continue
+            if value.is_floating_point():
                 yield value

@@ -44,3 +44,14 @@ def held_out_losses(
     sums = state.reduce(torch.tensor([total, count], dtype=torch.float64, device=state.device))
     by_source = sources.of_rows(losses, factors, sources.held_out[own], state) if sources else {}
     return float(sums[0] / sums[1]), by_source
+
+
+def of_main_process(
+    evaluated: tuple[int, float | None], state: Accelerator
+) -> tuple[int, float | None]:
+    """Return the step and the loss of the last evaluation as the main process knows them, which has the records."""
+    if state.num_processes == 1:
+        return evaluated
+    known = [evaluated]
+    torch.distributed.broadcast_object_list(known, src=0)
+    return known[0]

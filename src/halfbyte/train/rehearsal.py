@@ -64,6 +64,7 @@ class Rehearsal(TrainerCallback):
         if state.global_step == 0 and (train.save_steps or train.preflight_only):
             self._rehearse()
         if train.preflight_only:
+            self.trainer.accelerator.wait_for_everyone()  # the main process deletes what others may still read
             goes_on = f"goes on from step {state.global_step}"
             raise RehearsedError(goes_on if state.global_step else "written, read back and equal")
 

@@ -9,6 +9,7 @@ from halfbyte.data.prepare import prepare
 from halfbyte.data.prepared import Prepared
 from halfbyte.data.preview import show_ledger, show_tokens
 from halfbyte.data.render import Renderer, renderer_of
+from halfbyte.host import is_main_process
 from halfbyte.model.adapter import describe_model
 from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.tokenizer import load_tokenizer
@@ -20,11 +21,11 @@ from halfbyte.train.probe import first_look
 from halfbyte.train.rehearsal import RehearsedError
 from halfbyte.train.room import make_sure_of_room
 from halfbyte.train.session import (
-    PREFLIGHT,
     Session,
     check_base,
     check_renderer,
     open_session,
+    preflight_folder,
     record_data,
     save_trained,
     write_manifest,
@@ -45,8 +46,8 @@ def train(run: Run) -> Session:
     """
     device = this_machine()
     check_weights(run, device)
-    session = open_session(run)
     try:
+        session = open_session(run)
         if session.finished:
             path = session.folder.path
             session.say(f"{path} is trained already; train.existing=replace starts over")
@@ -55,19 +56,14 @@ def train(run: Run) -> Session:
             session.passed("config", "no fault, and no secret in it")
             session.passed("folder", f"{session.opening}; nobody else writes there")
             base, renderer, prepared = _read(session)
+            scratch = session.folder.path
             setup = set_up(
-                session.run,
-                base,
-                renderer,
-                prepared,
-                device,
-                session.folder.path,
-                is_main=session.is_main,
+                session.run, base, renderer, prepared, device, scratch, is_main=session.is_main
             )
             _train(session, setup)
     finally:
-        if session.is_main and session.folder.path.name.startswith(PREFLIGHT):
-            shutil.rmtree(session.folder.path, ignore_errors=True)
+        if run.train.preflight_only and is_main_process():
+            shutil.rmtree(preflight_folder(run).path, ignore_errors=True)
     return session
 
 
@@ -93,10 +89,12 @@ def _train(session: Session, setup: Setup) -> None:
     write_manifest(session, setup, setup.as_json())
     passed("plan", setup.summary or "left out, as train.ignore_plan says")
     passed("base", f"{setup.loaded.base.name}: all of its bytes are known")
-    passed("disk", make_sure_of_room(setup, folder.path) if session.is_main else "")
+    room = make_sure_of_room(setup, folder.path, session.resume_step) if session.is_main else ""
+    passed("disk", room)
     with tracked(run, session) as tracker:
         passed("schedule", describe_schedule(run, len(setup.train)))
-        passed("W&B", outlook(run))
+        if run.train.preflight_only and session.is_main:  # the server is waited for
+            passed("W&B", outlook(run))
         trainer = build_trainer(setup, folder.checkpoints, tracker)
         report, memory = first_look(trainer, setup)
         say(report)

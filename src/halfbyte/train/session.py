@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 NUM_FEWSHOT_POOL = 64
 STAGED_ADAPTER = ".adapter"
-PREFLIGHT = ".preflight-"  # begins the name of the folder of a run that is only looked at
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,9 @@ def open_session(run: Run) -> Session:
             run, earlier = _on_its_day(run, folder), began
             check_same(run, folder)
             opening = f"{folder.path} goes on from {resume.name}, which is whole" if resume else ""
+    if only_looks and not finished:
+        folder = _look_elsewhere(run, folder, is_main=is_main)
     if not (resume or finished):
-        if only_looks:
-            folder = _empty(RunDir(Path(run.runs_dir) / f"{PREFLIGHT}{run.name}"), is_main=is_main)
         if run.train.resume_from is not None:
             source = source_folder(run)
             run = _on_its_day(run, source)
@@ -134,7 +133,7 @@ def open_session(run: Run) -> Session:
             began = read_manifest(source)
             resume = folder.checkpoints / Path(str(run.train.resume_from)).name
         run = _on_day(run, run.data.date or date.today())
-    if is_main:
+    if is_main and not (finished and only_looks):
         folder.path.mkdir(parents=True, exist_ok=True)
         # What is gone on with from this file is neither replaced nor only looked at.
         goes_on = {"preflight_only": False, "existing": "resume"}
@@ -154,10 +153,20 @@ def _where_it_stopped(folder: RunDir) -> tuple[Path | None, bool, Manifest | Non
     return resume, False, manifest if resume else None
 
 
-def _empty(folder: RunDir, *, is_main: bool) -> RunDir:
+def preflight_folder(run: Run) -> RunDir:
+    """Return the folder in which a run is only looked at, beside its own."""
+    return RunDir(Path(run.runs_dir) / f".preflight-{run.name}")
+
+
+def _look_elsewhere(run: Run, folder: RunDir, *, is_main: bool) -> RunDir:
+    """Empty the folder for looking at a run, but for the ledger of the run that goes on."""
+    elsewhere = preflight_folder(run)
     if is_main:
-        shutil.rmtree(folder.path, ignore_errors=True)
-    return folder
+        shutil.rmtree(elsewhere.path, ignore_errors=True)
+        elsewhere.path.mkdir(parents=True)
+        if folder.ledger.is_file() and run.train.existing == "resume":
+            shutil.copyfile(folder.ledger, elsewhere.ledger)
+    return elsewhere
 
 
 def check_base(session: Session, base: Base) -> None:

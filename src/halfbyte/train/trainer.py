@@ -29,7 +29,7 @@ from halfbyte.train.callbacks import EpochOrder, Progress, SampleAnswers
 from halfbyte.train.checkpoints import STAGED, staged
 from halfbyte.train.finite import check_finite
 from halfbyte.train.guards import FiniteGuard, check_labels
-from halfbyte.train.held_out import EvaluationCutError, held_out_losses
+from halfbyte.train.held_out import EvaluationCutError, held_out_losses, of_main_process
 from halfbyte.train.learning import LearningGuard
 from halfbyte.train.measure import memory_bytes
 from halfbyte.train.rehearsal import Rehearsal
@@ -65,7 +65,7 @@ class TokenTrainer(SFTTrainer):
             setup.loaded.compute.device
         )
         self.num_tokens = tracker.num_tokens if tracker is not None else 0
-        self.evaluated_step, self.held_out_loss = tracker.evaluated if tracker else (-1, None)
+        self.evaluated = tracker.evaluated if tracker else (-1, None)  # step and held-out loss
         self.checkpoints, self.num_kept = checkpoints, setup.run.train.keep_checkpoints
         self.saved_step, self.seconds = -1, 0.0
         self.num_steps = num_steps(setup.run, len(setup.train))
@@ -146,6 +146,7 @@ class TokenTrainer(SFTTrainer):
     def train_to_end(self, resume: Path | None) -> None:
         """Train until all steps are done, starting from a checkpoint if one is given."""
         self._since = (self.num_tokens, start := time.perf_counter())
+        self.evaluated = of_main_process(self.evaluated, self.accelerator)
         if resume is not None:
             state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
             if state.global_step >= self.num_steps:
@@ -154,7 +155,7 @@ class TokenTrainer(SFTTrainer):
                 self.state = state
                 return
             every = self.run.train.eval_steps or self.num_steps
-            is_owed = state.global_step % every == 0 and self.evaluated_step != state.global_step
+            is_owed = state.global_step % every == 0 and self.evaluated[0] != state.global_step
             self.owes_evaluation = is_owed and self.accelerator.num_processes == 1
         self.train(resume_from_checkpoint=str(resume) if resume else None)
         self.seconds = time.perf_counter() - start
@@ -227,7 +228,7 @@ class TokenTrainer(SFTTrainer):
             loss, by_source = held_out_losses(
                 self.model, self.cutting, rows, weights, self.losses, self.accelerator
             )
-        self.evaluated_step, self.held_out_loss = self.state.global_step, loss
+        self.evaluated = (self.state.global_step, loss)
         key = f"{metric_key_prefix}_loss"
         metrics = {key: loss} | {f"{key}/{name}": mean for name, mean in by_source.items()}
         self.log(dict(metrics))
@@ -239,9 +240,9 @@ class TokenTrainer(SFTTrainer):
 
     def final_loss(self) -> float | None:
         """Return the held-out loss of the trained adapter, measured now unless the last step did so."""
-        if self.held_out and self.evaluated_step != self.state.global_step:
+        if self.held_out and self.evaluated[0] != self.state.global_step:
             self.evaluate()
-        return self.held_out_loss
+        return self.evaluated[1]
 
     @torch.no_grad()
     def last_logits(self, ids: list[int]) -> torch.Tensor:
@@ -278,10 +279,9 @@ class TokenTrainer(SFTTrainer):
 
     def numbers(self) -> dict[str, Any]:
         """Return figures of the finished run for the manifest; all processes must call this together."""
-        held_out_loss = self.final_loss()
         return {
             "training_seconds": self.seconds,
-            "held_out_loss": held_out_loss,
+            "held_out_loss": self.final_loss(),
             "steps": self.state.global_step,
             "num_tokens": self.num_tokens,
             "trainable": sum(p.numel() for p in self.trained),
@@ -296,7 +296,7 @@ class TokenTrainer(SFTTrainer):
             self.control.should_training_stop = True
             self._save_checkpoint(self.model, None)
         # Time spent on evaluating and saving does not count as training time.
-        if self.state.global_step in (self.evaluated_step, self.saved_step):
+        if self.state.global_step in (self.evaluated[0], self.saved_step):
             self._since = (self.num_tokens, time.perf_counter())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
