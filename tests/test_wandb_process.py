@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MakeConfig
 from waiting import wait_until
 
 from halfbyte import tracking
-from halfbyte.tracking import WandbRun
+from halfbyte.config import load_run
+from halfbyte.tracking import WandbRun, outlook
 from halfbyte.wandb_worker import DO
 
 FIRST = {
@@ -70,3 +73,14 @@ def test_a_training_that_dies_ends_the_run_as_failed(first: dict[str, Any], tmp_
 
 def test_every_command_has_its_deed_in_the_other_process() -> None:
     assert DO.keys() == {"log", "summary", "table", "page", "artifact"}
+
+
+def test_a_preflight_waits_two_seconds_for_a_server_that_never_ends_its_answer(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "5e" * 20)
+        monkeypatch.setenv("WANDB_MODE", "online")
+        run = load_run(make_config(track={"wandb": "online"}), [])
+        assert outlook(run) == "offline, to be uploaded later"

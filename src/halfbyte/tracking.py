@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 from halfbyte.config.schema import Run
 from halfbyte.errors import RunError
 from halfbyte.run_dir import RunDir, read_json, write_json
-from halfbyte.wandb_worker import server_answers
+from halfbyte.wandb_worker import PROBE_S, server_answers
 
 INIT_TIMEOUT_S = 8.0  # of W&B's own, within its process
 LAST_WAIT_S = 2.0  # that we wait for it, in all
@@ -194,8 +194,13 @@ def outlook(run: Run) -> str:
     mode = _possible_mode(run)
     if mode == "off":
         return "off; metrics.jsonl has all numbers"
-    if mode == "online" and server_answers():
-        return "online, and its server answers"
+    if mode == "online":
+        answers: list[bool] = []
+        probe = threading.Thread(target=lambda: answers.append(server_answers()), daemon=True)
+        probe.start()
+        probe.join(PROBE_S)  # its own time is for each part of an answer
+        if answers == [True]:
+            return "online, and its server answers"
     return "offline, to be uploaded later"
 
 
