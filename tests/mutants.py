@@ -76,7 +76,7 @@ MUTANTS = (
     Mutant("a full disk is no disk without a flush", "run_dir.py", "if error.errno not in NO_FLUSH:", "if False:", "test_run_dir.py::test_a_full_disk_is_not_taken_for_one_without_a_flush"),
     Mutant("other settings in a run folder", "train/settings.py", "    if changed:\n", "    if False:\n", "test_session.py::test_open_session_is_refused_with_key_and_both_values_when_a_setting_changed"),
     Mutant("a file that cannot be replaced", "run_lock.py", "if not (path.is_symlink() or _can_be_replaced(path)):", "if False:", "test_preflight.py::test_an_immutable_file_is_found_before_anything_else"),
-    Mutant("a disk without room", "train/room.py", "        if failed and number in FULL:", "        if False:", "test_preflight.py::test_a_disk_without_room_for_all_checkpoints_is_an_error_before_step_one"),
+    Mutant("a disk without room", "train/room.py", "    if number in FULL:", "    if False:", "test_preflight.py::test_a_disk_without_room_for_all_checkpoints_is_an_error_before_step_one"),
     Mutant("a checkpoint that is read back otherwise", "train/rehearsal.py", "fault_of(written) or saved_difference(trainer.model, written)", "fault_of(written)", "test_preflight.py::test_a_checkpoint_that_differs_from_memory_is_an_error_before_step_one"),
     Mutant("going on does not replace", "train/session.py", '"existing": "resume"}', "}", "test_preflight.py::test_what_goes_on_from_a_run_that_replaced_another_does_not_replace_it"),
     Mutant("an adapter that predicts otherwise", "trained/reference_logprobs.py", "    if not miss <= max(", "    if False and not miss <= max(", "test_merge.py::test_an_adapter_that_predicts_otherwise_than_when_it_was_trained_is_not_merged"),
