@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from chaos.farm import run
+from chaos.farm import ROOT, run
 from chaos.outcome import Case
 from chaos.scene import OFFLINE, Scene, train
+from halfbyte.config import load_run
 from halfbyte.train.checkpoints import all_checkpoints, fault_of, step_of
 
 NAN, NOTHING = "NaN and infinity", "learning nothing"
@@ -32,6 +33,9 @@ def cases(scene: Scene, scale: float) -> Iterator[Case]:
     yield Case(NOTHING, "gradients of zero from a step on", partial(_zero, scene))
     yield Case(NOTHING, "an optimizer that takes no step", partial(_no_step, scene))
     yield Case(NOTHING, "settings that learn slowly are no alarm", partial(_slow, scene))
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        name = f"the settings of configs/{path.name} are no alarm"
+        yield Case(NOTHING, name, partial(_shipped, scene, path))
 
 
 def at_step(step: int, plant: Plant) -> Callable[[], None]:
@@ -189,3 +193,24 @@ def _slow(scene: Scene) -> str:
         folder, train={"max_steps": 60, "learning_rate": 1e-6, "log_steps": 5, "eval_steps": 0}
     )
     return "" if train(config).code == 0 else "an alarm, though it learns"
+
+
+def _shipped(scene: Scene, path: Path) -> str:
+    """Train with the settings of a shipped config for as long as all guards need."""
+    shipped = load_run(path, [])
+    kept = {
+        "learning_rate",
+        "scheduler",
+        "warmup_frac",
+        "weight_decay",
+        "max_grad_norm",
+        "optimizer",
+    }
+    steps = {"max_steps": 80, "log_steps": 5, "eval_steps": 0, "save_steps": 0}
+    config = scene.config(
+        scene.folder(f"nothing-{path.stem}"),
+        train=shipped.train.model_dump(mode="json", include=kept) | steps,
+        adapter=shipped.adapter.model_dump(mode="json", exclude={"init"}),
+    )
+    ended = train(config)
+    return "" if ended.code == 0 else f"an alarm, though it learns: {ended.text[-300:]}"
