@@ -25,6 +25,7 @@ from halfbyte.run_lock import only_writer
         (RuntimeError("[enforce fail] . open file failed with strerror: Permission denied"), "this user may not"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "could not be written whole"),
         (Exception("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (RuntimeError("Parent directory /a/b c does not exist."), "/a/b c: it has vanished"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "the system has killed"),
         (MemoryError("x"), "ran out of memory"),
         (RuntimeError("CUDA out of memory. Tried"), "ran out of memory"),

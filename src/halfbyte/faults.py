@@ -34,6 +34,9 @@ REMEDIES = {
 # How libraries in Rust and in C++ pass on what the system said.
 QUOTED_ERRNO = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 QUOTED_TEXT = re.compile("strerror: (.+)")
+GONE = re.compile(
+    r"Parent directory (.+) does not exist"
+)  # PyTorch's words where a folder has vanished
 SHORT_WRITES = ("PytorchStreamWriter failed", "unexpected pos", "iostream error", "fwrite")
 KILLED_WORKERS = ("BrokenProcessPool", "terminated abruptly", "is killed by signal")
 # Texts in the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and Windows,
@@ -60,6 +63,8 @@ def machine_fault(error: BaseException) -> str:
         if number is not None:
             place = getattr(cause, "filename", None)
             return f"{f'{place}: ' if place else ''}{REMEDIES[number]} ({os.strerror(number)})"
+        if gone := GONE.search(text):
+            return f"{gone.group(1)}: {REMEDIES[errno.ENOENT]}"
         if any(part in text for part in SHORT_WRITES):
             return f"a file could not be written whole; make room on the disk ({cause})"
         if any(part in text for part in KILLED_WORKERS):

@@ -51,7 +51,9 @@ def main() -> None:
         for name in arguments.only:
             cases = list(import_module(f"chaos.{name}").cases(scene, arguments.scale))
             outcomes += _try(cases, root, 1 if name in ALONE else WORKERS)
-            shutil.rmtree(root / "cases")
+            print(f"{name}: {len(cases)} tried", file=sys.stderr, flush=True)
+            # W&B's process may still write there.
+            shutil.rmtree(root / "cases", ignore_errors=True)
     finally:
         shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(library.parent)
