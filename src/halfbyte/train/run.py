@@ -87,7 +87,7 @@ def _train(session: Session, setup: Setup) -> None:
     run, folder, say, passed = session.run, session.folder, session.say, session.passed
     say(setup.summary, describe_model(setup.loaded, setup.model))
     write_manifest(session, setup, setup.as_json())
-    passed("plan", setup.summary or "left out, as train.ignore_plan says")
+    passed("plan", setup.summary.removeprefix("plan: ") or "left out, as train.ignore_plan says")
     passed("base", f"{setup.loaded.base.name}: all of its bytes are known")
     room = make_sure_of_room(setup, folder.path, session.resume_step) if session.is_main else ""
     passed("disk", room)
