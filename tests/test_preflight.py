@@ -17,6 +17,7 @@ from toys import run_script, unfinish
 
 from halfbyte.config import load_run, read_run_folder
 from halfbyte.config.schema import Optimizer
+from halfbyte.errors import RunError
 from halfbyte.model.resolve import resolve_base
 from halfbyte.run_dir import digests
 from halfbyte.run_lock import check_entries
@@ -97,7 +98,7 @@ def test_a_disk_without_room_for_all_checkpoints_is_an_error_before_step_one(
 def test_room_is_claimed_and_given_back(tmp_path: Path) -> None:
     room.claim(tmp_path, [1 << 20, 1 << 20])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(Exception, match=r"need [\d,]+ MB, and the disk does not take them"):
+    with pytest.raises(RunError, match=r"need [\d,]+ MB, and the disk does not take them"):
         room.claim(tmp_path, [1 << 60])
 
 

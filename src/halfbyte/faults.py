@@ -34,9 +34,8 @@ REMEDIES = {
 # How libraries in Rust and in C++ pass on what the system said.
 QUOTED_ERRNO = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 QUOTED_TEXT = re.compile("strerror: (.+)")
-GONE = re.compile(
-    r"Parent directory (.+) does not exist"
-)  # PyTorch's words where a folder has vanished
+# PyTorch's words where a folder has vanished.
+GONE = re.compile(r"Parent directory (.+) does not exist")
 SHORT_WRITES = ("PytorchStreamWriter failed", "unexpected pos", "iostream error", "fwrite")
 KILLED_WORKERS = ("BrokenProcessPool", "terminated abruptly", "is killed by signal")
 # Texts in the messages of allocators that raise a plain RuntimeError: PyTorch's on Linux and Windows,

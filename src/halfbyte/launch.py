@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def check_processes() -> None:
     if wanted.isdigit() and int(wanted) > num_processes():
         raise RunError(
             f"accelerate launch: --num_processes is {wanted}, and {num_processes()} was started: it starts several"
-            f" on GPUs alone. On the CPU: torchrun --nproc_per_node {wanted} {' '.join(sys.argv)}"
+            f" on GPUs alone. On the CPU: torchrun --nproc_per_node {wanted} {shlex.join(sys.argv)}"
         )
 
 
