@@ -1,31 +1,10 @@
-"""Build the address dataset: US addresses as people write them to JSON with their parts.
+"""Build the address dataset beside this file; ``halfbyte dataset addresses``."""
 
-python data/addresses.py [--archive usaddress-0.5.16.tar.gz] [--out data/addresses]
-"""
-
-from __future__ import annotations
-
-import argparse
+import sys
 from pathlib import Path
 
-from halfbyte.data.addresses import build_addresses
-from halfbyte.errors import exit_on_user_error
-
-
-def main() -> None:
-    """Turn usaddress's labelled addresses into train.jsonl, test.jsonl, schema.json and card.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--archive", type=Path, help="usaddress's source archive; default: it is downloaded"
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "addresses")
-    arguments = parser.parse_args()
-    counts = build_addresses(arguments.out, arguments.archive)
-    print("\n".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items()))
-    print(f"written: {arguments.out}/train.jsonl, test.jsonl, schema.json, card.json")
-
+from halfbyte.command_line import run_command
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    folder = str(Path(__file__).parent / "addresses")
+    run_command("dataset", ["addresses", "--out", folder, *sys.argv[1:]], None)

@@ -1,48 +1,6 @@
-"""Fold a run's adapter into its base, and prove that the result is the trained model.
+"""Fold a run's adapter into its base; ``halfbyte merge``."""
 
-python train/merge.py runs/quickstart [merge.dtype=fp16 …]
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from halfbyte.config import read_run_folder
-from halfbyte.errors import exit_on_user_error
-
-
-def main() -> None:
-    """Run folder → merged/ with safetensors, tokenizer, model card and merge_report.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("overrides", nargs="*", metavar="merge.key=value")
-    arguments = parser.parse_args()
-    run = read_run_folder(arguments.run, arguments.overrides)
-
-    from halfbyte.libraries import quiet_libraries
-
-    quiet_libraries()
-    from halfbyte.run_dir import RunDir
-    from halfbyte.run_lock import only_writer
-    from halfbyte.ship.merge import merge
-
-    folder = RunDir(arguments.run.resolve())
-    with only_writer(folder.path):
-        report = merge(folder.path, run)
-    for candidate in report.candidates:
-        print(
-            f"{candidate.base} base in {candidate.dtype}:"
-            f" KL {candidate.kl_nats_per_token:.2e} nats/token,"
-            f" top-1 {candidate.top1_agreement:.2%}, loss {candidate.loss:.4f},"
-            f" {candidate.weights_bytes / 1e6:.0f} MB"
-        )
-    print(f"trained model: loss {report.trained.loss:.4f}")
-    print(f"kept the {report.kept.base} base: {folder.merged}")
-    print(f"next: python eval/compare.py {folder.path}")
-
+from halfbyte.command_line import run_script
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_script("merge")

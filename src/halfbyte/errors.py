@@ -72,7 +72,7 @@ class StoppedError(UserError):
     def __init__(self, number: int, step: int, command: str) -> None:
         self.exit_code = 128 + number  # as a shell reports it
         super().__init__(
-            f"signal {number}, after step {step}, which is saved. Go on with: accelerate launch {command}"
+            f"signal {number}, after step {step}, which is saved. Go on with: {command}"
         )
 
 

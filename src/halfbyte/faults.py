@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STARTED = time.time()  # of this process, but for its first imports
+RUNNING: list[str] = []  # the command that this process runs, and the words that follow it
 SEAL = "checkpoint.json"  # the last file of a checkpoint
 REMEDIES = {
     errno.ENOSPC: "the disk is full; make room",
@@ -96,11 +97,18 @@ def what_is_safe(folder: Path) -> str:
 
 def _way_on(folder: Path) -> str:
     config = folder / "run.yaml"
-    several = any(word.partition("=")[0] == "--seeds" for word in sys.argv)
+    several = any(word.partition("=")[0] == "--seeds" for word in RUNNING)
     is_ours = config.is_file() and config.stat().st_mtime > STARTED
-    if Path(sys.argv[0]).name == "sft.py" and is_ours and not several:
-        return f"accelerate launch {sys.argv[0]} {shlex.quote(str(config))}"
+    if RUNNING[:1] == ["train"] and is_ours and not several:
+        return train_command(config)
     return this_command()
+
+
+def train_command(config: Path, *settings: str) -> str:
+    """Return the command that trains a config, or goes on with a run's ``run.yaml``, as this process does."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    processes = ["--processes", count] if count != "1" else []
+    return shlex.join(["halfbyte", "train", *processes, str(config), *settings])
 
 
 def sealed_steps(folder: Path) -> list[int]:
@@ -111,8 +119,7 @@ def sealed_steps(folder: Path) -> list[int]:
 
 def this_command() -> str:
     """Return the command line of this process, as its user would repeat it."""
-    launcher = "accelerate launch" if Path(sys.argv[0]).name == "sft.py" else "python"
-    return f"{launcher} {shlex.join(sys.argv)}"
+    return shlex.join(["halfbyte", *RUNNING] if RUNNING else ["python", *sys.argv])
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

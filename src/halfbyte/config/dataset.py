@@ -151,7 +151,7 @@ class Data(Section):
     train_frac: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Share of the training rows to train on, chosen by the hash of the prompt: a smaller share is part"
-        " of a larger one, where no source has a fractional weight, and what is held out stays the same. train/curve.py trains on several.",
+        " of a larger one, where no source has a fractional weight, and what is held out stays the same. halfbyte curve trains on several.",
     )
     validation_frac: Fraction = Field(
         0.0,

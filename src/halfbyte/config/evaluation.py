@@ -84,7 +84,7 @@ class Eval(Section):
     variants: list[Variant] = Field(
         default=["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"],
         description="Variants to compare, on the same prompts with the same decoding. Artefacts of"
-        " train/export.py are also allowed by name, such as `awq` or `gguf-q4_k_m`.",
+        " halfbyte export are also allowed by name, such as `awq` or `gguf-q4_k_m`.",
     )
     opponents: list[Opponent] | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Owns the check of eval/generate.py's options, which refuses options without effect."""
+"""Owns the check of halfbyte chat's options, which refuses options without effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_generate(arguments: argparse.Namespace, parser: argparse.ArgumentParse
         raise UserError("--chat reads what you type, so --prompt has no effect; leave one out")
     in_llama_cpp = arguments.engine == "llama.cpp"
     if in_llama_cpp and not arguments.model.endswith(".gguf"):
-        raise UserError("--engine llama.cpp reads a .gguf file; see train/export.py --to gguf")
+        raise UserError("--engine llama.cpp reads a .gguf file; see halfbyte export --to gguf")
     if arguments.gpu_layers is not None and not in_llama_cpp:
         raise UserError("--gpu-layers has no effect without --engine llama.cpp")
     is_run = (Path(arguments.model) / "run.yaml").is_file()

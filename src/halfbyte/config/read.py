@@ -85,8 +85,7 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
     path = folder / RESOLVED_NAME
     if not path.is_file():
         raise RunError(
-            f"{folder}: no run folder: it holds no run.yaml. Train one first: "
-            "accelerate launch train/sft.py CONFIG"
+            f"{folder}: no run folder: it holds no run.yaml. Train one first: halfbyte train CONFIG"
         )
     allowed = ("eval.", "merge.", "export.", "track.")
     wrong = [text for text in overrides or [] if not text.startswith(allowed)]
@@ -99,6 +98,16 @@ def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:
         )
     source = read_source(path, overrides or [])
     return _validate(source, resolved=True)
+
+
+def check_values(values: dict[str, Any], place: str) -> list[str]:
+    """Return the faults of a config's values that can be seen without its files and this machine."""
+    source = source_of(values, place, [])
+    try:
+        run = Run.model_validate(values)
+    except ValidationError as error:
+        return [_fault(item, source) for item in _one_a_value([dict(e) for e in error.errors()])]
+    return cross_faults(run, source, resolved=False)
 
 
 def run_as_yaml(run: Run) -> str:

@@ -40,6 +40,19 @@ def reference() -> str:
     return "\n".join(parts)
 
 
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of a config file.
+
+    It has the names, types and limits of all keys; contradictions between keys are found by ``halfbyte preview``.
+    """
+    schema = Run.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        for key in section.get("properties", {}).values():
+            key.pop("title", None)  # the key's own name in capitals
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **schema, "title": "halfbyte config"}
+
+
 def _table(section: type[BaseModel], *, sections: bool) -> str:
     lines = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in section.model_fields.items():

@@ -102,7 +102,7 @@ class Train(Section):
         None,
         description="Seed of the training alone: of the adapter's first weights, of dropout and of the order of"
         " rows. null: `seed`. Runs that differ in it alone hold out the same rows; `--seeds N` of"
-        " train/sft.py trains N of them.",
+        " halfbyte train trains N of them.",
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(description="Peak learning rate.")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the training rows.")

@@ -23,7 +23,7 @@ Metric = Literal[
     "held_out_loss",
 ]
 OwnVariant = Literal["base-full", "base-full-fewshot", "base-nf4", "adapter", "merged"]
-Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of train/export.py
+Artefact = Annotated[str, Field(pattern="^(gguf-[a-z0-9_]+|awq)$")]  # of halfbyte export
 Variant = OwnVariant | Artefact
 Opponent = Literal[
     "majority",

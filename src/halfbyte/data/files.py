@@ -98,7 +98,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         nested = next((f for f in sorted(folder.rglob("*")) if is_data_file(f.name)), None)
         hint = f"; for {nested} write {folder}/**/*{nested.suffix}" if nested else ""
         raise DataError(f"{folder}: the folder holds no {', '.join(DATA_SUFFIXES)} file{hint}")
-    splits = {file: _split_of(file) for file in files}
+    splits = {file: split_of(file) for file in files}
     wanted = SPLIT_WORDS.get(split, split)
     if set(splits.values()) <= {None, wanted} or len(set(splits.values())) == 1:
         return files  # nothing to tell apart
@@ -131,7 +131,7 @@ def _may_hold_rows(file: Path) -> bool:
     return any(suffix in file.name.lower() for suffix in DATA_SUFFIXES)
 
 
-def _split_of(file: Path) -> str | None:
+def split_of(file: Path) -> str | None:
     """Return the split that a file's name says, None if it says none."""
     words = re.split(r"[-_. ]", file.name.lower())
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
@@ -140,7 +140,7 @@ def _split_of(file: Path) -> str | None:
 def _how_to_build(path: Path) -> str:
     """Return a hint at the script that builds a missing file, or at the data files beside it.
 
-    ``data/icd10/train.jsonl`` is built by ``data/icd10.py``.
+    ``data/icd10/train.jsonl`` is built by ``halfbyte dataset icd10``.
     """
     for candidate in (path, *path.parents):
         script = candidate.parent / f"{candidate.name}.py"

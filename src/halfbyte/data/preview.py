@@ -130,7 +130,7 @@ def _particulars(ledger: Ledger) -> list[str]:
 
 
 def faults_of(prepared: Prepared, data: Data) -> list[str]:
-    """Return what is wrong with a dataset, as ``data/preview.py --check`` counts it."""
+    """Return what is wrong with a dataset, as ``halfbyte preview --check`` counts it."""
     ledger = prepared.ledger
     faults = [
         f"{count} rows: {reason}"
@@ -147,7 +147,7 @@ def faults_of(prepared: Prepared, data: Data) -> list[str]:
 def show_preview(
     prepared: Prepared, renderer: Renderer, data: Data, num_rows: int, *, colour: bool
 ) -> str:
-    """Return everything that ``data/preview.py`` prints."""
+    """Return everything that ``halfbyte preview`` prints."""
     rows = [show_row(example, renderer, colour=colour) for example in prepared.train[:num_rows]]
     near = [
         f"  {pair.jaccard:.2f}  {pair.train}  ~  {pair.held_out}"

@@ -88,7 +88,7 @@ def _kept_rows(folder: RunDir, name: str) -> list[Row]:
     Raises:
         RunError: it is missing, or not the one that the training wrote.
     """
-    path = folder.need(folder.data / name, "accelerate launch train/sft.py CONFIG")
+    path = folder.need(folder.data / name, "halfbyte train CONFIG")
     if folder.ledger.is_file():
         known = Ledger.read(folder.ledger).files_sha256
         written = {name: known[name]} if name in known else {}

@@ -81,7 +81,7 @@ def _read(folders: Sequence[RunDir]) -> list[tuple[Report, dict[str, dict[str, f
     """Return the report and the scores, by variant and row, of each run, by growing number of its rows."""
     reports = []
     for folder in folders:
-        path = folder.need(folder.eval / "report.json", f"python eval/compare.py {folder.path}")
+        path = folder.need(folder.eval / "report.json", f"halfbyte compare {folder.path}")
         report = Report.read(path)
         reports.append((report, variant_scores(folder, report.metric)))
     reports.sort(key=lambda pair: pair[0].rows.trained)

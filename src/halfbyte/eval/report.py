@@ -39,7 +39,7 @@ MAX_DIFFERENCES = 8  # kinds of them, in a note
 ONE_TRAINING = (
     "The verdict rests on the rows of one training; one with another seed would score differently (Zhou et al. 2025,"
     " arXiv:2503.07329). Where trainings vary by 3 points (standard deviation), two equally good ones are told"
-    " apart in one of six comparisons of 300 rows, not in one of twenty. train/sft.py --seeds 3 measures it."
+    " apart in one of six comparisons of 300 rows, not in one of twenty. halfbyte train --seeds 3 measures it."
 )
 MAX_CUT_OFF_FRAC = 0.01  # share of cut-off answers above which the report has a note
 

@@ -73,7 +73,7 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
         raise RunError(
             f"{', '.join(str(one.folder.path) for one in runs)}: scored by different versions of the metrics"
             f" ({', '.join(map(str, sorted(versions)))}), so that scores cannot be compared. Compare each run again:"
-            " python eval/compare.py RUN"
+            " halfbyte compare RUN"
         )
     common = [row for row in first.scores if all(row in other.scores for other in others)]
     if not common:
@@ -110,7 +110,7 @@ def compare_runs(folders: Sequence[RunDir]) -> dict[str, Any]:
 
 def _read(folder: RunDir) -> Compared:
     """Read the report and the answers of a run."""
-    command = f"python eval/compare.py {folder.path}"
+    command = f"halfbyte compare {folder.path}"
     report = Report.read(folder.need(folder.eval / "report.json", command))
     entries = {entry["name"]: entry for entry in report.variants}
     ours = trained_name(entries)
@@ -147,7 +147,7 @@ def _over_seeds(runs: Sequence[Compared], rows: Sequence[str]) -> dict[str, Any]
 def variant_scores(folder: RunDir, metric: str) -> dict[str, dict[str, float]]:
     """Return the scores of a compared run's answers by a metric, by variant and conversation."""
     scores: dict[str, dict[str, float]] = {}
-    path = folder.need(folder.eval / "answers.jsonl", f"python eval/compare.py {folder.path}")
+    path = folder.need(folder.eval / "answers.jsonl", f"halfbyte compare {folder.path}")
     for row in read_jsonl(path):
         for name, by_metric in row["scores"].items():
             if metric in by_metric:

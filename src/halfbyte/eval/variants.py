@@ -229,7 +229,7 @@ def taken_back(base: Base, precision: Precision | None) -> str:
 
 
 def is_artefact(variant: str) -> bool:
-    """Return whether a variant is an artefact made by train/export.py."""
+    """Return whether a variant is an artefact made by halfbyte export."""
     return variant.startswith(("gguf-", "awq"))
 
 

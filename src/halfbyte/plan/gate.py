@@ -101,5 +101,5 @@ def _refuse(run: Run, text: str) -> None:
 def _models_hint(device: Device, planner: Planner) -> str:
     known = models_that_fit(device, NAMES[planner.dtype])
     if not known:
-        return " No known model can be trained on it; python train/plan.py prints the terms of the plan"
+        return " No known model can be trained on it; halfbyte plan prints the terms of the plan"
     return f" Models that it can train in 4 bits: {', '.join(known[:5])}"

@@ -242,7 +242,7 @@ def _verdict(report: dict[str, Any]) -> str:
 
 def _command(plan: Plan) -> str:
     """Return the command that makes this plan again from the model's name alone."""
-    parts = ["python", "train/plan.py", plan.target]
+    parts = ["halfbyte", "plan", plan.target]
     for section, keys in SETTINGS.items():
         values = getattr(plan.run, section)
         for key, field in type(values).model_fields.items():

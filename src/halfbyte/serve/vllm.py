@@ -28,7 +28,7 @@ def vllm_command(
 ) -> list[str]:
     """Return the command line of ``vllm serve`` for a plain model, or for runs on one base.
 
-    A run's adapter is the folder that ``train/export.py RUN --to adapter`` wrote for vLLM and verified.
+    A run's adapter is the folder that ``halfbyte export RUN --to adapter`` wrote for vLLM and verified.
 
     Raises:
         RunError: an adapter is not exported, or the runs have different bases.

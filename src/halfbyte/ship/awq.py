@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from halfbyte.data.questions import training_examples
 from halfbyte.errors import ModelError, RunError, last_line
 from halfbyte.generate.batched import Answer, generate
-from halfbyte.llamacpp.tools import cached_tool
+from halfbyte.llamacpp.tools import cached_tool, tool_folder
 from halfbyte.model.tokenizer import read_tokenizer, save_tokenizer
 from halfbyte.ship.integrity import linear_widths
 from halfbyte.ship.measured_run import MeasuredRun
@@ -35,6 +36,7 @@ PACKAGES = (
     "nvidia-ml-py==13.615.71",
     "pillow==13.0.0",
 )
+SITE = "awq-" + PACKAGES[0].replace("==", "-")
 GROUPS = (128, 64, 32)
 WORKER = Path(__file__).with_name("awq_worker.py")
 
@@ -44,12 +46,12 @@ def make_awq(trained: TrainedRun, folder: Path) -> dict[str, Any]:
 
     Raises:
         RunError: the widths of its layers are not multiples of any group size.
-        ModelError: llm-compressor cannot be installed, or fails.
+        ModelError: llm-compressor was not fetched, or fails.
     """
+    site = awq_packages()
     rows = training_examples(trained.folder)
     ids = [row.ids for row in trained.renderer.encode_rows(rows)]
     group = _group(trained.folder.merged)
-    site = cached_tool("awq-" + PACKAGES[0].replace("==", "-"), _install)
     job = {
         "merged": str(trained.folder.merged),
         "out": str(folder),
@@ -139,8 +141,32 @@ def _group(merged: Path) -> int:
     )
 
 
+def awq_packages() -> Path:
+    """Return the folder with llm-compressor and its packages.
+
+    Raises:
+        ModelError: they were not fetched yet.
+    """
+    folder = tool_folder(SITE)
+    if not folder.is_dir():
+        raise ModelError(f"--to awq needs {PACKAGES[0]}. Get it with: halfbyte doctor --get awq")
+    return folder
+
+
+def get_awq(say: Callable[[str], None]) -> None:
+    """Fetch llm-compressor with its packages, apart from the environment.
+
+    Args:
+        say: gets a line for what is fetched, and one for where it lies.
+
+    Raises:
+        ModelError: pip cannot install it.
+    """
+    say(f"of the package index, apart from this environment: {', '.join(PACKAGES)}")
+    say(f"{cached_tool(SITE, _install)}")
+
+
 def _install(target: Path) -> None:
-    print(f"installing {PACKAGES[0]} apart from your environment (once)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     done = subprocess.run([*command, str(target), *PACKAGES], capture_output=True, text=True)
     if done.returncode:

@@ -15,13 +15,14 @@ from halfbyte.config import Run
 from halfbyte.errors import RunError, UserError
 from halfbyte.host import free_bytes, gib
 from halfbyte.llamacpp.model import GgufModel
+from halfbyte.llamacpp.tools import converter, library_path
 from halfbyte.model.adapter import load_adapter
 from halfbyte.model.footprint import num_parameters
 from halfbyte.model.load import load_model
 from halfbyte.model.precision import default_device
 from halfbyte.model.resolve import fp32_bytes, resolve_base
 from halfbyte.run_dir import RunDir, file_sha256, provenance, replace_folder
-from halfbyte.ship.awq import FolderModel, make_awq
+from halfbyte.ship.awq import FolderModel, awq_packages, make_awq
 from halfbyte.ship.export_report import write_table
 from halfbyte.ship.gguf import LOSSLESS, QUANTS, GgufFactory, make_adapter_gguf
 from halfbyte.ship.integrity import check_adapter, check_merged
@@ -76,6 +77,7 @@ def export(
         RunError: the run is not trained or merged, is damaged, or an artefact fails its proof.
         ModelError: a tool is missing or does not support the architecture.
     """
+    check_tools(targets)
     trained = read_trained_run(path, run)
     folder = trained.folder
     if any(target.kind in ADAPTERS for target in targets):
@@ -124,6 +126,20 @@ def check_quants(quants: list[str]) -> None:
     unknown = [quant for quant in quants if quant not in QUANTS]
     if unknown:
         raise UserError(f"--quant {' '.join(unknown)}: allowed are {', '.join(QUANTS)}")
+
+
+def check_tools(targets: list[ExportTarget]) -> None:
+    """Check that the programs which make the artefacts are there.
+
+    Raises:
+        ModelError: one is not; the message says how to get it.
+    """
+    kinds = {target.kind for target in targets}
+    if kinds & {"gguf", "gguf-lora"}:
+        converter()
+        library_path()
+    if "awq" in kinds:
+        awq_packages()
 
 
 def check_room(folder: RunDir, targets: list[ExportTarget]) -> None:

@@ -28,7 +28,7 @@ def make_peft_folder(trained: TrainedRun, folder: Path) -> dict[str, Any]:
     if wrong:
         raise RunError(
             f"{source}: vLLM serves no adapter with {', '.join(wrong)}. Ship the merged model instead:"
-            f" python train/merge.py {trained.folder.path}"
+            f" halfbyte merge {trained.folder.path}"
         )
     rank = vllm_rank(config["r"])
     if rank is None:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.errors import RunError
-from halfbyte.faults import sealed_steps
+from halfbyte.faults import sealed_steps, train_command
 from halfbyte.kernels.operators import uses_operators
 from halfbyte.train.diagnosis import Guarded, broken_weight, named, why_not_finite
 from halfbyte.train.finite import all_finite, optimizer_states
@@ -182,9 +182,10 @@ def way_on(folder: Path, change: str = "", *, anew: bool = False) -> str:
         anew: whether what was learnt so far is of no use.
     """
     whole = sealed_steps(folder)
-    command = f"accelerate launch train/sft.py {folder}/run.yaml"
+    config, changes = folder / "run.yaml", change.split()
     if anew or not whole:
-        return f"Start over: {command} train.existing=replace {change}".rstrip()
+        return f"Start over: {train_command(config, 'train.existing=replace', *changes)}"
     if not change:
-        return f"Go on from checkpoint-{whole[-1]}: {command}"
-    return f"Go back to checkpoint-{whole[-1]}: {command} train.resume_from={whole[-1]} {change}"
+        return f"Go on from checkpoint-{whole[-1]}: {train_command(config)}"
+    steps = f"train.resume_from={whole[-1]}"
+    return f"Go back to checkpoint-{whole[-1]}: {train_command(config, steps, *changes)}"

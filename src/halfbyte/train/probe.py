@@ -150,7 +150,7 @@ def probe_run(run: Run, device: Device) -> Probe:
     """Load a run's model and rows and compare one step with its plan, without training or saving.
 
     Raises:
-        UserError: ``train/sft.py`` would raise it for the same config.
+        UserError: ``halfbyte train`` would raise it for the same config.
     """
     base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
     renderer = renderer_of(run.data, load_tokenizer(base))

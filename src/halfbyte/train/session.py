@@ -91,7 +91,7 @@ class Session:
     def next_commands(self) -> str:
         """The commands to run once training is finished."""
         path = self.folder.path
-        return f"next: python train/merge.py {path}\n      python eval/compare.py {path}"
+        return f"next: halfbyte merge {path}\n      halfbyte compare {path}"
 
     @property
     def resume_step(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halfbyte.errors import StoppedError
+from halfbyte.faults import train_command
 from halfbyte.train.held_out import EvaluationCutError
 from halfbyte.train.watchdog import watched
 
@@ -35,7 +36,7 @@ def train_until_stopped(trainer: TokenTrainer, session: Session) -> None:
         trainer.train_to_end(session.resume)
     done = trainer.state.global_step
     if guard.stopped_by is not None:
-        raise StoppedError(guard.stopped_by, done, f"train/sft.py {session.folder.config}")
+        raise StoppedError(guard.stopped_by, done, train_command(session.folder.config))
 
 
 class StopGuard(TrainerCallback):

@@ -80,9 +80,7 @@ def read_artefact(folder: RunDir, name: str) -> ExportReport:
     """
     path = folder.export / name
     kind, _, quant = name.partition("-")
-    command = (
-        f"python train/export.py {folder.path} --to {kind}{f' --quant {quant}' if quant else ''}"
-    )
+    command = f"halfbyte export {folder.path} --to {kind}{f' --quant {quant}' if quant else ''}"
     remedy = f"Make it again: {command}"
     report = ExportReport.read(folder.need(path / REPORT, command))
     check_files(path, report.sha256, "the file that was proven", remedy)

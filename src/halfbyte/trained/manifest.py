@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from halfbyte.errors import RunError
+from halfbyte.faults import train_command
 from halfbyte.model.identity import BaseIdentity
 from halfbyte.record import ProvenRecord, RecordPart
 from halfbyte.run_dir import RunDir, check_files
@@ -79,7 +80,7 @@ def finished_manifest(folder: RunDir) -> Manifest:
     Raises:
         RunError: the training has not finished.
     """
-    command = f"accelerate launch train/sft.py {folder.config}"
+    command = train_command(folder.config)
     folder.need(folder.adapter / "adapter_config.json", command)
     manifest = read_manifest(folder)
     if manifest is None or not manifest.finished:

@@ -72,7 +72,7 @@ class TrainedRun:
         if self.base.new_tokens:
             raise RunError(
                 f"{self.folder.path}: data.new_tokens gave it rows of its own in the embedding, which have no"
-                " place in a base that others use. Merge the run (train/merge.py) and serve or export what"
+                " place in a base that others use. Merge the run (halfbyte merge) and serve or export what"
                 f" is in {self.folder.merged}"
             )
 

@@ -1,0 +1,1 @@
+"""Owns halfbyte doctor: what is wrong with this machine, and the line that mends it."""

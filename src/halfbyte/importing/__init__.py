@@ -1,0 +1,1 @@
+"""Owns reading the configs of other tools: what has a twin here becomes ours, what has none is named."""

@@ -1,0 +1,1 @@
+"""Owns halfbyte init: rows and a machine become a commented config that previews, plans and trains."""
