@@ -96,12 +96,13 @@ def check_reference_logprobs(
     miss = _distance(with_adapter, expected)
     whole = _distance(without, expected)
     rounding = max((ROUNDING[dtype] for dtype in dtypes), default=0.0)
-    if not miss <= max(MAX_MISS_FRAC * whole, rounding):
+    allowed = max(MAX_MISS_FRAC * whole, rounding)
+    if not miss <= allowed:
         remedy = "" if dtypes else " (then --compute-dtype as in training)"
         raise RunError(
             f"{folder}: what is loaded is not the adapter that was trained: its log-probabilities are"
-            f" {miss:.3g} nats from the recorded ones, the base's {whole:.3g}; at most {MAX_MISS_FRAC:.0%} of that"
-            " is allowed. The weights are incomplete or changed, or the adapter changes so little that"
+            f" {miss:.3g} nats from the recorded ones, the base's {whole:.3g}; at most {allowed:.3g} is"
+            " allowed. The weights are incomplete or changed, or the adapter changes so little that"
             f" rounding hides it{remedy}"
         )
     return f"{miss:.2g} nats from the training, the base {whole:.2g}"
