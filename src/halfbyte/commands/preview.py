@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     from halfbyte.model.tokenizer import load_tokenizer
     from halfbyte.run_dir import write_text
 
-    base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens)
+    base = resolve_base(run.model.name, run.model.revision, run.data.new_tokens, weights=False)
     renderer = renderer_of(run.data, load_tokenizer(base))
     # Show every row at its full length; the histogram says what max_length would cut.
     unlimited = run.data.model_copy(update={"max_length": sys.maxsize})

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -72,7 +72,16 @@ def model_run(model: str, overrides: list[str]) -> Run:
         "data": {"train": "rows.jsonl"},
         "train": {"learning_rate": 2e-4},
     }
-    return _validate(source_of(values, model, overrides), environ=os.environ)
+    return run_of(values, model, overrides)
+
+
+def run_of(values: dict[str, Any], place: str, overrides: Sequence[str] = ()) -> Run:
+    """Return a checked config of values that are in no file; its paths start from the current folder.
+
+    Raises:
+        ConfigError: in the same cases as ``load_run``; ``place`` names where the values are from.
+    """
+    return _validate(source_of(values, place, list(overrides)), environ=os.environ)
 
 
 def read_run_folder(folder: Path, overrides: list[str] | None = None) -> Run:

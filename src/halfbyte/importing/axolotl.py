@@ -4,249 +4,224 @@ from __future__ import annotations
 
 from typing import Any
 
-from halfbyte.importing.draft import Draft, Rule, fact, implied, lacking, put, targets
-from halfbyte.importing.hf_arguments import NO_PUSH, NO_SPLIT, QUANTISATION, TRAINING, flag
+from halfbyte.importing.axolotl_rows import read_datasets
+from halfbyte.importing.draft import (
+    BadValueError,
+    Covered,
+    Draft,
+    Rule,
+    fact,
+    implied,
+    lacking,
+    number,
+    one_of,
+    put,
+    refused,
+    switch,
+    text,
+    texts,
+    whole,
+)
+from halfbyte.importing.hf_arguments import (
+    ATTENTION,
+    NO_PUSH,
+    NO_SECRET,
+    NO_SPLIT,
+    NO_WORKERS,
+    ONLY_LORA,
+    ONLY_SFT,
+    QUANTISATION,
+    TRAINING,
+    flag,
+    packing,
+    start_weights,
+)
 
-OVERLENGTH = {"drop": "drop", "truncate": "truncate", "raise": "error"}
-FORMATS = {
-    "alpaca": "alpaca",
-    "chat_template": "messages",
-    "sharegpt": "sharegpt",
-    "completion": "text",
-    "pretrain": "text",
-    "input_output": None,
+DEFAULTS = {
+    "seed": 42,
+    "data.max_length": 512,
+    "data.on_overlength": "drop",
+    "data.loss_on": "completion",
+    "train.epochs": 1.0,
+    "train.scheduler": "cosine",
+    "train.warmup_frac": 0.03,
+    "train.optimizer": "adamw_torch_fused",
+    "train.weight_decay": 0.0,
+    "adapter.dropout": 0.0,
+    "track.wandb": "off",
 }
-FIELDS = {"field_instruction": "instruction", "field_input": "input", "field_output": "output"}
-TEMPLATES = {"chatml": "chatml", "gemma": "gemma", "gemma3": "gemma"}
-
-
-def _datasets(path: str) -> Rule:
-    def rule(draft: Draft, value: Any) -> str | None:
-        entries = [value] if isinstance(value, dict) else list(value)
-        taken = [_dataset(draft, entry, f"{path}[{n}]") for n, entry in enumerate(entries)]
-        if path == "test_datasets":
-            draft.put("data.test", taken if len(taken) > 1 or len(taken[0]) > 1 else taken[0]["path"])
-        elif len(taken) == 1:
-            only = dict(taken[0])
-            draft.put("data.train", only.pop("path"))
-            split = only.pop("split", None)
-            if split:
-                draft.put("data.train_split", split)
-            for key, setting in only.items():
-                if key == "rows":
-                    draft.put("data.train", [{"path": taken[0]["path"], "rows": setting}])
-                else:
-                    draft.put(f"data.{key}", setting)
-        else:
-            draft.put("data.train", taken)
-        return None
-
-    return rule
-
-
-def _dataset(draft: Draft, entry: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return our source of an entry of ``datasets``."""
-    source: dict[str, Any] = {}
-    columns: dict[str, str] = {}
-    for key, value in entry.items():
-        if value is None:
-            continue
-        if key in ("path", "split", "revision"):
-            source[key] = value
-        elif key == "name":
-            source["subset"] = value
-        elif key == "data_files":
-            source["path"] = value if isinstance(value, str) else value[0]
-            if not isinstance(value, str) and len(value) > 1:
-                draft.left[f"{name}.data_files"] = (value, "name each file as an entry of data.train")
-        elif key == "type":
-            _format(draft, value, source, columns, f"{name}.type")
-        elif key == "field":
-            columns["text"] = value
-        elif key in ("field_messages", "conversation_field"):
-            columns["messages"] = value
-        elif key in ("field_tools", "field_system"):
-            columns[key.removeprefix("field_")] = value
-        elif key in ("ds_type", "roles_to_train", "message_property_mappings", "chat_template"):
-            _told_by_rows(draft, key, value, f"{name}.{key}")
-        else:
-            draft.left[f"{name}.{key}"] = (value, "has no twin")
-    if columns.get("messages") == "conversations":
-        source["format"] = "sharegpt"
-        del columns["messages"]
-    if columns:
-        source["columns"] = columns
-    return source
-
-
-def _format(
-    draft: Draft, value: Any, source: dict[str, Any], columns: dict[str, str], name: str
-) -> None:
-    if isinstance(value, dict):
-        source["format"] = "alpaca"
-        for key, setting in value.items():
-            if key in FIELDS:
-                columns[FIELDS[key]] = setting
-            elif key == "system_prompt":
-                source["system"] = setting
-            else:
-                draft.left[f"{name}.{key}"] = (setting, "rows are rendered by the chat template")
-        return
-    kind = str(value).partition(".")[0].partition(":")[0]
-    ours = FORMATS.get(kind)
-    if ours is None or (kind == "alpaca" and value != "alpaca"):
-        draft.left[name] = (value, f"formats: {', '.join(filter(None, FORMATS.values()))}, or data.columns")
-    else:
-        source["format"] = ours
-
-
-def _told_by_rows(draft: Draft, key: str, value: Any, name: str) -> None:
-    standard = {
-        "ds_type": True,
-        "roles_to_train": value in (["assistant"], ["gpt"], ["assistant", "gpt"]),
-        "message_property_mappings": value
-        in ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
-        "chat_template": value in ("tokenizer_default", *TEMPLATES),
-    }[key]
-    if standard:
-        draft.taken[name] = "is read off the rows"
-    else:
-        draft.left[name] = (value, "roles and keys of turns are read by their usual names")
 
 
 def _template(draft: Draft, value: Any) -> str | None:
+    ours = {"chatml": "chatml", "gemma": "gemma", "gemma3": "gemma"}.get(text(value))
     if value == "tokenizer_default":
-        return None
-    if value not in TEMPLATES:
-        return "the model's own is used; for a base model: data.chat_template"
-    draft.put("data.chat_template", TEMPLATES[value])
+        return Covered("is the default")
+    if ours is None:
+        return "the model's own is used; for a base model without one: data.chat_template"
+    draft.put("data.chat_template", ours)
     return None
 
 
 def _adapter(draft: Draft, value: Any) -> str | None:
     if value not in ("lora", "qlora"):
-        return "only LoRA is trained"
-    draft.facts.setdefault("bits", 4 if value == "qlora" else 16)
+        raise BadValueError(ONLY_LORA)
+    if value == "qlora":
+        draft.facts.setdefault("bits", 4)
+    draft.facts["adapter"] = value
     return None
 
 
-def _linear(draft: Draft, value: Any) -> str | None:
-    if value:
-        draft.put("adapter.targets", "all-linear")
+def _peft(draft: Draft, value: Any) -> str | None:
+    loftq = value.get("loftq_config") if isinstance(value, dict) else None
+    if not loftq or len(value) > 1:
+        return "of peft only loftq_config is taken"
+    draft.put("adapter.init", "loftq")
     return None
 
 
 def _validation(draft: Draft, value: Any) -> str | None:
-    if not 0 <= value < 1:
-        return "give data.validation_frac, a share of the prompts"
-    draft.put("data.validation_frac", value)
+    if not 0 <= number(value) < 1:
+        return "a number of rows; data.validation_frac is a share of the prompts"
+    draft.put("data.validation_frac", number(value))
     return None
 
 
-def _overlength(draft: Draft, value: Any) -> str | None:
-    if value not in OVERLENGTH:
-        return f"allowed: {', '.join(OVERLENGTH)}"
-    draft.put("data.on_overlength", OVERLENGTH[value])
+
+
+def _wandb_mode(draft: Draft, value: Any) -> str | None:
+    modes = {"offline": "offline", "online": "online", "disabled": "off"}
+    if value not in modes:
+        return f"allowed: {', '.join(modes)}"
+    draft.facts["wandb"] = modes[value]
     return None
 
 
 def _loss_on(draft: Draft, value: Any) -> str | None:
-    draft.put("data.loss_on", "all" if value else "completion")
+    draft.put("data.loss_on", "all" if switch(value) else "completion")
     return None
 
 
-def _checkpointing(draft: Draft, value: Any) -> str | None:
-    draft.put("train.checkpointing", "on" if value else "off")
-    return None
-
-
-def _special(draft: Draft, value: Any) -> str | None:
-    return "the tokenizer's own are used; what ends an answer: data.stop"
-
-
-def _kwargs(draft: Draft, value: Any) -> str | None:
+def _bnb(draft: Draft, value: Any) -> str | None:
+    if not isinstance(value, dict):
+        raise BadValueError("a mapping is expected")
     draft.apply(value, QUANTISATION, "bnb_config_kwargs.")
     return None
 
 
-ATTENTION = implied("data.max_length and the card decide how attention is computed")
+def _same_as_model(draft: Draft, value: Any) -> str | None:
+    same = value == draft.get("model.name")
+    return Covered("is the model's own") if same else "tokenizer and config are the model's own"
+
+
+BY_CARD = implied(ATTENTION)
+KERNELS = implied("speed.kernels")
+NO_LISTENER = lacking("the only tracker is Weights & Biases")
+PREFERENCES = refused(ONLY_SFT)
 RULES: dict[str, Rule] = {
     **TRAINING,
-    "base_model": put("model.name"),
-    "revision_of_model": put("model.revision"),
-    "base_model_config": lambda draft, value: _same_as_model(draft, value),
-    "tokenizer_config": lambda draft, value: _same_as_model(draft, value),
+    "base_model": put("model.name", text),
+    "revision_of_model": put("model.revision", text),
+    "model_revision": put("model.revision", text),
+    "base_model_config": _same_as_model,
+    "tokenizer_config": _same_as_model,
     "model_type": implied("it is read from the model's config"),
+    "type_of_model": implied("it is read from the model's config"),
     "tokenizer_type": implied("it is read from the model's files"),
+    "tokenizer_use_fast": implied("the fast tokenizer is used", (False,)),
+    "is_llama_derived_model": implied("it is read from the model's config"),
+    "is_mistral_derived_model": implied("it is read from the model's config"),
+    "is_falcon_derived_model": implied("it is read from the model's config"),
     "trust_remote_code": lacking("code from a model's repository is never run"),
     "adapter": _adapter,
+    "lora_model_dir": lacking("an adapter of a run is continued by train.resume_from"),
     "load_in_4bit": flag(4),
     "load_in_8bit": flag(8),
-    "bnb_config_kwargs": _kwargs,
-    "lora_r": put("adapter.r"),
-    "lora_alpha": put("adapter.alpha"),
-    "lora_dropout": put("adapter.dropout"),
-    "lora_target_modules": targets,
-    "lora_target_linear": _linear,
-    "lora_fan_in_fan_out": lacking("it is read from the layers"),
+    "bnb_config_kwargs": _bnb,
+    "gptq": lacking("the base is quantised while it is loaded"),
+    "lora_r": put("adapter.r", whole),
+    "lora_alpha": put("adapter.alpha", number),
+    "lora_dropout": put("adapter.dropout", number),
+    "lora_target_modules": fact("targets", texts),
+    "lora_target_linear": fact("linear", switch),
+    "lora_fan_in_fan_out": implied("it is read from the layers"),
     "lora_modules_to_save": lacking("only LoRA is trained; new tokens: data.new_tokens"),
-    "lora_mlp_kernel": implied("speed.kernels"),
-    "lora_qkv_kernel": implied("speed.kernels"),
-    "lora_o_kernel": implied("speed.kernels"),
-    "peft_use_dora": put("adapter.dora"),
-    "peft_use_rslora": put("adapter.rslora"),
-    "datasets": _datasets("datasets"),
-    "test_datasets": _datasets("test_datasets"),
+    "lora_mlp_kernel": KERNELS,
+    "lora_qkv_kernel": KERNELS,
+    "lora_o_kernel": KERNELS,
+    "peft": _peft,
+    "peft_use_dora": put("adapter.dora", switch),
+    "peft_use_rslora": put("adapter.rslora", switch),
+    "peft_init_lora_weights": start_weights,
+    "datasets": read_datasets("datasets"),
+    "test_datasets": read_datasets("test_datasets"),
+    "pretraining_dataset": read_datasets("pretraining_dataset", pretrains=True),
     "dataset_prepared_path": implied("prepared rows are kept in the cache"),
+    "dataset_processes": implied(NO_WORKERS),
+    "dataset_num_proc": implied(NO_WORKERS),
+    "dataset_keep_in_memory": implied(NO_WORKERS),
+    "shuffle_merged_datasets": implied("rows of all sources are mixed", (False,)),
     "val_set_size": _validation,
-    "sequence_len": put("data.max_length"),
-    "excess_length_strategy": _overlength,
-    "sample_packing": implied("rows of a pass are laid end to end, without attention between them"),
+    "sequence_len": put("data.max_length", whole),
+    "excess_length_strategy": one_of(
+        "data.on_overlength", {"drop": "drop", "truncate": "truncate", "raise": "error"}
+    ),
+    "sample_packing": packing(),
     "eval_sample_packing": implied("rows of a pass are laid end to end"),
+    "multipack_real_batches": implied("rows of a pass are laid end to end"),
+    "batch_flattening": implied("rows of a pass are laid end to end"),
     "pad_to_sequence_len": implied("nothing is padded"),
     "sample_packing_eff_est": implied("nothing is padded"),
     "train_on_inputs": _loss_on,
     "chat_template": _template,
-    "default_system_message": put("data.system"),
-    "special_tokens": _special,
-    "tokens": put("data.new_tokens"),
-    "micro_batch_size": fact("rows"),
+    "default_system_message": put("data.system", text),
+    "special_tokens": lacking("the tokenizer's own are used; what ends an answer: data.stop"),
+    "tokens": put("data.new_tokens", texts),
+    "micro_batch_size": fact("rows", whole),
+    "batch_size": fact("total_rows", whole),
     "eval_batch_size": implied("scoring passes choose their own size"),
-    "num_epochs": put("train.epochs"),
+    "num_epochs": put("train.epochs", number),
     "optimizer": TRAINING["optim"],
     "lr_scheduler": TRAINING["lr_scheduler_type"],
-    "gradient_checkpointing": _checkpointing,
+    "noisy_embedding_alpha": TRAINING["neftune_noise_alpha"],
+    "activation_offloading": lacking("activations stay on the device; train.checkpointing"),
+    "unsloth_cross_entropy_loss": KERNELS,
     "saves_per_epoch": lacking("give train.save_steps, a number of steps"),
     "evals_per_epoch": lacking("give train.eval_steps, a number of steps"),
     "eval_table_size": implied("train.num_samples answers are shown"),
-    "eval_max_new_tokens": put("train.sample_tokens"),
-    "wandb_project": put("track.project"),
-    "wandb_entity": put("track.entity"),
-    "wandb_name": put("name"),
+    "eval_max_new_tokens": put("train.sample_tokens", whole),
+    "wandb_project": put("track.project", text),
+    "wandb_entity": put("track.entity", text),
+    "wandb_name": fact("name", text),
+    "wandb_mode": _wandb_mode,
     "wandb_run_id": lacking("each run folder has its own"),
-    "wandb_watch": lacking("gradient norms are recorded"),
+    "wandb_watch": lacking("gradient norms are recorded", (False, "false")),
     "wandb_log_model": lacking(NO_PUSH, (False, "false")),
-    "flash_attention": ATTENTION,
-    "sdp_attention": ATTENTION,
-    "xformers_attention": ATTENTION,
-    "eager_attention": ATTENTION,
-    "attn_implementation": ATTENTION,
-    "s2_attention": lacking("has no twin"),
+    "use_wandb": implied("wandb_project decides it"),
+    "use_tensorboard": NO_LISTENER,
+    "use_mlflow": NO_LISTENER,
+    "hf_use_auth_token": lacking(NO_SECRET),
+    "flash_attention": BY_CARD,
+    "sdp_attention": BY_CARD,
+    "xformers_attention": BY_CARD,
+    "eager_attention": BY_CARD,
+    "flex_attention": BY_CARD,
+    "attn_implementation": BY_CARD,
     "strict": lacking("all keys are checked", (False, True)),
+    "debug": lacking("has no twin"),
     "auto_resume_from_checkpoints": implied("a run goes on by itself", (False,)),
     "early_stopping_patience": lacking("the last step is kept"),
-    "local_rank": implied("the launcher decides it"),
+    "device_map": implied("the model is loaded where it is trained"),
     "fsdp_version": lacking(NO_SPLIT),
-    "rl": lacking("preferences are not trained on"),
-    "plugins": lacking("has no twin"),
+    "ddp": lacking(NO_SPLIT),
+    "rl": PREFERENCES,
+    "reward_model": PREFERENCES,
+    "process_reward_model": PREFERENCES,
+    "relora": refused(ONLY_LORA),
+    "relora_steps": refused(ONLY_LORA, (0,)),
+    "unfrozen_parameters": refused(ONLY_LORA),
     "float16": TRAINING["fp16"],
     "bfloat16": TRAINING["bf16"],
 }
-
-
-def _same_as_model(draft: Draft, value: Any) -> str | None:
-    same = value == draft.get("model.name")
-    return None if same else "tokenizer and config are the model's own"
 
 
 def is_axolotl(values: dict[str, Any]) -> bool:
@@ -254,12 +229,35 @@ def is_axolotl(values: dict[str, Any]) -> bool:
     return "base_model" in values
 
 
-def read(values: dict[str, Any]) -> Draft:
-    """Return the draft of a config of Axolotl."""
-    draft = Draft(facts={"default_rows": 1, "bits": None})
-    draft.facts.pop("bits")
+def read(values: dict[str, Any]) -> tuple[Draft, dict[str, Any]]:
+    """Return the draft of a config of Axolotl, and Axolotl's defaults."""
+    draft = Draft(facts={"default_rows": 1, "eval_default": "steps", "log_steps": 500})
     first = {key: values[key] for key in ("base_model", "seed") if key in values}
     draft.apply(first | values, RULES)
-    if draft.get("data.on_overlength") is None:
-        draft.put("data.on_overlength", "drop")  # what Axolotl does with a longer row
-    return draft
+    if not values.get("adapter"):
+        draft.refuse("adapter", values.get("adapter"), f"all weights would be trained; {ONLY_LORA}")
+    _targets(draft)
+    for key in ("adapter.r", "adapter.alpha"):
+        if draft.get(key) is None:
+            draft.note(key, "has no value in the source: PEFT's 8 is written")
+            draft.put(key, 8)
+    if draft.get("track.project"):
+        draft.default("track.wandb", draft.facts.get("wandb", "auto"))
+    if not values.get("learning_rate"):
+        draft.refuse("learning_rate", None, "Axolotl has no default for it")
+    return draft, DEFAULTS
+
+
+def _targets(draft: Draft) -> None:
+    """Take the target modules: all linear layers outrank a list, as Axolotl joins both."""
+    names, linear = draft.facts.get("targets"), draft.facts.get("linear")
+    if linear or {*(names or ())} & {"all-linear"}:
+        draft.put("adapter.targets", "all-linear")
+        more = [name for name in names or () if name in ("lm_head", "embed_tokens")]
+        if more:
+            draft.note("adapter.targets", f"are all linear layers, without {', '.join(more)}")
+    elif names:
+        draft.put("adapter.targets", names)
+    else:
+        draft.put("adapter.targets", "all-linear")
+        draft.note("adapter.targets", "PEFT chooses them by architecture; here: all linear layers")

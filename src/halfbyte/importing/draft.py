@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
-Rule = Callable[["Draft", Any], str | None]  # takes a value; returns why it has no twin, else None
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from halfbyte.bounds import shorten
+from halfbyte.config.schema import Run
+from halfbyte.config.source import SECRET
+
+SHOWN_CHARS = 120
+
+
+class BadValueError(Exception):
+    """A value that stops the import; the text says what is expected."""
+
+
+class Covered(str):
+    """Why a key needs no twin."""
+
+    __slots__ = ()
+
+
+# Takes a value; returns why it has no twin, or why it needs none, else None.
+Rule = Callable[["Draft", Any], str | None]
 Rules = Mapping[str, Rule]
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
-OPTIMIZERS = {
-    "adamw_torch": "adamw_torch",
-    "adamw_torch_fused": "adamw_torch_fused",
-    "adamw_hf": "adamw_torch",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "adamw_8bit": "adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "ademamix_8bit": "ademamix_8bit",
-    "lion_8bit": "lion_8bit",
-    "paged_lion_8bit": "paged_lion_8bit",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
-}
-TRACKERS = ("wandb",)
 
 
 @dataclass
@@ -43,17 +38,28 @@ class Draft:
     Attributes:
         values: by section and key, as in a config.
         facts: what several keys decide together, such as the rows of a pass.
-        taken: keys that became ours, and what they became.
-        left: keys without a twin, their values, and why.
+        taken: keys that became ours or need no twin, and what they became.
+        left: keys without a twin, their values, and why; notes are in parentheses.
+        faults: keys that stop the import, and why.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     taken: dict[str, str] = field(default_factory=dict)
     left: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    faults: list[tuple[str, str]] = field(default_factory=list)
 
     def put(self, path: str, value: Any) -> None:
-        """Set the value at a dotted path."""
+        """Set the value at a dotted path.
+
+        Raises:
+            BadValueError: the schema does not allow it there.
+        """
+        try:
+            _checker(path).validate_python(value)
+        except ValidationError as error:
+            detail = error.errors()[0]["msg"].replace("Input should", "should")
+            raise BadValueError(detail[0].lower() + detail[1:]) from error
         *sections, key = path.split(".")
         place = self.values
         for section in sections:
@@ -67,49 +73,159 @@ class Draft:
             place = place.get(part) if isinstance(place, dict) else None
         return place
 
+    def drop(self, path: str) -> None:
+        """Take the value at a dotted path back, if there is one."""
+        *sections, key = path.split(".")
+        place = self.values
+        for section in sections:
+            place = place.get(section, {})
+        place.pop(key, None)
+
+    def default(self, path: str, value: Any) -> None:
+        """Set the value at a dotted path where there is none."""
+        if self.get(path) is None:
+            self.put(path, value)
+
+    def leave(self, name: str, value: Any, why: str) -> None:
+        """Name a key without a twin; a secret is not shown."""
+        self.taken.pop(name, None)
+        self.left[name] = ("(a secret)" if SECRET.search(str(value)) else value, why)
+
+    def note(self, about: str, why: str) -> None:
+        """Name a difference that no key of the source tells."""
+        self.left[f"({about})"] = ("", why)
+
+    def refuse(self, name: str, value: Any, why: str) -> None:
+        """Name a key that stops the import."""
+        shown = "a secret" if SECRET.search(str(value)) else shorten(repr(value), SHOWN_CHARS)
+        self.faults.append((name, f"{name} is {shown}: {why}"))
+
     def apply(self, source: Mapping[str, Any], rules: Rules, prefix: str = "") -> None:
         """Take each key of a source by its rule; a key without a rule, or that is refused, is left."""
         for key, value in source.items():
-            name = f"{prefix}{key}"
-            if value is None or value == "" or value == []:
-                self.taken[name] = "says nothing"
-                continue
-            rule = rules.get(key)
-            before = repr(self.values), repr(self.facts)
+            self.take(f"{prefix}{key}", value, rules.get(key))
+
+    def take(self, name: str, value: Any, rule: Rule | None) -> None:
+        """Take one key by its rule."""
+        if value is None or value in ("", [], {}):
+            self.taken[name] = "says nothing"
+            return
+        before = repr(self.values), repr(self.facts)
+        try:
             why = "has no twin" if rule is None else rule(self, value)
-            if why is not None:
-                self.left[name] = (value, why)
-            elif (repr(self.values), repr(self.facts)) == before:
-                self.taken[name] = "is so already"
-            else:
-                self.taken[name] = "taken"
+        except BadValueError as error:
+            self.refuse(name, value, str(error))
+            return
+        if isinstance(why, Covered):
+            self.taken[name] = str(why)
+        elif why is not None:
+            self.leave(name, value, why)
+        else:
+            changed = (repr(self.values), repr(self.facts)) != before
+            self.taken[name] = "taken" if changed else "is so already"
 
 
-def put(path: str, convert: Callable[[Any], Any] | None = None) -> Rule:
-    """Return the rule that sets a value at a path, converted if need be."""
+@functools.lru_cache
+def _checker(path: str) -> TypeAdapter[Any]:
+    section, _, key = path.rpartition(".")
+    owner: Any = Run.model_fields[section].annotation if section else Run
+    return TypeAdapter(
+        owner.model_fields[key].rebuild_annotation(),
+        config=ConfigDict(strict=True, allow_inf_nan=False),
+    )
+
+
+def whole(value: Any) -> int:
+    """Return a whole number, which may be written as text."""
+    found = number(value)
+    if found != int(found):
+        raise BadValueError("a whole number is expected")
+    return int(found)
+
+
+def number(value: Any) -> int | float:
+    """Return a number, which may be written as text such as ``2e-4``."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        found = value if isinstance(value, int) else float(value)
+        if not abs(found) < 1e300:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise BadValueError("a number is expected") from None
+    return int(found) if isinstance(found, int) else found
+
+
+def text(value: Any) -> str:
+    """Return a text, which may have been read as a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadValueError("a text is expected")
+    return str(value)
+
+
+def texts(value: Any) -> list[str]:
+    """Return a list of texts, which may be one text with commas."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list):
+        raise BadValueError("a list of texts is expected")
+    return [text(part) for part in value]
+
+
+def switch(value: Any) -> bool:
+    """Return a truth value, which may be written as text."""
+    known = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    found = known.get(str(value).lower())
+    if found is None:
+        raise BadValueError("true or false is expected")
+    return found
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Return a mapping."""
+    if not isinstance(value, dict):
+        raise BadValueError("a mapping is expected")
+    return value
+
+
+def put(path: str, convert: Callable[[Any], Any]) -> Rule:
+    """Return the rule that sets a converted value at a path."""
 
     def rule(draft: Draft, value: Any) -> str | None:
-        draft.put(path, convert(value) if convert else value)
+        draft.put(path, convert(value))
         return None
 
     return rule
 
 
-def fact(name: str) -> Rule:
-    """Return the rule that keeps a value until all keys are read."""
+def fact(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:
+    """Return the rule that keeps a converted value until all keys are read."""
 
     def rule(draft: Draft, value: Any) -> str | None:
-        draft.facts[name] = value
+        draft.facts[name] = convert(value)
+        return None
+
+    return rule
+
+
+def one_of(path: str, ours: Mapping[str, str]) -> Rule:
+    """Return the rule that sets our word for another; a word that has none is left."""
+
+    def rule(draft: Draft, value: Any) -> str | None:
+        word = ours.get(text(value))
+        if word is None:
+            return f"allowed for {path}: {', '.join(sorted(set(ours.values())))}"
+        draft.put(path, word)
         return None
 
     return rule
 
 
 def implied(why: str, unless: tuple[Any, ...] = ()) -> Rule:
-    """Return the rule of a key that needs no twin, for the values but those of ``unless``."""
+    """Return the rule of a key that needs no twin, but for the values of ``unless``."""
 
     def rule(draft: Draft, value: Any) -> str | None:
-        return why if value in unless else None
+        return why if value in unless else Covered(why)
 
     return rule
 
@@ -118,92 +234,17 @@ def lacking(why: str, unless: tuple[Any, ...] = (False,)) -> Rule:
     """Return the rule of a key that has no twin, but for values that ask for nothing."""
 
     def rule(draft: Draft, value: Any) -> str | None:
-        return None if value in unless else why
+        return Covered("asks for nothing") if value in unless else why
 
     return rule
 
 
-def scheduler(draft: Draft, value: Any) -> str | None:
-    """Take a learning-rate schedule."""
-    if value not in SCHEDULERS:
-        return f"allowed: {', '.join(SCHEDULERS)}"
-    draft.put("train.scheduler", value)
-    return None
-
-
-def optimizer(draft: Draft, value: Any) -> str | None:
-    """Take an optimizer by its name in transformers."""
-    if value not in OPTIMIZERS:
-        return f"allowed: {', '.join(sorted(set(OPTIMIZERS.values())))}"
-    draft.put("train.optimizer", OPTIMIZERS[value])
-    return None
-
-
-def targets(draft: Draft, value: Any) -> str | None:
-    """Take the target modules of LoRA, a list or a text with commas."""
-    names = value.split(",") if isinstance(value, str) else list(value)
-    names = [name.strip() for name in names]
-    everything = names in (["all-linear"], ["all"])
-    draft.put("adapter.targets", "all-linear" if everything else names)
-    return None
-
-
-def output_dir(draft: Draft, value: Any) -> str | None:
-    """Take the folder of a run: its parent is ours for runs, its name that of the run."""
-    path = PurePosixPath(str(value))
-    draft.put("name", path.name)
-    draft.put("runs_dir", str(path.parent) if str(path.parent) != "." else "runs")
-    return None
-
-
-def dtype(draft: Draft, name: str, value: Any) -> str | None:
-    """Take a flag such as ``bf16: true``."""
-    if value is True or (value in ("true", "full") and name != "auto"):
-        draft.put("model.compute_dtype", name)
-    return None
-
-
-def steps_or_frac(path: str, what: str) -> Rule:
-    """Return the rule of a number of steps, which in transformers may be a share of all steps if below 1."""
+def refused(why: str, unless: tuple[Any, ...] = (False,)) -> Rule:
+    """Return the rule of a key that asks for another kind of training, but for the values of ``unless``."""
 
     def rule(draft: Draft, value: Any) -> str | None:
-        if isinstance(value, float) and 0 < value < 1:
-            return f"a share of the steps; give {path} as a number of steps"
-        draft.put(path, int(value))
-        return None
+        if value in unless:
+            return Covered("asks for nothing else")
+        raise BadValueError(why)
 
-    rule.__doc__ = what
     return rule
-
-
-def finish(draft: Draft) -> None:
-    """Decide what several keys say together, and fill in what a config must have."""
-    facts = draft.facts
-    rows, accumulated = facts.get("rows"), facts.get("accumulation")
-    if rows is not None or accumulated is not None:
-        micro = int(rows or facts["default_rows"])
-        draft.put("train.batch_size", micro * int(accumulated or 1))
-        draft.put("train.micro_batch_size", micro)
-    bits = facts.get("bits")
-    if bits is not None and draft.get("model.precision") is None:
-        draft.put("model.precision", {4: "nf4", 8: "int8"}.get(int(bits), "bf16"))
-    if draft.get("train.learning_rate") is None:
-        draft.put("train.learning_rate", facts.get("default_rate", 2e-4))
-    if "warmup_steps" in facts:
-        _warm_up(draft, facts["warmup_steps"])
-
-
-def _warm_up(draft: Draft, steps: Any) -> None:
-    """Take a number of warm-up steps, if the number of all steps is known."""
-    if isinstance(steps, float) and 0 < steps < 1:
-        draft.put("train.warmup_frac", steps)
-        return
-    total = draft.get("train.max_steps")
-    if total:
-        draft.put("train.warmup_frac", round(min(0.99, int(steps) / int(total)), 4))
-    elif int(steps):
-        why = "a share is needed, train.warmup_frac: of how many steps is known once the rows are read"
-        draft.left["warmup_steps"] = (steps, why)
-        draft.taken.pop("warmup_steps", None)
-    else:
-        draft.put("train.warmup_frac", 0.0)

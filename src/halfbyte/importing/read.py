@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from halfbyte.config.source import read_source
+from halfbyte.bounds import shorten
+from halfbyte.config.source import Source, read_source
 from halfbyte.errors import ConfigError
 from halfbyte.importing import axolotl, llamafactory, trl
-from halfbyte.importing.draft import Draft, finish
+from halfbyte.importing.draft import Draft
+from halfbyte.importing.settle import settle
 
 ORDER = ("name", "runs_dir", "seed", "model", "adapter", "data", "train", "eval", "track")
 TOOLS = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL or Unsloth"}
+SHOWN_CHARS = 60
 
 
 def read_foreign(path: Path, tool: str | None = None) -> tuple[str, Draft]:
@@ -28,35 +32,49 @@ def read_foreign(path: Path, tool: str | None = None) -> tuple[str, Draft]:
         The tool, and the draft with what each key became.
 
     Raises:
-        ConfigError: the file cannot be read, or is of none of these tools.
+        ConfigError: the file cannot be read, is of none of these tools, has a value of a wrong type or out of
+            range, or asks for another kind of training.
     """
     source = read_source(path, [])
     if source.faults:
         raise ConfigError(source.faults)
-    values = {str(key): value for key, value in source.values.items()}
+    values = source.values
+    tool = tool or _tool_of(values)
     if tool is None:
-        kinds = {
-            "axolotl": axolotl.is_axolotl(values),
-            "llamafactory": llamafactory.is_llamafactory(values),
-            "trl": trl.is_trl(values),
-        }
-        tool = next((name for name, fits in kinds.items() if fits), None)
-    if tool is None:
+        found = shorten(", ".join(list(values)[:8]), 200)
         raise ConfigError(
             [
                 f"{path}: is of no known tool: Axolotl names base_model, LLaMA-Factory stage and finetuning_type, TRL"
-                f" and Unsloth the arguments of SFTConfig and LoraConfig; found: {', '.join(list(values)[:8])}."
+                f" and Unsloth the arguments of SFTConfig and LoraConfig; found: {found}."
                 f" --from {'|'.join(TOOLS)} says which it is"
             ]
         )
     if tool == "axolotl":
-        draft = axolotl.read(values)
+        draft, defaults = axolotl.read(values)
     elif tool == "llamafactory":
-        draft = llamafactory.read(values, path.resolve().parent)
+        draft, defaults = llamafactory.read(values, path.resolve().parent)
     else:
-        draft = trl.read(values)
-    finish(draft)
+        draft, defaults = trl.read(values)
+    if not draft.faults:
+        settle(draft, defaults)
+    if draft.faults:
+        raise ConfigError([f"{_place(source, name)}: {fault}" for name, fault in draft.faults])
     return tool, draft
+
+
+def _tool_of(values: dict[str, Any]) -> str | None:
+    kinds = {
+        "axolotl": axolotl.is_axolotl(values),
+        "llamafactory": llamafactory.is_llamafactory(values),
+        "trl": trl.is_trl(values),
+    }
+    return next((name for name, fits in kinds.items() if fits), None)
+
+
+def _place(source: Source, name: str) -> str:
+    """Return where a key such as ``datasets[0].type`` was written."""
+    parts = re.findall(r"[^.\[\]]+", name)
+    return source.place(tuple(int(part) if part.isdecimal() else part for part in parts))
 
 
 def as_yaml(draft: Draft, tool: str, source: str) -> str:
@@ -65,16 +83,19 @@ def as_yaml(draft: Draft, tool: str, source: str) -> str:
     stream = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
+    yaml.allow_unicode = False
+    yaml.width = 4096
     yaml.dump(known, stream)
-    lines = [f"# Read from {source} of {TOOLS[tool]} by `halfbyte import`."]
+    lines = [f"# Read from {_one_line(source)} of {TOOLS[tool]} by `halfbyte import`."]
     if draft.left:
         lines.append("# Keys without a twin, which this config leaves out:")
         lines += [
-            f"#   {key}: {_short(value)}    ({why})" for key, (value, why) in draft.left.items()
+            f"#   {_one_line(key)}: {_one_line(value)}    ({why})"
+            for key, (value, why) in draft.left.items()
         ]
     return "\n".join([*lines, "", stream.getvalue()])
 
 
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _one_line(value: Any) -> str:
+    plain = "".join(char if char.isprintable() else " " for char in str(value))
+    return shorten(" ".join(plain.split()), SHOWN_CHARS)

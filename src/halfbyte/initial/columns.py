@@ -73,7 +73,9 @@ def choose_columns(
             question = _first(columns, ("prompt", "conversations", "question", "instruction"))
             return "prompt_completion", {"prompt": question, "completion": "chosen"}
         for name in ORDER:
-            if set(FORMATS[name][0]) <= set(columns):
+            # A text beside a label is a prompt.
+            labelled = name == "text" and any(_key(column) in ANSWERS for column in columns)
+            if set(FORMATS[name][0]) <= set(columns) and not labelled:
                 return name, {}
     paths = list(dict.fromkeys(path for row in rows[:SAMPLE_ROWS] for path in _paths(row)))
     answer = answer or _best(paths, ANSWERS)

