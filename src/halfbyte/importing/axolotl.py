@@ -10,6 +10,7 @@ from halfbyte.importing.draft import (
     Covered,
     Draft,
     Rule,
+    count,
     fact,
     implied,
     lacking,
@@ -24,6 +25,7 @@ from halfbyte.importing.draft import (
 )
 from halfbyte.importing.hf_arguments import (
     ATTENTION,
+    NO_PATTERN,
     NO_PUSH,
     NO_SECRET,
     NO_SPLIT,
@@ -33,6 +35,7 @@ from halfbyte.importing.hf_arguments import (
     QUANTISATION,
     TRAINING,
     flag,
+    is_pattern,
     packing,
     start_weights,
 )
@@ -72,10 +75,18 @@ def _adapter(draft: Draft, value: Any) -> str | None:
 
 
 def _peft(draft: Draft, value: Any) -> str | None:
-    loftq = value.get("loftq_config") if isinstance(value, dict) else None
-    if not loftq or len(value) > 1:
-        return "of peft only loftq_config is taken"
+    if value != {"loftq_config": {"loftq_bits": 4}}:
+        return "of peft only loftq_config with loftq_bits 4 is taken"
     draft.put("adapter.init", "loftq")
+    draft.taken["peft.loftq_config.loftq_bits"] = "taken"
+    return None
+
+
+def _names(draft: Draft, value: Any) -> str | None:
+    names = texts(value)
+    if is_pattern(value):
+        return NO_PATTERN
+    draft.facts["targets"] = names
     return None
 
 
@@ -86,11 +97,9 @@ def _validation(draft: Draft, value: Any) -> str | None:
     return None
 
 
-
-
 def _wandb_mode(draft: Draft, value: Any) -> str | None:
     modes = {"offline": "offline", "online": "online", "disabled": "off"}
-    if value not in modes:
+    if text(value) not in modes:
         return f"allowed: {', '.join(modes)}"
     draft.facts["wandb"] = modes[value]
     return None
@@ -141,7 +150,7 @@ RULES: dict[str, Rule] = {
     "lora_r": put("adapter.r", whole),
     "lora_alpha": put("adapter.alpha", number),
     "lora_dropout": put("adapter.dropout", number),
-    "lora_target_modules": fact("targets", texts),
+    "lora_target_modules": _names,
     "lora_target_linear": fact("linear", switch),
     "lora_fan_in_fan_out": implied("it is read from the layers"),
     "lora_modules_to_save": lacking("only LoRA is trained; new tokens: data.new_tokens"),
@@ -176,8 +185,8 @@ RULES: dict[str, Rule] = {
     "default_system_message": put("data.system", text),
     "special_tokens": lacking("the tokenizer's own are used; what ends an answer: data.stop"),
     "tokens": put("data.new_tokens", texts),
-    "micro_batch_size": fact("rows", whole),
-    "batch_size": fact("total_rows", whole),
+    "micro_batch_size": fact("rows", count),
+    "batch_size": fact("total_rows", count),
     "eval_batch_size": implied("scoring passes choose their own size"),
     "num_epochs": put("train.epochs", number),
     "optimizer": TRAINING["optim"],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from halfbyte.importing.draft import BadValueError, Draft, mapping, text, texts, whole
+from halfbyte.importing.draft import BadValueError, Covered, Draft, mapping, text, texts
 
 FORMATS = {
     "alpaca": "alpaca",
@@ -123,40 +123,49 @@ def _take(entry: _Entry, key: str, value: Any) -> None:
     except BadValueError as error:
         draft.refuse(name, value, str(error))
         return
-    if why is None:
-        draft.taken[name] = "taken"
+    if why is None or isinstance(why, Covered):
+        draft.taken[name] = str(why or "taken")
     else:
         draft.leave(name, value, why)
 
 
 def _setting(entry: _Entry, key: str, value: Any) -> str | None:
-    source = entry.source
     if key in USUAL and value in USUAL[key]:
-        return None
-    if key in ("path", "revision"):
-        source[key] = text(value)
-    elif key == "split":
-        if set(text(value)) & {*"[+"}:
-            return "a part of a split: data.train_frac, or rows of an entry of data.train"
-        source["split"] = text(value)
-    elif key == "name":
-        source["subset"] = text(value)
-    elif key == "data_files":
-        entry.files = texts(value)
-    elif key == "type":
-        return _format(entry, text(value))
-    elif key in ("field", "text_column"):
-        if text(value) != "text":
-            entry.columns["text"] = text(value)
-    elif key in ("field_messages", "conversation_field"):
-        entry.messages = text(value)
-    elif key in ("field_tools", "field_system"):
-        entry.columns[key.removeprefix("field_")] = text(value)
-    elif key == "shards" and whole(value) == 1:
-        return None
-    else:
+        return Covered("is the usual one")
+    rule = SETTINGS.get(key)
+    if rule is None:
         return BY_USUAL_NAMES if key in USUAL else "has no twin"
+    return rule(entry, value)
+
+
+def _split(entry: _Entry, value: Any) -> str | None:
+    if set(text(value)) & {*"[+"}:
+        return "a part of a split: data.train_frac, or rows of an entry of data.train"
+    entry.source["split"] = text(value)
     return None
+
+
+def _files(entry: _Entry, value: Any) -> None:
+    entry.files = texts(value)
+
+
+def _messages(entry: _Entry, value: Any) -> None:
+    entry.messages = text(value)
+
+
+def _to_source(ours: str) -> Callable[[_Entry, Any], None]:
+    def rule(entry: _Entry, value: Any) -> None:
+        entry.source[ours] = text(value)
+
+    return rule
+
+
+def _to_column(ours: str) -> Callable[[_Entry, Any], None]:
+    def rule(entry: _Entry, value: Any) -> None:
+        if text(value) != ours:
+            entry.columns[ours] = text(value)
+
+    return rule
 
 
 def _format(entry: _Entry, value: str) -> str | None:
@@ -192,3 +201,19 @@ def _custom(entry: _Entry, value: dict[str, Any], name: str) -> None:
             draft.taken[full] = "taken"
         else:
             draft.leave(full, setting, "rows are rendered by the chat template")
+
+
+SETTINGS: dict[str, Callable[[_Entry, Any], str | None]] = {
+    "path": _to_source("path"),
+    "revision": _to_source("revision"),
+    "name": _to_source("subset"),
+    "split": _split,
+    "type": lambda entry, value: _format(entry, text(value)),
+    "data_files": _files,
+    "field": _to_column("text"),
+    "text_column": _to_column("text"),
+    "field_messages": _messages,
+    "conversation_field": _messages,
+    "field_tools": _to_column("tools"),
+    "field_system": _to_column("system"),
+}

@@ -143,6 +143,14 @@ def whole(value: Any) -> int:
     return int(found)
 
 
+def count(value: Any) -> int:
+    """Return a whole number of at least 1."""
+    found = whole(value)
+    if found < 1:
+        raise BadValueError("at least 1 is expected")
+    return found
+
+
 def number(value: Any) -> int | float:
     """Return a number, which may be written as text such as ``2e-4``."""
     try:
@@ -160,13 +168,15 @@ def text(value: Any) -> str:
     """Return a text, which may have been read as a number."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BadValueError("a text is expected")
+    if not str(value).strip():
+        raise BadValueError("it is blank")
     return str(value)
 
 
 def texts(value: Any) -> list[str]:
     """Return a list of texts, which may be one text with commas."""
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        return [part.strip() for part in text(value).split(",") if part.strip()]
     if not isinstance(value, list):
         raise BadValueError("a list of texts is expected")
     return [text(part) for part in value]

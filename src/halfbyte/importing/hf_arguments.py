@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from halfbyte.importing.draft import (
@@ -9,6 +10,7 @@ from halfbyte.importing.draft import (
     Covered,
     Draft,
     Rule,
+    count,
     fact,
     implied,
     lacking,
@@ -27,6 +29,7 @@ NO_SPLIT = "start the processes with halfbyte train --processes, or accelerate l
 NO_WORKERS = "rows are prepared before training, on all cores"
 NO_SECRET = "a secret is never read from a file: hf auth login"
 ATTENTION = "data.max_length and the card decide how attention is computed"
+NO_PATTERN = "a pattern; adapter.targets takes names of modules"
 ONLY_LORA = "halfbyte trains LoRA alone, on a quantised or a 16-bit base"
 ONLY_SFT = "halfbyte does supervised fine-tuning alone"
 SCHEDULERS = (
@@ -65,11 +68,16 @@ DTYPES = {
 }
 
 
+def is_pattern(value: Any) -> bool:
+    """Return whether target modules are one regular expression, rather than names."""
+    return isinstance(value, str) and not re.fullmatch(r"[\w.,\s-]*", value)
+
+
 def targets(draft: Draft, value: Any) -> str | None:
     """Take the target modules of LoRA, a list or a text with commas."""
     names = texts(value)
-    if isinstance(value, str) and any(char in value for char in "^$*(|\\"):
-        return "a pattern; adapter.targets takes names of modules"
+    if is_pattern(value):
+        return NO_PATTERN
     everything = {"all-linear", "all"} & {*names}
     draft.put("adapter.targets", "all-linear" if everything else names)
     return None
@@ -123,7 +131,9 @@ def sets(path: str, value: Any) -> Rule:
     return rule
 
 
-def packing(why: str = "rows of a pass are laid end to end, without attention between them") -> Rule:
+def packing(
+    why: str = "rows of a pass are laid end to end, without attention between them",
+) -> Rule:
     """Return the rule of a switch that packs rows."""
 
     def rule(draft: Draft, value: Any) -> str | None:
@@ -260,13 +270,15 @@ TRAINING: dict[str, Rule] = {
     "learning_rate": put("train.learning_rate", number),
     "num_train_epochs": put("train.epochs", number),
     "max_steps": max_steps,
-    "per_device_train_batch_size": fact("rows", whole),
-    "gradient_accumulation_steps": fact("accumulation", whole),
+    "per_device_train_batch_size": fact("rows", count),
+    "gradient_accumulation_steps": fact("accumulation", count),
     "per_device_eval_batch_size": implied("scoring passes choose their own size"),
     "eval_accumulation_steps": implied("scoring keeps nothing on the GPU"),
     "optim": one_of("train.optimizer", OPTIMIZERS),
     "weight_decay": put("train.weight_decay", number),
-    "max_grad_norm": positive("train.max_grad_norm", "gradients are always clipped, at 1 by default"),
+    "max_grad_norm": positive(
+        "train.max_grad_norm", "gradients are always clipped, at 1 by default"
+    ),
     "lr_scheduler_type": one_of("train.scheduler", {name: name for name in SCHEDULERS}),
     "warmup_ratio": put("train.warmup_frac", number),
     "warmup_steps": warm_up,

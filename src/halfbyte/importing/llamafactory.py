@@ -1,200 +1,210 @@
-"""Owns the keys of LLaMA-Factory's YAML, and its dataset_info.json."""
+"""Owns the keys of LLaMA-Factory's YAML."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from halfbyte.importing.draft import Draft, Rule, fact, implied, lacking, put, targets
-from halfbyte.importing.hf_arguments import LORA, NO_SPLIT, NO_WORKERS, TRAINING
+from halfbyte.importing.draft import (
+    BadValueError,
+    Covered,
+    Draft,
+    Rule,
+    count,
+    fact,
+    implied,
+    lacking,
+    number,
+    one_of,
+    put,
+    refused,
+    switch,
+    text,
+    texts,
+    whole,
+)
+from halfbyte.importing.hf_arguments import (
+    ATTENTION,
+    LORA,
+    NO_SECRET,
+    NO_SPLIT,
+    NO_WORKERS,
+    ONLY_LORA,
+    ONLY_SFT,
+    TRAINING,
+    packing,
+    sets,
+    targets,
+)
+from halfbyte.importing.llamafactory_rows import put_rows
 
-OWN_ROLES = ({"from", "value"}, {"role", "content"})
-COLUMNS = {  # of dataset_info.json, and ours
-    "prompt": "instruction",
-    "query": "input",
-    "response": "output",
-    "system": "system",
-    "messages": "messages",
-    "tools": "tools",
+DEFAULTS = {
+    "seed": 42,
+    "adapter.r": 8,
+    "adapter.dropout": 0.0,
+    "adapter.targets": "all-linear",
+    "data.max_length": 2048,
+    "data.on_overlength": "truncate",
+    "data.loss_on": "completion",
+    "train.learning_rate": 5e-5,
+    "train.epochs": 3.0,
+    "train.scheduler": "linear",
+    "train.warmup_frac": 0.0,
+    "train.optimizer": "adamw_torch_fused",
+    "train.weight_decay": 0.0,
+    "train.max_grad_norm": 1.0,
+    "train.save_steps": 500,
+    "track.wandb": "off",
 }
-INFO = "dataset_info.json"
 
 
 def _stage(draft: Draft, value: Any) -> str | None:
-    return None if value in ("sft", "pt") else "only supervised fine-tuning is done"
-
-
-def _kind(draft: Draft, value: Any) -> str | None:
-    return None if value == "lora" else "only LoRA is trained"
-
-
-def _template(draft: Draft, value: Any) -> str | None:
-    return None if value in ("default", "empty") else "the model's own chat template is used"
-
-
-def _packing(draft: Draft, value: Any) -> str | None:
+    if value not in ("sft", "pt"):
+        raise BadValueError(ONLY_SFT)
+    draft.facts["stage"] = value
     return None
 
 
-def _loss(on: str) -> Rule:
-    def rule(draft: Draft, value: Any) -> str | None:
-        if value:
-            draft.put("data.loss_on", on)
-        return None
-
-    return rule
-
-
-def _pissa(draft: Draft, value: Any) -> str | None:
-    if value:
-        draft.put("adapter.init", "pissa")
+def _template(draft: Draft, value: Any) -> str | None:
+    ours = {"chatml": "chatml", "gemma": "gemma"}.get(text(value))
+    if ours is None:
+        return "the model's own chat template is used; another: data.chat_template"
+    draft.put("data.chat_template", ours)
     return None
 
 
 def _validation(draft: Draft, value: Any) -> str | None:
-    if not 0 <= value < 1:
-        return "give data.validation_frac, a share of the prompts"
-    draft.put("data.validation_frac", value)
+    if not 0 <= number(value) < 1:
+        return "a number of rows; data.validation_frac is a share of the prompts"
+    draft.put("data.validation_frac", number(value))
     return None
 
 
 def _bits(draft: Draft, value: Any) -> str | None:
-    if int(value) not in (4, 8):
+    if whole(value) not in (4, 8):
         return "allowed: 4, 8"
-    draft.facts["bits"] = int(value)
+    draft.facts["bits"] = whole(value)
     return None
 
 
+def _resize(draft: Draft, value: Any) -> str | None:
+    switch(value)
+    return Covered("data.new_tokens makes room for what it adds")
+
+
+def _tokens(draft: Draft, value: Any) -> str | None:
+    known = draft.get("data.new_tokens") or []
+    draft.put("data.new_tokens", [*known, *(name for name in texts(value) if name not in known)])
+    return None
+
+
+ONLY_TEXT = lacking("only text is trained on")
+NO_GALORE = lacking("optimizers are those of train.optimizer")
+SWANLAB = lacking("the only tracker is Weights & Biases")
+GENERATES = implied("halfbyte compare and halfbyte serve answer, with settings of their own")
 RULES: dict[str, Rule] = {
     **TRAINING,
-    "model_name_or_path": put("model.name"),
-    "model_revision": put("model.revision"),
+    "model_name_or_path": put("model.name", text),
+    "model_revision": put("model.revision", text),
+    "adapter_name_or_path": lacking("an adapter of a run is continued by train.resume_from"),
     "trust_remote_code": lacking("code from a model's repository is never run"),
+    "use_fast_tokenizer": implied("the fast tokenizer is used", (False,)),
+    "cache_dir": lacking("the environment says where downloads are: HF_HOME"),
+    "hf_hub_token": lacking(NO_SECRET),
     "stage": _stage,
-    "finetuning_type": _kind,
-    "lora_rank": put("adapter.r"),
-    "lora_alpha": put("adapter.alpha"),
-    "lora_dropout": put("adapter.dropout"),
+    "finetuning_type": refused(ONLY_LORA, ("lora",)),
+    "lora_rank": put("adapter.r", whole),
+    "lora_alpha": put("adapter.alpha", number),
+    "lora_dropout": put("adapter.dropout", number),
     "lora_target": targets,
-    "use_rslora": put("adapter.rslora"),
-    "use_dora": put("adapter.dora"),
-    "pissa_init": _pissa,
+    "use_rslora": put("adapter.rslora", switch),
+    "use_dora": put("adapter.dora", switch),
+    "pissa_init": sets("adapter.init", "pissa"),
+    "pissa_iter": lacking("PEFT's exact start is used", (-1,)),
+    "pissa_convert": lacking("the adapter is saved as it is trained"),
+    "create_new_adapter": implied("a run has an adapter of its own"),
     "additional_target": LORA["modules_to_save"],
-    "loraplus_lr_ratio": lacking("has no twin"),
+    "loraplus_lr_ratio": lacking("A and B have one learning rate"),
     "quantization_bit": _bits,
     "quantization_method": lacking("bitsandbytes is used", ("bnb", "bitsandbytes", "BNB")),
-    "quantization_type": put("model.precision"),
-    "double_quantization": put("model.double_quant"),
-    "dataset": fact("datasets"),
-    "eval_dataset": fact("eval_datasets"),
-    "dataset_dir": fact("dataset_dir"),
+    "quantization_type": one_of("model.precision", {"nf4": "nf4", "fp4": "fp4"}),
+    "double_quantization": put("model.double_quant", switch),
+    "quantization_device_map": implied("the model is loaded where it is trained"),
+    "dataset": fact("datasets", texts),
+    "eval_dataset": fact("eval_datasets", texts),
+    "dataset_dir": fact("dataset_dir", text),
     "template": _template,
-    "cutoff_len": put("data.max_length"),
-    "max_samples": fact("max_rows"),
+    "cutoff_len": put("data.max_length", whole),
+    "max_samples": fact("max_rows", count),
     "val_size": _validation,
-    "train_on_prompt": _loss("all"),
-    "mask_history": _loss("last"),
-    "packing": implied("rows of a pass are laid end to end"),
-    "neat_packing": implied("rows of a pass are laid end to end, without attention between them"),
+    "train_on_prompt": sets("data.loss_on", "all"),
+    "mask_history": sets("data.loss_on", "last"),
+    "packing": packing(),
+    "neat_packing": packing(),
+    "mix_strategy": lacking("weight of an entry of data.train", ("concat",)),
     "overwrite_cache": implied("prepared rows are made anew where anything differs"),
     "preprocessing_num_workers": implied(NO_WORKERS),
     "preprocessing_batch_size": implied(NO_WORKERS),
-    "flash_attn": implied("data.max_length and the card decide how attention is computed"),
+    "tokenized_path": lacking("prepared rows are kept in the cache"),
+    "flash_attn": implied(ATTENTION),
+    "shift_attn": lacking("attention is computed as the model does"),
     "enable_liger_kernel": implied("speed.kernels"),
     "use_unsloth": implied("speed.kernels"),
+    "use_unsloth_gc": implied("train.checkpointing"),
+    "use_reentrant_gc": implied("recomputing is never reentrant"),
+    "disable_gradient_checkpointing": sets("train.checkpointing", "off"),
     "upcast_layernorm": implied("norms compute in fp32"),
+    "upcast_lmhead_output": implied("the loss computes in fp32"),
+    "pure_bf16": TRAINING["bf16"],
+    "low_cpu_mem_usage": implied("weights are read one by one"),
+    "use_galore": NO_GALORE,
+    "use_apollo": NO_GALORE,
+    "use_badam": NO_GALORE,
+    "use_adam_mini": NO_GALORE,
+    "use_muon": NO_GALORE,
+    "use_llama_pro": refused(ONLY_LORA),
+    "image_max_pixels": ONLY_TEXT,
+    "video_max_pixels": ONLY_TEXT,
+    "media_dir": ONLY_TEXT,
+    "freeze_vision_tower": implied("only text is trained on"),
+    "freeze_multi_modal_projector": implied("only text is trained on"),
     "plot_loss": implied("the report has the curve"),
-    "predict_with_generate": implied("halfbyte compare answers held-out rows"),
-    "use_swanlab": lacking("trackers: track.wandb"),
+    "predict_with_generate": GENERATES,
+    "infer_backend": GENERATES,
+    "infer_dtype": GENERATES,
+    "use_swanlab": SWANLAB,
+    "swanlab_project": SWANLAB,
     "ray_run_name": lacking(NO_SPLIT),
-    "resize_vocab": lacking("data.new_tokens adds tokens"),
-    "new_special_tokens": put("data.new_tokens"),
-    "default_system": put("data.system"),
+    "ray_num_workers": lacking(NO_SPLIT, (1,)),
+    "resize_vocab": _resize,
+    "add_tokens": _tokens,
+    "add_special_tokens": _tokens,
+    "new_special_tokens": _tokens,
+    "default_system": put("data.system", text),
     "streaming": lacking("rows are read from files as they are, whatever their number"),
 }
 
 
 def is_llamafactory(values: dict[str, Any]) -> bool:
     """Return whether a mapping is a config of LLaMA-Factory."""
-    return "finetuning_type" in values or "stage" in values or "cutoff_len" in values
+    return bool({"finetuning_type", "stage", "cutoff_len", "lora_rank"} & values.keys())
 
 
-def read(values: dict[str, Any], folder: Path) -> Draft:
-    """Return the draft of a config of LLaMA-Factory in a folder."""
-    draft = Draft(facts={"default_rows": 8, "default_rate": 5e-5})
+def read(values: dict[str, Any], folder: Path) -> tuple[Draft, dict[str, Any]]:
+    """Return the draft of a config of LLaMA-Factory in a folder, and LLaMA-Factory's defaults."""
+    draft = Draft(facts={"default_rows": 8, "eval_default": "no", "log_steps": 500})
     first = {key: values[key] for key in ("seed",) if key in values}
     draft.apply(first | values, RULES)
-    rank = draft.get("adapter.r") or 8
-    draft.put("adapter.r", rank)
-    if draft.get("adapter.alpha") is None:
-        draft.put("adapter.alpha", 2 * rank)
-    if draft.get("data.on_overlength") is None:
-        draft.put("data.on_overlength", "truncate")  # what LLaMA-Factory does with a longer row
-    known = _dataset_info(folder, draft.facts.get("dataset_dir", "data"))
-    for fact_name, path in (("datasets", "data.train"), ("eval_datasets", "data.test")):
-        names = draft.facts.get(fact_name)
-        if names:
-            _put_sources(draft, path, names, known)
-    return draft
-
-
-def _dataset_info(folder: Path, named: Any) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of the datasets, and what is known of them."""
-    for base in (folder, Path.cwd(), *folder.parents):
-        place = base / str(named)
-        if (place / INFO).is_file():
-            content: dict[str, Any] = json.loads((place / INFO).read_text(encoding="utf-8"))
-            return place, content
-    return folder, {}
-
-
-def _put_sources(draft: Draft, path: str, named: Any, known: tuple[Path, dict[str, Any]]) -> None:
-    names = named.split(",") if isinstance(named, str) else list(named)
-    sources = [_source(draft, name.strip(), known) for name in names]
-    limit = draft.facts.get("max_rows")
-    if limit and path == "data.train":
-        for source in sources:
-            source["rows"] = int(limit)
-    simple = len(sources) == 1 and set(sources[0]) == {"path"}
-    draft.put(path, sources[0]["path"] if simple else sources)
-
-
-def _source(draft: Draft, name: str, known: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
-    """Return our source of a dataset by its name in dataset_info.json."""
-    folder, info = known
-    entry = info.get(name)
-    if entry is None:
-        why = f"{INFO} with it was not found; say in data.train where its rows are"
-        draft.left[f"dataset {name}"] = (name, why)
-        return {"path": f"{name}.json"}
-    source: dict[str, Any] = {}
-    if "file_name" in entry:
-        source["path"] = str(folder / entry["file_name"])
-    elif "hf_hub_url" in entry:
-        source["path"] = entry["hf_hub_url"]
-    for key, ours in (("subset", "subset"), ("split", "split"), ("num_samples", "rows")):
-        if entry.get(key):
-            source[ours] = entry[key]
-    formatting = entry.get("formatting", "alpaca")
-    tags = entry.get("tags", {})
-    roles = {tags.get("role_tag", "from"), tags.get("content_tag", "value")}
-    if formatting == "sharegpt":
-        source["format"] = "messages" if roles == OWN_ROLES[1] else "sharegpt"
+    draft.default("adapter.alpha", 2 * (draft.get("adapter.r") or 8))
+    if draft.facts.get("stage") == "pt":
+        if values.get("packing") is None:
+            draft.facts["packs"] = True  # LLaMA-Factory's default of this stage
+        draft.default("data.format", "text")
     else:
-        source["format"] = "alpaca"
-    columns = {}
-    for key, column in entry.get("columns", {}).items():
-        ours = COLUMNS.get(key)
-        if ours is None:
-            draft.left[f"dataset {name}.columns.{key}"] = (column, "only text is trained on")
-        elif ours == "messages":
-            if column not in ("messages", "conversations"):
-                columns["messages" if source["format"] == "messages" else "conversations"] = column
-        elif column != ours:
-            columns[ours] = column
-    if columns:
-        source["columns"] = columns
-    if entry.get("ranking"):
-        draft.left[f"dataset {name}.ranking"] = (True, "preferences are not trained on")
-    return source
+        draft.note(
+            "rows that are too long",
+            "LLaMA-Factory cuts question and answer in proportion; here the end of a row is cut off",
+        )
+    if not draft.faults:
+        put_rows(draft, folder)
+    return draft, DEFAULTS

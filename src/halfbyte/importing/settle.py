@@ -6,7 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from halfbyte.config.paths import DATA_SUFFIXES, TEMPLATE_NAMES, TEMPLATE_SUFFIXES, is_local
+from halfbyte.config.paths import DATA_SUFFIXES, is_local
 from halfbyte.config.section import FOUR_BIT
 from halfbyte.importing.draft import BadValueError, Draft
 
@@ -31,7 +31,7 @@ def settle(draft: Draft, defaults: dict[str, Any]) -> None:
     if draft.get("train.warmup_frac") and draft.get("train.scheduler") == "constant":
         draft.drop("train.warmup_frac")
         draft.note("warm-up", "the schedule constant has none; with one: constant_with_warmup")
-    for check in (_held_out, _adapter, _template, _paths):
+    for check in (_held_out, _adapter, _paths):
         check(draft)
     if draft.get("train.save_steps") == 0 and draft.get("train.keep_checkpoints"):
         draft.drop("train.keep_checkpoints")
@@ -139,7 +139,9 @@ def _precision(draft: Draft) -> None:
     if chosen:
         draft.put("model.compute_dtype", chosen)
     if mixed and products not in (None, "auto", mixed):
-        why = f"it is {products} for quantised layers and {mixed} for others; here it is one: {mixed}"
+        why = (
+            f"it is {products} for quantised layers and {mixed} for others; here it is one: {mixed}"
+        )
         draft.note("dtype of the products", why)
 
 
@@ -181,7 +183,9 @@ def _held_out(draft: Draft) -> None:
     held = draft.get("data.validation_frac") or draft.get("data.test")
     if draft.get("train.eval_steps") and not held:
         draft.drop("train.eval_steps")
-        draft.note("evaluation", "no rows are held out: data.validation_frac, then train.eval_steps")
+        draft.note(
+            "evaluation", "no rows are held out: data.validation_frac, then train.eval_steps"
+        )
 
 
 def _adapter(draft: Draft) -> None:
@@ -205,14 +209,6 @@ def _adapter(draft: Draft) -> None:
         draft.left["(start of the adapter)"] = (start, why)
 
 
-def _template(draft: Draft) -> None:
-    template = draft.get("data.chat_template")
-    if template and template not in TEMPLATE_NAMES and not template.endswith(TEMPLATE_SUFFIXES):
-        draft.drop("data.chat_template")
-        allowed = ", ".join(TEMPLATE_NAMES)
-        draft.left["(chat template)"] = (template, f"allowed: {allowed}, or a .jinja file")
-
-
 def _paths(draft: Draft) -> None:
     """Leave out what only rows of the Hub have, and say from where relative paths are read."""
     local = {}
@@ -226,13 +222,14 @@ def _paths(draft: Draft) -> None:
                     draft.note(f"{key} of {entry['path']}", "has no effect on a file")
             if is_file and not entry["path"].startswith(("/", "~")):
                 draft.note(
-                    "relative paths", "are read from the folder of this config, not from where you are"
+                    "relative paths",
+                    "are read from the folder of this config, not from where you are",
                 )
-    if all(local["train"]) and all(local["test"]) and local["train"]:
+    if all(local["train"]) and all(local["test"]):
         for key in ("train_split", "test_split", "subset", "revision"):
             if draft.get(f"data.{key}") is not None:
                 draft.drop(f"data.{key}")
-                draft.note(f"data.{key}", "has no effect on files")
+                draft.note(f"data.{key}", "has no effect where no rows of the Hub are named")
     model = draft.get("model.name") or ""
     if draft.get("model.revision") and model.startswith(("/", ".", "~")):
         draft.drop("model.revision")

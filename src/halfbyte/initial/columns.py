@@ -78,7 +78,7 @@ def choose_columns(
             if set(FORMATS[name][0]) <= set(columns) and not labelled:
                 return name, {}
     paths = list(dict.fromkeys(path for row in rows[:SAMPLE_ROWS] for path in _paths(row)))
-    answer = answer or _best(paths, ANSWERS)
+    answer = answer or _best(paths, ANSWERS) or _right_choice(rows)
     left = [path for path in paths if path != answer]
     prompt = prompt or _best(left, PROMPTS)
     if answer is None or prompt is None:
@@ -93,6 +93,16 @@ def choose_columns(
         return "alpaca", {name: path for name, path in named.items() if name != path}
     named = {"prompt": prompt, "completion": answer}
     return "prompt_completion", {name: path for name, path in named.items() if name != path}
+
+
+def _right_choice(rows: list[dict[str, Any]]) -> str | None:
+    """Return the path of the right choice where it is always the first: ``{choices: […], labels: [1, 0, …]}``."""
+    for column, value in rows[0].items() if rows else ():
+        if isinstance(value, dict) and {"choices", "labels"} <= set(value):
+            labels = [row[column]["labels"] for row in rows]
+            if all(list(each)[:1] == [1] and sum(each) == 1 for each in labels):
+                return f"{column}.choices.0"
+    return None
 
 
 def _first(columns: list[str], names: tuple[str, ...]) -> str:

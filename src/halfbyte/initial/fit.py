@@ -30,6 +30,7 @@ REMEDIES: tuple[tuple[str, Any, str], ...] = (
     ("data.repair", REPAIRS, "some rows' turns are out of order"),
     ("data.on_malformed", "drop", "some rows cannot be read"),
 )
+NONE_LEFT = "no row is left"  # in the error of ``prepare``
 MAX_DROPPED_FRAC = 0.1
 TEST_FRACS = (0.1, 0.2, 0.3, 0.5)
 STEP_TOKENS = 64  # lengths are multiples of it
@@ -112,15 +113,28 @@ def _attempt_with_changes(
             try:
                 fitted = attempt(trial)
             except DataError as error:
-                if _kind(error) == _kind(last):
-                    continue
+                if key in str(error) or NONE_LEFT in str(error) or _kind(error) == _kind(last):
+                    continue  # it does not help
                 settings, last = trial, error
                 notes[key] = why
                 break
             notes[key] = why
-            return fitted
+            return _without_needless(attempt, fitted)
         else:
             raise last
+
+
+def _without_needless(attempt: Callable[[dict[str, Any]], Fitted], fitted: Fitted) -> Fitted:
+    """Take back changes that a later one has made needless."""
+    for key in list(fitted.notes)[:-1]:
+        if key == "data.test_frac":
+            continue
+        try:
+            fitted = attempt({k: value for k, value in fitted.settings.items() if k != key})
+        except DataError:
+            continue
+        del fitted.notes[key]
+    return fitted
 
 
 def _changes(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
