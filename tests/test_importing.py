@@ -228,6 +228,13 @@ def test_an_odd_value_of_any_key_is_taken_named_or_an_error(
     assert unplaced == []
 
 
+def test_a_value_out_of_range_says_our_key_and_what_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"lora_r is 0: adapter\.r: should be greater than or equal"
+    ):
+        read_text(BASES["axolotl"] + "lora_r: 0\n", tmp_path)
+
+
 def test_a_split_without_rows_of_the_hub_is_named(tmp_path: Path) -> None:
     draft = read_text(BASES["trl"] + "dataset_train_split: sft\n", tmp_path)
     assert "(data.train_split)" in draft.left

@@ -26,16 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="Hub id, folder or pypi: name; default: by the device")
     parser.add_argument("--device", default="auto", help="t4, rtx4090, cpu-16, auto …")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: by the data's name")
-    parser.add_argument("--prompt", metavar="COLUMN", help="of the prompts; dots lead into nested ones")
+    parser.add_argument(
+        "--prompt", metavar="COLUMN", help="of the prompts; dots lead into nested ones"
+    )
     parser.add_argument("--answer", metavar="COLUMN", help="of the answers, likewise")
-    parser.add_argument("--json", action="store_true", help="print what was chosen as one JSON object")
+    parser.add_argument(
+        "--json", action="store_true", help="print what was chosen as one JSON object"
+    )
 
 
 def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Rows and machine → a commented config."""
     asks = not arguments.yes and not arguments.json
     if asks and not sys.stdin.isatty():
-        parser.error("init puts questions, and nobody can answer here; --yes takes what it proposes")
+        parser.error(
+            "init puts questions, and nobody can answer here; --yes takes what it proposes"
+        )
     out = arguments.out or Path(f"{_name(arguments.data)}.yaml")
     if out.suffix not in (".yaml", ".yml"):
         parser.error(f"--out {out}: a config ends with .yaml")

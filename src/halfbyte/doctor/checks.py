@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from halfbyte.doctor.known_bad import known_faults
+from halfbyte.doctor.known_bad import known_faults, libraries, oldest_driver
 from halfbyte.errors import UserError
 from halfbyte.host import attempt, cpu_model, driver_version, gib, host_facts, ram_bytes
 from halfbyte.run_dir import cache_dir
@@ -73,7 +73,11 @@ def run_checks() -> Iterator[Check]:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of the libraries that a training needs; None for one that is not there."""
-    return {name: attempt(lambda name=name: metadata.version(name)) for name in LIBRARIES}  # type: ignore[misc]
+    return {name: _version(name) for name in LIBRARIES}
+
+
+def _version(library: str) -> str | None:
+    return attempt(lambda: metadata.version(library))
 
 
 def _machine(name: str) -> Iterator[Check]:
@@ -85,8 +89,16 @@ def _gpu(name: str) -> Iterator[Check]:
 
     driver = driver_version()
     if not torch.cuda.is_available():
+        oldest = oldest_driver(torch.version.cuda) if torch.version.cuda else None
         if driver is None:
             yield Check(name, OK, "none: training runs on the CPU")
+        elif oldest is not None and int(driver.partition(".")[0]) < oldest:
+            yield Check(
+                name,
+                WRONG,
+                f"driver {driver} is too old for this torch, which was built for CUDA {torch.version.cuda}",
+                f"install driver {oldest} or newer, or a build of torch for an older CUDA",
+            )
         else:
             yield Check(
                 name,
@@ -102,7 +114,9 @@ def _gpu(name: str) -> Iterator[Check]:
         found = f"{card.name}, {gib(card.total_memory)}, {capability}, driver {driver}, CUDA {torch.version.cuda}"
         # A build runs on later cards of its generation, and others if it holds PTX.
         runs = any(_runs_on(code, card.major, card.minor) for code in built)
-        remedy = f"install a build of torch that names {capability}; this one names {' '.join(built)}"
+        remedy = (
+            f"install a build of torch that names {capability}; this one names {' '.join(built)}"
+        )
         yield Check(name, OK if runs else WRONG, found, "" if runs else remedy)
 
 
@@ -124,7 +138,7 @@ def _versions(name: str) -> Iterator[Check]:
     if lacking:
         yield Check(name, WRONG, f"{', '.join(lacking)} is missing", "pip install halfbyte")
     yield Check(name, OK, line)
-    for fault in known_faults(found):
+    for fault in known_faults({library: _version(library) for library in libraries()}):
         yield Check(name, WRONG, fault.found, fault.remedy)
 
 
@@ -143,7 +157,9 @@ def _quantisation(name: str) -> Iterator[Check]:
 
 def _speed(name: str) -> Iterator[Check]:
     threads = os.environ.get("OMP_NUM_THREADS")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if threads and threads.isdigit() and int(threads) < cores:
         found = f"OMP_NUM_THREADS is {threads}, and there are {cores} cores"
         yield Check(name, WARNING, found, "unset OMP_NUM_THREADS")
@@ -187,7 +203,9 @@ def _hub(name: str) -> Iterator[Check]:
     from huggingface_hub import get_token
 
     if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "yes", "on"):
-        yield Check(name, WARNING, "HF_HUB_OFFLINE is set: nothing is downloaded", "unset HF_HUB_OFFLINE")
+        yield Check(
+            name, WARNING, "HF_HUB_OFFLINE is set: nothing is downloaded", "unset HF_HUB_OFFLINE"
+        )
     elif get_token() is None:
         found = "not logged in: models with a licence to accept (Gemma, Llama) cannot be downloaded"
         yield Check(name, WARNING, found, "hf auth login")
@@ -202,7 +220,9 @@ def _wandb(name: str) -> Iterator[Check]:
         yield Check(name, OK, "not installed; metrics.jsonl has all numbers")
         return
     mode = choose_mode("auto")
-    remedy = "wandb login   (or leave it: metrics.jsonl has all numbers)" if mode == "offline" else ""
+    remedy = (
+        "wandb login   (or leave it: metrics.jsonl has all numbers)" if mode == "offline" else ""
+    )
     yield Check(name, OK, f"track.wandb=auto records {mode}", remedy)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import functools
+import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from halfbyte.bounds import shorten
+from halfbyte.config.read import check_values
 from halfbyte.config.schema import Run
 from halfbyte.config.source import SECRET
 
 SHOWN_CHARS = 120
+SMALLEST = {  # a config that has what it must have, in which a value is checked
+    "model": {"name": "model"},
+    "data": {"train": "rows"},
+    "train": {"learning_rate": 1e-4},
+}
 
 
 class BadValueError(Exception):
@@ -55,16 +60,15 @@ class Draft:
         Raises:
             BadValueError: the schema does not allow it there.
         """
+        values: dict[str, Any] = copy.deepcopy(SMALLEST)
+        _set(values, path, value)
         try:
-            _checker(path).validate_python(value)
-        except ValidationError as error:
-            detail = error.errors()[0]["msg"].replace("Input should", "should")
-            raise BadValueError(detail[0].lower() + detail[1:]) from error
-        *sections, key = path.split(".")
-        place = self.values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
+            Run.model_validate(values)
+        except ValueError:
+            fault = check_values(values, "")[0]
+            detail = re.search(r"(?:should be|allowed: ).*", fault)
+            raise BadValueError(f"{path}: {detail[0] if detail else fault}") from None
+        _set(self.values, path, value)
 
     def get(self, path: str) -> Any:
         """Return the value at a dotted path, or None."""
@@ -125,30 +129,27 @@ class Draft:
             self.taken[name] = "taken" if changed else "is so already"
 
 
-@functools.lru_cache
-def _checker(path: str) -> TypeAdapter[Any]:
-    section, _, key = path.rpartition(".")
-    owner: Any = Run.model_fields[section].annotation if section else Run
-    return TypeAdapter(
-        owner.model_fields[key].rebuild_annotation(),
-        config=ConfigDict(strict=True, allow_inf_nan=False),
-    )
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[key] = value
 
 
 def whole(value: Any) -> int:
     """Return a whole number, which may be written as text."""
-    found = number(value)
-    if found != int(found):
+    plain = number(value)
+    if plain != int(plain):
         raise BadValueError("a whole number is expected")
-    return int(found)
+    return int(plain)
 
 
 def count(value: Any) -> int:
     """Return a whole number of at least 1."""
-    found = whole(value)
-    if found < 1:
+    rows = whole(value)
+    if rows < 1:
         raise BadValueError("at least 1 is expected")
-    return found
+    return rows
 
 
 def number(value: Any) -> int | float:
@@ -156,12 +157,12 @@ def number(value: Any) -> int | float:
     try:
         if isinstance(value, bool):
             raise ValueError
-        found = value if isinstance(value, int) else float(value)
-        if not abs(found) < 1e300:
+        plain = value if isinstance(value, int) else float(value)
+        if not abs(plain) < 1e300:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise BadValueError("a number is expected") from None
-    return int(found) if isinstance(found, int) else found
+    return int(plain) if isinstance(plain, int) else plain
 
 
 def text(value: Any) -> str:
@@ -185,10 +186,10 @@ def texts(value: Any) -> list[str]:
 def switch(value: Any) -> bool:
     """Return a truth value, which may be written as text."""
     known = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    found = known.get(str(value).lower())
-    if found is None:
+    on = known.get(str(value).lower())
+    if on is None:
         raise BadValueError("true or false is expected")
-    return found
+    return on
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -87,10 +87,10 @@ def dtype(name: str) -> Rule:
     """Return the rule that keeps a dtype by its name in PyTorch."""
 
     def rule(draft: Draft, value: Any) -> str | None:
-        found = DTYPES.get(text(value).removeprefix("torch."))
-        if found is None:
+        ours = DTYPES.get(text(value).removeprefix("torch."))
+        if ours is None:
             return f"allowed: {', '.join(DTYPES)}"
-        draft.facts[name] = found
+        draft.facts[name] = ours
         return None
 
     return rule
@@ -148,10 +148,10 @@ def positive(path: str, zero: str) -> Rule:
     """Return the rule of a number above 0, of which 0 or less is named."""
 
     def rule(draft: Draft, value: Any) -> str | None:
-        found = number(value)
-        if found <= 0:
+        plain = number(value)
+        if plain <= 0:
             return zero
-        draft.put(path, found)
+        draft.put(path, plain)
         return None
 
     return rule

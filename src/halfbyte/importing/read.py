@@ -41,11 +41,11 @@ def read_foreign(path: Path, tool: str | None = None) -> tuple[str, Draft]:
     values = source.values
     tool = tool or _tool_of(values)
     if tool is None:
-        found = shorten(", ".join(list(values)[:8]), 200)
+        keys = shorten(", ".join(list(values)[:8]), 200)
         raise ConfigError(
             [
                 f"{path}: is of no known tool: Axolotl names base_model, LLaMA-Factory stage and finetuning_type, TRL"
-                f" and Unsloth the arguments of SFTConfig and LoraConfig; found: {found}."
+                f" and Unsloth the arguments of SFTConfig and LoraConfig; found: {keys}."
                 f" --from {'|'.join(TOOLS)} says which it is"
             ]
         )

@@ -114,7 +114,9 @@ def _first(columns: list[str], names: tuple[str, ...]) -> str:
 
 def _best(paths: list[str], names: tuple[str, ...]) -> str | None:
     """Return the path whose last name comes first in ``names``; of equal ones, the least nested."""
-    ranked = [(names.index(_key(path)), path.count("."), path) for path in paths if _key(path) in names]
+    ranked = [
+        (names.index(_key(path)), path.count("."), path) for path in paths if _key(path) in names
+    ]
     return min(ranked)[2] if ranked else None
 
 

@@ -21,7 +21,9 @@ from halfbyte.initial.text import config_text, path_from
 from halfbyte.model.resolve import resolve_base
 from halfbyte.plan.devices import Device, find_device
 
-CPU_TOKENS = 4_000_000  # that a first training on a CPU reads: an hour for the small model on two cores
+CPU_TOKENS = (
+    4_000_000  # that a first training on a CPU reads: an hour for the small model on two cores
+)
 ANSWER_TOKENS = {"cpu": 30_000, "cuda": 300_000}  # that each variant of a comparison generates
 EXAMPLE_TOKENS = 1500  # of the examples in a few-shot prompt
 ROWS_LOOKED_AT = 2000
@@ -99,7 +101,9 @@ def draft_config(
     local = Path(name).expanduser()
     draft.put("model.name", str(local.resolve()) if local.exists() else name)
     if name == CPU_MODEL:
-        draft.comments["model.name"] = "SmolLM2-135M-Instruct, from a Python package: small enough for a CPU"
+        draft.comments["model.name"] = (
+            "SmolLM2-135M-Instruct, from a Python package: small enough for a CPU"
+        )
     elif not model:
         draft.comments["model.name"] = f"the largest of a few that {machine.title} trains"
     draft.put("model.precision", "nf4", "QLoRA: the base in 4 bits")
@@ -117,7 +121,11 @@ def draft_config(
     plan = plan_of(draft.settings, machine)
     if not plan.fits:
         lines = "\n  ".join(suggestion.override for suggestion in plan.suggestions)
-        advice = f"; these settings make it fit:\n  {lines}" if lines else "; name a smaller one with --model"
+        advice = (
+            f"; these settings make it fit:\n  {lines}"
+            if lines
+            else "; name a smaller one with --model"
+        )
         raise PlanError(f"{name} cannot be trained on {machine.title} as drafted{advice}")
     needed = f"{plan.train.needed_bytes / 1e9:.1f} GB of {machine.usable_bytes / 1e9:.1f} GB"
     draft.head.append(f"Planned for {machine.title}: training takes {needed}.")
@@ -131,9 +139,14 @@ def _data(
     """Return a draft of which rows are read, and how."""
     form, names = choose_columns(places.head, *columns)
     if form in ("prompt_completion", "alpaca") and not any(columns) and questions.asks:
-        keys = ("prompt", "completion") if form == "prompt_completion" else ("instruction", "output")
+        keys = (
+            ("prompt", "completion") if form == "prompt_completion" else ("instruction", "output")
+        )
         before = tuple(names.get(key, key) for key in keys)
-        after = (questions("Column of the prompts", before[0]), questions("Column of the answers", before[1]))
+        after = (
+            questions("Column of the prompts", before[0]),
+            questions("Column of the answers", before[1]),
+        )
         if after != before:
             form, names = choose_columns(places.head, *after)
     draft = Drafted({}, out.resolve().parent)
@@ -157,7 +170,11 @@ def _lengths(draft: Drafted, fitted: Fitted) -> None:
     lengths = fitted.prepared.full_lengths
     length, longer = length_for(lengths, limit)
     median, longest = int(np.median(lengths)), int(lengths.max())
-    draft.put("data.max_length", length, f"tokens; half the rows have {median} or fewer, the longest {longest}")
+    draft.put(
+        "data.max_length",
+        length,
+        f"tokens; half the rows have {median} or fewer, the longest {longest}",
+    )
     if longer:
         draft.put("data.on_overlength", "drop", f"{longer} of {len(lengths)} rows are longer")
 
@@ -186,7 +203,9 @@ def _comparison(draft: Drafted, fitted: Fitted, machine: Device, questions: Ques
     """Settle what the comparison measures."""
     goal = _goal(fitted.prepared.train)
     names = questions("Metrics", ", ".join(goal.metrics)).replace(",", " ").split()
-    draft.put("eval.metrics", names, f"the answers are {goal.shape}" if names == goal.metrics else "")
+    draft.put(
+        "eval.metrics", names, f"the answers are {goal.shape}" if names == goal.metrics else ""
+    )
     if goal.pattern and "exact_match" in names:
         draft.put("eval.answer_pattern", goal.pattern, "what the answer comes to")
     draft.head.append(

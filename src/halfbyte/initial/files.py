@@ -70,7 +70,9 @@ def _in_folder(folder: Path) -> Places:
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _may_hold_rows(file)]
     heads = {file: head for file in files if (head := _rows_or_none(file))}
     if not heads:
-        raise DataError(f"{folder}: holds no rows; it has {_named(folder, sorted(folder.rglob('*')))}")
+        raise DataError(
+            f"{folder}: holds no rows; it has {_named(folder, sorted(folder.rglob('*')))}"
+        )
     by_split: dict[str, list[Path]] = {}
     for file in heads:
         by_split.setdefault(split_of(file) or "train", []).append(file)

@@ -23,7 +23,11 @@ REPAIRS = ["merge_turns", "drop_leading_assistant", "drop_trailing_user", "blank
 # What rows may need, the change that loses least first. Each: key, value, and what is said of it.
 REMEDIES: tuple[tuple[str, Any, str], ...] = (
     ("data.on_leak", "drop", "some training prompts are held out as well"),
-    ("data.chat_template", "hermes", "the model's own template does not show all that the rows have"),
+    (
+        "data.chat_template",
+        "hermes",
+        "the model's own template does not show all that the rows have",
+    ),
     ("data.chat_template", "chatml", "the model has no chat template that fits"),
     ("data.system_as", "user", "the template has no system message"),
     ("data.stop", "eos", "the template writes no token that ends an answer"),

@@ -129,7 +129,9 @@ def get_llama_cpp(say: Callable[[str], None]) -> None:
     say(f"           {cached_tool(_converter_name(), _unpack_converter)}")
     machine = platform.machine()
     if sys.platform != "linux" or machine not in PREBUILT:
-        say("library: no build is known for this machine: pip install llama-cpp-python, or xllamacpp")
+        say(
+            "library: no build is known for this machine: pip install llama-cpp-python, or xllamacpp"
+        )
         return
     name, integrity = PREBUILT[machine]
     say(f"library: {_prebuilt_url(name)}, {integrity}")
