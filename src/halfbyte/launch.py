@@ -83,7 +83,7 @@ def start_processes(count: int, words: Sequence[str]) -> int:
     os.environ[OURS] = str(os.getpid())
     agent = ["--standalone", f"--nproc-per-node={count}", "--module", "halfbyte", "train"]
     try:
-        torchrun.run(torchrun.parse_args([*agent, *words]))
+        torchrun.run(torchrun.parse_args([*agent, *words]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return int(failure.exitcode) if failure.exitcode > 0 else 128 - int(failure.exitcode)

@@ -11,10 +11,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.errors import ConfigError
 
+if TYPE_CHECKING:
+    from halfbyte.importing.draft import Draft
+
 NO_ROWS = "rows.jsonl"  # where the other config names none
+HUB_KEYS = ("train_split", "test_split", "subset", "revision", "field")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +39,7 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     if arguments.out and arguments.out.exists():
         raise ConfigError([f"{arguments.out} is there already; choose another --out"])
     tool, draft = read_foreign(arguments.file, arguments.tool)
-    if arguments.data:
-        draft.put("data.train", arguments.data)
-    elif draft.get("data.train") is None:
-        draft.put("data.train", NO_ROWS)
-        draft.left["(no dataset)"] = ("", f"none is named: {NO_ROWS} stands for yours")
+    _settle_rows(draft, arguments.data)
     if draft.get("model.name") is None:
         raise ConfigError([f"{arguments.file}: names no model; add model_name_or_path"])
     faults = check_values(draft.values, str(arguments.file))
@@ -53,11 +54,24 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         return
     if not arguments.out:
         print(text, end="")
-    notes = sys.stderr
-    print(f"{len(draft.taken)} keys taken, {len(draft.left)} without a twin", file=notes)
-    for key, (_, why) in draft.left.items():
-        print(f"  {key}: {why}", file=notes)
-    for fault in faults:
-        print(f"to mend: {fault}", file=notes)
-    if arguments.out:
-        print(f"next: halfbyte preview {arguments.out}", file=notes)
+    _report(draft, faults, arguments.out)
+
+
+def _settle_rows(draft: Draft, named: str | None) -> None:
+    """Use the rows that the command line names, or say that none are known."""
+    if named:
+        draft.put("data.train", named)
+        for key in HUB_KEYS:  # of the dataset that these rows replace
+            draft.values["data"].pop(key, None)
+    elif draft.get("data.train") is None:
+        draft.put("data.train", NO_ROWS)
+        draft.left["(no dataset)"] = ("", f"none is named: {NO_ROWS} stands for yours")
+
+
+def _report(draft: Draft, faults: list[str], out: Path | None) -> None:
+    """Say beside the config what has no twin, and what is to be mended."""
+    lines = [f"{len(draft.taken)} keys taken, {len(draft.left)} without a twin"]
+    lines += [f"  {key}: {why}" for key, (_, why) in draft.left.items()]
+    lines += [f"to mend: {fault}" for fault in faults]
+    lines += [f"next: halfbyte preview {out}"] if out else []
+    print("\n".join(lines), file=sys.stderr)

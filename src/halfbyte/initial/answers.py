@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 MIN_SHARE = 0.9  # of the answers that have a shape
 MAX_LABELS = 200  # distinct answers of a closed set
@@ -41,40 +40,37 @@ def goal_of(answers: list[str], *, calls: int = 0, texts: int = 0) -> Goal:
         calls: number of rows whose answers call tools.
         texts: number of rows that are raw text.
     """
+    stripped = [answer.strip() for answer in answers]
     if texts:
         return Goal("raw text", ["held_out_loss"])
     if calls:
         return Goal(f"tool calls in {calls} of {len(answers)} rows", ["tool_match", "tool_valid"])
-    stripped = [answer.strip() for answer in answers]
-    number = len(stripped)
-    distinct = len(set(stripped))
-    longest = max(map(len, stripped), default=0)
-    if _share(stripped, lambda text: isinstance(_json(text), dict | list)):
-        return Goal("JSON", ["exact_match", "field_match"])
-    if _share(stripped, lambda text: re.search(FINAL, text) is not None):
-        return Goal("a result after ####", ["exact_match"], FINAL)
-    if _share(stripped, lambda text: NUMBER.fullmatch(text) is not None) and distinct > 2:
-        return Goal("one number", ["numeric_match"])
-    if distinct <= min(MAX_LABELS, max(2, number // MIN_REPEATS)) and longest <= MAX_LABEL_CHARS:
-        return Goal(f"one of {distinct} labels", ["exact_match"])
-    if sorted(map(len, stripped))[number * 9 // 10] <= MAX_SHORT_CHARS:
-        return Goal("a few words", ["exact_match", "normalised_match"])
-    if find_spec("rouge_score") is not None:
-        return Goal("free text", ["rouge_l", "held_out_loss"])
-    return Goal("free text", ["held_out_loss"])
+    return next(goal for fits, goal in _goals(stripped) if fits)
 
 
-def majority(answers: list[str]) -> float:
-    """Return the share of the most frequent answer, which a tuned model must beat."""
-    return max(Counter(answer.strip() for answer in answers).values()) / len(answers)
+def _goals(answers: list[str]) -> Iterator[tuple[bool, Goal]]:
+    """Yield each shape that answers may have, the narrowest first, and whether they have it."""
+    distinct, longest = len(set(answers)), max(map(len, answers))
+    usual = sorted(map(len, answers))[len(answers) * 9 // 10]
+    few = distinct <= min(MAX_LABELS, max(2, len(answers) // MIN_REPEATS))
+    yield _share(answers, _is_json), Goal("JSON", ["exact_match", "field_match"])
+    has_result = _share(answers, re.compile(FINAL).search)
+    yield has_result, Goal("a result after ####", ["exact_match"], FINAL)
+    is_number = _share(answers, NUMBER.fullmatch) and distinct > 2
+    yield is_number, Goal("one number", ["numeric_match"])
+    is_label = few and longest <= MAX_LABEL_CHARS
+    yield is_label, Goal(f"one of {distinct} labels", ["exact_match"])
+    yield usual <= MAX_SHORT_CHARS, Goal("a few words", ["exact_match", "normalised_match"])
+    rouge = ["rouge_l"] if find_spec("rouge_score") is not None else []
+    yield True, Goal("free text", [*rouge, "held_out_loss"])
 
 
-def _share(texts: list[str], has_shape: Any) -> bool:
-    return bool(texts) and sum(map(has_shape, texts)) >= MIN_SHARE * len(texts)
+def _share(texts: list[str], has_shape: Callable[[str], object]) -> bool:
+    return sum(bool(has_shape(text)) for text in texts) >= MIN_SHARE * len(texts)
 
 
-def _json(text: str) -> Any:
+def _is_json(text: str) -> bool:
     try:
-        return json.loads(text)
+        return isinstance(json.loads(text), dict | list)
     except (ValueError, RecursionError):
-        return None
+        return False

@@ -79,7 +79,7 @@ def fit_rows(settings: dict[str, Any], say: Callable[[str], None]) -> Fitted:
     Raises:
         DataError: no change makes the rows usable, or more than a tenth of them would be dropped.
     """
-    settings, notes = dict(settings), {}
+    notes: dict[str, str] = {}
     tokenizer = load_tokenizer(resolve_base(settings["model.name"], weights=False))
 
     def attempt(trial: dict[str, Any]) -> Fitted:

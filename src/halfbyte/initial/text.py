@@ -55,7 +55,7 @@ def _flow(value: Any) -> Any:
 
 def _spaced(text: str) -> str:
     """Put an empty line before each section."""
-    lines = []
+    lines: list[str] = []
     for line in text.splitlines():
         if line.rstrip().endswith(":") and not line.startswith(" ") and lines:
             lines.append("")
