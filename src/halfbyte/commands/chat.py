@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from halfbyte.config.options import check_generate
 from halfbyte.config.paths import absolute_if_local
 from halfbyte.config.section import ComputeDtype, Precision
+
+if TYPE_CHECKING:
+    from halfbyte.data.conversation import Message
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,37 +57,17 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     from halfbyte.data.chat_template import load_template
     from halfbyte.data.conversation import Message
     from halfbyte.data.render import Renderer
-    from halfbyte.eval.chat import (
-        Reply,
-        chat,
-        describe,
-        reply,
-        reply_from_gguf,
-        reply_to_image,
-    )
+    from halfbyte.eval.chat import Reply, chat, describe, reply, reply_from_gguf
     from halfbyte.model.adapter import adapter_off
-    from halfbyte.model.load import load_at_precision, load_multimodal
+    from halfbyte.model.load import load_at_precision
     from halfbyte.model.resolve import resolve_base
     from halfbyte.model.tokenizer import load_tokenizer
     from halfbyte.trained.run import read_trained_run
 
     name = absolute_if_local(arguments.model)
     system = (Message("system", arguments.system),) if arguments.system else ()
-    double_quant = not arguments.no_double_quant
     if arguments.image:
-        base = resolve_base(name, arguments.revision)
-        loaded, processor = load_multimodal(
-            base,
-            arguments.precision or "nf4",
-            double_quant=double_quant,
-            compute_dtype=arguments.compute_dtype,
-        )
-        print(describe(loaded))
-        messages = (*system, Message("user", arguments.prompt))
-        result = reply_to_image(
-            loaded, processor, messages, arguments.image, arguments.max_new_tokens
-        )
-        print(f"\n{result.text}\n\n{result.num_tokens} tokens, {result.tokens_per_s:.1f} tokens/s")
+        _answer_about_image(arguments, name, system)
         return
     if arguments.engine == "llama.cpp":
         from halfbyte.llamacpp.model import GgufModel
@@ -99,7 +82,9 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         base = resolve_base(name, arguments.revision)
         template = load_template(arguments.chat_template) if arguments.chat_template else None
         renderer = Renderer(load_tokenizer(base), template)
-        loaded = load_at_precision(base, arguments.precision, double_quant, arguments.compute_dtype)
+        loaded = load_at_precision(
+            base, arguments.precision, not arguments.no_double_quant, arguments.compute_dtype
+        )
         print(describe(loaded))
 
     def answer(messages: tuple[Message, ...]) -> Reply:
@@ -122,3 +107,25 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         f"\n{result.text}\n\n{result.num_tokens} tokens, {result.tokens_per_s:.1f} tokens/s,"
         f" {result.finish_reason}"
     )
+
+
+def _answer_about_image(
+    arguments: argparse.Namespace, name: str, system: tuple[Message, ...]
+) -> None:
+    """Print the model, and its answer to the prompt about the image."""
+    from halfbyte.data.conversation import Message
+    from halfbyte.eval.chat import describe, reply_to_image
+    from halfbyte.model.load import load_multimodal
+    from halfbyte.model.resolve import resolve_base
+
+    base = resolve_base(name, arguments.revision)
+    loaded, processor = load_multimodal(
+        base,
+        arguments.precision or "nf4",
+        double_quant=not arguments.no_double_quant,
+        compute_dtype=arguments.compute_dtype,
+    )
+    print(describe(loaded))
+    messages = (*system, Message("user", arguments.prompt))
+    result = reply_to_image(loaded, processor, messages, arguments.image, arguments.max_new_tokens)
+    print(f"\n{result.text}\n\n{result.num_tokens} tokens, {result.tokens_per_s:.1f} tokens/s")

@@ -9,6 +9,8 @@ import argparse
 
 import shtab
 
+from halfbyte.commands.table import COMMANDS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command line may say."""
@@ -22,8 +24,6 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
 
 def whole_parser() -> argparse.ArgumentParser:
     """Return one parser of all commands, in which arguments that are paths complete to files."""
-    from halfbyte.command_line import COMMANDS
-
     whole = argparse.ArgumentParser(prog="halfbyte")
     parts = whole.add_subparsers(dest="command")
     for name, command in COMMANDS.items():

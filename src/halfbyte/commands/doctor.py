@@ -37,20 +37,20 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     from halfbyte.doctor.checks import WRONG, run_checks, versions
     from halfbyte.doctor.trial import try_training
 
-    found = []
+    results = []
     for check in run_checks():
-        found.append(check)
+        results.append(check)
         if not arguments.json:
             print(check.as_text(), flush=True)
     if not arguments.quick:
-        found.append(try_training())
+        results.append(try_training())
         if not arguments.json:
-            print(found[-1].as_text())
+            print(results[-1].as_text())
     if arguments.json:
-        checks = [check.as_json() for check in found]
+        checks = [check.as_json() for check in results]
         report = {"halfbyte": __version__, "versions": versions(), "checks": checks}
         print(json.dumps(report, indent=1))
-    if any(check.state == WRONG for check in found):
+    if any(check.state == WRONG for check in results):
         raise SystemExit(1)
 
 

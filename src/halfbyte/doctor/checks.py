@@ -111,13 +111,13 @@ def _gpu(name: str) -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         capability = f"sm_{card.major}{card.minor}"
-        found = f"{card.name}, {gib(card.total_memory)}, {capability}, driver {driver}, CUDA {torch.version.cuda}"
+        fact = f"{card.name}, {gib(card.total_memory)}, {capability}, driver {driver}, CUDA {torch.version.cuda}"
         # A build runs on later cards of its generation, and others if it holds PTX.
         runs = any(_runs_on(code, card.major, card.minor) for code in built)
         remedy = (
             f"install a build of torch that names {capability}; this one names {' '.join(built)}"
         )
-        yield Check(name, OK if runs else WRONG, found, "" if runs else remedy)
+        yield Check(name, OK if runs else WRONG, fact, "" if runs else remedy)
 
 
 def _runs_on(code: str, major: int, minor: int) -> bool:
@@ -132,9 +132,9 @@ def _runs_on(code: str, major: int, minor: int) -> bool:
 
 
 def _versions(name: str) -> Iterator[Check]:
-    found = versions()
-    line = ", ".join(f"{library} {version}" for library, version in found.items() if version)
-    lacking = [library for library in LIBRARIES[:9] if not found[library]]
+    installed = versions()
+    line = ", ".join(f"{library} {version}" for library, version in installed.items() if version)
+    lacking = [library for library in LIBRARIES[:9] if not installed[library]]
     if lacking:
         yield Check(name, WRONG, f"{', '.join(lacking)} is missing", "pip install halfbyte")
     yield Check(name, OK, line)
@@ -151,8 +151,8 @@ def _quantisation(name: str) -> Iterator[Check]:
     packed, state = functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
     error = float((functional.dequantize_4bit(packed, state) - weights).abs().max())
     works = error < 0.2  # the widest gap between two levels of NF4 is 0.3
-    found = f"bitsandbytes quantises to NF4 on {device}, with an error of {error:.3f}"
-    yield Check(name, OK if works else WRONG, found, "" if works else "pip install -U bitsandbytes")
+    fact = f"bitsandbytes quantises to NF4 on {device}, with an error of {error:.3f}"
+    yield Check(name, OK if works else WRONG, fact, "" if works else "pip install -U bitsandbytes")
 
 
 def _speed(name: str) -> Iterator[Check]:
@@ -161,8 +161,8 @@ def _speed(name: str) -> Iterator[Check]:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     if threads and threads.isdigit() and int(threads) < cores:
-        found = f"OMP_NUM_THREADS is {threads}, and there are {cores} cores"
-        yield Check(name, WARNING, found, "unset OMP_NUM_THREADS")
+        fact = f"OMP_NUM_THREADS is {threads}, and there are {cores} cores"
+        yield Check(name, WARNING, fact, "unset OMP_NUM_THREADS")
     import torch
 
     from halfbyte.model.precision import gemm_seconds
@@ -171,16 +171,16 @@ def _speed(name: str) -> Iterator[Check]:
         yield Check(name, OK, f"{cores} cores beside the GPU")
         return
     ratio = gemm_seconds(torch.bfloat16) / gemm_seconds(torch.float32)
-    found = f"{cpu_model()}: a product in bf16 takes {ratio:.2f} times that in fp32"
-    yield Check(name, OK, f"{found}; model.compute_dtype=auto takes the faster")
+    fact = f"{cpu_model()}: a product in bf16 takes {ratio:.2f} times that in fp32"
+    yield Check(name, OK, f"{fact}; model.compute_dtype=auto takes the faster")
 
 
 def _memory(name: str) -> Iterator[Check]:
     total, free = ram_bytes()
-    found = f"{gib(free)} of {gib(total)} free"
+    fact = f"{gib(free)} of {gib(total)} free"
     enough = free >= NEEDED_RAM_BYTES
     remedy = "" if enough else "close other programs, or plan a small model: halfbyte plan CONFIG"
-    yield Check(name, OK if enough else WARNING, found, remedy)
+    yield Check(name, OK if enough else WARNING, fact, remedy)
 
 
 def _disk(name: str) -> Iterator[Check]:
@@ -189,8 +189,8 @@ def _disk(name: str) -> Iterator[Check]:
         free = shutil.disk_usage(existing).free
         enough = free >= NEEDED_DISK_BYTES
         remedy = f"make room; a 7B model takes about {gib(NEEDED_DISK_BYTES)} with its checkpoints"
-        found = f"{gib(free)} free for {what}"
-        yield Check(name, OK if enough else WARNING, found, "" if enough else remedy)
+        fact = f"{gib(free)} free for {what}"
+        yield Check(name, OK if enough else WARNING, fact, "" if enough else remedy)
 
 
 def _hub_cache() -> Path:
@@ -207,8 +207,8 @@ def _hub(name: str) -> Iterator[Check]:
             name, WARNING, "HF_HUB_OFFLINE is set: nothing is downloaded", "unset HF_HUB_OFFLINE"
         )
     elif get_token() is None:
-        found = "not logged in: models with a licence to accept (Gemma, Llama) cannot be downloaded"
-        yield Check(name, WARNING, found, "hf auth login")
+        fact = "not logged in: models with a licence to accept (Gemma, Llama) cannot be downloaded"
+        yield Check(name, WARNING, fact, "hf auth login")
     else:
         yield Check(name, OK, "a token is stored")
 

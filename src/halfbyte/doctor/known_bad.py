@@ -159,8 +159,8 @@ def known_faults(installed: Mapping[str, str | None]) -> Iterator[VersionFault]:
     for need in _requirements():
         version = versions.get(need.name.replace("-", "_"), versions.get(need.name))
         if version is not None and not need.specifier.contains(version, prereleases=True):
-            found = f"{need.name} {version}; halfbyte needs {need.name}{need.specifier}"
-            yield VersionFault(found, f'pip install "{need.name}{need.specifier}"')
+            fact = f"{need.name} {version}; halfbyte needs {need.name}{need.specifier}"
+            yield VersionFault(fact, f'pip install "{need.name}{need.specifier}"')
 
 
 def oldest_driver(cuda: str) -> int | None:

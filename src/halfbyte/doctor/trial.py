@@ -43,8 +43,8 @@ def try_training() -> Check:
     if not losses[-1] < losses[0]:
         shown = " → ".join(f"{loss:.3f}" for loss in losses)
         return Check(name, WRONG, f"a tiny model does not learn: its loss is {shown}")
-    found = f"{STEPS} steps of a tiny 4-bit model in {seconds:.0f} s, loss {losses[0]:.2f} → {losses[-1]:.2f}"
-    return Check(name, OK, found)
+    text = f"{STEPS} steps of a tiny 4-bit model in {seconds:.0f} s, loss {losses[0]:.2f} → {losses[-1]:.2f}"
+    return Check(name, OK, text)
 
 
 def _write_run(folder: Path) -> Path:

@@ -21,7 +21,7 @@ MET, MISSED, TOO_FEW = "met", "missed", "too few rows to tell"
 EXIT_CODES = {MET: 0, MISSED: 3, TOO_FEW: 4}
 GAIN, FORGETTING = "gain", "forgetting"
 PATTERN = re.compile(
-    r"\s*(?P<what>[\w.+-]+?)\s*(?P<sign>>=|<=)\s*(?P<bound>[-+]?[\d.]+(e[-+]?\d+)?)\s*"
+    r"\s*(?P<what>[\w.+-]+?)\s*(?P<sign>>=|<=)\s*(?P<bound>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*"
 )
 ALLOWED = (
     "METRIC, VARIANT.METRIC, gain (over the strongest other variant), gain.VARIANT, forgetting (on the worst"
@@ -92,17 +92,17 @@ def read_requirements(texts: Sequence[str]) -> list[Requirement]:
     Raises:
         ConfigError: one cannot be read.
     """
-    found, faults = [], []
+    requirements, faults = [], []
     for text in texts:
         match = PATTERN.fullmatch(text)
         if match is None:
             faults.append(f"--require {text!r} cannot be read; allowed: {ALLOWED}")
             continue
         at_least, bound = match["sign"] == ">=", float(match["bound"])
-        found.append(Requirement(text, match["what"], at_least, bound))
+        requirements.append(Requirement(text, match["what"], at_least, bound))
     if faults:
         raise ConfigError(faults)
-    return found
+    return requirements
 
 
 def check_requirements(
@@ -144,15 +144,15 @@ def decide(report: Report, requirements: Sequence[Requirement]) -> list[Decision
 
 
 def _decide(report: Report, requirement: Requirement) -> Decision:
-    found = [
+    decisions = [
         Decision(requirement, _outcome(requirement, low, high), subject, value, low, high, n)
         for subject, value, low, high, n in _figures(report, requirement)
     ]
-    if not found:
+    if not decisions:
         raise ConfigError([f"--require {requirement.text!r}: the report has no {requirement.what}"])
     order = (MISSED, TOO_FEW, MET)
     sign = 1 if requirement.at_least else -1
-    return min(found, key=lambda d: (order.index(d.outcome), sign * d.value))
+    return min(decisions, key=lambda d: (order.index(d.outcome), sign * d.value))
 
 
 def _outcome(requirement: Requirement, low: float, high: float) -> str:

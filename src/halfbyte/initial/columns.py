@@ -49,6 +49,7 @@ ANSWERS = (
     "reply",
 )
 CONTEXTS = ("input", "context", "passage", "document", "schema")
+TEXTS = ("text", "value", "content")  # what an object that is an answer names its text
 ORDER = ("messages", "sharegpt", "prompt_completion", "alpaca", "multiple_choice", "text")
 SAMPLE_ROWS = 50  # whose columns are looked at
 MAX_DEPTH = 4
@@ -106,18 +107,22 @@ def _right_choice(rows: list[dict[str, Any]]) -> str | None:
 
 
 def _first(columns: list[str], names: tuple[str, ...]) -> str:
-    found = next((name for name in names if name in columns), None)
-    if found is None:
+    name = next((each for each in names if each in columns), None)
+    if name is None:
         raise DataError(f"found the columns {', '.join(columns)}; none is known to hold prompts")
-    return found
+    return name
 
 
 def _best(paths: list[str], names: tuple[str, ...]) -> str | None:
-    """Return the path whose last name comes first in ``names``; of equal ones, the least nested."""
-    ranked = [
-        (names.index(_key(path)), path.count("."), path) for path in paths if _key(path) in names
-    ]
-    return min(ranked)[2] if ranked else None
+    """Return the path whose last name, or else its first, comes first in ``names``; of equal ones, the least nested."""
+    ranked = []
+    for path in paths:
+        for key in (_key(path), _key(path.partition(".")[0])):
+            if key in names:
+                is_plain = _key(path) in (key, *TEXTS)
+                ranked.append((names.index(key), not is_plain, path.count("."), path))
+                break
+    return min(ranked)[3] if ranked else None
 
 
 def _key(path: str) -> str:

@@ -118,6 +118,13 @@ def draft_config(
     _lengths(draft, fitted)
     _numbers(draft, fitted, machine)
     _comparison(draft, fitted, machine, questions)
+    _check_plan(draft, machine)
+    draft.head.append("Relative paths start from this file's folder. Keys: halfbyte schema")
+    return draft
+
+
+def _check_plan(draft: Drafted, machine: Device) -> None:
+    """Plan what was drafted, and note what it takes."""
     plan = plan_of(draft.settings, machine)
     if not plan.fits:
         lines = "\n  ".join(suggestion.override for suggestion in plan.suggestions)
@@ -126,11 +133,10 @@ def draft_config(
             if lines
             else "; name a smaller one with --model"
         )
+        name = draft.settings["model.name"]
         raise PlanError(f"{name} cannot be trained on {machine.title} as drafted{advice}")
     needed = f"{plan.train.needed_bytes / 1e9:.1f} GB of {machine.usable_bytes / 1e9:.1f} GB"
     draft.head.append(f"Planned for {machine.title}: training takes {needed}.")
-    draft.head.append("Relative paths start from this file's folder. Keys: halfbyte schema")
-    return draft
 
 
 def _data(

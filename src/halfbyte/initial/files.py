@@ -44,7 +44,7 @@ def find_rows(given: str) -> Places:
     Raises:
         DataError: there are none, or files of several kinds, of which one is to be named.
     """
-    path = Path(given).expanduser()
+    path = Path(given).expanduser().absolute()
     if path.is_file():
         test = _sibling(path)
         return Places(str(path), str(test) if test else None, None, _head(str(path)))
