@@ -104,7 +104,7 @@ def _sentence(path: Path) -> str:
 def layers() -> list[list[str]]:
     """Return the groups of parts of docs/architecture.md, from the top down."""
     text = PAGE.read_text(encoding="utf-8")
-    line = re.search(r"`(serve, [^`]* > [^`]*)`", text)
+    line = re.search(r"`(__main__ > [^`]*)`", text)
     assert line, "docs/architecture.md has no line of layers"
     return [group.split(", ") for group in line[1].split(" > ")]
 

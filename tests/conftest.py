@@ -41,6 +41,22 @@ def prepared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session")
+def llama_cpp() -> None:
+    """What ``--to gguf`` needs: fetched as a user does, with ``halfbyte doctor --get``."""
+    from halfbyte.llamacpp.tools import get_llama_cpp
+
+    get_llama_cpp(print)
+
+
+@pytest.fixture(scope="session")
+def awq() -> None:
+    """What ``--to awq`` needs, likewise."""
+    from halfbyte.ship.awq import get_awq
+
+    get_awq(print)
+
+
 @pytest.fixture
 def chatml() -> PreTrainedTokenizerFast:
     return chatml_tokenizer()

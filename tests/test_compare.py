@@ -202,7 +202,7 @@ def test_comparing_before_merging_names_the_command(
         run_script("eval/compare.py", trained_run)
     assert stop.value.code == 1
     text = capsys.readouterr().err
-    assert f"python train/merge.py {trained_run}" in text
+    assert f"halfbyte merge {trained_run}" in text
     assert "eval.variants" in text
 
 

@@ -52,7 +52,7 @@ def test_runs_without_common_rows_or_reports_are_refused(
     pair: tuple[Path, Path], trained_run: Path, tmp_path: Path
 ) -> None:
     first, second = (RunDir(path) for path in pair)
-    with pytest.raises(RunError, match=r"python eval/compare\.py"):
+    with pytest.raises(RunError, match="halfbyte compare"):
         compare_runs([first, RunDir(trained_run)])
     other = tmp_path / "other"
     shutil.copytree(pair[1], other)

@@ -1184,8 +1184,7 @@ def test_read_run_folder_names_the_command_when_the_folder_is_no_run(tmp_path: P
     with pytest.raises(RunError) as caught:
         read_run_folder(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: no run folder: it holds no run.yaml. Train one first:"
-        " accelerate launch train/sft.py CONFIG"
+        f"{tmp_path}: no run folder: it holds no run.yaml. Train one first: halfbyte train CONFIG"
     )
 
 

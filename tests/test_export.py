@@ -397,7 +397,7 @@ def test_run_without_a_merge_names_the_command(
     shutil.rmtree(run / "merged")
     with pytest.raises(SystemExit):
         run_script("train/export.py", run, "--to", "gguf")
-    assert f"Make it first: python train/merge.py {run}" in capsys.readouterr().err
+    assert f"Make it first: halfbyte merge {run}" in capsys.readouterr().err
 
 
 def test_too_little_disk_is_said_before_anything_is_made(

@@ -164,9 +164,7 @@ def test_advice_is_the_command_for_what_is_on_disk(tmp_path: Path) -> None:
     for step in (5, 10):
         (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-5" / SEAL).touch()
-    assert way_on(tmp_path) == (
-        f"Go on from checkpoint-5: accelerate launch train/sft.py {tmp_path}/run.yaml"
-    )
+    assert way_on(tmp_path) == (f"Go on from checkpoint-5: halfbyte train {tmp_path}/run.yaml")
     assert way_on(tmp_path, "a=1").endswith("run.yaml train.resume_from=5 a=1")
     assert way_on(tmp_path, "a=1", anew=True).endswith("run.yaml train.existing=replace a=1")
 
@@ -189,9 +187,9 @@ def test_advice_of_a_stopped_run_works(
         patch.setattr(TokenTrainer, "training_step", spoilt)
         with pytest.raises(SystemExit):
             run_script("train/sft.py", config)
-    (command,) = re.findall(r"accelerate launch (train/sft\.py .*)", capsys.readouterr().err)
+    (command,) = re.findall(r"halfbyte train (.*)", capsys.readouterr().err)
     assert command.endswith("train.resume_from=4 train.learning_rate=0.0025")
-    run_script(*command.split())
+    run_script("train/sft.py", *command.split())
     assert (tmp_path / "runs" / "tiny-from-4" / "adapter" / "adapter_config.json").is_file()
 
 

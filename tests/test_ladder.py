@@ -20,7 +20,7 @@ def test_ladder_of_a_config_measures_every_rung(make_config: MakeConfig, tmp_pat
     rungs = ("fp32", "int8", "nf4", "nf4+dq", "fp4", "fp4+dq")
     run_script("eval/ladder.py", make_config(), "--rungs", *rungs, "--out", out)
     whole = json.loads((out / "ladder.json").read_text())
-    assert whole["command"].startswith("python eval/ladder.py ")
+    assert whole["command"].startswith("halfbyte ladder ")
     assert whole["command"].endswith(f"--rungs {' '.join(rungs)} --out {out}")
     assert whole["device"] == device_name()
     assert whole["libraries"]["torch"] == torch.__version__

@@ -30,7 +30,7 @@ def test_finished_manifest_names_the_training_command_when_the_run_has_not_finis
         finished_manifest(RunDir(tmp_path))
     assert str(caught.value) == (
         f"{tmp_path}: its training has not finished. Go on with it:"
-        f" accelerate launch train/sft.py {tmp_path / 'run.yaml'}"
+        f" halfbyte train {tmp_path / 'run.yaml'}"
     )
 
 
@@ -43,7 +43,7 @@ def test_finished_manifest_names_the_training_command_when_the_adapter_is_not_wh
         finished_manifest(RunDir(tmp_path))
     assert str(caught.value) == (
         f"{tmp_path / 'adapter' / 'adapter_config.json'} is missing. Make it first:"
-        f" accelerate launch train/sft.py {tmp_path / 'run.yaml'}"
+        f" halfbyte train {tmp_path / 'run.yaml'}"
     )
 
 

@@ -206,7 +206,7 @@ def test_merge_of_an_untrained_run_names_the_command(
     shutil.rmtree(run / "adapter")
     with pytest.raises(SystemExit):
         run_script("train/merge.py", run)
-    assert "accelerate launch train/sft.py" in capsys.readouterr().err
+    assert "halfbyte train" in capsys.readouterr().err
 
 
 def test_an_adapter_that_predicts_otherwise_than_when_it_was_trained_is_not_merged(

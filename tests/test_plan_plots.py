@@ -88,9 +88,7 @@ def test_write_plots_writes_a_whole_png_and_page(fitting: Plan, tmp_path: Path) 
     assert all(str(escape(words)) in page for words in TERMS.values())
     assert f">{fitting.train.needed_bytes / 1e9:.3f}</td>" in page
     assert fitting.train.when in page
-    assert (
-        "python train/plan.py tiny/llama data.max_length=256 train.batch_size=4 --device t4" in page
-    )
+    assert "halfbyte plan tiny/llama data.max_length=256 train.batch_size=4 --device t4" in page
     assert requests_of(page) == []
 
 

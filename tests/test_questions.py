@@ -84,8 +84,7 @@ def test_held_out_rows_names_the_file_that_an_unfinished_run_lacks(tmp_path: Pat
     with pytest.raises(RunError) as caught:
         held_out_rows(RunDir(tmp_path), 5, seed=0)
     assert str(caught.value) == (
-        f"{tmp_path / 'data' / 'test.jsonl'} is missing. Make it first: accelerate launch"
-        " train/sft.py CONFIG"
+        f"{tmp_path / 'data' / 'test.jsonl'} is missing. Make it first: halfbyte train CONFIG"
     )
 
 

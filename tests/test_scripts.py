@@ -62,7 +62,7 @@ def test_accelerate_launch_from_another_folder(make_config: MakeConfig, tmp_path
     assert manifest["steps"] == 2
     # A model of 0.2 MB: what any process holds beside it, such as a random state, is 3 % of that.
     assert abs(manifest["memory"]["probe"]["error_frac"]) < 0.05
-    assert f"next: python train/merge.py {folder}" in done.stdout
+    assert f"next: halfbyte merge {folder}" in done.stdout
     assert not list(elsewhere.iterdir())
 
 

@@ -81,7 +81,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
     assert (
         f"stopped: signal {number.value}, after step {done}, which is saved. Go on with: " in told
     )
-    assert f"accelerate launch train/sft.py {run / 'run.yaml'}" in told
+    assert f"halfbyte train {run / 'run.yaml'}" in told
     run_script("train/sft.py", run / "run.yaml")
     assert losses(run) == losses(whole)
     ours, theirs = weights(run), weights(whole)

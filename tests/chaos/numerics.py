@@ -129,11 +129,10 @@ def _stops(scene: Scene, name: str, plant: Plant, texts: tuple[str, ...]) -> str
 
 def follow_advice(text: str, folder: Path) -> str:
     """Run the command that a message ends with; return why it does not train to the end, or ""."""
-    found = re.findall(r"accelerate launch (.*)", text)
+    found = re.findall(r"halfbyte train (.*)", text)
     if not found:
         return f"no advice: {text[-300:]}"
-    script, *arguments = shlex.split(found[-1])
-    ended = run(script, *arguments, log=folder / "advice", environ=OFFLINE)
+    ended = run("train/sft.py", *shlex.split(found[-1]), log=folder / "advice", environ=OFFLINE)
     return (
         ""
         if ended.code == 0
@@ -163,7 +162,7 @@ def _is_named(scene: Scene, name: str, sections: dict[str, Any], texts: tuple[st
     said = ended.says("error: ", *texts)
     if said or ended.code not in (1, 2):
         return said or f"ended with {ended.code}"
-    return follow_advice(ended.text, folder) if "accelerate launch" in ended.text else ""
+    return follow_advice(ended.text, folder) if "halfbyte train" in ended.text else ""
 
 
 def _zero(scene: Scene) -> str:
