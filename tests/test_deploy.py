@@ -58,7 +58,7 @@ def test_compose_files_name_what_is_there() -> None:
 
 
 def test_a_container_has_time_to_drain() -> None:
-    script = (ROOT / "eval/serve.py").read_text()
+    script = (ROOT / "src/halfbyte/commands/serve.py").read_text()
     grace = re.search(r'"--grace-seconds", type=float, default=([\d.]+)', script)
     assert grace
     period = compose()["services"]["server"]["stop_grace_period"]

@@ -30,10 +30,10 @@ GOOD = {"transformers": "5.20.0", "peft": "0.20.0", "torch": "2.13.0+cpu", "trl"
 def test_a_known_bad_combination_is_named_with_its_source(
     installed: dict[str, str], text: str
 ) -> None:
-    faults = [fault for fault in known_faults(installed) if "https://" in fault.found]
+    faults = [fault for fault in known_faults(installed) if "https://" in fault.fact]
     (fault,) = faults
-    assert text in fault.found
-    assert all(f"{name} {version}" in fault.found for name, version in installed.items())
+    assert text in fault.fact
+    assert all(f"{name} {version}" in fault.fact for name, version in installed.items())
     assert fault.remedy.startswith("pip ")
 
 
@@ -47,7 +47,7 @@ def test_other_versions_are_no_fault(installed: dict[str, str | None]) -> None:
 
 def test_what_halfbytes_own_requirements_refuse_is_named() -> None:
     (fault,) = known_faults({"trl": "1.2.0"})
-    assert fault.found == "trl 1.2.0; halfbyte needs trl<2,>=1.15"
+    assert fault.fact == "trl 1.2.0; halfbyte needs trl<2,>=1.15"
     assert fault.remedy == 'pip install "trl<2,>=1.15"'
 
 
@@ -91,8 +91,8 @@ def test_a_check_that_fails_is_wrong_and_the_others_go_on(monkeypatch: pytest.Mo
     monkeypatch.setattr(checks, "CHECKS", table)
     first, second, third = run_checks()
     assert (first.state, second.state, third) == (WRONG, WRONG, fine)
-    assert "Input/output error" in first.found
-    assert second.found == "no such model"
+    assert "Input/output error" in first.fact
+    assert second.fact == "no such model"
 
 
 def test_every_check_says_what_it_saw_and_no_secret(
@@ -107,10 +107,10 @@ def test_every_check_says_what_it_saw_and_no_secret(
     wrong = [check for check in results if check.state == WRONG]
     assert wrong == []
     home = Check("cache", OK, f"{Path.home()}/x")
-    assert home.as_json()["found"] == "~/x"
+    assert home.as_json()["fact"] == "~/x"
 
 
 def test_a_tiny_model_is_trained_and_learns() -> None:
     check = try_training()
-    assert check.state == OK, check.found
-    assert "4 steps of a tiny 4-bit model" in check.found
+    assert check.state == OK, check.fact
+    assert "4 steps of a tiny 4-bit model" in check.fact

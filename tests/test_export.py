@@ -22,7 +22,7 @@ from halfbyte.run_dir import RunDir
 from halfbyte.ship import export as exporting
 from halfbyte.trained.artefact import read_artefact
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("llama_cpp", "awq")]
 
 
 @pytest.fixture

@@ -45,4 +45,4 @@ def test_fewer_processes_than_wanted_and_threads_that_were_chosen_are_seen(tmp_p
     assert alone == f"threads: {cores}\n"
     two = launched(tmp_path, "--num_processes=2", OMP_NUM_THREADS="1")
     assert two.startswith("threads: 1\naccelerate launch: --num_processes is 2, and 1 was started")
-    assert f"torchrun --nproc_per_node 2 {tmp_path / 'script.py'}" in two
+    assert "On the CPU: halfbyte train --processes 2" in two

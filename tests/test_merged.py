@@ -152,7 +152,7 @@ def test_scripts_refuse_it_before_anything_is_made(
         run_script(script, *target)
     told = capsys.readouterr().err
     assert TAKES_BACK in told
-    assert "train/export.py" in told
+    assert "halfbyte export" in told
 
 
 def test_vllm_is_not_started_to_quantise_it(merged: Path) -> None:

@@ -44,7 +44,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
     done = run(sys.executable, "-c", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"{script} " in done.stdout
+    assert "\nhalfbyte " in done.stdout
     assert "loaded: []" in done.stdout
 
 

@@ -18,7 +18,7 @@ from toys import ROOT, run_script
 
 from halfbyte.llamacpp.model import GgufModel
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("llama_cpp")]
 QUESTIONS = [f"diagnosis {n} of the heart" for n in range(6)]
 
 

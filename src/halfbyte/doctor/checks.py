@@ -41,23 +41,23 @@ class Check:
     Attributes:
         name: of the check.
         state: ``ok``, ``warning`` (it works, but slowly or in part) or ``wrong``.
-        found: in words, without secrets.
+        fact: in words, without secrets.
         remedy: the line that mends it; "" if nothing is to be mended.
     """
 
     name: str
     state: str
-    found: str
+    fact: str
     remedy: str = ""
 
     def as_text(self) -> str:
         """Return the check as lines to print."""
-        line = f"{self.state:<8} {self.name:<12} {self.found}"
+        line = f"{self.state:<8} {self.name:<12} {self.fact}"
         return f"{line}\n{'':<22}→ {self.remedy}" if self.remedy else line
 
     def as_json(self) -> dict[str, Any]:
         """Return the check for a program, and for others to read: the home folder is ``~``."""
-        return asdict(self) | {"found": self.found.replace(str(Path.home()), "~")}
+        return asdict(self) | {"fact": self.fact.replace(str(Path.home()), "~")}
 
 
 def run_checks() -> Iterator[Check]:
@@ -139,7 +139,7 @@ def _versions(name: str) -> Iterator[Check]:
         yield Check(name, WRONG, f"{', '.join(lacking)} is missing", "pip install halfbyte")
     yield Check(name, OK, line)
     for fault in known_faults({library: _version(library) for library in libraries()}):
-        yield Check(name, WRONG, fault.found, fault.remedy)
+        yield Check(name, WRONG, fault.fact, fault.remedy)
 
 
 def _quantisation(name: str) -> Iterator[Check]:

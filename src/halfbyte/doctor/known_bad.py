@@ -36,7 +36,7 @@ class KnownBad:
 class VersionFault:
     """What is wrong with what is installed, and the line that mends it."""
 
-    found: str
+    fact: str
     remedy: str
 
 

@@ -77,11 +77,11 @@ def export(
         RunError: the run is not trained or merged, is damaged, or an artefact fails its proof.
         ModelError: a tool is missing or does not support the architecture.
     """
-    check_tools(targets)
     trained = read_trained_run(path, run)
     folder = trained.folder
     if any(target.kind in ADAPTERS for target in targets):
         trained.check_stands_alone()
+    check_tools(targets)
     measured = MeasuredRun.of(trained, run.export.rows)
     check_adapter(trained)
     check_merged(trained)
