@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -80,11 +81,11 @@ def fit_rows(settings: dict[str, Any], say: Callable[[str], None]) -> Fitted:
         DataError: no change makes the rows usable, or more than a tenth of them would be dropped.
     """
     notes: dict[str, str] = {}
-    tokenizer = load_tokenizer(resolve_base(settings["model.name"], weights=False))
+    base = resolve_base(settings["model.name"], weights=False)
 
     def attempt(trial: dict[str, Any]) -> Fitted:
         run = run_of(nested(trial), "halfbyte init")
-        renderer = renderer_of(run.data, tokenizer)
+        renderer = renderer_of(run.data, load_tokenizer(base))  # which takes over the template
         data = run.data.model_copy(update={"max_length": sys.maxsize})
         prepared = prepare(data, renderer, run.seed)
         if empty := empty_shares(prepared, run.data):
@@ -113,16 +114,18 @@ def _attempt_with_changes(
     except DataError as error:
         last = error
     while True:
-        for trial, key, why in _changes(settings):
+        for change, why in _changes(settings):
+            trial = settings | change
             try:
                 fitted = attempt(trial)
             except DataError as error:
-                if key in str(error) or NONE_LEFT in str(error) or _kind(error) == _kind(last):
+                no_effect = any(key in str(error) for key in change)
+                if no_effect or NONE_LEFT in str(error) or _kind(error) == _kind(last):
                     continue  # it does not help
                 settings, last = trial, error
-                notes[key] = why
+                notes |= why
                 break
-            notes[key] = why
+            notes |= why
             return _without_needless(attempt, fitted)
         else:
             raise last
@@ -141,14 +144,19 @@ def _without_needless(attempt: Callable[[dict[str, Any]], Fitted], fitted: Fitte
     return fitted
 
 
-def _changes(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
-    for key, value, why in REMEDIES:
-        if key not in settings:
-            yield settings | {key: value}, key, why
+def _changes(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Yield changes that may help, with what is said of each key: single ones, then two together."""
+    single: list[tuple[dict[str, Any], dict[str, str]]] = [
+        ({key: value}, {key: why}) for key, value, why in REMEDIES if key not in settings
+    ]
     held_out = settings.get("data.test_frac")
     if held_out in TEST_FRACS[:-1]:
         larger = TEST_FRACS[TEST_FRACS.index(held_out) + 1]
-        yield settings | {"data.test_frac": larger}, "data.test_frac", "the rows are few"
+        single.append(({"data.test_frac": larger}, {"data.test_frac": "the rows are few"}))
+    yield from single
+    for (one, of_one), (other, of_other) in combinations(single, 2):
+        if one.keys() != other.keys():
+            yield one | other, of_one | of_other
 
 
 def _kind(error: DataError) -> str:
