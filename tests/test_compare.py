@@ -214,7 +214,7 @@ def test_report_repeats_exactly(compared: Path, tmp_path: Path) -> None:
     second = report_of(copy)
     for report in (first, second):
         del report["created"], report["digest"]
-        assert "eval/compare.py" in report.pop("command")
+        assert "halfbyte compare" in report.pop("command")
         for entry in report["variants"]:
             for timing in (
                 "tokens_per_s",
