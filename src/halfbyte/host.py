@@ -107,6 +107,13 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_cores() -> int:
+    """Return how many CPU cores this process may use, or all, where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def is_main_process() -> bool:
     """Return whether this is the one of them that writes and prints."""
     return os.environ.get("RANK", "0") == "0"

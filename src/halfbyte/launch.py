@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.errors import RunError
-from halfbyte.host import num_processes
+from halfbyte.faults import RUNNING
+from halfbyte.host import num_cores, num_processes
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
@@ -52,7 +53,7 @@ def check_processes(wanted_here: int | None = None) -> None:
     if wanted.isdigit() and int(wanted) > num_processes():
         raise RunError(
             f"accelerate launch: --num_processes is {wanted}, and {num_processes()} was started: it starts several"
-            f" on GPUs alone. On the CPU: halfbyte train --processes {wanted} {shlex.join(sys.argv[1:])}"
+            f" on GPUs alone. On the CPU: halfbyte train --processes {wanted} {shlex.join(RUNNING[1:])}"
         )
 
 
@@ -78,8 +79,7 @@ def start_processes(count: int, words: Sequence[str]) -> int:
         raise RunError(f"--processes is {count}, and there are {gpus} GPUs: each process takes one")
     # What has failed has said so itself.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // count)))
     os.environ[OURS] = str(os.getpid())
     agent = ["--standalone", f"--nproc-per-node={count}", "--module", "halfbyte", "train"]
     try:

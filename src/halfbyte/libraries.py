@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from halfbyte.host import num_cores
 from halfbyte.launch import threads_were_chosen
 
 
@@ -38,8 +39,7 @@ def use_all_cores() -> None:
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not threads_were_chosen():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.environ["OMP_NUM_THREADS"] = str(max(1, share))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.errors import ConfigError
+from halfbyte.run_dir import write_text
 
 if TYPE_CHECKING:
     from halfbyte.importing.draft import Draft
@@ -46,7 +47,7 @@ def main(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     text = as_yaml(draft, tool, arguments.file.name)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text, encoding="utf-8")
+        write_text(arguments.out, text)
     if arguments.json:
         left = {key: {"value": value, "why": why} for key, (value, why) in draft.left.items()}
         became = {"tool": tool, "config": draft.values, "taken": draft.taken, "left": left}
@@ -62,7 +63,7 @@ def _settle_rows(draft: Draft, named: str | None) -> None:
     if named:
         draft.put("data.train", named)
         for key in HUB_KEYS:  # of the dataset that these rows replace
-            draft.values["data"].pop(key, None)
+            draft.drop(f"data.{key}")
     elif draft.get("data.train") is None:
         draft.put("data.train", NO_ROWS)
         draft.left["(no dataset)"] = ("", f"none is named: {NO_ROWS} stands for yours")

@@ -23,6 +23,7 @@ Day = Annotated[datetime.date, BeforeValidator(_read_day)]
 Format = Literal[
     "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "multiple_choice", "text"
 ]
+Repair = Literal["merge_turns", "drop_leading_assistant", "drop_trailing_user", "blank_system"]
 
 
 class DataSource(Section):
@@ -135,9 +136,7 @@ class Data(Section):
         description="What to do with a row that cannot be read or rendered: stop and name it, or leave it"
         " out and count it by reason.",
     )
-    repair: list[
-        Literal["merge_turns", "drop_leading_assistant", "drop_trailing_user", "blank_system"]
-    ] = Field(
+    repair: list[Repair] = Field(
         default_factory=list,
         description="Repairs of rows, each counted: `merge_turns` joins neighbouring turns of one role,"
         " `drop_leading_assistant` leaves a greeting out, `drop_trailing_user` a last turn without answer,"

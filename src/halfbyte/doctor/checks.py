@@ -13,7 +13,7 @@ from typing import Any
 
 from halfbyte.doctor.known_bad import known_faults, libraries, oldest_driver
 from halfbyte.errors import UserError
-from halfbyte.host import attempt, cpu_model, driver_version, gib, host_facts, ram_bytes
+from halfbyte.host import attempt, cpu_model, driver_version, gib, host_facts, num_cores, ram_bytes
 from halfbyte.run_dir import cache_dir
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
@@ -157,9 +157,7 @@ def _quantisation(name: str) -> Iterator[Check]:
 
 def _speed(name: str) -> Iterator[Check]:
     threads = os.environ.get("OMP_NUM_THREADS")
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = num_cores()
     if threads and threads.isdigit() and int(threads) < cores:
         fact = f"OMP_NUM_THREADS is {threads}, and there are {cores} cores"
         yield Check(name, WARNING, fact, "unset OMP_NUM_THREADS")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
+from halfbyte.config.schema import Optimizer, Scheduler
 from halfbyte.importing.draft import (
     BadValueError,
     Covered,
@@ -32,29 +33,11 @@ ATTENTION = "data.max_length and the card decide how attention is computed"
 NO_PATTERN = "a pattern; adapter.targets takes names of modules"
 ONLY_LORA = "halfbyte trains LoRA alone, on a quantised or a 16-bit base"
 ONLY_SFT = "halfbyte does supervised fine-tuning alone"
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
-OPTIMIZERS = {
-    "adamw_torch": "adamw_torch",
-    "adamw_torch_fused": "adamw_torch_fused",
+SCHEDULERS = {name: name for name in get_args(Scheduler)}
+OPTIMIZERS = {name: name for name in get_args(Optimizer)} | {
     "adamw_hf": "adamw_torch",
     "adamw_bnb_8bit": "adamw_8bit",
-    "adamw_8bit": "adamw_8bit",
-    "paged_adamw_32bit": "paged_adamw_32bit",
     "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "ademamix_8bit": "ademamix_8bit",
-    "lion_8bit": "lion_8bit",
-    "paged_lion_8bit": "paged_lion_8bit",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
 }
 DTYPES = {
     "bfloat16": "bf16",
@@ -279,7 +262,7 @@ TRAINING: dict[str, Rule] = {
     "max_grad_norm": positive(
         "train.max_grad_norm", "gradients are always clipped, at 1 by default"
     ),
-    "lr_scheduler_type": one_of("train.scheduler", {name: name for name in SCHEDULERS}),
+    "lr_scheduler_type": one_of("train.scheduler", SCHEDULERS),
     "warmup_ratio": put("train.warmup_frac", number),
     "warmup_steps": warm_up,
     "neftune_noise_alpha": positive("train.neftune_alpha", "no noise is the default"),

@@ -18,8 +18,9 @@ from halfbyte.initial.files import Places, find_rows
 from halfbyte.initial.fit import Fitted, fit_rows, length_for
 from halfbyte.initial.questions import Questions
 from halfbyte.initial.text import config_text, path_from
-from halfbyte.model.resolve import resolve_base
+from halfbyte.plan.catalogue import model_config
 from halfbyte.plan.devices import Device, find_device
+from halfbyte.plan.weights import load_plan
 
 CPU_TOKENS = (
     4_000_000  # that a first training on a CPU reads: an hour for the small model on two cores
@@ -172,7 +173,7 @@ def _data(
 
 def _lengths(draft: Drafted, fitted: Fitted) -> None:
     """Settle the longest row."""
-    limit = context_of(resolve_base(draft.settings["model.name"], weights=False))
+    limit = context_of(fitted.base)
     lengths = fitted.prepared.full_lengths
     length, longer = length_for(lengths, limit)
     median, longest = int(np.median(lengths)), int(lengths.max())
@@ -188,8 +189,9 @@ def _lengths(draft: Drafted, fitted: Fitted) -> None:
 def _numbers(draft: Drafted, fitted: Fitted, machine: Device) -> None:
     """Settle rate, epochs and batch; on a CPU, no more tokens than it reads in about an hour."""
     lengths = np.minimum(fitted.prepared.full_lengths, draft.settings["data.max_length"])
-    first = plan_of(draft.settings | numbers_for(1000, 0), machine)
-    numbers = numbers_for(len(lengths), first.load.num_parameters)
+    config, _ = model_config(fitted.base.name)
+    parameters = load_plan(config, text_only=False).num_parameters
+    numbers = numbers_for(len(lengths), parameters)
     tokens = int(lengths.sum())
     for key, value in numbers.items():
         draft.put(key, value)

@@ -28,13 +28,11 @@ class Places:
     Attributes:
         train: as ``data.train``.
         test: as ``data.test``; None: a share of the training rows is held out.
-        train_split: split of a Hub dataset; None for ``train``.
         head: the first training rows as stored.
     """
 
     train: str
     test: str | None
-    train_split: str | None
     head: list[dict[str, Any]]
 
 
@@ -47,7 +45,7 @@ def find_rows(given: str) -> Places:
     path = Path(given).expanduser().absolute()
     if path.is_file():
         test = _sibling(path)
-        return Places(str(path), str(test) if test else None, None, _head(str(path)))
+        return Places(str(path), str(test) if test else None, _head(str(path)))
     if path.is_dir():
         return _in_folder(path)
     if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.suffix:
@@ -57,13 +55,11 @@ def find_rows(given: str) -> Places:
 
 def _on_hub(name: str) -> Places:
     head = _head(name)
-    for split in ("test", "validation"):
-        try:
-            if len(_head(name, split)) >= MIN_TEST_ROWS and split == "test":
-                return Places(name, name, None, head)
-        except DataError:
-            continue
-    return Places(name, None, None, head)
+    try:
+        has_test = len(_head(name, "test")) >= MIN_TEST_ROWS
+    except DataError:
+        has_test = False
+    return Places(name, name if has_test else None, head)
 
 
 def _in_folder(folder: Path) -> Places:
@@ -88,7 +84,7 @@ def _in_folder(folder: Path) -> Places:
     held_out: str | None = None
     if test not in (None, train) and sum(len(heads[f]) for f in by_split[test]) >= MIN_TEST_ROWS:
         held_out = _pattern(folder, by_split[test])
-    return Places(_pattern(folder, by_split[train]), held_out, None, heads[by_split[train][0]])
+    return Places(_pattern(folder, by_split[train]), held_out, heads[by_split[train][0]])
 
 
 def _pattern(folder: Path, files: list[Path]) -> str:

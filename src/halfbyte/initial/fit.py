@@ -6,21 +6,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.config.dataset import Repair
 from halfbyte.config.read import run_of
-from halfbyte.config.schema import Run
 from halfbyte.data.prepare import prepare
 from halfbyte.data.prepared import Prepared, empty_shares
-from halfbyte.data.render import Renderer, renderer_of
+from halfbyte.data.render import renderer_of
 from halfbyte.errors import DataError
-from halfbyte.model.resolve import resolve_base
+from halfbyte.model.resolve import Base, resolve_base
 from halfbyte.model.tokenizer import load_tokenizer
 
-REPAIRS = ["merge_turns", "drop_leading_assistant", "drop_trailing_user", "blank_system"]
 # What rows may need, the change that loses least first. Each: key, value, and what is said of it.
 REMEDIES: tuple[tuple[str, Any, str], ...] = (
     ("data.on_leak", "drop", "some training prompts are held out as well"),
@@ -32,7 +31,7 @@ REMEDIES: tuple[tuple[str, Any, str], ...] = (
     ("data.chat_template", "chatml", "the model has no chat template that fits"),
     ("data.system_as", "user", "the template has no system message"),
     ("data.stop", "eos", "the template writes no token that ends an answer"),
-    ("data.repair", REPAIRS, "some rows' turns are out of order"),
+    ("data.repair", list(get_args(Repair)), "some rows' turns are out of order"),
     ("data.on_malformed", "drop", "some rows cannot be read"),
 )
 NONE_LEFT = "no row is left"  # in the error of ``prepare``
@@ -48,16 +47,14 @@ class Fitted:
     Attributes:
         settings: key → value.
         notes: key → why it is not the default.
-        run: the checked config.
         prepared: the rows, of any length.
-        renderer: encodes them.
+        base: whose tokenizer encodes them.
     """
 
     settings: dict[str, Any]
     notes: dict[str, str]
-    run: Run
     prepared: Prepared
-    renderer: Renderer
+    base: Base
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +87,7 @@ def fit_rows(settings: dict[str, Any], say: Callable[[str], None]) -> Fitted:
         prepared = prepare(data, renderer, run.seed)
         if empty := empty_shares(prepared, run.data):
             raise DataError("\n".join(empty))
-        return Fitted(trial, notes, run, prepared, renderer)
+        return Fitted(trial, notes, prepared, base)
 
     fitted = _attempt_with_changes(attempt, settings, notes)
     for key, why in notes.items():
